@@ -1,0 +1,338 @@
+//! Trait [`Backend`] and the plain types its operations speak.
+//!
+//! Letters: T rows (tokens) in the batch, C model width, H query heads, K key/value heads, D head
+//! width, F FFN width, V vocabulary. Matrices are `(rows, columns)`, outermost first, contiguous.
+
+use exrail_tensor::DType;
+use thiserror::Error;
+
+/// Tokens in one KV page.
+pub const PAGE_TOKENS: usize = 256;
+
+/// An index into the vocabulary.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct TokenId(pub u32);
+
+/// An index into the page pool.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct PageId(pub u32);
+
+/// Why an operation or an upload was refused.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum KernelError {
+    /// The bytes do not hold a matrix of that shape.
+    #[error("weight `{name}`: expected {expected} bytes for {rows}x{columns} {dtype}, found {found}")]
+    WeightBytes {
+        /// Tensor name.
+        name: String,
+        /// Rows expected.
+        rows: usize,
+        /// Columns expected.
+        columns: usize,
+        /// Block format.
+        dtype: DType,
+        /// Bytes that the shape needs.
+        expected: usize,
+        /// Bytes given.
+        found: usize,
+    },
+    /// The device has no kernel for this format.
+    #[error("weight `{name}`: {device} has no kernel for {dtype}")]
+    UnsupportedDtype {
+        /// Tensor name.
+        name: String,
+        /// Block format.
+        dtype: DType,
+        /// Device name.
+        device: String,
+    },
+    /// The device could not provide the memory.
+    #[error("{device}: expected {wanted_bytes} bytes for {what}, the allocation failed")]
+    OutOfMemory {
+        /// What the memory was for.
+        what: String,
+        /// Bytes asked for.
+        wanted_bytes: usize,
+        /// Device name.
+        device: String,
+    },
+}
+
+/// One matrix as the checkpoint stores it: `rows` output features, each a run of `columns` weights.
+#[derive(Clone, Copy, Debug)]
+pub struct WeightView<'a> {
+    /// Tensor name, for errors.
+    pub name: &'a str,
+    /// Block format of `bytes`.
+    pub dtype: DType,
+    /// Output features N.
+    pub rows: usize,
+    /// Input features.
+    pub columns: usize,
+    /// Row-major blocks.
+    pub bytes: &'a [u8],
+}
+
+/// How matrix products treat their activations.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Activation {
+    /// f32 activations, f32 sums: the exact mode.
+    F32,
+    /// Activations rounded to int8 per 32 values, integer dot products: the fast mode.
+    Int8,
+}
+
+/// Element type of the KV cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum KvDtype {
+    /// 32-bit floats, for parity tests.
+    F32,
+    /// IEEE half precision, the default.
+    F16,
+}
+
+/// Shape of the page pool. One page holds [`PAGE_TOKENS`] positions of every layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KvShape {
+    /// Layers L.
+    pub n_layers: usize,
+    /// Key/value heads K.
+    pub n_kv_heads: usize,
+    /// Head width D.
+    pub head_dim: usize,
+    /// Pages in the pool.
+    pub n_pages: usize,
+    /// Element type.
+    pub dtype: KvDtype,
+}
+
+impl KvShape {
+    /// Bytes of one page: keys and values of all layers.
+    #[must_use]
+    pub fn page_bytes(&self) -> usize {
+        let element = match self.dtype {
+            KvDtype::F32 => 4,
+            KvDtype::F16 => 2,
+        };
+        2 * self.n_layers * PAGE_TOKENS * self.n_kv_heads * self.head_dim * element
+    }
+}
+
+/// Where one token's key and value go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KvSlot {
+    /// Page in the pool.
+    pub page: PageId,
+    /// Offset inside the page, below [`PAGE_TOKENS`].
+    pub offset: u32,
+}
+
+/// A run of rows of one sequence in a causal attention call.
+///
+/// Row `first_row + i` sits at position `first_position + i` and sees positions
+/// `0..=first_position + i`; position p lives in `pages[p / PAGE_TOKENS]`.
+#[derive(Clone, Copy, Debug)]
+pub struct AttentionSpan<'a> {
+    /// First row of the batch.
+    pub first_row: usize,
+    /// Number of rows.
+    pub n_rows: usize,
+    /// Position of the first row.
+    pub first_position: usize,
+    /// Page table of the sequence.
+    pub pages: &'a [PageId],
+}
+
+/// A run of rows that attend to each other without a mask (one text of an encoder batch).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Span {
+    /// First row.
+    pub first_row: usize,
+    /// Number of rows.
+    pub n_rows: usize,
+}
+
+/// Head layout of an attention call. Scores are multiplied by `scale` before softmax.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AttentionShape {
+    /// Query heads H.
+    pub n_heads: usize,
+    /// Key/value heads K; H is a multiple of K and head h reads head h / (H / K).
+    pub n_kv_heads: usize,
+    /// Head width D.
+    pub head_dim: usize,
+    /// Usually 1 / sqrt(D).
+    pub scale: f32,
+}
+
+/// Which pairs a rotary embedding turns.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum RopeStyle {
+    /// Pairs (2i, 2i+1): GGUF files of the Llama family, whose q/k rows are permuted.
+    Interleaved,
+    /// Pairs (i, i + R/2): Hugging Face checkpoints and NeoX-style GGUF files.
+    Halves,
+}
+
+/// A rotary embedding: pair i of a head turns by `position * inverse_frequencies[i]` radians.
+#[derive(Clone, Debug)]
+pub struct Rope {
+    /// One entry a pair; `2 * len()` leading dimensions of each head are rotated, the rest pass.
+    pub inverse_frequencies: Vec<f32>,
+    /// Pair layout.
+    pub style: RopeStyle,
+}
+
+/// A device: the operations that the decoder and the encoder are written in.
+///
+/// Defined by [`crate::reference`]; every implementation runs [`crate::conformance`].
+/// Operations are synchronous from the caller's view. They panic when buffers are shorter than the
+/// shapes say: the caller is the model, whose shapes were checked at load.
+pub trait Backend: Send + Sync + 'static {
+    /// A matrix prepared for this device (repacked, uploaded).
+    type Weight: Send + Sync;
+    /// f32 activations on the device.
+    type Buffer: Send + Sync;
+    /// The KV page pool on the device.
+    type KvPool: Send;
+
+    /// For reports, such as `cpu avx512-vnni, 2 threads, int8 activations`.
+    fn name(&self) -> String;
+
+    /// Prepares a matrix.
+    ///
+    /// # Errors
+    /// Wrong byte count, or a format without a kernel.
+    fn weight(&self, view: &WeightView<'_>) -> Result<Self::Weight, KernelError>;
+    /// `(N, columns)` of a prepared matrix.
+    fn weight_shape(&self, weight: &Self::Weight) -> (usize, usize);
+
+    /// A zeroed buffer of `len` values.
+    ///
+    /// # Errors
+    /// Out of memory.
+    fn buffer(&self, len: usize) -> Result<Self::Buffer, KernelError>;
+    /// Copies values to the head of a buffer.
+    fn write(&self, buffer: &mut Self::Buffer, values: &[f32]);
+    /// Copies the head of a buffer out.
+    fn read(&self, buffer: &Self::Buffer, values: &mut [f32]);
+
+    /// A zeroed page pool.
+    ///
+    /// # Errors
+    /// Out of memory.
+    fn kv_pool(&self, shape: KvShape) -> Result<Self::KvPool, KernelError>;
+    /// Copies page `from` over page `to`, all layers.
+    fn kv_copy_page(&self, pool: &mut Self::KvPool, from: PageId, to: PageId);
+
+    /// `out[t] = table[ids[t]]`, dequantised; out `(T, C)`.
+    fn embed(&self, table: &Self::Weight, ids: &[TokenId], out: &mut Self::Buffer);
+    /// `out[t] = x[t] / sqrt(mean(x[t]^2) + eps) * weight`; x, out `(T, C)`, weight `(C)`.
+    fn rms_norm(
+        &self,
+        x: &Self::Buffer,
+        n_rows: usize,
+        weight: &Self::Buffer,
+        eps: f32,
+        out: &mut Self::Buffer,
+    );
+    /// `x[t] = (x[t] - mean) / sqrt(variance + eps) * weight + bias`, in place; x `(T, C)`.
+    fn layer_norm(
+        &self,
+        x: &mut Self::Buffer,
+        n_rows: usize,
+        weight: &Self::Buffer,
+        bias: &Self::Buffer,
+        eps: f32,
+    );
+    /// `out = x Wᵀ (+ bias)`; x `(T, columns)`, out `(T, N)`.
+    fn linear(
+        &self,
+        x: &Self::Buffer,
+        n_rows: usize,
+        weight: &Self::Weight,
+        bias: Option<&Self::Buffer>,
+        out: &mut Self::Buffer,
+    );
+    /// Three products of one x (query, key, value), so that x is quantised once.
+    fn linear_qkv(
+        &self,
+        x: &Self::Buffer,
+        n_rows: usize,
+        weights: [&Self::Weight; 3],
+        biases: Option<[&Self::Buffer; 3]>,
+        outs: [&mut Self::Buffer; 3],
+    );
+    /// `y += x Wᵀ (+ bias)`: the residual add; y `(T, N)`.
+    fn linear_add(
+        &self,
+        x: &Self::Buffer,
+        n_rows: usize,
+        weight: &Self::Weight,
+        bias: Option<&Self::Buffer>,
+        y: &mut Self::Buffer,
+    );
+    /// `out = silu(x Gᵀ) * (x Uᵀ)`; out `(T, F)`.
+    fn linear_silu_gate(
+        &self,
+        x: &Self::Buffer,
+        n_rows: usize,
+        gate: &Self::Weight,
+        up: &Self::Weight,
+        out: &mut Self::Buffer,
+    );
+    /// `out = gelu(x Wᵀ + bias)` with the exact (erf) gelu; out `(T, N)`.
+    fn linear_gelu(
+        &self,
+        x: &Self::Buffer,
+        n_rows: usize,
+        weight: &Self::Weight,
+        bias: &Self::Buffer,
+        out: &mut Self::Buffer,
+    );
+    /// Rotates `x` `(T, n_heads * head_dim)` in place; row t sits at `positions[t]`.
+    fn rope(
+        &self,
+        x: &mut Self::Buffer,
+        n_heads: usize,
+        head_dim: usize,
+        positions: &[u32],
+        rope: &Rope,
+    );
+    /// Stores key and value rows `(T, K * D)` of one layer at `slots[t]`.
+    fn kv_write(
+        &self,
+        pool: &mut Self::KvPool,
+        layer: usize,
+        k: &Self::Buffer,
+        v: &Self::Buffer,
+        slots: &[KvSlot],
+    );
+    /// Causal attention over pages; q, out `(T, H * D)`.
+    fn attention(
+        &self,
+        q: &Self::Buffer,
+        pool: &Self::KvPool,
+        layer: usize,
+        shape: AttentionShape,
+        spans: &[AttentionSpan<'_>],
+        out: &mut Self::Buffer,
+    );
+    /// Unmasked attention inside each span; q, out `(T, H * D)`, k, v `(T, K * D)`.
+    fn attention_full(
+        &self,
+        q: &Self::Buffer,
+        k: &Self::Buffer,
+        v: &Self::Buffer,
+        shape: AttentionShape,
+        spans: &[Span],
+        out: &mut Self::Buffer,
+    );
+    /// `out[i] = x[rows[i]]`; x `(T, width)`.
+    fn gather_rows(&self, x: &Self::Buffer, width: usize, rows: &[u32], out: &mut Self::Buffer);
+    /// `x += y` over the first `len` values.
+    fn add(&self, x: &mut Self::Buffer, y: &Self::Buffer, len: usize);
+    /// `out[s] = mean over the rows of span s`; x `(T, width)`, out `(spans, width)`.
+    fn mean_rows(&self, x: &Self::Buffer, width: usize, spans: &[Span], out: &mut Self::Buffer);
+}

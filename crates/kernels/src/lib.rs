@@ -1,0 +1,12 @@
+//! The device contract: trait [`Backend`] names about twenty fused operations, [`reference`] defines
+//! each of them in plain scalar f32, and the conformance suite holds every other implementation to
+//! that definition. Nothing here knows a model or a device.
+
+mod backend;
+pub mod conformance;
+pub mod reference;
+
+pub use backend::{
+    Activation, AttentionShape, AttentionSpan, Backend, KernelError, KvDtype, KvShape, KvSlot,
+    PageId, Rope, RopeStyle, Span, TokenId, WeightView, PAGE_TOKENS,
+};
