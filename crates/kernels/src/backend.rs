@@ -22,7 +22,9 @@ pub struct PageId(pub u32);
 #[non_exhaustive]
 pub enum KernelError {
     /// The bytes do not hold a matrix of that shape.
-    #[error("weight `{name}`: expected {expected} bytes for {rows}x{columns} {dtype}, found {found}")]
+    #[error(
+        "weight `{name}`: expected {expected} bytes for {rows}x{columns} {dtype}, found {found}"
+    )]
     WeightBytes {
         /// Tensor name.
         name: String,
@@ -36,6 +38,20 @@ pub enum KernelError {
         expected: usize,
         /// Bytes given.
         found: usize,
+    },
+    /// A row is not a whole number of blocks.
+    #[error(
+        "weight `{name}`: expected columns in multiples of {block_len} for {dtype}, found {columns}"
+    )]
+    WeightColumns {
+        /// Tensor name.
+        name: String,
+        /// Columns given.
+        columns: usize,
+        /// Block format.
+        dtype: DType,
+        /// Values in one block.
+        block_len: usize,
     },
     /// The device has no kernel for this format.
     #[error("weight `{name}`: {device} has no kernel for {dtype}")]
@@ -72,6 +88,36 @@ pub struct WeightView<'a> {
     pub columns: usize,
     /// Row-major blocks.
     pub bytes: &'a [u8],
+}
+
+impl WeightView<'_> {
+    /// Bytes of one row, after checking that `bytes` holds exactly `rows` of them.
+    ///
+    /// # Errors
+    /// Columns that are not whole blocks, or a wrong byte count.
+    pub fn row_bytes(&self) -> Result<usize, KernelError> {
+        let Some(row_bytes) = self.dtype.row_bytes(self.columns) else {
+            return Err(KernelError::WeightColumns {
+                name: self.name.to_owned(),
+                columns: self.columns,
+                dtype: self.dtype,
+                block_len: self.dtype.block_len(),
+            });
+        };
+        // Saturation cannot pass the comparison: no slice holds `usize::MAX` bytes.
+        let expected = row_bytes.saturating_mul(self.rows);
+        if expected != self.bytes.len() {
+            return Err(KernelError::WeightBytes {
+                name: self.name.to_owned(),
+                rows: self.rows,
+                columns: self.columns,
+                dtype: self.dtype,
+                expected,
+                found: self.bytes.len(),
+            });
+        }
+        Ok(row_bytes)
+    }
 }
 
 /// How matrix products treat their activations.

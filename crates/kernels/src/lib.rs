@@ -8,5 +8,5 @@ pub mod reference;
 
 pub use backend::{
     Activation, AttentionShape, AttentionSpan, Backend, KernelError, KvDtype, KvShape, KvSlot,
-    PageId, Rope, RopeStyle, Span, TokenId, WeightView, PAGE_TOKENS,
+    PAGE_TOKENS, PageId, Rope, RopeStyle, Span, TokenId, WeightView,
 };
