@@ -1,1 +1,24 @@
-//! placeholder
+//! Documents in, traceable snippets out.
+//!
+//! The way through this crate is the way of a document: [`read_document`] turns a file into a
+//! canonical text with sections and blocks, [`chunk`] cuts it by rule G-23, [`Collection`] stores
+//! the chunks with a lexical and a vector index and finds them again. A chunk is a byte range of
+//! the canonical text of one document revision and carries the fields of G-14, so that every
+//! number and every citation downstream can be traced to bytes.
+//!
+//! What this crate does not do: run a model. Vectors come through the trait [`Encode`], and a
+//! collection refuses an encoder other than the one it was made with (G-24).
+
+mod chunk;
+mod document;
+mod encode;
+mod prepare;
+mod search;
+
+pub use chunk::{
+    BlockType, Chunk, ChunkOptions, ChunkSpan, EmbeddingFacts, SpanUnit, TokenizerFacts,
+};
+pub use document::{Block, BlockKind, Document, DocumentFormat, Section};
+pub use encode::{Encode, EncodeError, EncoderFacts};
+pub use prepare::{PREPARATION, prepare};
+pub use search::{Hit, SearchMode, SearchOptions};
