@@ -150,7 +150,7 @@ impl fmt::Display for DType {
 }
 
 /// ggml's name of a type number, also for the types that [`DType`] does not cover, so that an
-/// error can say "IQ4_XS" instead of "23". `None` for numbers that ggml does not define or has
+/// error can say `IQ4_XS` instead of 23. `None` for numbers that ggml does not define or has
 /// removed.
 #[must_use]
 pub const fn ggml_type_name(type_id: u32) -> Option<&'static str> {

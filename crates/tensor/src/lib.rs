@@ -5,8 +5,14 @@
 //! crate's tests was made by the Python package `gguf`. Nothing here multiplies matrices, opens
 //! files or uses `unsafe`.
 
+mod block;
+mod block256;
+mod block32;
 mod dtype;
 mod format;
 
+pub use block::Block;
+pub use block32::{BlockQ4_0, BlockQ4_1, BlockQ5_0, BlockQ5_1, BlockQ8_0};
+pub use block256::{BlockQ4_K, BlockQ5_K, BlockQ6_K, pack_scales, unpack_scales};
 pub use dtype::{DType, ggml_type_name};
 pub use format::{FormatError, dequantize, quantize};
