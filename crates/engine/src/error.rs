@@ -1,0 +1,127 @@
+//! Why the engine refused to load, to start, or to take a request.
+
+use exrail_kernels::KernelError;
+use exrail_model::ModelError;
+use thiserror::Error;
+
+use exrail_checkpoint::LoadError;
+use exrail_text::{TemplateError, TokenizerError};
+
+/// Loading or starting failed.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum EngineError {
+    /// The model file was refused.
+    #[error(transparent)]
+    Load(#[from] LoadError),
+    /// The weights do not make a model.
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    /// The vocabulary does not make a tokenizer.
+    #[error(transparent)]
+    Tokenizer(#[from] TokenizerError),
+    /// The file's chat template does not compile.
+    #[error("chat template: {0}")]
+    Template(#[from] TemplateError),
+    /// The device refused an allocation.
+    #[error(transparent)]
+    Device(#[from] KernelError),
+    /// A file beside the weights could not be read.
+    #[error("{path}: {source}")]
+    Io {
+        /// The file.
+        path: String,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// The tokenizer names tokens that the model has no rows for.
+    #[error("tokenizer: expected at most {rows} tokens (rows of the output matrix), found {tokens}")]
+    VocabularyTooLarge {
+        /// Rows of the output matrix.
+        rows: usize,
+        /// Tokens of the tokenizer.
+        tokens: usize,
+    },
+    /// An engine option cannot be honoured.
+    #[error("engine option `{field}`: expected {expected}, found {found}")]
+    BadOption {
+        /// Field of [`crate::EngineOptions`].
+        field: &'static str,
+        /// What is possible.
+        expected: String,
+        /// What was given.
+        found: String,
+    },
+    /// The system gave no thread.
+    #[error("engine thread: {0}")]
+    Thread(std::io::Error),
+}
+
+/// A request was refused. Nothing was queued.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[non_exhaustive]
+pub enum SubmitError {
+    /// The prompt leaves no room for an answer.
+    #[error("prompt: expected at most {limit} tokens, found {tokens}")]
+    PromptTooLong {
+        /// Tokens of the prompt.
+        tokens: usize,
+        /// Context minus one token to generate.
+        limit: usize,
+    },
+    /// The prompt fits, the answer asked for does not.
+    #[error(
+        "max_tokens: expected at most {limit} after a prompt of {prompt_tokens} tokens, found \
+         {max_tokens}"
+    )]
+    TooManyTokens {
+        /// Tokens of the prompt.
+        prompt_tokens: usize,
+        /// Tokens asked for.
+        max_tokens: usize,
+        /// Context minus prompt.
+        limit: usize,
+    },
+    /// Too many requests wait already.
+    #[error("queue: expected fewer than {limit} waiting requests, the queue is full")]
+    QueueFull {
+        /// Limit of waiting requests.
+        limit: usize,
+    },
+    /// The engine no longer runs.
+    #[error("the engine stopped")]
+    Stopped,
+    /// There is nothing to continue.
+    #[error("prompt: expected at least 1 token, found 0")]
+    EmptyPrompt,
+    /// An id outside the vocabulary.
+    #[error("token id: expected below {vocab_len}, found {id}")]
+    UnknownToken {
+        /// The id.
+        id: u32,
+        /// Tokens of the vocabulary.
+        vocab_len: usize,
+    },
+    /// An option that cannot be honoured.
+    #[error("`{field}`: expected {expected}, found {found}")]
+    BadOption {
+        /// Request field.
+        field: &'static str,
+        /// What is possible.
+        expected: &'static str,
+        /// What was given.
+        found: String,
+    },
+}
+
+/// Scoring failed.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[non_exhaustive]
+pub enum ScoreError {
+    /// The ids were refused.
+    #[error(transparent)]
+    Refused(#[from] SubmitError),
+    /// The sequence was given up.
+    #[error(transparent)]
+    Failed(#[from] crate::event::SequenceFault),
+}

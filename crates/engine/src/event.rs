@@ -1,0 +1,171 @@
+//! What the engine tells a caller about its sequence.
+
+use thiserror::Error;
+
+use crate::handle::Command;
+use crate::pages::PageFault;
+
+/// Names one submitted sequence of this engine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct SequenceId(pub u64);
+
+/// One message about a sequence. The order is `Started`, `Token`*, `Tail`?, then exactly one of
+/// `Finished` and `Failed`; a sequence may fail or be cancelled before it started.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Event {
+    /// The sequence left the queue and owns its pages.
+    Started {
+        /// Time in the queue.
+        queue_ms: f64,
+        /// Prompt tokens that were already cached; 0 until prefixes are shared.
+        cached_tokens: usize,
+    },
+    /// One sampled token. The end-of-sequence token that ends an answer is not reported.
+    Token(TokenEvent),
+    /// Text that was held back as the possible start of a stop string, or an unfinished UTF-8
+    /// character, released because the answer ended. Belongs after the last token's text.
+    Tail(String),
+    /// The answer ended as asked.
+    Finished(Finished),
+    /// The sequence was given up; no text follows.
+    Failed(SequenceFault),
+}
+
+/// One sampled token.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TokenEvent {
+    /// Vocabulary id.
+    pub id: u32,
+    /// Text that became certain with this token: whole UTF-8 characters, no part of a stop string.
+    /// Often empty; joined over all events (and the tail) it is the answer.
+    pub text: String,
+    /// Present when the request asked for log-probabilities.
+    pub logprob: Option<TokenLogprob>,
+    /// Entropy of the model's distribution in nats, before penalties and temperature.
+    pub entropy: f32,
+}
+
+/// Log-probabilities at one position: log-softmax of the raw logits over the tokenizer's
+/// vocabulary, before penalties, bias and temperature.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TokenLogprob {
+    /// Of the sampled token, whether or not it is among `top`.
+    pub logprob: f32,
+    /// Bytes of the sampled token; joined they are the answer before UTF-8 repair.
+    pub bytes: Vec<u8>,
+    /// The most likely tokens, most likely first, as asked.
+    pub top: Vec<Alternative>,
+}
+
+/// One of the most likely tokens at a position.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Alternative {
+    /// Vocabulary id.
+    pub id: u32,
+    /// Natural logarithm of its probability.
+    pub logprob: f32,
+    /// Its bytes.
+    pub bytes: Vec<u8>,
+}
+
+/// Why an answer ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Finish {
+    /// End-of-sequence token or stop string.
+    Stop,
+    /// `max_tokens` reached.
+    Length,
+    /// The caller cancelled.
+    Cancelled,
+}
+
+/// The end of an answer.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Finished {
+    /// Why it ended.
+    pub finish: Finish,
+    /// The stop string that ended it.
+    pub stop_string: Option<String>,
+    /// Token counts.
+    pub usage: Usage,
+    /// Where the time went.
+    pub timings: Timings,
+    /// Mean entropy of the sampled positions in nats; 0 without any.
+    pub entropy_mean: f32,
+}
+
+/// Token counts of one sequence.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Usage {
+    /// Tokens of the prompt.
+    pub prompt_tokens: usize,
+    /// Token events; the end-of-sequence token does not count.
+    pub completion_tokens: usize,
+    /// Prompt tokens that were not computed again.
+    pub cached_tokens: usize,
+}
+
+/// Times of one sequence in milliseconds.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Timings {
+    /// Submit to admission.
+    pub queue_ms: f64,
+    /// Admission to the first sampled token.
+    pub prefill_ms: f64,
+    /// First to last sampled token.
+    pub decode_ms: f64,
+}
+
+/// Why a sequence was given up.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[non_exhaustive]
+pub enum SequenceFault {
+    /// The model gave NaN or an infinity.
+    #[error("numeric fault: non-finite logits at generated token {step}")]
+    NumericFault {
+        /// Tokens sampled before.
+        step: usize,
+    },
+    /// A page of this sequence, or the page books, broke an invariant.
+    #[error("kv integrity: {0}")]
+    KvIntegrity(PageFault),
+    /// The step panicked; every sequence in that batch fails.
+    #[error("step {step} panicked: {message}")]
+    StepPanicked {
+        /// Engine step.
+        step: u64,
+        /// The panic's message.
+        message: String,
+    },
+    /// The engine stopped before the answer was complete.
+    #[error("the engine stopped")]
+    Stopped,
+}
+
+/// A running sequence seen from the caller. Dropping it cancels the sequence.
+///
+/// The channel is unbounded so that a caller who does not read never slows other sequences; it
+/// holds at most `max_tokens` + 3 small events, so its memory is bounded by the request.
+#[derive(Debug)]
+pub struct Generation {
+    /// Name for logs and traces.
+    pub id: SequenceId,
+    /// The events, in order. Disconnects after `Finished` or `Failed`.
+    pub events: flume::Receiver<Event>,
+    pub(crate) commands: flume::Sender<Command>,
+}
+
+impl Generation {
+    /// Asks the engine to stop; its pages are free within one step. `Finished` with
+    /// [`Finish::Cancelled`] follows unless the sequence ended before.
+    pub fn cancel(&self) {
+        // A stopped engine has already failed the sequence.
+        drop(self.commands.send(Command::Cancel(self.id)));
+    }
+}
+
+impl Drop for Generation {
+    fn drop(&mut self) {
+        self.cancel();
+    }
+}

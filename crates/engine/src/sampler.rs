@@ -1,0 +1,325 @@
+//! From logits to a token. The order of operations is documented at [`Sampling`].
+
+use std::cmp::Ordering;
+use std::collections::BTreeMap;
+
+use crate::distribution::{argmax, exp_nonpositive};
+use crate::philox::uniform;
+use crate::request::Sampling;
+
+/// First guess of how many tokens top-p keeps; grown until the mass is reached.
+const FIRST_HEAD: usize = 64;
+
+/// Buffers that all sequences of an engine share; they grow to the vocabulary once.
+#[derive(Debug, Default)]
+pub struct SamplerScratch {
+    adjusted: Vec<f32>,
+    candidates: Vec<Candidate>,
+}
+
+/// A token and its weight e^((x - max) / temperature), 1 for the most likely one.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Candidate {
+    id: u32,
+    weight: f32,
+}
+
+/// The sampling state of one sequence: its options and what its answer holds so far.
+#[derive(Debug)]
+pub struct Sampler {
+    sampling: Sampling,
+    /// Occurrences in the answer, for presence and frequency penalties.
+    counts: BTreeMap<u32, u32>,
+    step: u64,
+}
+
+impl Sampler {
+    /// State before the first token. The options were validated.
+    #[must_use]
+    pub fn new(sampling: Sampling) -> Sampler {
+        Sampler { sampling, counts: BTreeMap::new(), step: 0 }
+    }
+
+    /// Draws the next token; `logits` are finite and cover exactly the tokenizer's vocabulary, and
+    /// `tokens` are prompt and answer so far.
+    pub fn sample(&mut self, logits: &[f32], tokens: &[u32], scratch: &mut SamplerScratch) -> u32 {
+        let values = if self.adjusts() {
+            scratch.adjusted.clear();
+            scratch.adjusted.extend_from_slice(logits);
+            self.adjust(&mut scratch.adjusted, tokens);
+            &scratch.adjusted
+        } else {
+            logits
+        };
+        let id = if self.sampling.temperature <= 0.0 {
+            u32::try_from(argmax(values)).expect("token ids are 32 bits wide")
+        } else {
+            weigh(values, self.sampling.temperature, &mut scratch.candidates);
+            truncate(&mut scratch.candidates, &self.sampling);
+            let u = uniform(self.sampling.seed, self.sampling.sequence, self.step);
+            draw(&scratch.candidates, u)
+        };
+        self.step += 1;
+        *self.counts.entry(id).or_default() += 1;
+        id
+    }
+
+    #[expect(clippy::float_cmp, reason = "exact values mean off")]
+    fn adjusts(&self) -> bool {
+        let s = &self.sampling;
+        s.repetition_penalty != 1.0
+            || s.presence_penalty != 0.0
+            || s.frequency_penalty != 0.0
+            || !s.logit_bias.is_empty()
+    }
+
+    fn adjust(&self, logits: &mut [f32], tokens: &[u32]) {
+        let s = &self.sampling;
+        let mut window = tokens[tokens.len().saturating_sub(s.repetition_window)..].to_vec();
+        window.sort_unstable();
+        window.dedup();
+        for id in window {
+            let x = &mut logits[id as usize];
+            *x = if *x > 0.0 { *x / s.repetition_penalty } else { *x * s.repetition_penalty };
+        }
+        for (&id, &count) in &self.counts {
+            #[expect(clippy::cast_precision_loss, reason = "answers are far below 2^24 tokens")]
+            let count = count as f32;
+            logits[id as usize] -= s.presence_penalty + s.frequency_penalty * count;
+        }
+        for &(id, bias) in &s.logit_bias {
+            logits[id as usize] += bias;
+        }
+    }
+}
+
+/// Fills `candidates` with every token of weight above 0, in id order.
+fn weigh(logits: &[f32], temperature: f32, candidates: &mut Vec<Candidate>) {
+    let max = logits[argmax(logits)];
+    candidates.clear();
+    candidates.extend((0_u32..).zip(logits).map(|(id, &x)| Candidate {
+        id,
+        weight: exp_nonpositive((x - max) / temperature),
+    }));
+    candidates.retain(|candidate| candidate.weight > 0.0);
+}
+
+/// Top-k, then top-p, then min-p. Leaves at least one candidate.
+fn truncate(candidates: &mut Vec<Candidate>, sampling: &Sampling) {
+    if let Some(k) = sampling.top_k
+        && k < candidates.len()
+    {
+        sort_head(candidates, k);
+        candidates.truncate(k);
+    }
+    if sampling.top_p < 1.0 {
+        let mass = f64::from(sampling.top_p) * total(candidates);
+        let mut head = FIRST_HEAD;
+        let kept = loop {
+            sort_head(candidates, head);
+            match reaches(&candidates[..head.min(candidates.len())], mass) {
+                Some(kept) => break kept,
+                None if head >= candidates.len() => break candidates.len(),
+                None => head *= 4,
+            }
+        };
+        candidates.truncate(kept);
+    }
+    if sampling.min_p > 0.0 {
+        // The most likely token has weight 1 and is never cut by the filters above.
+        candidates.retain(|candidate| candidate.weight >= sampling.min_p);
+    }
+}
+
+/// Brings the `n` most likely candidates to the front, most likely first, lower id on a tie.
+fn sort_head(candidates: &mut [Candidate], n: usize) {
+    let order = |a: &Candidate, b: &Candidate| -> Ordering {
+        b.weight.total_cmp(&a.weight).then(a.id.cmp(&b.id))
+    };
+    let n = n.min(candidates.len());
+    if n > 0 && n < candidates.len() {
+        candidates.select_nth_unstable_by(n - 1, order);
+    }
+    candidates[..n].sort_unstable_by(order);
+}
+
+/// How many leading candidates have the mass together.
+fn reaches(candidates: &[Candidate], mass: f64) -> Option<usize> {
+    let mut sum = 0.0;
+    for (i, candidate) in candidates.iter().enumerate() {
+        sum += f64::from(candidate.weight);
+        if sum >= mass {
+            return Some(i + 1);
+        }
+    }
+    None
+}
+
+fn total(candidates: &[Candidate]) -> f64 {
+    candidates.iter().map(|candidate| f64::from(candidate.weight)).sum()
+}
+
+/// The candidate in whose share of the total mass `u` falls.
+fn draw(candidates: &[Candidate], u: f64) -> u32 {
+    let mut left = u * total(candidates);
+    for candidate in candidates {
+        left -= f64::from(candidate.weight);
+        if left < 0.0 {
+            return candidate.id;
+        }
+    }
+    // u < 1, but the sums may round the other way by one unit in the last place.
+    candidates.last().expect("the most likely token has weight 1").id
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn once(sampling: Sampling, logits: &[f32], tokens: &[u32]) -> u32 {
+        Sampler::new(sampling).sample(logits, tokens, &mut SamplerScratch::default())
+    }
+
+    /// Ids that 400 draws with different seeds give.
+    fn support(sampling: &Sampling, logits: &[f32]) -> Vec<u32> {
+        let mut ids: Vec<u32> = (0..400)
+            .map(|seed| once(Sampling { seed, ..sampling.clone() }, logits, &[]))
+            .collect();
+        ids.sort_unstable();
+        ids.dedup();
+        ids
+    }
+
+    /// ln of these probabilities.
+    const P: [f32; 5] = [0.05, 0.4, 0.1, 0.3, 0.15];
+
+    fn logits() -> Vec<f32> {
+        P.iter().map(|p| p.ln()).collect()
+    }
+
+    #[test]
+    fn greedy_takes_the_most_likely_and_the_lowest_id_on_a_tie() {
+        assert_eq!(once(Sampling::greedy(), &logits(), &[]), 1);
+        assert_eq!(once(Sampling::greedy(), &[0.0, 2.0, 2.0], &[]), 1);
+    }
+
+    #[test]
+    fn filters_keep_exactly_their_sets() {
+        let base = Sampling::default();
+        assert_eq!(support(&base, &logits()), [0, 1, 2, 3, 4]);
+        let top_k = Sampling { top_k: Some(2), ..base.clone() };
+        assert_eq!(support(&top_k, &logits()), [1, 3]);
+        // 0.4 + 0.3 = 0.7 reaches 0.69; 0.71 needs the third.
+        let top_p = Sampling { top_p: 0.69, ..base.clone() };
+        assert_eq!(support(&top_p, &logits()), [1, 3]);
+        let top_p = Sampling { top_p: 0.71, ..base.clone() };
+        assert_eq!(support(&top_p, &logits()), [1, 3, 4]);
+        // 0.3 / 0.4 = 0.75 stays, 0.15 / 0.4 = 0.375 goes.
+        let min_p = Sampling { min_p: 0.5, ..base.clone() };
+        assert_eq!(support(&min_p, &logits()), [1, 3]);
+        // top-p counts the mass that top-k left: 0.4 of 0.7 = 0.571.
+        let both = Sampling { top_k: Some(2), top_p: 0.57, ..base };
+        assert_eq!(support(&both, &logits()), [1]);
+    }
+
+    #[test]
+    fn top_p_grows_its_head_over_flat_distributions() {
+        let flat = vec![0.0_f32; 1000];
+        let mut candidates = Vec::new();
+        weigh(&flat, 1.0, &mut candidates);
+        truncate(&mut candidates, &Sampling { top_p: 0.9, ..Sampling::default() });
+        assert_eq!(candidates.len(), 900);
+        assert!(candidates.iter().zip(0..).all(|(candidate, id)| candidate.id == id));
+    }
+
+    #[test]
+    fn draws_follow_the_distribution() {
+        let n = 20_000_u32;
+        let mut counts = [0_u32; 5];
+        let mut scratch = SamplerScratch::default();
+        let mut sampler = Sampler::new(Sampling { seed: 9, ..Sampling::default() });
+        for _ in 0..n {
+            counts[sampler.sample(&logits(), &[], &mut scratch) as usize] += 1;
+        }
+        for (p, count) in P.iter().zip(counts) {
+            let p = f64::from(*p);
+            let sigma = (f64::from(n) * p * (1.0 - p)).sqrt();
+            assert!((f64::from(count) - f64::from(n) * p).abs() < 5.0 * sigma, "{p}: {count}");
+        }
+    }
+
+    #[test]
+    fn temperature_sharpens_and_tiny_temperature_is_greedy() {
+        let cold = Sampling { temperature: 1e-30, ..Sampling::default() };
+        assert_eq!(support(&cold, &logits()), [1]);
+    }
+
+    #[test]
+    fn repetition_penalty_looks_at_its_window_only() {
+        let penalised = Sampling {
+            repetition_penalty: 2.0,
+            repetition_window: 2,
+            ..Sampling::greedy()
+        };
+        let logits = [1.0, 1.5, -1.0];
+        assert_eq!(once(penalised.clone(), &logits, &[1, 2, 1]), 0); // 1.5 / 2 < 1.0
+        assert_eq!(once(penalised, &logits, &[1, 2, 2]), 1); // outside the window
+        let negative =
+            Sampling { repetition_penalty: 2.0, repetition_window: 8, ..Sampling::greedy() };
+        assert_eq!(once(negative, &[-1.0, -1.5], &[0]), 1); // -1.0 * 2 < -1.5
+    }
+
+    #[test]
+    fn presence_and_frequency_count_the_answer_not_the_prompt() {
+        let logits = [1.0, 1.5, 0.0];
+        let mut scratch = SamplerScratch::default();
+        let presence = Sampling { presence_penalty: 0.7, ..Sampling::greedy() };
+        let mut sampler = Sampler::new(presence);
+        assert_eq!(sampler.sample(&logits, &[1, 1], &mut scratch), 1);
+        assert_eq!(sampler.sample(&logits, &[1, 1, 1], &mut scratch), 0); // 1.5 - 0.7 < 1.0
+        let frequency = Sampling { frequency_penalty: 0.3, ..Sampling::greedy() };
+        let mut sampler = Sampler::new(frequency);
+        let ids: Vec<u32> = (0..4).map(|_| sampler.sample(&logits, &[], &mut scratch)).collect();
+        assert_eq!(ids, [1, 1, 0, 1]); // 1.5, 1.2, then 0.9 < 1.0, then 0.9 > 0.7
+    }
+
+    #[test]
+    fn bias_comes_after_penalties_and_can_force_or_ban() {
+        let force = Sampling { logit_bias: vec![(2, 100.0)], ..Sampling::greedy() };
+        assert_eq!(once(force, &[1.0, 1.5, 0.0], &[]), 2);
+        let ban = Sampling { logit_bias: vec![(1, -100.0)], ..Sampling::default() };
+        assert!(!support(&ban, &logits()).contains(&1));
+        // Bias first would give (1.0 + 0.6) / 2 = 0.8; penalties first give 1.0 / 2 + 0.6 = 1.1.
+        let order = Sampling {
+            repetition_penalty: 2.0,
+            logit_bias: vec![(0, 0.6)],
+            ..Sampling::greedy()
+        };
+        assert_eq!(once(order, &[1.0, 1.0], &[0]), 0);
+    }
+
+    #[test]
+    fn a_draw_depends_on_seed_sequence_and_step_only() {
+        let sampling = Sampling { seed: 5, sequence: 2, ..Sampling::default() };
+        let run = |noise: bool| {
+            let mut scratch = SamplerScratch::default();
+            let mut own = Sampler::new(sampling.clone());
+            let mut other = Sampler::new(Sampling { seed: 6, ..Sampling::default() });
+            (0..50)
+                .map(|_| {
+                    if noise {
+                        other.sample(&[0.0; 9], &[], &mut scratch);
+                    }
+                    own.sample(&logits(), &[], &mut scratch)
+                })
+                .collect::<Vec<u32>>()
+        };
+        assert_eq!(run(false), run(true));
+        let second = Sampling { sequence: 3, ..sampling.clone() };
+        let mut scratch = SamplerScratch::default();
+        let mut sampler = Sampler::new(second);
+        let other: Vec<u32> =
+            (0..50).map(|_| sampler.sample(&logits(), &[], &mut scratch)).collect();
+        assert_ne!(run(false), other);
+    }
+}
