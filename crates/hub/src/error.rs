@@ -9,7 +9,9 @@ use thiserror::Error;
 #[non_exhaustive]
 pub enum HubError {
     /// Neither a path nor a name of the registry.
-    #[error("model `{name}`: no such file or folder, and not a name in the registry; known: {known}")]
+    #[error(
+        "model `{name}`: no such file or folder, and not a name in the registry; known: {known}"
+    )]
     UnknownModel {
         /// What the user wrote.
         name: String,

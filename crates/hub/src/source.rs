@@ -48,8 +48,7 @@ fn from_hugging_face(
         .with_cache_dir(staging.join(".hugging-face"))
         .build()
         .map_err(|error| failed(source, error))?;
-    let repo =
-        api.repo(Repo::with_revision(repository.into(), RepoType::Model, revision.into()));
+    let repo = api.repo(Repo::with_revision(repository.into(), RepoType::Model, revision.into()));
     for file in &model.files {
         progress.start(&format!("{repository}/{}", file.path), Some(file.bytes));
         let result = repo.download_with_progress(&file.path, Meter(progress));

@@ -1,5 +1,7 @@
 //! The cache against real files, real wheels and a real (unreachable) hub.
 
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 use std::{fs, path::Path};
 
 use exrail_hub::{Cache, Fetch, HubError, Kind, Progress, Registry, Silent};

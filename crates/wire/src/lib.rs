@@ -1,1 +1,40 @@
-//! placeholder
+//! The JSON that crosses the wire: OpenAI-compatible requests and responses, exrail's own, the trace
+//! records, and server-sent-event framing. Shapes only; what a field means is decided in `server`.
+//!
+//! A request type keeps every field it does not know in `unknown`, so that the server can refuse it
+//! by name instead of ignoring it.
+
+mod ask;
+mod chat;
+mod completions;
+mod embeddings;
+mod error;
+mod models;
+mod sampling;
+pub mod sse;
+mod tokenize;
+mod trace;
+
+pub use ask::{AskMetrics, AskRequest, AskResponse, Citation, Grounding};
+pub use chat::{
+    AssistantMessage, ChatChoice, ChatChunk, ChatChunkChoice, ChatGrounded, ChatLogprobs,
+    ChatRequest, ChatResponse, Content, ContentPart, Delta, RequestMessage, StreamOptions,
+    TokenLogprob, TopLogprob,
+};
+pub use completions::{
+    CompletionChoice, CompletionLogprobs, CompletionRequest, CompletionResponse, Prompt,
+};
+pub use embeddings::{
+    Embedding, EmbeddingInput, EmbeddingRequest, EmbeddingResponse, EmbeddingUsage,
+};
+pub use error::{ErrorBody, ErrorDetail};
+pub use models::{ModelCard, ModelList};
+pub use sampling::{FieldError, SamplingFields, Stop, Usage, UsageDetails};
+pub use tokenize::{DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse};
+pub use trace::{
+    AnswerMetrics, AnswerRecord, Latency, Pins, QueryRecord, RetrievedItem, SegmentRecord,
+    TRACE_SCHEMA_VERSION, TokenCounts, TraceBody, TraceEnvelope,
+};
+
+/// Fields of a request that its type does not declare.
+pub type Unknown = std::collections::BTreeMap<String, serde_json::Value>;

@@ -1,0 +1,222 @@
+//! `POST /v1/chat/completions`.
+
+use serde::{Deserialize, Serialize};
+
+use crate::{AskMetrics, Citation, Grounding, Stop, Unknown, Usage};
+
+/// A chat request.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+pub struct ChatRequest {
+    /// A name of `/v1/models`.
+    pub model: String,
+    /// The conversation, oldest first.
+    pub messages: Vec<RequestMessage>,
+    /// Upper limit on generated tokens (old name).
+    pub max_tokens: Option<usize>,
+    /// Upper limit on generated tokens.
+    pub max_completion_tokens: Option<usize>,
+    /// Choices to generate.
+    pub n: Option<usize>,
+    /// Strings that end the answer.
+    pub stop: Option<Stop>,
+    /// Send tokens as they come.
+    pub stream: Option<bool>,
+    /// Options of a stream.
+    pub stream_options: Option<StreamOptions>,
+    /// Return log-probabilities.
+    pub logprobs: Option<bool>,
+    /// Alternatives per token.
+    pub top_logprobs: Option<usize>,
+    /// A name of the end user, kept in the trace.
+    pub user: Option<String>,
+    /// Answer from a collection.
+    pub exrail: Option<Grounding>,
+    /// Sampling fields (see [`crate::SamplingFields::take`]) and everything else.
+    #[serde(flatten)]
+    pub unknown: Unknown,
+}
+
+/// One message of the conversation.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+pub struct RequestMessage {
+    /// `system`, `user` or `assistant`.
+    pub role: String,
+    /// Text.
+    pub content: Content,
+    /// Everything else.
+    #[serde(flatten)]
+    pub unknown: Unknown,
+}
+
+/// A message's text, plain or in parts.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(untagged)]
+pub enum Content {
+    /// Plain text.
+    Text(String),
+    /// Typed parts.
+    Parts(Vec<ContentPart>),
+}
+
+/// One part of a message.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+pub struct ContentPart {
+    /// `text` is the only kind served.
+    #[serde(rename = "type")]
+    pub kind: String,
+    /// The text of a `text` part.
+    pub text: Option<String>,
+    /// Everything else.
+    #[serde(flatten)]
+    pub unknown: Unknown,
+}
+
+/// Options of a stream.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+pub struct StreamOptions {
+    /// Send a last chunk with the usage.
+    pub include_usage: Option<bool>,
+    /// Everything else.
+    #[serde(flatten)]
+    pub unknown: Unknown,
+}
+
+/// A whole answer.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct ChatResponse {
+    /// Identifies the request in the traces.
+    pub id: String,
+    /// Always `chat.completion`.
+    pub object: &'static str,
+    /// Seconds since 1970.
+    pub created: i64,
+    /// The model that answered.
+    pub model: String,
+    /// One a choice.
+    pub choices: Vec<ChatChoice>,
+    /// Tokens spent.
+    pub usage: Usage,
+    /// Fingerprint of model and engine.
+    pub system_fingerprint: String,
+    /// Citations and measures of an answer from a collection.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub exrail: Option<ChatGrounded>,
+}
+
+/// What a grounded chat answer adds.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct ChatGrounded {
+    /// Trace of the answer.
+    pub trace_id: String,
+    /// True when the answer is the refusal.
+    pub refusal: bool,
+    /// Why it was refused.
+    pub reason: Option<String>,
+    /// The snippets that support the answer.
+    pub citations: Vec<Citation>,
+    /// What was measured.
+    pub metrics: AskMetrics,
+}
+
+/// One choice.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct ChatChoice {
+    /// From 0.
+    pub index: usize,
+    /// The answer.
+    pub message: AssistantMessage,
+    /// `stop` or `length`.
+    pub finish_reason: &'static str,
+    /// When asked for.
+    pub logprobs: Option<ChatLogprobs>,
+}
+
+/// The answer's message.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct AssistantMessage {
+    /// Always `assistant`.
+    pub role: &'static str,
+    /// The text.
+    pub content: String,
+    /// Always null: this server refuses in `content`.
+    pub refusal: Option<String>,
+}
+
+/// Log-probabilities of one choice.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct ChatLogprobs {
+    /// One entry a token.
+    pub content: Vec<TokenLogprob>,
+}
+
+/// A token with its log-probability.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct TokenLogprob {
+    /// The token as text; bytes that are no whole character become U+FFFD.
+    pub token: String,
+    /// ln p, before temperature and penalties.
+    pub logprob: f32,
+    /// The token's bytes.
+    pub bytes: Vec<u8>,
+    /// The most likely tokens of the position.
+    pub top_logprobs: Vec<TopLogprob>,
+}
+
+/// An alternative.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct TopLogprob {
+    /// The token as text.
+    pub token: String,
+    /// ln p.
+    pub logprob: f32,
+    /// The token's bytes.
+    pub bytes: Vec<u8>,
+}
+
+/// One event of a stream.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct ChatChunk {
+    /// The same in all events.
+    pub id: String,
+    /// Always `chat.completion.chunk`.
+    pub object: &'static str,
+    /// Seconds since 1970.
+    pub created: i64,
+    /// The model that answers.
+    pub model: String,
+    /// Fingerprint of model and engine.
+    pub system_fingerprint: String,
+    /// Empty in the usage event.
+    pub choices: Vec<ChatChunkChoice>,
+    /// In the last event when asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub usage: Option<Usage>,
+    /// In the last content event of a grounded answer.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub exrail: Option<ChatGrounded>,
+}
+
+/// One choice of an event.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct ChatChunkChoice {
+    /// From 0.
+    pub index: usize,
+    /// What is new.
+    pub delta: Delta,
+    /// In the choice's last event.
+    pub finish_reason: Option<&'static str>,
+    /// When asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub logprobs: Option<ChatLogprobs>,
+}
+
+/// What is new in an event.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Delta {
+    /// In the first event.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub role: Option<&'static str>,
+    /// New text.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub content: Option<String>,
+}

@@ -1,0 +1,94 @@
+//! `POST /v1/completions`.
+
+use serde::{Deserialize, Serialize};
+
+use crate::{Stop, StreamOptions, Unknown, Usage};
+
+/// A text completion request.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+pub struct CompletionRequest {
+    /// A name of `/v1/models`.
+    pub model: String,
+    /// What to continue.
+    pub prompt: Prompt,
+    /// Upper limit on generated tokens; 16 when absent, as the original API has it.
+    pub max_tokens: Option<usize>,
+    /// Choices per prompt.
+    pub n: Option<usize>,
+    /// Strings that end the text.
+    pub stop: Option<Stop>,
+    /// Send tokens as they come.
+    pub stream: Option<bool>,
+    /// Options of a stream.
+    pub stream_options: Option<StreamOptions>,
+    /// Alternatives per token; 0 returns the chosen ones only.
+    pub logprobs: Option<usize>,
+    /// Put the prompt before the text.
+    pub echo: Option<bool>,
+    /// A name of the end user, kept in the trace.
+    pub user: Option<String>,
+    /// Sampling fields (see [`crate::SamplingFields::take`]) and everything else.
+    #[serde(flatten)]
+    pub unknown: Unknown,
+}
+
+/// What to continue. Control-token literals in a text prompt are read as control tokens: the raw
+/// route leaves the format to the caller.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(untagged)]
+pub enum Prompt {
+    /// One text.
+    Text(String),
+    /// Token ids of one prompt.
+    Ids(Vec<u32>),
+    /// Several texts.
+    Texts(Vec<String>),
+    /// Token ids of several prompts.
+    ManyIds(Vec<Vec<u32>>),
+}
+
+/// A whole answer, and one event of a stream.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct CompletionResponse {
+    /// Identifies the request in the traces.
+    pub id: String,
+    /// Always `text_completion`.
+    pub object: &'static str,
+    /// Seconds since 1970.
+    pub created: i64,
+    /// The model that answered.
+    pub model: String,
+    /// Fingerprint of model and engine.
+    pub system_fingerprint: String,
+    /// One a choice.
+    pub choices: Vec<CompletionChoice>,
+    /// Tokens spent; absent in most events of a stream.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub usage: Option<Usage>,
+}
+
+/// One choice.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct CompletionChoice {
+    /// From 0, over all prompts.
+    pub index: usize,
+    /// The text.
+    pub text: String,
+    /// `stop` or `length`; null while streaming.
+    pub finish_reason: Option<&'static str>,
+    /// When asked for.
+    pub logprobs: Option<CompletionLogprobs>,
+}
+
+/// Log-probabilities in the form of the text completions API.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct CompletionLogprobs {
+    /// Tokens as text.
+    pub tokens: Vec<String>,
+    /// ln p of each.
+    pub token_logprobs: Vec<f32>,
+    /// Per token: alternative to ln p.
+    pub top_logprobs: Vec<serde_json::Map<String, serde_json::Value>>,
+    /// Character offset of each token in the text.
+    pub text_offset: Vec<usize>,
+}

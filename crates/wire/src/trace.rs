@@ -1,0 +1,265 @@
+//! Trace records (guardrails G-14): one envelope, one body per event, JSON lines.
+
+use serde::Serialize;
+
+/// Version of the record layout; a reader refuses another major.
+pub const TRACE_SCHEMA_VERSION: &str = "1.0";
+
+/// The pins that an answer depends on.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Pins {
+    /// sha256 of the model file.
+    pub model_fp: String,
+    /// Fingerprint of the generator's tokenizer.
+    pub tok_fp: String,
+    /// Fingerprint of the encoder, when one is loaded.
+    pub encoder_fp: Option<String>,
+    /// Hash of the index that was searched.
+    pub index_hash: Option<String>,
+    /// sha256 of the chat template.
+    pub template_hash: Option<String>,
+    /// Version of this layout.
+    pub schema_hash: String,
+    /// Weight format.
+    pub quant: String,
+    /// KV cache element type.
+    pub kv_dtype: String,
+    /// Shards.
+    pub tp: usize,
+    /// Version of this program.
+    pub engine_build: String,
+}
+
+/// One line of the log.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct TraceEnvelope {
+    /// [`TRACE_SCHEMA_VERSION`].
+    pub schema_version: &'static str,
+    /// RFC 3339, UTC.
+    pub ts: String,
+    /// Unique per answer.
+    pub trace_id: String,
+    /// Unique per request.
+    pub request_id: String,
+    /// The `user` of the request.
+    pub session_id: Option<String>,
+    /// Which key asked (never the key).
+    pub agent_id: Option<String>,
+    /// Revision of a session's memory; 0: this server keeps none.
+    pub mem_rev: u64,
+    /// Hash of a session's memory; null: this server keeps none.
+    pub mem_hash: Option<String>,
+    /// What the answer depends on.
+    pub pins: Pins,
+    /// What happened.
+    #[serde(flatten)]
+    pub body: TraceBody,
+}
+
+/// What happened.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+#[serde(tag = "event")]
+pub enum TraceBody {
+    /// A collection was written.
+    #[serde(rename = "ingest.write")]
+    Ingest {
+        /// The collection.
+        collection: String,
+        /// Documents in it.
+        documents: usize,
+        /// Chunks in it.
+        chunks: usize,
+        /// Its hash.
+        index_hash: String,
+    },
+    /// A collection was searched.
+    #[serde(rename = "retrieve.run")]
+    Retrieve {
+        /// The question.
+        query: QueryRecord,
+        /// The collection.
+        collection: String,
+        /// What was found, best first.
+        retrieved: Vec<RetrievedItem>,
+    },
+    /// Text was generated without a collection.
+    #[serde(rename = "infer.run")]
+    Infer {
+        /// Route of the request.
+        route: &'static str,
+        /// Seed that was used.
+        seed: u64,
+        /// `stop`, `length`, `cancelled` or the fault.
+        finish_reason: String,
+        /// sha256 of the text of the choices, in order.
+        answer_sha256: String,
+        /// Tokens.
+        tokens: TokenCounts,
+        /// Times.
+        latency_ms: Latency,
+    },
+    /// A question was answered or refused.
+    #[serde(rename = "answer.decide")]
+    Answer(Box<AnswerRecord>),
+    /// A request was turned away by a guard before generation.
+    #[serde(rename = "guard.fire")]
+    Guard {
+        /// The guard.
+        guard: String,
+        /// Why.
+        detail: String,
+    },
+    /// A boot phase ended.
+    #[serde(rename = "boot.phase")]
+    Boot {
+        /// The phase.
+        phase: String,
+        /// Whether it succeeded.
+        ok: bool,
+        /// Milliseconds it took.
+        ms: f64,
+        /// What it found.
+        detail: String,
+    },
+    /// A probe ran.
+    #[serde(rename = "probe.run")]
+    Probe {
+        /// The report.
+        report: serde_json::Value,
+    },
+}
+
+/// A question.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct QueryRecord {
+    /// sha256 of the text, 16 digits.
+    pub q_id: String,
+    /// The question.
+    pub text: String,
+    /// Language tag; `und` when not determined.
+    pub lang: String,
+    /// Tokens by the index tokenizer.
+    pub tokens: usize,
+}
+
+/// One search result.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct RetrievedItem {
+    /// The snippet.
+    pub snippet_id: String,
+    /// Its section.
+    pub section_id: String,
+    /// Its tokens by the index tokenizer.
+    pub tokens: usize,
+    /// Fused score.
+    pub score_raw: f64,
+    /// Fused score over the best one's.
+    pub score_norm: f64,
+    /// Cosine of question and snippet.
+    pub cosine: f64,
+    /// 1 − cosine.
+    pub ds_raw: f64,
+    /// On the calibrated scale, when calibrated.
+    pub ds_cal: Option<f64>,
+    /// The probe: `ds_qr`.
+    pub probe: &'static str,
+    /// `hybrid`, `lexical` or `vector`.
+    pub source: &'static str,
+    /// Rank, from 1.
+    pub k_pos: usize,
+    /// Whether it entered the prompt.
+    pub selected: bool,
+}
+
+/// An answer with its evidence.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct AnswerRecord {
+    /// The question.
+    pub query: QueryRecord,
+    /// The collection.
+    pub collection: String,
+    /// sha256 of the system message.
+    pub system_sha256: String,
+    /// sha256 of the rendered prompt.
+    pub prompt_sha256: String,
+    /// What was found, best first.
+    pub retrieved: Vec<RetrievedItem>,
+    /// The answer as released.
+    pub answer_text: String,
+    /// Its hash.
+    pub answer_sha256: String,
+    /// The answer by section.
+    pub segments: Vec<SegmentRecord>,
+    /// Whether it is the refusal.
+    pub refusal: bool,
+    /// Why it was refused.
+    pub refusal_reason: Option<String>,
+    /// What the model wrote, when that was not released.
+    pub withheld_sha256: Option<String>,
+    /// Seed that was used.
+    pub seed: u64,
+    /// `stop`, `length`, or null when nothing was generated.
+    pub finish_reason: Option<String>,
+    /// What was measured.
+    pub metrics: AnswerMetrics,
+    /// λ is probed offline, never inline (G-30).
+    pub lambda: Option<serde_json::Value>,
+    /// Guards that fired.
+    pub guards_fired: Vec<String>,
+}
+
+/// A part of an answer that rests on one section.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct SegmentRecord {
+    /// Byte range in the answer.
+    pub text_span: [usize; 2],
+    /// The section.
+    pub section_id: String,
+    /// The snippets.
+    pub snippet_ids: Vec<String>,
+    /// `model` or `attributed`.
+    pub citation_source: &'static str,
+    /// Tokens of the snippets, by the index tokenizer.
+    pub tokens: usize,
+}
+
+/// What was measured for an answer. Null: not measured, see the statuses.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct AnswerMetrics {
+    /// Calibrated ΔS of the nearest selected snippet.
+    pub ds_min: Option<f64>,
+    /// Token-weighted mean over the selected snippets.
+    pub ds_mean: Option<f64>,
+    /// Status of the two.
+    pub ds_status: String,
+    /// Mean next-token entropy, nats.
+    pub h_mean: Option<f64>,
+    /// Times.
+    pub latency_ms: Latency,
+    /// Tokens.
+    pub tokens: TokenCounts,
+}
+
+/// Milliseconds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+pub struct Latency {
+    /// Search.
+    pub retrieve: f64,
+    /// Waiting for a place in the batch.
+    pub queue: f64,
+    /// Reading the prompt.
+    pub prefill: f64,
+    /// Generating.
+    pub decode: f64,
+}
+
+/// Tokens by the generator's tokenizer.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct TokenCounts {
+    /// Prompt.
+    pub r#in: usize,
+    /// Generated.
+    pub out: usize,
+    /// Prompt tokens from the cache.
+    pub cached: usize,
+}
