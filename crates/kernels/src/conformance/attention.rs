@@ -1,0 +1,227 @@
+//! Attention over fragmented pages and inside spans.
+//!
+//! **Bound.** A score errs by s = (D + 8) · u · scale · ‖q‖‖k‖, by Cauchy-Schwarz over the largest
+//! norms of the case; the eight stand for the scaling, the subtraction of the maximum and the
+//! argument of exp. A probability then errs by 2 (eˢ - 1) relative, plus 8 u for a kernel's own exp
+//! and its division, and the sums over S positions by S · u each: together `relative`, applied to
+//! Σ p|v|, which the reference computes from |v|.
+//!
+//! Cached values are rounded to half precision by one rule, so both sides see the same ones.
+
+use super::{ConformanceError, Suite, U, accepted, defined};
+use crate::reference::{Reference, ReferenceKvPool};
+use crate::{
+    AttentionShape, AttentionSpan, Backend, KvDtype, KvShape, KvSlot, PAGE_TOKENS, PageId, Span,
+};
+
+const N_LAYERS: usize = 2;
+const N_PAGES: usize = 9;
+
+/// H, K, D: one head, groups of 1, 2, 3 and 8, head widths with and without SIMD tails.
+const HEADS: [(usize, usize, usize); 5] =
+    [(1, 1, 8), (4, 2, 16), (9, 3, 64), (8, 1, 20), (3, 3, 33)];
+
+/// Sequences of one call: page table, first position, rows. Pages are out of order and interleaved;
+/// rows start at, cross and end at page edges; the first sequence decodes, the last has T = 33.
+const SEQUENCES: [(&[u32], usize, usize); 5] =
+    [(&[7, 2, 5], 600, 1), (&[4], 0, 7), (&[1, 8], 254, 3), (&[6], 255, 1), (&[3, 0], 240, 33)];
+
+/// The pools of one case.
+struct Pools<P> {
+    tested: P,
+    reference: ReferenceKvPool,
+    magnitudes: ReferenceKvPool, // the same keys, |v|
+    key_norm: f64,
+}
+
+impl<B: Backend> Suite<'_, B> {
+    /// Causal attention, cache writes and page copies.
+    pub(super) fn attention(&mut self) -> Result<(), ConformanceError> {
+        for (n_heads, n_kv_heads, head_dim) in HEADS {
+            let scale = 1.0 / (head_dim as f32).sqrt();
+            let shape = AttentionShape { n_heads, n_kv_heads, head_dim, scale };
+            for dtype in [KvDtype::F32, KvDtype::F16] {
+                // With queries twenty times as large one position takes nearly all the weight, and
+                // exp without the subtraction of the maximum overflows.
+                for deviation in [1.0, 20.0] {
+                    self.attention_case(shape, dtype, deviation)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn attention_case(
+        &mut self,
+        shape: AttentionShape,
+        dtype: KvDtype,
+        deviation: f32,
+    ) -> Result<(), ConformanceError> {
+        let AttentionShape { n_heads, n_kv_heads, head_dim, .. } = shape;
+        let case = format!(
+            "attention {dtype:?} cache, H={n_heads} K={n_kv_heads} D={head_dim}, queries x{deviation}"
+        );
+        let kv_shape =
+            KvShape { n_layers: N_LAYERS, n_kv_heads, head_dim, n_pages: N_PAGES, dtype };
+        let tables: Vec<Vec<PageId>> = SEQUENCES
+            .iter()
+            .map(|(pages, ..)| pages.iter().map(|&p| PageId(p)).collect())
+            .collect();
+        let mut pools = self.filled_pools(&case, kv_shape)?;
+        for layer in 0..N_LAYERS {
+            self.next_case();
+            let mut spans = Vec::new();
+            let mut n_rows = 0;
+            for ((_, first_position, rows), pages) in SEQUENCES.iter().zip(&tables) {
+                let (first_position, rows) = (*first_position, *rows);
+                spans.push(AttentionSpan {
+                    first_row: n_rows,
+                    n_rows: rows,
+                    first_position,
+                    pages,
+                });
+                n_rows += rows;
+            }
+            let q = self.random.normals(n_rows * n_heads * head_dim, 0.0, deviation);
+            let case = format!("{case}, layer {layer}");
+            self.attend(&case, &pools, layer, shape, &spans, &q)?;
+            // One sequence alone, as a decode step has it.
+            self.attend(&case, &pools, layer, shape, &spans[..1], &q[..n_heads * head_dim])?;
+        }
+
+        // The first sequence goes on with a copy of its last page, as a fork of it would.
+        self.backend.kv_copy_page(&mut pools.tested, PageId(5), PageId(3));
+        Reference.kv_copy_page(&mut pools.reference, PageId(5), PageId(3));
+        Reference.kv_copy_page(&mut pools.magnitudes, PageId(5), PageId(3));
+        let pages = [PageId(7), PageId(2), PageId(3)];
+        let span = AttentionSpan { first_row: 0, n_rows: 1, first_position: 590, pages: &pages };
+        let q = self.random.normals(n_heads * head_dim, 0.0, deviation);
+        for layer in 0..N_LAYERS {
+            let case = format!("{case}, layer {layer} after kv_copy_page");
+            self.attend(&case, &pools, layer, shape, &[span], &q)?;
+        }
+        Ok(())
+    }
+
+    fn attend(
+        &self,
+        case: &str,
+        pools: &Pools<B::KvPool>,
+        layer: usize,
+        shape: AttentionShape,
+        spans: &[AttentionSpan<'_>],
+        q: &[f32],
+    ) -> Result<(), ConformanceError> {
+        let q_tested = self.upload(case, q)?;
+        let mut out = self.output(case, q.len())?;
+        self.backend.attention(&q_tested, &pools.tested, layer, shape, spans, &mut out);
+        let q = q.to_vec();
+        let expected = defined(q.len(), |r, out| {
+            r.attention(&q, &pools.reference, layer, shape, spans, out);
+        });
+        let reach = defined(q.len(), |r, out| {
+            r.attention(&q, &pools.magnitudes, layer, shape, spans, out);
+        });
+        let n_seen = spans.iter().map(|s| s.first_position + s.n_rows).max().unwrap_or(0);
+        let relative = relative_bound(shape, n_seen, norm(&q, shape.head_dim), pools.key_norm);
+        self.check(case, &out, &expected, |i| relative * f64::from(reach[i]))
+    }
+
+    /// Pools with every position of [`SEQUENCES`] written, a few rows a call, and NaN in the other
+    /// slots of their last pages.
+    fn filled_pools(
+        &mut self,
+        case: &str,
+        shape: KvShape,
+    ) -> Result<Pools<B::KvPool>, ConformanceError> {
+        let mut pools = Pools {
+            tested: accepted(case, self.backend.kv_pool(shape))?,
+            reference: accepted(case, Reference.kv_pool(shape))?,
+            magnitudes: accepted(case, Reference.kv_pool(shape))?,
+            key_norm: 0.0,
+        };
+        let width = shape.n_kv_heads * shape.head_dim;
+        for (pages, first_position, n_rows) in SEQUENCES {
+            let n_seen = first_position + n_rows;
+            let slots: Vec<KvSlot> = (0..pages.len() * PAGE_TOKENS)
+                .map(|position| KvSlot {
+                    page: PageId(pages[position / PAGE_TOKENS]),
+                    offset: (position % PAGE_TOKENS) as u32,
+                })
+                .collect();
+            for layer in 0..shape.n_layers {
+                let mut position = 0;
+                for slots in slots[..n_seen].chunks(37).chain(slots[n_seen..].chunks(64)) {
+                    let (k, v) = if position < n_seen {
+                        let k = self.random.normals(slots.len() * width, 0.0, 1.0);
+                        pools.key_norm = pools.key_norm.max(norm(&k, shape.head_dim));
+                        (k, self.random.normals(slots.len() * width, 0.0, 1.0))
+                    } else {
+                        (vec![f32::NAN; slots.len() * width], vec![f32::NAN; slots.len() * width])
+                    };
+                    let k_tested = self.upload(case, &k)?;
+                    let v_tested = self.upload(case, &v)?;
+                    self.backend.kv_write(&mut pools.tested, layer, &k_tested, &v_tested, slots);
+                    Reference.kv_write(&mut pools.reference, layer, &k, &v, slots);
+                    let v = v.iter().map(|v| v.abs()).collect();
+                    Reference.kv_write(&mut pools.magnitudes, layer, &k, &v, slots);
+                    position += slots.len();
+                }
+            }
+        }
+        Ok(pools)
+    }
+
+    /// Attention inside spans that leave some rows out.
+    pub(super) fn attention_full(&mut self) -> Result<(), ConformanceError> {
+        let spans = [(0, 1), (1, 2), (3, 3), (8, 7), (15, 33)]
+            .map(|(first_row, n_rows)| Span { first_row, n_rows });
+        let n_rows = 48;
+        for (n_heads, n_kv_heads, head_dim) in HEADS {
+            let scale = 1.0 / (head_dim as f32).sqrt();
+            let shape = AttentionShape { n_heads, n_kv_heads, head_dim, scale };
+            for deviation in [1.0, 20.0] {
+                self.next_case();
+                let case = format!(
+                    "attention_full H={n_heads} K={n_kv_heads} D={head_dim}, queries x{deviation}"
+                );
+                let q = self.random.normals(n_rows * n_heads * head_dim, 0.0, deviation);
+                let kv_len = n_rows * n_kv_heads * head_dim;
+                let k = self.random.normals(kv_len, 0.0, 1.0);
+                let v = self.random.normals(kv_len, 0.0, 1.0);
+                let magnitudes = v.iter().map(|v| v.abs()).collect();
+                let q_tested = self.upload(&case, &q)?;
+                let k_tested = self.upload(&case, &k)?;
+                let v_tested = self.upload(&case, &v)?;
+                // Rows in no span keep the zeros that the reference starts from.
+                let mut out = self.upload(&case, &vec![0.0; q.len()])?;
+                self.backend
+                    .attention_full(&q_tested, &k_tested, &v_tested, shape, &spans, &mut out);
+                let expected =
+                    defined(q.len(), |r, out| r.attention_full(&q, &k, &v, shape, &spans, out));
+                let reach = defined(q.len(), |r, out| {
+                    r.attention_full(&q, &k, &magnitudes, shape, &spans, out);
+                });
+                let relative =
+                    relative_bound(shape, n_rows, norm(&q, head_dim), norm(&k, head_dim));
+                self.check(&case, &out, &expected, |i| relative * f64::from(reach[i]))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// `relative` of the file header.
+fn relative_bound(shape: AttentionShape, n_seen: usize, q_norm: f64, k_norm: f64) -> f64 {
+    // Half precision lengthens a key by 2⁻¹¹ at most.
+    let reach = f64::from(shape.scale) * q_norm * k_norm * 1.001;
+    let score_error = (shape.head_dim + 8) as f64 * U * reach;
+    2.0 * score_error.exp_m1() + (2 * n_seen + 16) as f64 * U
+}
+
+/// The largest Euclidean norm of a head.
+fn norm(x: &[f32], head_dim: usize) -> f64 {
+    x.chunks_exact(head_dim)
+        .map(|head| head.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>().sqrt())
+        .fold(0.0, f64::max)
+}

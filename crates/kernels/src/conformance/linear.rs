@@ -1,0 +1,305 @@
+//! Matrix products and the embedding.
+//!
+//! **Float bound.** n · u · Σ|wᵢxᵢ|, with n = columns + 8 for the bias, the residual and the store.
+//! A kernel for a block format may sum the integer part and the offset apart (d·Σqx and m·Σx), so
+//! for those |wᵢ| is replaced by 3 · max|w| of the run of 32 weights around it: no split of a weight
+//! on any of the grids has parts that sum to more.
+//!
+//! **Int8 bound.** Rounding to a grid of step d = max|x| / 127 per 32 activations moves each by at
+//! most d/2, so the product moves by Σ|wᵢ| · dᵢ/2; computing d in f32 adds less than 1/1000 of it.
+//!
+//! **Behind the product.** |silu'| < 1.1 and |gelu'| < 1.13 carry a product's bound through; a
+//! kernel's own exp may err by 16 u relative and its erf by 4 u absolute.
+//!
+//! Every bound has `f32::MIN_POSITIVE` per summand on top, so that denormals may be flushed.
+
+use exrail_tensor::{DType, quantize};
+
+use super::{ConformanceError, ROW_COUNTS, Suite, U, accepted, defined};
+use crate::reference::{Reference, ReferenceWeight};
+use crate::{Activation, Backend, TokenId, WeightView};
+
+/// Activations that share one int8 scale.
+const INT8_RUN: usize = 32;
+
+/// A matrix on the backend and as the reference sees it.
+struct Pair<W> {
+    case: String,
+    rows: usize,
+    columns: usize,
+    tested: W,
+    reference: ReferenceWeight,
+    magnitudes: ReferenceWeight, // |w|
+    spreads: ReferenceWeight,    // |w|, or 3 max|w| of 32 for block formats
+}
+
+impl<B: Backend> Suite<'_, B> {
+    /// All products over all formats, and the embedding.
+    pub(super) fn linear(&mut self) -> Result<(), ConformanceError> {
+        for dtype in DType::ALL {
+            let sizes: &[(usize, usize)] = match dtype.block_len() {
+                1 => &[(5, 1), (17, 33), (3, 64), (67, 100)],
+                32 => &[(1, 32), (17, 96), (67, 288)],
+                _ => &[(5, 256), (67, 768)],
+            };
+            for &(rows, columns) in sizes {
+                self.embed(dtype, rows, columns)?;
+                for n_rows in ROW_COUNTS {
+                    self.plain_linear(dtype, rows, columns, n_rows)?;
+                    self.linear_add(dtype, rows, columns, n_rows)?;
+                    self.linear_qkv(dtype, rows, columns, n_rows)?;
+                    self.linear_silu_gate(dtype, rows, columns, n_rows)?;
+                    self.linear_gelu(dtype, rows, columns, n_rows)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn embed(&mut self, dtype: DType, rows: usize, columns: usize) -> Result<(), ConformanceError> {
+        self.next_case();
+        let table = self.pair("embed", dtype, rows, columns)?;
+        let ids: Vec<TokenId> = (0..9).map(|_| TokenId(self.random.below(rows) as u32)).collect();
+        let mut out = self.output(&table.case, ids.len() * columns)?;
+        self.backend.embed(&table.tested, &ids, &mut out);
+        let expected = defined(ids.len() * columns, |r, out| r.embed(&table.reference, &ids, out));
+        let spreads = defined(ids.len() * columns, |r, out| r.embed(&table.spreads, &ids, out));
+        self.check(&table.case, &out, &expected, |i| 2.0 * U * f64::from(spreads[i]))
+    }
+
+    fn plain_linear(
+        &mut self,
+        dtype: DType,
+        rows: usize,
+        columns: usize,
+        n_rows: usize,
+    ) -> Result<(), ConformanceError> {
+        self.next_case();
+        let weight = self.pair("linear", dtype, rows, columns)?;
+        let case = format!("{} T={n_rows}", weight.case);
+        let x = self.random.activations(n_rows, columns);
+        let x_tested = self.upload(&case, &x)?;
+        let bias = self.random.normals(rows, 0.0, 1.0);
+        let bias_tested = self.upload(&case, &bias)?;
+        let bound = self.product_bound(&x, n_rows, &weight);
+        for (label, bias, bias_tested) in
+            [("no bias", None, None), ("bias", Some(&bias), Some(&bias_tested))]
+        {
+            let mut out = self.output(&case, n_rows * rows)?;
+            self.backend.linear(&x_tested, n_rows, &weight.tested, bias_tested, &mut out);
+            let expected = defined(n_rows * rows, |r, out| {
+                r.linear(&x, n_rows, &weight.reference, bias, out);
+            });
+            let case = format!("{case} {label}");
+            self.check(&case, &out, &expected, |i| bound[i] + U * magnitude(bias, i))?;
+        }
+        Ok(())
+    }
+
+    fn linear_add(
+        &mut self,
+        dtype: DType,
+        rows: usize,
+        columns: usize,
+        n_rows: usize,
+    ) -> Result<(), ConformanceError> {
+        self.next_case();
+        let weight = self.pair("linear_add", dtype, rows, columns)?;
+        let case = format!("{} T={n_rows}", weight.case);
+        let x = self.random.activations(n_rows, columns);
+        let y = self.random.normals(n_rows * rows, 0.0, 10.0);
+        let bias = self.random.normals(rows, 0.0, 1.0);
+        let x_tested = self.upload(&case, &x)?;
+        let bias_tested = self.upload(&case, &bias)?;
+        let bound = self.product_bound(&x, n_rows, &weight);
+        for (label, bias, bias_tested) in
+            [("no bias", None, None), ("bias", Some(&bias), Some(&bias_tested))]
+        {
+            let mut sum = self.upload(&case, &y)?;
+            self.backend.linear_add(&x_tested, n_rows, &weight.tested, bias_tested, &mut sum);
+            let mut expected = y.clone();
+            Reference.linear_add(&x, n_rows, &weight.reference, bias, &mut expected);
+            let case = format!("{case} {label}");
+            self.check(&case, &sum, &expected, |i| {
+                bound[i] + 2.0 * U * (magnitude(bias, i) + f64::from(y[i].abs()))
+            })?;
+        }
+        Ok(())
+    }
+
+    fn linear_qkv(
+        &mut self,
+        dtype: DType,
+        rows: usize,
+        columns: usize,
+        n_rows: usize,
+    ) -> Result<(), ConformanceError> {
+        self.next_case();
+        let q = self.pair("linear_qkv q", dtype, 3 * rows, columns)?;
+        let k = self.pair("linear_qkv k", dtype, rows, columns)?;
+        let v = self.pair("linear_qkv v", dtype, rows + 1, columns)?;
+        let pairs = [q, k, v];
+        let case = format!("{} T={n_rows}", pairs[0].case);
+        let x = self.random.activations(n_rows, columns);
+        let x_tested = self.upload(&case, &x)?;
+        let biases = [0, 1, 2].map(|i| self.random.normals(pairs[i].rows, 0.0, 1.0));
+        let [bias_q, bias_k, bias_v] = &biases;
+        let tested =
+            [self.upload(&case, bias_q)?, self.upload(&case, bias_k)?, self.upload(&case, bias_v)?];
+        for (label, with_bias) in [("no bias", None), ("bias", Some([0, 1, 2].map(|i| &tested[i])))]
+        {
+            let mut out_q = self.output(&case, n_rows * pairs[0].rows)?;
+            let mut out_k = self.output(&case, n_rows * pairs[1].rows)?;
+            let mut out_v = self.output(&case, n_rows * pairs[2].rows)?;
+            let weights = [0, 1, 2].map(|i| &pairs[i].tested);
+            let outs = [&mut out_q, &mut out_k, &mut out_v];
+            self.backend.linear_qkv(&x_tested, n_rows, weights, with_bias, outs);
+            for (i, out) in [&out_q, &out_k, &out_v].into_iter().enumerate() {
+                let pair = &pairs[i];
+                let bias = with_bias.map(|_| &biases[i]);
+                let expected = defined(n_rows * pair.rows, |r, out| {
+                    r.linear(&x, n_rows, &pair.reference, bias, out);
+                });
+                let bound = self.product_bound(&x, n_rows, pair);
+                let case = format!("{} T={n_rows} {label}", pair.case);
+                self.check(&case, out, &expected, |i| bound[i] + U * magnitude(bias, i))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn linear_silu_gate(
+        &mut self,
+        dtype: DType,
+        rows: usize,
+        columns: usize,
+        n_rows: usize,
+    ) -> Result<(), ConformanceError> {
+        self.next_case();
+        let gate = self.pair("linear_silu_gate", dtype, rows, columns)?;
+        let up = self.pair("linear_silu_gate", dtype, rows, columns)?;
+        let case = format!("{} T={n_rows}", gate.case);
+        let x = self.random.activations(n_rows, columns);
+        let x_tested = self.upload(&case, &x)?;
+        let len = n_rows * rows;
+        let mut out = self.output(&case, len)?;
+        self.backend.linear_silu_gate(&x_tested, n_rows, &gate.tested, &up.tested, &mut out);
+        let expected = defined(len, |r, out| {
+            r.linear_silu_gate(&x, n_rows, &gate.reference, &up.reference, out);
+        });
+        let gates = defined(len, |r, out| r.linear(&x, n_rows, &gate.reference, None, out));
+        let ups = defined(len, |r, out| r.linear(&x, n_rows, &up.reference, None, out));
+        let gate_bound = self.product_bound(&x, n_rows, &gate);
+        let up_bound = self.product_bound(&x, n_rows, &up);
+        self.check(&case, &out, &expected, |i| {
+            // |silu(g)| <= |g|, which spares a second formula for silu here.
+            let (g, u) = (f64::from(gates[i].abs()), f64::from(ups[i].abs()));
+            let moved = 1.1 * gate_bound[i] * (u + up_bound[i]) + g * up_bound[i];
+            moved + 16.0 * U * f64::from(expected[i].abs()) + f64::from(f32::MIN_POSITIVE)
+        })
+    }
+
+    fn linear_gelu(
+        &mut self,
+        dtype: DType,
+        rows: usize,
+        columns: usize,
+        n_rows: usize,
+    ) -> Result<(), ConformanceError> {
+        self.next_case();
+        let weight = self.pair("linear_gelu", dtype, rows, columns)?;
+        let case = format!("{} T={n_rows}", weight.case);
+        let x = self.random.activations(n_rows, columns);
+        let bias = self.random.normals(rows, 0.0, 1.0);
+        let x_tested = self.upload(&case, &x)?;
+        let bias_tested = self.upload(&case, &bias)?;
+        let len = n_rows * rows;
+        let mut out = self.output(&case, len)?;
+        self.backend.linear_gelu(&x_tested, n_rows, &weight.tested, &bias_tested, &mut out);
+        let expected =
+            defined(len, |r, out| r.linear_gelu(&x, n_rows, &weight.reference, &bias, out));
+        let products =
+            defined(len, |r, out| r.linear(&x, n_rows, &weight.reference, Some(&bias), out));
+        let bound = self.product_bound(&x, n_rows, &weight);
+        self.check(&case, &out, &expected, |i| {
+            1.13 * (bound[i] + U * magnitude(Some(&bias), i))
+                + 4.0 * U * f64::from(products[i].abs())
+                + f64::from(f32::MIN_POSITIVE)
+        })
+    }
+
+    /// A random matrix with rows of zeros and an offset, so that block minima matter.
+    fn pair(
+        &mut self,
+        op: &str,
+        dtype: DType,
+        rows: usize,
+        columns: usize,
+    ) -> Result<Pair<B::Weight>, ConformanceError> {
+        let case = format!("{op} {dtype} {rows}x{columns}");
+        let mut values = self.random.normals(rows * columns, 0.3, 0.5);
+        if rows > 2 {
+            values[columns..2 * columns].fill(0.0);
+        }
+        let bytes = quantize(dtype, &values).expect("the sizes above are whole blocks");
+        let view = WeightView { name: &case, dtype, rows, columns, bytes: &bytes };
+        let tested = accepted(&case, self.backend.weight(&view))?;
+        let found = self.backend.weight_shape(&tested);
+        if found != (rows, columns) {
+            let device = self.backend.name();
+            return Err(ConformanceError::Shape { case, expected: (rows, columns), found, device });
+        }
+        let reference = accepted(&case, Reference.weight(&view))?;
+        let magnitudes: Vec<f32> = reference.values().iter().map(|w| w.abs()).collect();
+        let spreads = match dtype.block_len() {
+            1 => magnitudes.clone(),
+            _ => magnitudes
+                .chunks_exact(32)
+                .flat_map(|run| [3.0 * run.iter().fold(0.0f32, |m, &w| m.max(w)); 32])
+                .collect(),
+        };
+        let magnitudes = f32_weight(rows, columns, &magnitudes);
+        let spreads = f32_weight(rows, columns, &spreads);
+        Ok(Pair { case, rows, columns, tested, reference, magnitudes, spreads })
+    }
+
+    /// How far each value of `x Wᵀ` may lie from the reference, `(T, N)`.
+    fn product_bound(&self, x: &[f32], n_rows: usize, weight: &Pair<B::Weight>) -> Vec<f64> {
+        let half_steps: Vec<f32> = match self.activation {
+            Activation::F32 => vec![0.0; x.len()],
+            Activation::Int8 => x
+                .chunks_exact(weight.columns)
+                .flat_map(|row| row.chunks(INT8_RUN))
+                .flat_map(|run| {
+                    let highest = run.iter().fold(0.0f32, |m, x| m.max(x.abs()));
+                    std::iter::repeat_n(highest / 254.0, run.len())
+                })
+                .collect(),
+        };
+        let reach: Vec<f32> = x.iter().zip(&half_steps).map(|(x, half)| x.abs() + half).collect();
+        let len = n_rows * weight.rows;
+        let summed = defined(len, |r, out| r.linear(&reach, n_rows, &weight.spreads, None, out));
+        let moved =
+            defined(len, |r, out| r.linear(&half_steps, n_rows, &weight.magnitudes, None, out));
+        let n = (weight.columns + 8) as f64;
+        let denormals = n * f64::from(f32::MIN_POSITIVE);
+        summed
+            .iter()
+            .zip(&moved)
+            .map(|(&summed, &moved)| {
+                n * U * f64::from(summed) + 1.001 * f64::from(moved) + denormals
+            })
+            .collect()
+    }
+}
+
+fn f32_weight(rows: usize, columns: usize, values: &[f32]) -> ReferenceWeight {
+    let bytes = quantize(DType::F32, values).expect("f32 has no blocks");
+    let view = WeightView { name: "bound", dtype: DType::F32, rows, columns, bytes: &bytes };
+    Reference.weight(&view).expect("the bytes were made for this shape")
+}
+
+/// |bias| behind output `index`.
+fn magnitude(bias: Option<&Vec<f32>>, index: usize) -> f64 {
+    bias.map_or(0.0, |bias| f64::from(bias[index % bias.len()].abs()))
+}

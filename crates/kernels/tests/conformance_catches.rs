@@ -1,0 +1,427 @@
+//! The suite passes the reference, and each fault put into one operation fails it.
+
+use exrail_kernels::conformance::{ConformanceError, run};
+use exrail_kernels::reference::{Reference, ReferenceKvPool, ReferenceWeight};
+use exrail_kernels::{
+    Activation, AttentionShape, AttentionSpan, Backend, KernelError, KvDtype, KvShape, KvSlot,
+    PAGE_TOKENS, PageId, Rope, RopeStyle, Span, TokenId, WeightView,
+};
+
+/// What is wrong with a [`Faulty`] backend.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Fault {
+    AcceptsShortWeights,
+    SwapsShape,
+    StaleBuffer,
+    EmbedsNextRow,
+    RmsNormWithoutEps,
+    LayerNormUnbiased,
+    LinearDropsBias,
+    LinearSkipsLastRow,
+    LinearAddOverwrites,
+    QkvDropsBiases,
+    GateSwapsUp,
+    GeluByTanh,
+    RopeOtherStyle,
+    RopeFromZero,
+    HalfPrecisionIgnored,
+    WritesLayerZero,
+    SeesTheFuture,
+    IgnoresThePageTable,
+    IgnoresTheScale,
+    WrongGroup,
+    CopiesNothing,
+    JoinsSpans,
+    GathersFirst,
+    AddsOneLess,
+    MeanIsSum,
+    WritesTheTail,
+    /// Not a fault where [`Activation::Int8`] is declared.
+    RoundsActivations,
+}
+
+const FAULTS: [Fault; 26] = [
+    Fault::AcceptsShortWeights,
+    Fault::SwapsShape,
+    Fault::StaleBuffer,
+    Fault::EmbedsNextRow,
+    Fault::RmsNormWithoutEps,
+    Fault::LayerNormUnbiased,
+    Fault::LinearDropsBias,
+    Fault::LinearSkipsLastRow,
+    Fault::LinearAddOverwrites,
+    Fault::QkvDropsBiases,
+    Fault::GateSwapsUp,
+    Fault::GeluByTanh,
+    Fault::RopeOtherStyle,
+    Fault::RopeFromZero,
+    Fault::HalfPrecisionIgnored,
+    Fault::WritesLayerZero,
+    Fault::SeesTheFuture,
+    Fault::IgnoresThePageTable,
+    Fault::IgnoresTheScale,
+    Fault::WrongGroup,
+    Fault::CopiesNothing,
+    Fault::JoinsSpans,
+    Fault::GathersFirst,
+    Fault::AddsOneLess,
+    Fault::MeanIsSum,
+    Fault::WritesTheTail,
+];
+
+#[test]
+fn the_reference_conforms_to_itself() {
+    run(&Reference, Activation::F32).unwrap();
+}
+
+#[test]
+fn activations_rounded_to_int8_pass_their_bound_and_fail_the_exact_one() {
+    let rounding = Faulty(Fault::RoundsActivations);
+    run(&rounding, Activation::Int8).unwrap();
+    let error = run(&rounding, Activation::F32).unwrap_err();
+    assert!(error.to_string().starts_with("linear F32"), "{error}");
+}
+
+#[test]
+fn every_fault_is_caught_at_its_operation() {
+    for fault in FAULTS {
+        let error = run(&Faulty(fault), Activation::F32)
+            .expect_err(&format!("{fault:?} must not pass the suite"));
+        let text = error.to_string();
+        let operation = match fault {
+            Fault::AcceptsShortWeights => "weight with a byte short",
+            Fault::SwapsShape => "embed",
+            Fault::StaleBuffer => "buffer of 1000",
+            Fault::EmbedsNextRow => "embed",
+            Fault::RmsNormWithoutEps | Fault::WritesTheTail => "rms_norm",
+            Fault::LayerNormUnbiased => "layer_norm",
+            Fault::LinearDropsBias | Fault::LinearSkipsLastRow | Fault::RoundsActivations => {
+                "linear F32"
+            }
+            Fault::LinearAddOverwrites => "linear_add",
+            Fault::QkvDropsBiases => "linear_qkv",
+            Fault::GateSwapsUp => "linear_silu_gate",
+            Fault::GeluByTanh => "linear_gelu",
+            Fault::RopeOtherStyle | Fault::RopeFromZero => "rope",
+            Fault::HalfPrecisionIgnored => "attention F16",
+            Fault::WritesLayerZero
+            | Fault::SeesTheFuture
+            | Fault::IgnoresThePageTable
+            | Fault::IgnoresTheScale
+            | Fault::WrongGroup
+            | Fault::CopiesNothing => "attention F32",
+            Fault::JoinsSpans => "attention_full",
+            Fault::GathersFirst => "gather_rows",
+            Fault::AddsOneLess => "add",
+            Fault::MeanIsSum => "mean_rows",
+        };
+        assert!(text.starts_with(operation), "{fault:?}: {text}");
+        if fault == Fault::WritesTheTail {
+            assert!(matches!(error, ConformanceError::Overrun { .. }), "{error}");
+        }
+    }
+}
+
+/// The reference with one fault.
+struct Faulty(Fault);
+
+impl Faulty {
+    fn is(&self, fault: Fault) -> bool {
+        self.0 == fault
+    }
+
+    /// The activations that matrix products see: on a grid of 255 steps per 32 of a row.
+    fn activations(&self, x: &[f32], weight: &ReferenceWeight) -> Vec<f32> {
+        let mut x = x.to_vec();
+        if self.is(Fault::RoundsActivations) {
+            let (_, columns) = Reference.weight_shape(weight);
+            for run in x.chunks_mut(columns).flat_map(|row| row.chunks_mut(32)) {
+                let step = run.iter().fold(0.0f32, |m, x| m.max(x.abs())) / 127.0;
+                if step > 0.0 {
+                    run.iter_mut().for_each(|x| *x = (*x / step).round() * step);
+                }
+            }
+        }
+        x
+    }
+}
+
+impl Backend for Faulty {
+    type Weight = ReferenceWeight;
+    type Buffer = Vec<f32>;
+    type KvPool = ReferenceKvPool;
+
+    fn name(&self) -> String {
+        format!("reference with {:?}", self.0)
+    }
+
+    fn weight(&self, view: &WeightView<'_>) -> Result<ReferenceWeight, KernelError> {
+        if self.is(Fault::AcceptsShortWeights) {
+            let len = view.dtype.row_bytes(view.columns).unwrap_or(0) * view.rows;
+            let mut bytes = view.bytes.to_vec();
+            bytes.resize(len, 0);
+            return Reference.weight(&WeightView { bytes: &bytes, ..*view });
+        }
+        Reference.weight(view)
+    }
+
+    fn weight_shape(&self, weight: &ReferenceWeight) -> (usize, usize) {
+        let (rows, columns) = Reference.weight_shape(weight);
+        if self.is(Fault::SwapsShape) { (columns, rows) } else { (rows, columns) }
+    }
+
+    fn buffer(&self, len: usize) -> Result<Vec<f32>, KernelError> {
+        Ok(vec![if self.is(Fault::StaleBuffer) { 1.0 } else { 0.0 }; len])
+    }
+
+    fn write(&self, buffer: &mut Vec<f32>, values: &[f32]) {
+        Reference.write(buffer, values);
+    }
+
+    fn read(&self, buffer: &Vec<f32>, values: &mut [f32]) {
+        Reference.read(buffer, values);
+    }
+
+    fn kv_pool(&self, shape: KvShape) -> Result<ReferenceKvPool, KernelError> {
+        let ignored = self.is(Fault::HalfPrecisionIgnored);
+        let dtype = if ignored { KvDtype::F32 } else { shape.dtype };
+        Reference.kv_pool(KvShape { dtype, ..shape })
+    }
+
+    fn kv_copy_page(&self, pool: &mut ReferenceKvPool, from: PageId, to: PageId) {
+        if !self.is(Fault::CopiesNothing) {
+            Reference.kv_copy_page(pool, from, to);
+        }
+    }
+
+    fn embed(&self, table: &ReferenceWeight, ids: &[TokenId], out: &mut Vec<f32>) {
+        let (rows, _) = Reference.weight_shape(table);
+        let shift = u32::from(self.is(Fault::EmbedsNextRow));
+        let ids: Vec<TokenId> =
+            ids.iter().map(|id| TokenId((id.0 + shift) % rows as u32)).collect();
+        Reference.embed(table, &ids, out);
+    }
+
+    fn rms_norm(
+        &self,
+        x: &Vec<f32>,
+        n_rows: usize,
+        weight: &Vec<f32>,
+        eps: f32,
+        out: &mut Vec<f32>,
+    ) {
+        let eps = if self.is(Fault::RmsNormWithoutEps) { 1e-30 } else { eps };
+        Reference.rms_norm(x, n_rows, weight, eps, out);
+        if self.is(Fault::WritesTheTail)
+            && let Some(last) = out.last_mut()
+            && last.is_nan()
+        {
+            *last = 0.0;
+        }
+    }
+
+    fn layer_norm(
+        &self,
+        x: &mut Vec<f32>,
+        n_rows: usize,
+        weight: &Vec<f32>,
+        bias: &Vec<f32>,
+        eps: f32,
+    ) {
+        let n = weight.len() as f32;
+        Reference.layer_norm(x, n_rows, weight, bias, eps);
+        if self.is(Fault::LayerNormUnbiased) {
+            for (i, x) in x.iter_mut().enumerate() {
+                let bias = bias[i % bias.len()];
+                *x = (*x - bias) * ((n - 1.0) / n).sqrt() + bias;
+            }
+        }
+    }
+
+    fn linear(
+        &self,
+        x: &Vec<f32>,
+        n_rows: usize,
+        weight: &ReferenceWeight,
+        bias: Option<&Vec<f32>>,
+        out: &mut Vec<f32>,
+    ) {
+        let bias = bias.filter(|_| !self.is(Fault::LinearDropsBias));
+        let skipped = self.is(Fault::LinearSkipsLastRow) && n_rows > 1;
+        Reference.linear(
+            &self.activations(x, weight),
+            n_rows - usize::from(skipped),
+            weight,
+            bias,
+            out,
+        );
+    }
+
+    fn linear_qkv(
+        &self,
+        x: &Vec<f32>,
+        n_rows: usize,
+        weights: [&ReferenceWeight; 3],
+        biases: Option<[&Vec<f32>; 3]>,
+        outs: [&mut Vec<f32>; 3],
+    ) {
+        let biases = biases.filter(|_| !self.is(Fault::QkvDropsBiases));
+        Reference.linear_qkv(&self.activations(x, weights[0]), n_rows, weights, biases, outs);
+    }
+
+    fn linear_add(
+        &self,
+        x: &Vec<f32>,
+        n_rows: usize,
+        weight: &ReferenceWeight,
+        bias: Option<&Vec<f32>>,
+        y: &mut Vec<f32>,
+    ) {
+        if self.is(Fault::LinearAddOverwrites) {
+            Reference.linear(&self.activations(x, weight), n_rows, weight, bias, y);
+        } else {
+            Reference.linear_add(&self.activations(x, weight), n_rows, weight, bias, y);
+        }
+    }
+
+    fn linear_silu_gate(
+        &self,
+        x: &Vec<f32>,
+        n_rows: usize,
+        gate: &ReferenceWeight,
+        up: &ReferenceWeight,
+        out: &mut Vec<f32>,
+    ) {
+        let (gate, up) = if self.is(Fault::GateSwapsUp) { (up, gate) } else { (gate, up) };
+        Reference.linear_silu_gate(&self.activations(x, gate), n_rows, gate, up, out);
+    }
+
+    fn linear_gelu(
+        &self,
+        x: &Vec<f32>,
+        n_rows: usize,
+        weight: &ReferenceWeight,
+        bias: &Vec<f32>,
+        out: &mut Vec<f32>,
+    ) {
+        if !self.is(Fault::GeluByTanh) {
+            return Reference.linear_gelu(&self.activations(x, weight), n_rows, weight, bias, out);
+        }
+        Reference.linear(&self.activations(x, weight), n_rows, weight, Some(bias), out);
+        for x in out.iter_mut() {
+            let inner = (2.0 / std::f32::consts::PI).sqrt() * (*x + 0.044_715 * x.powi(3));
+            *x *= 0.5 * (1.0 + inner.tanh());
+        }
+    }
+
+    fn rope(
+        &self,
+        x: &mut Vec<f32>,
+        n_heads: usize,
+        head_dim: usize,
+        positions: &[u32],
+        rope: &Rope,
+    ) {
+        let style = match (self.is(Fault::RopeOtherStyle), rope.style) {
+            (false, style) => style,
+            (true, RopeStyle::Halves) => RopeStyle::Interleaved,
+            (true, RopeStyle::Interleaved) => RopeStyle::Halves,
+        };
+        let inverse_frequencies = rope.inverse_frequencies.clone();
+        let start = if self.is(Fault::RopeFromZero) { positions[0] } else { 0 };
+        let positions: Vec<u32> = positions.iter().map(|p| p.saturating_sub(start)).collect();
+        let rope = Rope { inverse_frequencies, style };
+        Reference.rope(x, n_heads, head_dim, &positions, &rope);
+    }
+
+    fn kv_write(
+        &self,
+        pool: &mut ReferenceKvPool,
+        layer: usize,
+        k: &Vec<f32>,
+        v: &Vec<f32>,
+        slots: &[KvSlot],
+    ) {
+        let layer = if self.is(Fault::WritesLayerZero) { 0 } else { layer };
+        Reference.kv_write(pool, layer, k, v, slots);
+    }
+
+    fn attention(
+        &self,
+        q: &Vec<f32>,
+        pool: &ReferenceKvPool,
+        layer: usize,
+        shape: AttentionShape,
+        spans: &[AttentionSpan<'_>],
+        out: &mut Vec<f32>,
+    ) {
+        let scale = if self.is(Fault::IgnoresTheScale) { 1.0 } else { shape.scale };
+        let shape = AttentionShape { scale, ..shape };
+        let in_order: Vec<PageId> = (0..3).map(PageId).collect();
+        let spans: Vec<AttentionSpan<'_>> = spans
+            .iter()
+            .map(|&span| {
+                let room = (span.first_position + span.n_rows) % PAGE_TOKENS != 0;
+                let ahead = usize::from(self.is(Fault::SeesTheFuture) && room);
+                let ignored = self.is(Fault::IgnoresThePageTable);
+                let pages = if ignored { &in_order } else { span.pages };
+                AttentionSpan { first_position: span.first_position + ahead, pages, ..span }
+            })
+            .collect();
+        if !self.is(Fault::WrongGroup) {
+            return Reference.attention(q, pool, layer, shape, &spans, out);
+        }
+        // Head h reads head h mod K instead of h / (H / K): put it where the reference does that.
+        let AttentionShape { n_heads, n_kv_heads, head_dim, .. } = shape;
+        let place = |h: usize| (h % n_kv_heads) * (n_heads / n_kv_heads) + h / n_kv_heads;
+        let n_rows = spans.iter().map(|s| s.first_row + s.n_rows).max().unwrap_or(0);
+        let moves = (0..n_rows * n_heads).map(|i| {
+            let (row, h) = (i / n_heads, i % n_heads);
+            (i * head_dim, (row * n_heads + place(h)) * head_dim)
+        });
+        let mut moved = vec![0.0; n_rows * n_heads * head_dim];
+        for (from, to) in moves.clone() {
+            moved[to..to + head_dim].copy_from_slice(&q[from..from + head_dim]);
+        }
+        let mut attended = moved.clone();
+        Reference.attention(&moved, pool, layer, shape, &spans, &mut attended);
+        for (to, from) in moves {
+            out[to..to + head_dim].copy_from_slice(&attended[from..from + head_dim]);
+        }
+    }
+
+    fn attention_full(
+        &self,
+        q: &Vec<f32>,
+        k: &Vec<f32>,
+        v: &Vec<f32>,
+        shape: AttentionShape,
+        spans: &[Span],
+        out: &mut Vec<f32>,
+    ) {
+        if self.is(Fault::JoinsSpans) {
+            let n_rows = spans.iter().map(|s| s.first_row + s.n_rows).max().unwrap_or(0);
+            let all = Span { first_row: 0, n_rows };
+            return Reference.attention_full(q, k, v, shape, &[all], out);
+        }
+        Reference.attention_full(q, k, v, shape, spans, out);
+    }
+
+    fn gather_rows(&self, x: &Vec<f32>, width: usize, rows: &[u32], out: &mut Vec<f32>) {
+        let rows = if self.is(Fault::GathersFirst) { vec![0; rows.len()] } else { rows.to_vec() };
+        Reference.gather_rows(x, width, &rows, out);
+    }
+
+    fn add(&self, x: &mut Vec<f32>, y: &Vec<f32>, len: usize) {
+        Reference.add(x, y, len - usize::from(self.is(Fault::AddsOneLess)));
+    }
+
+    fn mean_rows(&self, x: &Vec<f32>, width: usize, spans: &[Span], out: &mut Vec<f32>) {
+        Reference.mean_rows(x, width, spans, out);
+        if self.is(Fault::MeanIsSum) {
+            for (out, span) in out.chunks_mut(width).zip(spans) {
+                out.iter_mut().for_each(|x| *x *= span.n_rows as f32);
+            }
+        }
+    }
+}
