@@ -1,0 +1,67 @@
+//! The statistics agree with numpy and scipy; `golden/metrics/make.py` wrote the expected values.
+
+#![expect(clippy::unwrap_used, reason = "a golden file of another shape is a failed test")]
+
+use exrail_metrics::{auroc, kld_from_logits, quantile, theil_sen, wilson};
+use serde_json::Value;
+
+fn golden() -> Value {
+    serde_json::from_str(include_str!("../../../golden/metrics/statistics.json")).unwrap()
+}
+
+fn numbers(value: &Value) -> Vec<f64> {
+    value.as_array().unwrap().iter().map(|x| x.as_f64().unwrap()).collect()
+}
+
+#[expect(clippy::cast_possible_truncation, reason = "the file holds f32 values")]
+fn logits(value: &Value) -> Vec<f32> {
+    numbers(value).into_iter().map(|x| x as f32).collect()
+}
+
+fn near(found: f64, expected: &Value) {
+    let expected = expected.as_f64().unwrap();
+    assert!((found - expected).abs() <= 1e-9 * expected.abs().max(1.0), "{found} ≠ {expected}");
+}
+
+#[test]
+fn quantile_is_numpys_linear_method() {
+    for case in golden()["quantile"].as_array().unwrap() {
+        let p = case["p"].as_f64().unwrap();
+        near(quantile(&numbers(&case["values"]), p).unwrap(), &case["expected"]);
+    }
+}
+
+#[test]
+fn auroc_is_the_scaled_mann_whitney_u() {
+    for case in golden()["auroc"].as_array().unwrap() {
+        let found = auroc(&numbers(&case["lower"]), &numbers(&case["higher"])).unwrap();
+        near(found, &case["expected"]);
+    }
+}
+
+#[test]
+fn wilson_is_scipys() {
+    for case in golden()["wilson"].as_array().unwrap() {
+        let count = |key: &str| usize::try_from(case[key].as_u64().unwrap()).unwrap();
+        let interval = wilson(count("successes"), count("trials")).unwrap();
+        near(interval.low, &case["low"]);
+        near(interval.high, &case["high"]);
+    }
+}
+
+#[test]
+fn theil_sen_is_scipys() {
+    for case in golden()["theil_sen"].as_array().unwrap() {
+        let line = theil_sen(&numbers(&case["x"]), &numbers(&case["y"])).unwrap();
+        near(line.slope, &case["slope"]);
+        near(line.intercept, &case["intercept"]);
+    }
+}
+
+#[test]
+fn kld_is_scipys_entropy() {
+    for case in golden()["kld"].as_array().unwrap() {
+        let found = kld_from_logits(&logits(&case["reference"]), &logits(&case["other"])).unwrap();
+        near(found, &case["expected"]);
+    }
+}

@@ -1,0 +1,52 @@
+#!/usr/bin/env python3
+"""Writes statistics.json: what numpy and scipy give for the statistics of crate `metrics`.
+
+Needs numpy and scipy. Run it in this folder; the file changes only if a definition does.
+"""
+
+import json
+
+import numpy as np
+from scipy import stats
+from scipy.special import log_softmax
+
+
+def main() -> None:
+    rng = np.random.Generator(np.random.PCG64(20240607))
+    cases = {"quantile": [], "auroc": [], "wilson": [], "theil_sen": [], "kld": []}
+    for n in (1, 2, 3, 10, 57):
+        values = rng.normal(size=n).round(2).tolist()
+        for p in (0.0, 0.05, 0.25, 0.5, 0.731, 0.95, 1.0):
+            found = float(np.quantile(values, p, method="linear"))
+            cases["quantile"].append({"values": values, "p": p, "expected": found})
+    for n, m, ties in ((5, 7, False), (30, 20, True), (50, 60, True), (4, 4, True)):
+        lower, higher = rng.normal(0.0, 1.0, n), rng.normal(0.7, 1.0, m)
+        if ties:
+            lower, higher = (lower * 2).round() / 2, (higher * 2).round() / 2
+        u = stats.mannwhitneyu(higher, lower).statistic
+        cases["auroc"].append(
+            {"lower": lower.tolist(), "higher": higher.tolist(), "expected": float(u) / (n * m)}
+        )
+    for k, n in ((6, 6), (0, 6), (5, 6), (46, 50), (90, 100), (1, 1000), (98, 100), (0, 180)):
+        interval = stats.binomtest(k, n).proportion_ci(0.95, method="wilson")
+        cases["wilson"].append(
+            {"successes": k, "trials": n, "low": interval.low, "high": interval.high}
+        )
+    for n in (2, 5, 12, 40):
+        x = rng.uniform(0, 10, n).round(1)
+        y = 0.3 * x + rng.standard_t(2, n)
+        line = stats.theilslopes(y, x)
+        cases["theil_sen"].append(
+            {"x": x.tolist(), "y": y.tolist(), "slope": float(line[0]), "intercept": float(line[1])}
+        )
+    for n in (2, 7, 100):
+        p, q = rng.normal(0, 3, n).astype(np.float32), rng.normal(0, 3, n).astype(np.float32)
+        found = stats.entropy(np.exp(log_softmax(p.astype(float))), np.exp(log_softmax(q.astype(float))))
+        cases["kld"].append({"reference": p.tolist(), "other": q.tolist(), "expected": float(found)})
+    with open("statistics.json", "w", encoding="ascii") as file:
+        json.dump(cases, file, indent=1)
+        file.write("\n")
+
+
+if __name__ == "__main__":
+    main()
