@@ -7,7 +7,7 @@ const GOLDEN: &str = include_str!("../../../golden/tensor/dequantise.json");
 fn unhex(text: &str) -> Vec<u8> {
     text.as_bytes()
         .chunks(2)
-        .map(|pair| u8::from_str_radix(std::str::from_utf8(pair).unwrap(), 16).unwrap())
+        .map(|pair| u8::from_str_radix(str::from_utf8(pair).expect("ascii"), 16).expect("hex"))
         .collect()
 }
 

@@ -8,7 +8,8 @@ use proptest::prelude::*;
 
 fn round_trip(dtype: DType, values: &[f32]) -> Vec<f32> {
     let mut back = vec![f32::NAN; values.len()];
-    dequantize(dtype, &quantize(dtype, values).unwrap(), &mut back).unwrap();
+    let blocks = quantize(dtype, values).expect("whole blocks");
+    dequantize(dtype, &blocks, &mut back).expect("the bytes that quantize made");
     back
 }
 
@@ -71,7 +72,7 @@ proptest! {
     #[test]
     fn any_bits_survive_parsing_and_packing(bytes in prop::collection::vec(any::<u8>(), 210)) {
         fn check<B: Block<BYTES, LEN>, const BYTES: usize, const LEN: usize>(bytes: &[u8]) {
-            let block: &[u8; BYTES] = bytes[..BYTES].try_into().unwrap();
+            let block: &[u8; BYTES] = bytes[..BYTES].try_into().expect("enough bytes");
             assert_eq!(&B::from_bytes(block).to_bytes(), block);
         }
         check::<BlockQ4_0, 18, 32>(&bytes);
