@@ -1,1 +1,28 @@
-//! placeholder
+//! Untrusted model files turned into checked views: GGUF, safetensors, and the configurations of
+//! the two model families.
+//!
+//! Everything that comes out of a constructor here agrees with itself: tensors lie inside their
+//! file and have the shapes that the configuration says. Nothing here knows kernels or tokenizing.
+//! No input makes this crate panic, or allocate more than a small multiple of the file's size.
+
+mod bert;
+mod bytes;
+mod digest;
+mod error;
+mod gguf;
+mod llama;
+mod metadata;
+mod reader;
+mod safetensors_file;
+mod tensors;
+mod vocabulary;
+
+pub use bert::{BertConfig, BertFiles, Pooling};
+pub use digest::{sha256_file, sha256_hex};
+pub use error::LoadError;
+pub use gguf::Gguf;
+pub use llama::LlamaConfig;
+pub use metadata::{Array, Metadata, Value};
+pub use safetensors_file::SafetensorsFile;
+pub use tensors::{TensorView, Tensors};
+pub use vocabulary::VocabularyTable;

@@ -1,0 +1,53 @@
+//! [`FileBytes`]: the bytes of a file, mapped or owned. The only `unsafe` of this crate.
+#![expect(unsafe_code, reason = "mapping a file into memory cannot be expressed safely")]
+
+use std::fs::File;
+use std::ops::Deref;
+use std::path::Path;
+use std::sync::Arc;
+
+use memmap2::Mmap;
+
+use crate::LoadError;
+
+/// The bytes of a model file. Dereferences to `[u8]`; cloning shares them.
+#[derive(Clone)]
+pub(crate) enum FileBytes {
+    /// A read-only private mapping: pages are read when first touched.
+    Mapped(Arc<Mmap>),
+    /// Bytes that the caller had already.
+    Owned(Arc<[u8]>),
+}
+
+impl FileBytes {
+    /// Maps the file at `path`.
+    ///
+    /// The file must stay as it is while mapped, which is why models belong in a cache directory
+    /// that only the downloader writes to, by rename. Truncating it in place makes the system kill
+    /// the process at the next read; rewriting it in place changes weights under way.
+    pub(crate) fn map(path: &Path) -> Result<FileBytes, LoadError> {
+        let io_error = |source| LoadError::Io { path: path.to_owned(), source };
+        let file = File::open(path).map_err(io_error)?;
+        if !file.metadata().map_err(io_error)?.is_file() {
+            let source = std::io::Error::other("expected a regular file");
+            return Err(io_error(source));
+        }
+        // SAFETY: `Mmap::map` requires that nobody changes the file while it is mapped. Other
+        // processes are outside our control; the doc comment above states the requirement, our own
+        // code opens models read-only, and every type is parsed by copying out of the mapping, so
+        // that a changed byte is at worst a wrong number and never a broken reference.
+        let mapping = unsafe { Mmap::map(&file) }.map_err(io_error)?;
+        Ok(FileBytes::Mapped(Arc::new(mapping)))
+    }
+}
+
+impl Deref for FileBytes {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        match self {
+            FileBytes::Mapped(mapping) => mapping,
+            FileBytes::Owned(bytes) => bytes,
+        }
+    }
+}
