@@ -1,6 +1,11 @@
 //! What a chunk is (G-14) and what its size may be (G-23). Cutting is in `cut`.
 
+use std::ops::Range;
+
 use serde::{Deserialize, Serialize};
+
+use crate::hash::{sha256_hex, short_id};
+use crate::{Document, Encode, EncoderFacts, PREPARATION, RetrievalError, Section};
 
 /// One retrievable piece of one document revision, with the fields of G-14.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -122,4 +127,150 @@ pub struct ChunkOptions {
     pub max: usize,
     /// No chunk is larger, with no exception: what the encoder reads, prefix included.
     pub window: usize,
+}
+
+/// Default `min` (G-23).
+const DEFAULT_MIN: usize = 40;
+
+/// Default `max` for prose (G-23).
+const DEFAULT_MAX: usize = 130;
+
+/// The smallest window that is accepted; NFKC can make 18 tokens of one character (U+FDFA).
+const SMALLEST_WINDOW: usize = 32;
+
+impl ChunkOptions {
+    /// 40 to 130 tokens in the encoder's window less its passage prefix; lower where the window is.
+    #[must_use]
+    pub fn for_encoder(encoder: &dyn Encode) -> ChunkOptions {
+        let facts = encoder.facts();
+        let prefix = encoder.tokenize(&facts.passage_prefix).len();
+        let window = facts.max_tokens.saturating_sub(prefix);
+        let max = DEFAULT_MAX.min(window);
+        ChunkOptions { min: DEFAULT_MIN.min(max), max, window }
+    }
+
+    /// Whether the sizes are in order.
+    ///
+    /// # Errors
+    /// [`RetrievalError::BadChunkOption`].
+    pub(crate) fn check(&self) -> Result<(), RetrievalError> {
+        let bad = |field, expected, found| {
+            Err(RetrievalError::BadChunkOption { field, expected, found })
+        };
+        if self.window < SMALLEST_WINDOW {
+            return bad("window", "at least 32 tokens", self.window);
+        }
+        if self.max == 0 || self.max > self.window {
+            return bad("max", "1 to window", self.max);
+        }
+        if self.min > self.max {
+            return bad("min", "at most max", self.min);
+        }
+        Ok(())
+    }
+}
+
+impl Chunk {
+    /// Hex sha256 over the JSON of this chunk with an empty `contract_sha256`: what
+    /// `contract_sha256` must be. It lets a reader of a trace check one chunk by itself.
+    ///
+    /// # Panics
+    /// Never: the fields are strings and numbers, which always serialise.
+    #[must_use]
+    pub fn contract_hash(&self) -> String {
+        let unsigned = Chunk { contract_sha256: String::new(), ..self.clone() };
+        let json = serde_json::to_vec(&unsigned).expect("strings and numbers always serialise");
+        sha256_hex(&json)
+    }
+
+    /// Byte range in the canonical text of the document.
+    #[must_use]
+    pub fn range(&self) -> Range<usize> {
+        self.span.start..self.span.end
+    }
+}
+
+/// Makes the chunks of one document: the fields that all of them share.
+pub(crate) struct ChunkWriter<'d> {
+    document: &'d Document,
+    tokenizer: TokenizerFacts,
+    embedding: EmbeddingFacts,
+    line_starts: Vec<usize>,
+}
+
+impl<'d> ChunkWriter<'d> {
+    pub(crate) fn new(document: &'d Document, encoder: &dyn Encode) -> ChunkWriter<'d> {
+        let facts: EncoderFacts = encoder.facts();
+        let line_starts =
+            document.text.match_indices('\n').map(|(at, _)| at + 1).collect::<Vec<_>>();
+        ChunkWriter {
+            document,
+            tokenizer: TokenizerFacts {
+                name: facts.name,
+                version: PREPARATION.to_owned(),
+                hash: facts.tokenizer_fp,
+                case: "keep".to_owned(),
+                unicode_norm: "NFC".to_owned(),
+            },
+            embedding: EmbeddingFacts {
+                encoder_fp: encoder.fingerprint().to_owned(),
+                dim: facts.dim,
+                metric: facts.metric,
+                normalized: facts.normalized,
+                pooling: facts.pooling,
+            },
+            line_starts,
+        }
+    }
+
+    pub(crate) fn doc_id(&self) -> &str {
+        &self.document.doc_id
+    }
+
+    /// The chunk at `span`, which is not empty and lies inside `section`.
+    pub(crate) fn write(
+        &self,
+        section: &Section,
+        span: Range<usize>,
+        tokens: usize,
+        block_type: BlockType,
+    ) -> Chunk {
+        let document = self.document;
+        let text = document.text[span.clone()].to_owned();
+        let snippet_id = short_id(&[
+            &document.doc_id,
+            &document.rev,
+            &span.start.to_string(),
+            &span.end.to_string(),
+        ]);
+        let mut chunk = Chunk {
+            snippet_id,
+            doc_id: document.doc_id.clone(),
+            section_id: section.section_id.clone(),
+            rev: document.rev.clone(),
+            source_url: document.source_url.clone(),
+            span: ChunkSpan {
+                start: span.start,
+                end: span.end,
+                unit: SpanUnit::Byte,
+                line_start: self.line_of(span.start),
+                line_end: self.line_of(span.end - 1),
+            },
+            tokens,
+            lang: document.lang.clone(),
+            block_type,
+            anchor: section.anchor.clone(),
+            text_sha256: sha256_hex(text.as_bytes()),
+            text,
+            contract_sha256: String::new(),
+            tokenizer: self.tokenizer.clone(),
+            embedding: self.embedding.clone(),
+        };
+        chunk.contract_sha256 = chunk.contract_hash();
+        chunk
+    }
+
+    fn line_of(&self, at: usize) -> usize {
+        self.line_starts.partition_point(|start| *start <= at) + 1
+    }
 }

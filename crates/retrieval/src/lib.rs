@@ -10,15 +10,27 @@
 //! collection refuses an encoder other than the one it was made with (G-24).
 
 mod chunk;
+mod cut;
 mod document;
 mod encode;
+mod error;
+mod hash;
+mod html;
+mod markdown;
+mod outline;
 mod prepare;
+mod read;
 mod search;
+mod sentence;
+pub mod testing;
 
 pub use chunk::{
     BlockType, Chunk, ChunkOptions, ChunkSpan, EmbeddingFacts, SpanUnit, TokenizerFacts,
 };
+pub use cut::{Chunked, chunk};
 pub use document::{Block, BlockKind, Document, DocumentFormat, Section};
 pub use encode::{Encode, EncodeError, EncoderFacts};
+pub use error::{FieldDiff, RetrievalError};
 pub use prepare::{PREPARATION, prepare};
+pub use read::{MAX_DOCUMENT_BYTES, read_document, read_folder};
 pub use search::{Hit, SearchMode, SearchOptions};
