@@ -1,1 +1,22 @@
-//! placeholder
+//! Architecture as data: one decoder forward pass (Llama family) and one encoder (BERT), generic
+//! over [`exrail_kernels::Backend`].
+//!
+//! Weights come through [`exrail_checkpoint::Tensors`], whose shapes are checked here by name.
+//! Nothing here schedules, samples, tokenizes, or knows a device.
+//!
+//! Letters: T rows in the batch, M logit rows, C model width, H query heads, K key/value heads,
+//! D head width, F FFN width, V vocabulary.
+
+mod batch;
+mod decoder;
+mod encoder;
+mod error;
+mod load;
+mod scratch;
+
+pub use batch::Batch;
+pub use decoder::Decoder;
+pub use encoder::Encoder;
+pub use error::ModelError;
+pub use load::LoadProgress;
+pub use scratch::Scratch;
