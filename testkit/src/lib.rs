@@ -1,1 +1,15 @@
+//! Tiny seeded models for tests: whole files that every loader must accept, made in milliseconds,
+//! and a writer for files that every loader must refuse.
+//!
+//! The same seed gives the same bytes on every platform: random numbers come from integer
+//! arithmetic and IEEE additions only. Functions here panic on wrong arguments; they serve tests.
 
+mod gguf_writer;
+mod random;
+mod tiny_bert;
+mod tiny_llama;
+
+pub use gguf_writer::{GgufValue, GgufWriter};
+pub use random::Random;
+pub use tiny_bert::{safetensors_bytes, tiny_bert};
+pub use tiny_llama::{CHAT_TEMPLATE, TinyLlama, tiny_llama};

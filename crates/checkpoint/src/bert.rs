@@ -80,11 +80,12 @@ impl BertConfig {
             pooling: &read_small(&dir.join(pooling_dir).join("config.json"))?,
             sentence: sentence.as_deref(),
         })
-        .map_err(|error| match error {
-            LoadError::InFile { path, source } => {
-                LoadError::InFile { path: dir.join(path), source }
+        .map_err(|error| {
+            // A parse error names the file already, but not the folder.
+            if let LoadError::InFile { path, source } = error {
+                return LoadError::InFile { path: dir.join(path), source };
             }
-            other => other.in_file(dir),
+            error.in_file(dir)
         })
     }
 
