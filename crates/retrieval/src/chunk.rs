@@ -154,9 +154,8 @@ impl ChunkOptions {
     /// # Errors
     /// [`RetrievalError::BadChunkOption`].
     pub(crate) fn check(&self) -> Result<(), RetrievalError> {
-        let bad = |field, expected, found| {
-            Err(RetrievalError::BadChunkOption { field, expected, found })
-        };
+        let bad =
+            |field, expected, found| Err(RetrievalError::BadChunkOption { field, expected, found });
         if self.window < SMALLEST_WINDOW {
             return bad("window", "at least 32 tokens", self.window);
         }

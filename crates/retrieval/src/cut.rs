@@ -140,9 +140,7 @@ impl Cutter<'_> {
     fn atoms(&self, block: &Block, atoms: &mut Vec<Atom>, forced_cuts: &mut usize) {
         let spans = match block.kind {
             BlockKind::Heading => vec![block.span.clone()],
-            BlockKind::Paragraph | BlockKind::ListItem => {
-                sentences(self.text, block.span.clone())
-            }
+            BlockKind::Paragraph | BlockKind::ListItem => sentences(self.text, block.span.clone()),
             BlockKind::Table | BlockKind::Code => {
                 if self.tokens(block.span.clone()) <= self.options.window {
                     vec![block.span.clone()]
@@ -318,3 +316,7 @@ fn block_type(atoms: &[Atom]) -> BlockType {
     }
     found.unwrap_or(BlockType::Heading)
 }
+
+#[cfg(test)]
+#[path = "cut_tests.rs"]
+mod tests;

@@ -53,8 +53,21 @@ fn is_dropped(element: &Element) -> bool {
     let style = element.attr("style").unwrap_or_default().replace(' ', "").to_ascii_lowercase();
     matches!(
         element.name(),
-        "script" | "style" | "nav" | "template" | "noscript" | "svg" | "footer" | "button"
-            | "select" | "textarea" | "iframe" | "object" | "canvas" | "audio" | "video"
+        "script"
+            | "style"
+            | "nav"
+            | "template"
+            | "noscript"
+            | "svg"
+            | "footer"
+            | "button"
+            | "select"
+            | "textarea"
+            | "iframe"
+            | "object"
+            | "canvas"
+            | "audio"
+            | "video"
     ) || element.attr("hidden").is_some()
         || element.attr("aria-hidden") == Some("true")
         || style.contains("display:none")
@@ -65,9 +78,30 @@ fn is_dropped(element: &Element) -> bool {
 fn is_block(name: &str) -> bool {
     matches!(
         name,
-        "p" | "div" | "section" | "article" | "main" | "header" | "aside" | "ul" | "ol" | "dl"
-            | "dt" | "dd" | "li" | "blockquote" | "figure" | "figcaption" | "body" | "hr"
-            | "address" | "details" | "summary" | "fieldset" | "title" | "head" | "html"
+        "p" | "div"
+            | "section"
+            | "article"
+            | "main"
+            | "header"
+            | "aside"
+            | "ul"
+            | "ol"
+            | "dl"
+            | "dt"
+            | "dd"
+            | "li"
+            | "blockquote"
+            | "figure"
+            | "figcaption"
+            | "body"
+            | "hr"
+            | "address"
+            | "details"
+            | "summary"
+            | "fieldset"
+            | "title"
+            | "head"
+            | "html"
     )
 }
 

@@ -10,27 +10,37 @@
 //! collection refuses an encoder other than the one it was made with (G-24).
 
 mod chunk;
+mod collection;
+mod contract;
 mod cut;
+mod disk;
 mod document;
 mod encode;
 mod error;
+mod generation;
 mod hash;
 mod html;
+mod lexical;
 mod markdown;
 mod outline;
 mod prepare;
 mod read;
+mod report;
 mod search;
 mod sentence;
 pub mod testing;
+mod vectors;
 
 pub use chunk::{
     BlockType, Chunk, ChunkOptions, ChunkSpan, EmbeddingFacts, SpanUnit, TokenizerFacts,
 };
+pub use collection::{Collection, IngestProgress};
+pub use contract::{Contract, SCHEMA_VERSION};
 pub use cut::{Chunked, chunk};
 pub use document::{Block, BlockKind, Document, DocumentFormat, Section};
 pub use encode::{Encode, EncodeError, EncoderFacts};
 pub use error::{FieldDiff, RetrievalError};
 pub use prepare::{PREPARATION, prepare};
 pub use read::{MAX_DOCUMENT_BYTES, read_document, read_folder};
+pub use report::{IngestReport, Spread};
 pub use search::{Hit, SearchMode, SearchOptions};

@@ -62,8 +62,8 @@ fn name_below(root: &Path, path: &Path) -> String {
 
 fn read_named(path: &Path, name: &str) -> Result<Document, RetrievalError> {
     let failed = |source| RetrievalError::Io { path: path.to_owned(), source };
-    let format = format_of(path)
-        .ok_or_else(|| RetrievalError::UnknownFormat { path: path.to_owned() })?;
+    let format =
+        format_of(path).ok_or_else(|| RetrievalError::UnknownFormat { path: path.to_owned() })?;
     check_size(name, fs::metadata(path).map_err(failed)?.len())?;
     Document::parse(name, name, format, &fs::read(path).map_err(failed)?)
 }
@@ -162,18 +162,21 @@ mod tests {
              | h | i |\n|---|---|\n| 1 | 2 |\n\n```rust\n# no heading\n\n```\n<!-- hidden\nx -->\n\
              Sub\n---\n$$\nx = 1\n$$\n***\n    code\nlast",
         );
-        assert_eq!(blocks(&document), [
-            (Heading, "# One [two](http://x) `three` #"),
-            (Paragraph, "para\nmore"),
-            (ListItem, "- a\n  b"),
-            (ListItem, "- c"),
-            (Table, "| h | i |\n|---|---|\n| 1 | 2 |"),
-            (Code, "```rust\n# no heading\n\n```"),
-            (Heading, "Sub\n---"),
-            (Code, "$$\nx = 1\n$$"),
-            (Code, "code"),
-            (Paragraph, "last"),
-        ]);
+        assert_eq!(
+            blocks(&document),
+            [
+                (Heading, "# One [two](http://x) `three` #"),
+                (Paragraph, "para\nmore"),
+                (ListItem, "- a\n  b"),
+                (ListItem, "- c"),
+                (Table, "| h | i |\n|---|---|\n| 1 | 2 |"),
+                (Code, "```rust\n# no heading\n\n```"),
+                (Heading, "Sub\n---"),
+                (Code, "$$\nx = 1\n$$"),
+                (Code, "code"),
+                (Paragraph, "last"),
+            ]
+        );
         let ids: Vec<&str> = document.sections.iter().map(|s| s.section_id.as_str()).collect();
         assert_eq!(ids, ["doc.md#top", "doc.md#one-two-three", "doc.md#one-two-three/sub"]);
         assert_eq!(document.sections[2].path, ["One two three", "Sub"]);

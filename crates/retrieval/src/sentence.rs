@@ -100,14 +100,14 @@ mod tests {
     #[test]
     fn ends_are_found_and_abbreviations_are_not_ends() {
         assert_eq!(cut("One. Two! Three? Four"), ["One.", "Two!", "Three?", "Four"]);
-        assert_eq!(cut("See Fig. 3 of Dr. A. Smith. Then stop."), [
-            "See Fig. 3 of Dr. A. Smith.",
-            "Then stop."
-        ]);
-        assert_eq!(cut("Use e.g. Rust. It costs 3.14 in the U.S. Army shop."), [
-            "Use e.g. Rust.",
-            "It costs 3.14 in the U.S. Army shop."
-        ]);
+        assert_eq!(
+            cut("See Fig. 3 of Dr. A. Smith. Then stop."),
+            ["See Fig. 3 of Dr. A. Smith.", "Then stop."]
+        );
+        assert_eq!(
+            cut("Use e.g. Rust. It costs 3.14 in the U.S. Army shop."),
+            ["Use e.g. Rust.", "It costs 3.14 in the U.S. Army shop."]
+        );
         assert_eq!(cut("He said \"stop.\" She did."), ["He said \"stop.\"", "She did."]);
         assert_eq!(cut("1. Install it. Run it."), ["1. Install it.", "Run it."]);
         assert_eq!(cut("これは。それは！"), ["これは。", "それは！"]);
