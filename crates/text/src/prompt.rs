@@ -1,0 +1,160 @@
+//! A rendered prompt, and its token ids.
+
+use std::ops::Range;
+
+use crate::tokenizer::{Tokenizer, TokenizerError};
+use crate::Specials;
+
+/// A stretch of a prompt that comes from one side.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Segment {
+    /// The text, never empty.
+    pub text: String,
+    /// Written by the template; `false` for what came out of a message.
+    pub trusted: bool,
+}
+
+/// A rendered chat, split into what the template wrote and what the messages said.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Prompt {
+    /// In order; their concatenation is the prompt.
+    pub segments: Vec<Segment>,
+    /// Contents of the messages, for the test whether anything needs proof.
+    contents: Vec<String>,
+    proof: Proof,
+}
+
+/// How sure the split into segments is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Proof {
+    /// The marks were paired; `masked` is the prompt with every content replaced by filler.
+    Marked { masked: String },
+    /// The template changed the contents beyond recognition; there is one segment.
+    None,
+}
+
+/// Why a prompt cannot become token ids.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum PromptError {
+    /// The template transforms contents, so a control literal in a message cannot be told from
+    /// one of the template.
+    #[error(
+        "a message contains the control literal `{literal}`, and this chat template changes message contents so that it cannot be kept apart from the template's own"
+    )]
+    UnprovenContent {
+        /// The literal in the message.
+        literal: String,
+    },
+    /// The tokenizer refused the text.
+    #[error(transparent)]
+    Tokenizer(#[from] TokenizerError),
+}
+
+impl Prompt {
+    /// A prompt whose `untrusted` ranges (ordered, disjoint) are proven.
+    pub(crate) fn marked(
+        plain: &str,
+        untrusted: &[Range<usize>],
+        masked: String,
+        contents: Vec<String>,
+    ) -> Prompt {
+        let mut segments = Vec::new();
+        let mut at = 0;
+        let mut push = |range: Range<usize>, trusted| {
+            if !range.is_empty() {
+                segments.push(Segment { text: plain[range].to_owned(), trusted });
+            }
+        };
+        for range in untrusted {
+            push(at..range.start, true);
+            push(range.clone(), false);
+            at = range.end;
+        }
+        push(at..plain.len(), true);
+        Prompt { segments, contents, proof: Proof::Marked { masked } }
+    }
+
+    /// A prompt that nothing is known about.
+    pub(crate) fn unproven(plain: String, contents: Vec<String>) -> Prompt {
+        let segments = vec![Segment { text: plain, trusted: true }];
+        Prompt { segments, contents, proof: Proof::None }
+    }
+
+    /// The whole prompt.
+    #[must_use]
+    pub fn text(&self) -> String {
+        self.segments.iter().map(|segment| segment.text.as_str()).collect()
+    }
+
+    /// Byte ranges of the untrusted segments in [`Prompt::text`], in order.
+    fn untrusted(&self) -> Vec<Range<usize>> {
+        let mut at = 0;
+        let mut ranges = Vec::new();
+        for segment in &self.segments {
+            let end = at + segment.text.len();
+            if !segment.trusted {
+                ranges.push(at..end);
+            }
+            at = end;
+        }
+        ranges
+    }
+}
+
+/// Token ids of a rendered prompt, with exactly one BOS if the model wants one.
+///
+/// The text is cut into words as a whole, as the reference implementations do, so a prompt
+/// without control literals in its messages gives the same ids. A control literal counts only
+/// where every byte of it was written by the template.
+///
+/// # Errors
+/// [`PromptError::UnprovenContent`] if a message contains a control literal and its place in the
+/// prompt cannot be proven; [`PromptError::Tokenizer`] as [`Tokenizer::encode`].
+pub fn encode_prompt(tokenizer: &Tokenizer, prompt: &Prompt) -> Result<Vec<u32>, PromptError> {
+    let text = prompt.text();
+    let untrusted = prompt.untrusted();
+    let permitted = |literal: Range<usize>| {
+        let next = untrusted.partition_point(|range| range.end <= literal.start);
+        untrusted.get(next).is_none_or(|range| range.start >= literal.end)
+    };
+    let suspect = prompt.contents.iter().find_map(|it| tokenizer.control_literal_in(it));
+    if let Some(literal) = suspect {
+        let proven = match &prompt.proof {
+            Proof::Marked { masked } => {
+                tokenizer.controls_where(masked, &|_| true)
+                    == tokenizer.controls_where(&text, &permitted)
+            }
+            Proof::None => false,
+        };
+        if !proven {
+            return Err(PromptError::UnprovenContent { literal: literal.to_owned() });
+        }
+    }
+    let ids = tokenizer.encode_where(&text, &permitted)?;
+    Ok(with_bos(tokenizer, ids.into_iter().map(|(id, _)| id).collect()))
+}
+
+/// Token ids of a raw completion prompt, with exactly one BOS if the model wants one and the
+/// text does not begin with it already.
+///
+/// # Errors
+/// As [`Tokenizer::encode`].
+pub fn encode_completion(
+    tokenizer: &Tokenizer,
+    text: &str,
+    specials: Specials,
+) -> Result<Vec<u32>, TokenizerError> {
+    Ok(with_bos(tokenizer, tokenizer.encode(text, specials)?))
+}
+
+/// Puts the BOS in front if the tokenizer adds one. Nothing is ever removed: a template that
+/// writes two different prefix tokens means both (field-faults E5).
+fn with_bos(tokenizer: &Tokenizer, mut ids: Vec<u32>) -> Vec<u32> {
+    if let Some(bos) = tokenizer.bos().filter(|_| tokenizer.add_bos())
+        && ids.first() != Some(&bos)
+    {
+        ids.insert(0, bos);
+    }
+    ids
+}

@@ -1,0 +1,393 @@
+//! Chat templates: untrusted Jinja programs from model files, rendered as Hugging Face does.
+//!
+//! The environment is that of `transformers.apply_chat_template`: `trim_blocks`, `lstrip_blocks`,
+//! loop controls, lenient undefined values, `raise_exception`, `strftime_now`, `tojson` without
+//! HTML escapes. A construct that is not supported is refused when the template is *compiled*.
+
+use std::io;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use minijinja::syntax::SyntaxConfig;
+use minijinja::value::Value;
+use minijinja::{AutoEscape, Environment, Error, ErrorKind, UndefinedBehavior};
+
+use crate::prompt::Prompt;
+use crate::provenance::{Marks, masked};
+use crate::sha256::sha256_hex;
+use crate::template_functions::{Raised, register};
+
+const NAME: &str = "chat_template";
+/// Longest template accepted; the longest published ones are below 20 kB.
+const MAX_SOURCE_BYTES: usize = 256 * 1024;
+/// Nested macros, loops and includes. A quarter of what minijinja allows, because server threads
+/// have smaller stacks than the main thread it was tuned on.
+const MAX_RECURSION: usize = 120;
+
+/// Kinds of errors that mean that a template calls something that does not exist here.
+const UNKNOWN_NAME: [ErrorKind; 5] = [
+    ErrorKind::UnknownFilter,
+    ErrorKind::UnknownTest,
+    ErrorKind::UnknownFunction,
+    ErrorKind::UnknownMethod,
+    ErrorKind::TemplateNotFound,
+];
+
+/// One message of a chat.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ChatMessage {
+    /// `system`, `user`, `assistant`, `tool`: ASCII letters, digits, `_` and `-`.
+    pub role: String,
+    /// What the message says. Never trusted.
+    pub content: String,
+}
+
+/// How to render a chat.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RenderOptions {
+    /// End with the beginning of an assistant turn, so that the model answers.
+    pub add_generation_prompt: bool,
+    /// What `strftime_now` shows, in UTC; `None` is the present.
+    pub now: Option<SystemTime>,
+}
+
+/// What a render may cost before it is given up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TemplateLimits {
+    /// About one per instruction and per 64 bytes created, so memory is bounded by 64 × this.
+    pub fuel: u64,
+    /// Most bytes of output.
+    pub output_bytes: usize,
+    /// Most time for one call of [`ChatTemplate::render`]. It is looked at when the template
+    /// writes; between two writes `fuel` is the bound.
+    pub wall_clock: Duration,
+}
+
+impl Default for TemplateLimits {
+    /// Room for some thousand messages or several megabytes.
+    fn default() -> TemplateLimits {
+        TemplateLimits {
+            fuel: 1_000_000,
+            output_bytes: 16 * 1024 * 1024,
+            wall_clock: Duration::from_secs(2),
+        }
+    }
+}
+
+/// What can be wrong with a template or a chat for it.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum TemplateError {
+    /// The source is longer than any template needs.
+    #[error("chat template: expected at most {limit} bytes, found {found}")]
+    SourceTooLong {
+        /// Bytes of the source.
+        found: usize,
+        /// Most bytes accepted.
+        limit: usize,
+    },
+    /// The source is not a template, or uses a construct that is not supported.
+    #[error("chat template line {line}: {reason}")]
+    Unsupported {
+        /// Line of the construct, from 1; 0 if unknown.
+        line: usize,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The template itself refused the messages.
+    #[error("the chat template refuses these messages: {message}")]
+    Raised {
+        /// The template's own words.
+        message: String,
+    },
+    /// A role with characters that no role has; roles are written into the prompt as they are.
+    #[error("message {index}: expected a role of 1 to 64 letters, digits, `_` or `-`, found {found:?}")]
+    BadRole {
+        /// Index of the message.
+        index: usize,
+        /// The role, at most its first 64 characters.
+        found: String,
+    },
+    /// Rendering needs more work than allowed.
+    #[error("chat template: rendering exceeds {fuel} units of work")]
+    OutOfFuel {
+        /// The limit.
+        fuel: u64,
+    },
+    /// The output is longer than allowed.
+    #[error("chat template: the output exceeds {limit} bytes")]
+    OutputTooLong {
+        /// The limit.
+        limit: usize,
+    },
+    /// Rendering took longer than allowed.
+    #[error("chat template: rendering exceeds {limit:?}")]
+    OutOfTime {
+        /// The limit.
+        limit: Duration,
+    },
+    /// Anything else that went wrong while rendering.
+    #[error("chat template line {line}: rendering failed: {reason}")]
+    Render {
+        /// Line of the template, from 1; 0 if unknown.
+        line: usize,
+        /// What went wrong.
+        reason: String,
+    },
+}
+
+/// A compiled chat template. Immutable; rendering takes `&self`.
+#[derive(Debug)]
+pub struct ChatTemplate {
+    environment: Environment<'static>,
+    bos: String,
+    eos: String,
+    limits: TemplateLimits,
+    sha256: String,
+}
+
+impl ChatTemplate {
+    /// Compiles `source` with default limits. `bos` and `eos` are what `bos_token` and
+    /// `eos_token` show.
+    ///
+    /// # Errors
+    /// [`TemplateError::SourceTooLong`] and [`TemplateError::Unsupported`].
+    pub fn compile(source: &str, bos: &str, eos: &str) -> Result<ChatTemplate, TemplateError> {
+        ChatTemplate::compile_with_limits(source, bos, eos, TemplateLimits::default())
+    }
+
+    /// Compiles `source` with the given limits.
+    ///
+    /// # Errors
+    /// As [`ChatTemplate::compile`].
+    pub fn compile_with_limits(
+        source: &str,
+        bos: &str,
+        eos: &str,
+        limits: TemplateLimits,
+    ) -> Result<ChatTemplate, TemplateError> {
+        if source.len() > MAX_SOURCE_BYTES {
+            let found = source.len();
+            return Err(TemplateError::SourceTooLong { found, limit: MAX_SOURCE_BYTES });
+        }
+        let mut environment = Environment::new();
+        let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
+        environment.set_syntax(syntax.map_err(|error| unsupported(&error))?);
+        environment.set_undefined_behavior(UndefinedBehavior::Lenient);
+        environment.set_auto_escape_callback(|_| AutoEscape::None);
+        environment.set_debug(false);
+        environment.set_recursion_limit(MAX_RECURSION);
+        environment.set_fuel(Some(limits.fuel));
+        register(&mut environment);
+        environment
+            .add_template_owned(NAME, without_generation_tags(source))
+            .map_err(|error| unsupported(&error))?;
+        let template = ChatTemplate {
+            environment,
+            bos: bos.to_owned(),
+            eos: eos.to_owned(),
+            limits,
+            sha256: sha256_hex(source.as_bytes()),
+        };
+        template.refuse_unknown_names()?;
+        Ok(template)
+    }
+
+    /// SHA-256 of the source, 64 hexadecimal digits (`template_hash`).
+    #[must_use]
+    pub fn sha256(&self) -> &str {
+        &self.sha256
+    }
+
+    /// Renders `messages` and finds out which bytes of the prompt came from them.
+    ///
+    /// # Errors
+    /// [`TemplateError::Raised`] with the template's own message, [`TemplateError::BadRole`], a
+    /// limit of [`TemplateLimits`], or [`TemplateError::Render`].
+    pub fn render(
+        &self,
+        messages: &[ChatMessage],
+        options: RenderOptions,
+    ) -> Result<Prompt, TemplateError> {
+        check_roles(messages)?;
+        let deadline = Instant::now() + self.limits.wall_clock;
+        let contents: Vec<&str> = messages.iter().map(|it| it.content.as_str()).collect();
+        let owned = || contents.iter().map(|&content| content.to_owned()).collect();
+        let roles: Vec<&str> = messages.iter().map(|it| it.role.as_str()).collect();
+        let render_with = |contents: Vec<String>| {
+            let turns = roles.iter().copied().zip(contents);
+            self.render_text(turns, options, deadline)
+        };
+
+        let plain = render_with(owned())?;
+        let marks = Marks::draw(contents.iter().copied());
+        let marked = render_with(contents.iter().map(|content| marks.around(content)).collect());
+        let veiled = render_with(contents.iter().map(|content| masked(content)).collect());
+        // Only the plain prompt has to succeed: a template may refuse the altered contents, and
+        // then there is no proof, which `encode_prompt` deals with.
+        if let (Ok(marked), Ok(veiled)) = (marked, veiled)
+            && let Some(untrusted) = marks.locate(&marked, &plain)
+        {
+            return Ok(Prompt::marked(&plain, &untrusted, veiled, owned()));
+        }
+        Ok(Prompt::unproven(plain, owned()))
+    }
+
+    fn render_text<'a>(
+        &self,
+        turns: impl Iterator<Item = (&'a str, String)>,
+        options: RenderOptions,
+        deadline: Instant,
+    ) -> Result<String, TemplateError> {
+        let messages: Vec<Value> = turns
+            .map(|(role, content)| {
+                Value::from_pairs([("role", Value::from(role)), ("content", Value::from(content))])
+            })
+            .collect();
+        let now = options.now.unwrap_or_else(SystemTime::now);
+        let now = now.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+        let context = Value::from_pairs([
+            ("messages", Value::from(messages)),
+            ("tools", Value::from(())),
+            ("documents", Value::from(())),
+            ("add_generation_prompt", Value::from(options.add_generation_prompt)),
+            ("bos_token", Value::from(self.bos.as_str())),
+            ("eos_token", Value::from(self.eos.as_str())),
+            ("__now", Value::from(now)),
+        ]);
+        let template =
+            self.environment.get_template(NAME).map_err(|error| self.render_error(&error))?;
+        let mut output = BoundedOutput { bytes: Vec::new(), limits: self.limits, deadline };
+        template
+            .render_captured_to(context, &mut output)
+            .map(drop)
+            .map_err(|error| self.render_error(&error))?;
+        if Instant::now() > deadline {
+            return Err(TemplateError::OutOfTime { limit: self.limits.wall_clock });
+        }
+        Ok(String::from_utf8(output.bytes).expect("minijinja writes whole strings"))
+    }
+
+    /// Renders short chats and refuses a template that calls what we do not have.
+    /// (field-faults B19: first-turn chats worked, every later one gave status 500.)
+    fn refuse_unknown_names(&self) -> Result<(), TemplateError> {
+        let deadline = Instant::now() + self.limits.wall_clock;
+        let chats: [&[&str]; 4] = [
+            &["user"],
+            &["system", "user"],
+            &["user", "assistant", "user"],
+            &["system", "user", "assistant", "user"],
+        ];
+        for roles in chats {
+            let turns = || roles.iter().map(|&role| (role, "text".to_owned()));
+            for add_generation_prompt in [false, true] {
+                let options = RenderOptions { add_generation_prompt, now: None };
+                if let Err(error @ TemplateError::Unsupported { .. }) =
+                    self.render_text(turns(), options, deadline)
+                {
+                    return Err(error);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn render_error(&self, error: &Error) -> TemplateError {
+        let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(error);
+        while let Some(current) = cause {
+            if let Some(Raised(message)) = current.downcast_ref() {
+                return TemplateError::Raised { message: message.clone() };
+            }
+            match current.downcast_ref::<io::Error>().map(io::Error::kind) {
+                Some(io::ErrorKind::TimedOut) => {
+                    return TemplateError::OutOfTime { limit: self.limits.wall_clock };
+                }
+                Some(io::ErrorKind::FileTooLarge) => {
+                    return TemplateError::OutputTooLong { limit: self.limits.output_bytes };
+                }
+                Some(_) | None => {}
+            }
+            if let Some(inner) = current.downcast_ref::<Error>() {
+                if inner.kind() == ErrorKind::OutOfFuel {
+                    return TemplateError::OutOfFuel { fuel: self.limits.fuel };
+                }
+                if UNKNOWN_NAME.contains(&inner.kind()) {
+                    return unsupported(inner);
+                }
+            }
+            cause = current.source();
+        }
+        TemplateError::Render { line: error.line().unwrap_or(0), reason: reason(error) }
+    }
+}
+
+/// Output that ends at the limit or the deadline.
+struct BoundedOutput {
+    bytes: Vec<u8>,
+    limits: TemplateLimits,
+    deadline: Instant,
+}
+
+impl io::Write for BoundedOutput {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if self.bytes.len() + bytes.len() > self.limits.output_bytes {
+            return Err(io::ErrorKind::FileTooLarge.into());
+        }
+        if Instant::now() > self.deadline {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        self.bytes.extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+fn unsupported(error: &Error) -> TemplateError {
+    TemplateError::Unsupported { line: error.line().unwrap_or(0), reason: reason(error) }
+}
+
+fn reason(error: &Error) -> String {
+    match error.detail() {
+        Some(detail) => format!("{}: {detail}", error.kind()),
+        None => error.kind().to_string(),
+    }
+}
+
+fn check_roles(messages: &[ChatMessage]) -> Result<(), TemplateError> {
+    for (index, message) in messages.iter().enumerate() {
+        let role = &message.role;
+        let plain = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'_' || byte == b'-';
+        if role.is_empty() || role.len() > 64 || !role.bytes().all(plain) {
+            let found = role.chars().take(64).collect();
+            return Err(TemplateError::BadRole { index, found });
+        }
+    }
+    Ok(())
+}
+
+/// Replaces the `generation` block, which marks assistant tokens for training, by a block that is
+/// always taken. minijinja has no such tag, and the whitespace rules stay those of a block.
+fn without_generation_tags(source: &str) -> String {
+    let mut text = String::with_capacity(source.len());
+    let mut rest = source;
+    while let Some(at) = rest.find("{%") {
+        let (before, tag) = rest.split_at(at + 2);
+        text.push_str(before);
+        rest = tag;
+        let Some(end) = tag.find("%}") else { break };
+        let inner = tag[..end].trim_matches(['-', '+']).trim();
+        let replacement = match inner {
+            "generation" => "if true",
+            "endgeneration" => "endif",
+            _ => continue,
+        };
+        let at = tag.find(inner).expect("the tag contains its own inner part");
+        text.push_str(&tag[..at]);
+        text.push_str(replacement);
+        rest = &tag[at + inner.len()..];
+    }
+    text.push_str(rest);
+    text
+}

@@ -1,0 +1,203 @@
+//! A vocabulary as GGUF files store it, and the byte alphabet of byte-level BPE.
+
+use std::collections::HashMap;
+
+use crate::TokenizerError;
+
+/// Plain data of a byte-level BPE vocabulary; the field names follow `tokenizer.ggml.*`.
+///
+/// Nothing here is checked until [`crate::Tokenizer::from_vocabulary`].
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Vocabulary {
+    /// `tokenizer.ggml.model`; only `gpt2` (byte-level BPE) is supported.
+    pub model: String,
+    /// `tokenizer.ggml.pre`: name of the rule that cuts text into words.
+    pub pre: String,
+    /// (V) token texts in the byte alphabet; the index is the token id.
+    pub tokens: Vec<String>,
+    /// (V) token kinds: 1 normal, 2 unknown, 3 control, 4 user-defined, 5 unused, 6 byte.
+    /// Empty means all normal.
+    pub kinds: Vec<i32>,
+    /// Merges `left right`, best first.
+    pub merges: Vec<String>,
+    /// (V) scores; byte-level BPE does not use them.
+    pub scores: Vec<f32>,
+    /// First token of every sequence, if the model has one.
+    pub bos: Option<u32>,
+    /// End of sequence.
+    pub eos: Option<u32>,
+    /// End of turn, where it differs from the end of sequence.
+    pub eot: Option<u32>,
+    /// Unknown token.
+    pub unknown: Option<u32>,
+    /// Padding token.
+    pub padding: Option<u32>,
+    /// Whether the model was trained with `bos` before every sequence.
+    pub add_bos: bool,
+    /// Whether a space is put before the text; byte-level BPE does not do this.
+    pub add_space_prefix: bool,
+}
+
+/// What a token is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// Part of the text; produced by merges.
+    Text,
+    /// Stands for its literal text, found before merges (`<think>`).
+    Added,
+    /// Steers the model; never produced from untrusted text.
+    Control,
+    /// In the file, never produced.
+    Unused,
+}
+
+/// Literals that end or begin turns. Some converters store them as user-defined tokens; they
+/// are control tokens whatever the file says (llama.cpp repairs such a list too).
+const TURN_LITERALS: [&str; 16] = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|begin_of_text|>",
+    "<|end_of_text|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|end|>",
+    "<start_of_turn>",
+    "<end_of_turn>",
+    "<EOT>",
+    "<s>",
+    "</s>",
+    "[INST]",
+];
+
+/// The turn literals after which a model must stop, joined with the `eos` of the file
+/// (field-faults E10: a list that *replaces* lets generation run on).
+const END_LITERALS: [&str; 7] = [
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|end|>",
+    "<|end_of_text|>",
+    "<end_of_turn>",
+    "<|endoftext|>",
+];
+
+/// Whether `literal` ends a turn in the known families.
+pub(crate) fn ends_turn(literal: &str) -> bool {
+    END_LITERALS.contains(&literal)
+}
+
+impl Vocabulary {
+    /// Kind of every token; (V).
+    pub(crate) fn checked_kinds(&self) -> Result<Vec<Kind>, TokenizerError> {
+        if !self.kinds.is_empty() && self.kinds.len() != self.tokens.len() {
+            return Err(TokenizerError::KindCount {
+                expected: self.tokens.len(),
+                found: self.kinds.len(),
+            });
+        }
+        for (role, id) in [("bos", self.bos), ("eos", self.eos), ("eot", self.eot)] {
+            self.check_id(role, id)?;
+        }
+        let named = [self.bos, self.eos, self.eot];
+        let mut kinds = Vec::with_capacity(self.tokens.len());
+        for (id, token) in self.tokens.iter().enumerate() {
+            let stored = self.kinds.get(id).copied().unwrap_or(1);
+            let is_named = named.iter().flatten().any(|&named| named as usize == id);
+            kinds.push(match stored {
+                _ if is_named => Kind::Control,
+                1 | 6 => Kind::Text,
+                2 | 3 => Kind::Control,
+                4 if TURN_LITERALS.contains(&token.as_str()) => Kind::Control,
+                4 => Kind::Added,
+                5 => Kind::Unused,
+                found => return Err(TokenizerError::UnknownKind { id, found }),
+            });
+        }
+        Ok(kinds)
+    }
+
+    fn check_id(&self, role: &'static str, id: Option<u32>) -> Result<(), TokenizerError> {
+        match id {
+            Some(found) if found as usize >= self.tokens.len() => {
+                Err(TokenizerError::IdOutOfRange { role, found, vocab_len: self.tokens.len() })
+            }
+            Some(_) | None => Ok(()),
+        }
+    }
+
+    /// Splits the merges and proves what the `tokenizers` crate takes for granted: both parts and
+    /// their concatenation are in `ids`. (It indexes a buffer with the length of the
+    /// concatenation, so a hostile merge would otherwise end the process.)
+    pub(crate) fn checked_merges(
+        &self,
+        ids: &HashMap<&str, u32>,
+    ) -> Result<Vec<(String, String)>, TokenizerError> {
+        let mut merges = Vec::with_capacity(self.merges.len());
+        for (rank, merge) in self.merges.iter().enumerate() {
+            let bad = || TokenizerError::BadMerge { rank, merge: merge.clone() };
+            let (left, right) = merge.split_once(' ').ok_or_else(bad)?;
+            let joined = format!("{left}{right}");
+            if left.is_empty() || ![left, right, &joined].iter().all(|it| ids.contains_key(it)) {
+                return Err(bad());
+            }
+            merges.push((left.to_owned(), right.to_owned()));
+        }
+        Ok(merges)
+    }
+}
+
+/// The GPT-2 alphabet: every byte as one printable character (`bytes_to_unicode` in openai/gpt-2).
+pub(crate) struct ByteAlphabet {
+    chars: [char; 256],
+    bytes: HashMap<char, u8>,
+}
+
+impl ByteAlphabet {
+    pub(crate) fn new() -> ByteAlphabet {
+        let mut next = 256_u32;
+        let chars = std::array::from_fn(|byte| {
+            let byte = u32::try_from(byte).expect("an index below 256");
+            let code = if matches!(byte, 0x21..=0x7E | 0xA1..=0xAC | 0xAE..=0xFF) {
+                byte
+            } else {
+                next += 1;
+                next - 1
+            };
+            char::from_u32(code).expect("codes below 0x200 are characters")
+        });
+        let bytes = chars.iter().enumerate().map(|(byte, &char)| {
+            (char, u8::try_from(byte).expect("an index below 256"))
+        });
+        ByteAlphabet { bytes: bytes.collect(), chars }
+    }
+
+    /// The character that stands for `byte`.
+    pub(crate) fn char(&self, byte: u8) -> char {
+        self.chars[usize::from(byte)]
+    }
+
+    /// The bytes that `token` stands for, or `None` if a character is not of the alphabet.
+    pub(crate) fn decode(&self, token: &str) -> Option<Vec<u8>> {
+        token.chars().map(|char| self.bytes.get(&char).copied()).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_alphabet_is_that_of_gpt2() {
+        let alphabet = ByteAlphabet::new();
+        assert_eq!(alphabet.char(b' '), 'Ġ');
+        assert_eq!(alphabet.char(b'\n'), 'Ċ');
+        assert_eq!(alphabet.char(b'A'), 'A');
+        assert_eq!(alphabet.char(0xAD), 'Ń');
+        assert_eq!(alphabet.decode("Ġcafé"), Some(b" caf\xE9".to_vec()));
+        assert_eq!(alphabet.decode("日"), None);
+        assert_eq!(alphabet.bytes.len(), 256);
+    }
+}
