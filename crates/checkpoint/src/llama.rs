@@ -120,12 +120,14 @@ impl LlamaConfig {
         let is_known = |name: &str| {
             outside.contains(&name)
                 || name == ROPE_FACTORS
-                || name.strip_prefix("blk.").and_then(|rest| rest.split_once('.')).is_some_and(
+                || name.split_once('.').and_then(|(_, rest)| rest.split_once('.')).is_some_and(
                     |(number, rest)| {
-                        number.parse().is_ok_and(|layer_idx: usize| layer_idx < self.n_layers)
-                            && rest
-                                .strip_suffix(".weight")
-                                .is_some_and(|stem| layer.iter().any(|&(name, _)| name == stem))
+                        let layer_idx = number.parse().unwrap_or(usize::MAX);
+                        let stem = rest.strip_suffix(".weight").unwrap_or(rest);
+                        layer_idx < self.n_layers
+                            && layer.iter().any(|&(known, _)| known == stem)
+                            // Spelled otherwise it is not the tensor that was checked above.
+                            && name == format!("blk.{layer_idx}.{stem}.weight")
                     },
                 )
         };

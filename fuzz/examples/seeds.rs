@@ -1,0 +1,33 @@
+//! Writes valid inputs to `corpus/<target>/`, from which the fuzzer starts.
+
+use std::fs;
+use std::io;
+use std::path::Path;
+
+use exrail_testkit::{TinyLlama, safetensors_bytes, tiny_bert, tiny_llama};
+
+fn main() -> io::Result<()> {
+    let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("corpus");
+    for target in ["gguf", "safetensors", "bert_config"] {
+        fs::create_dir_all(corpus.join(target))?;
+    }
+
+    let small =
+        TinyLlama { n_layers: 1, width: 4, n_heads: 2, ffn_width: 4, ..TinyLlama::default() };
+    for (name, tied) in [("tied", true), ("untied", false)] {
+        fs::write(corpus.join("gguf").join(name), tiny_llama(1, TinyLlama { tied, ..small }))?;
+    }
+
+    let tensors =
+        [("a".to_owned(), vec![2, 2], vec![0.5; 4]), ("b".to_owned(), vec![1], vec![1.0])];
+    fs::write(corpus.join("safetensors/two"), safetensors_bytes(&tensors))?;
+
+    let dir = corpus.join("bert_config/folder");
+    tiny_bert(1, &dir)?;
+    let names =
+        ["config.json", "modules.json", "1_Pooling/config.json", "sentence_bert_config.json"];
+    let files = names.map(|name| fs::read(dir.join(name)));
+    fs::remove_dir_all(&dir)?;
+    let files = files.into_iter().collect::<io::Result<Vec<_>>>()?;
+    fs::write(corpus.join("bert_config/tiny"), files.join(&0))
+}

@@ -1,0 +1,13 @@
+//! A safetensors file: every view that it offers must be convertible.
+
+#![no_main]
+
+use exrail_checkpoint::SafetensorsFile;
+use libfuzzer_sys::fuzz_target;
+
+fuzz_target!(|bytes: &[u8]| {
+    let Ok(file) = SafetensorsFile::parse(bytes) else { return };
+    for view in file.tensors() {
+        assert!(view.to_f32().is_ok(), "{view:?}");
+    }
+});
