@@ -1,1 +1,32 @@
-//! placeholder
+//! The CPU as a device: [`CpuBackend`] implements [`exrail_kernels::Backend`] with AVX-512 VNNI,
+//! AVX2 or portable code, chosen when it starts, on a pool of pinned threads.
+//!
+//! Way in: `backend` holds one method an operation; `linear` and `product` are the matrix
+//! products on the tiles of `tile`; `attention` streams the KV pages of `kv`; `rows` has the rest.
+//! Each algorithm is written once over the sixteen lanes of `lanes::Lanes`, and `arch` says what a
+//! lane operation is on each instruction set. `pool` runs it all.
+//!
+//! This crate knows no model: shapes and weights come through the trait.
+
+mod activation;
+mod affinity;
+mod arch;
+mod attention;
+mod backend;
+mod disjoint;
+mod kv;
+mod lanes;
+mod linear;
+mod math;
+mod memory;
+mod pool;
+mod processor;
+mod product;
+mod rows;
+mod tile;
+mod weight;
+
+pub use backend::{CpuBackend, CpuBuffer, CpuOptions};
+pub use kv::CpuKvPool;
+pub use processor::Isa;
+pub use weight::CpuWeight;

@@ -63,6 +63,12 @@ pub enum KernelError {
         /// Device name.
         device: String,
     },
+    /// This machine does not run the instruction set that was asked for.
+    #[error("instruction set {isa}: this machine does not have it")]
+    UnsupportedIsa {
+        /// Name of the instruction set.
+        isa: String,
+    },
     /// The device could not provide the memory.
     #[error("{device}: expected {wanted_bytes} bytes for {what}, the allocation failed")]
     OutOfMemory {

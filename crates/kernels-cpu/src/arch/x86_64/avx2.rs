@@ -1,0 +1,531 @@
+//! AVX2 with FMA and F16C: two registers are sixteen lanes, lanes 0..8 first.
+#![expect(unsafe_code, reason = "vector intrinsics; the token proves that they exist")]
+
+use crate::lanes::{Kernel, Lanes};
+use core::arch::x86_64::*;
+
+/// Proof that this CPU has AVX2, FMA and F16C. Only [`Avx2::detect`] makes one.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Avx2(());
+
+impl Avx2 {
+    /// Asks the CPU.
+    pub(crate) fn detect() -> Option<Avx2> {
+        let present = is_x86_feature_detected!("avx2")
+            && is_x86_feature_detected!("fma")
+            && is_x86_feature_detected!("f16c");
+        present.then_some(Avx2(()))
+    }
+
+    /// Runs a kernel compiled for this instruction set.
+    pub(crate) fn enter<K: Kernel>(self, kernel: K) -> K::Out {
+        // SAFETY: `self` proves that every feature `inside` enables is present.
+        unsafe { inside(self, kernel) }
+    }
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+fn inside<K: Kernel>(token: Avx2, kernel: K) -> K::Out {
+    kernel.run(token)
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn load_32(bytes: &[u8; 32]) -> __m256i {
+    // SAFETY: `bytes` is 32 readable bytes, and the load has no alignment requirement.
+    unsafe { _mm256_loadu_si256(bytes.as_ptr().cast()) }
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn load_16(bytes: &[u8; 16]) -> __m128i {
+    // SAFETY: `bytes` is 16 readable bytes, and the load has no alignment requirement.
+    unsafe { _mm_loadu_si128(bytes.as_ptr().cast()) }
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn load_8(values: &[f32; 8]) -> __m256 {
+    // SAFETY: `values` is 32 readable bytes, and the load has no alignment requirement.
+    unsafe { _mm256_loadu_ps(values.as_ptr()) }
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn store_8(v: __m256, out: &mut [f32; 8]) {
+    // SAFETY: `out` is 32 writable bytes, and the store has no alignment requirement.
+    unsafe { _mm256_storeu_ps(out.as_mut_ptr(), v) }
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn splat(x: f32) -> [__m256; 2] {
+    [_mm256_set1_ps(x); 2]
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn load(values: &[f32; 16]) -> [__m256; 2] {
+    let (halves, _) = values.as_chunks::<8>();
+    [load_8(&halves[0]), load_8(&halves[1])]
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn store(v: [__m256; 2], out: &mut [f32; 16]) {
+    let (halves, _) = out.as_chunks_mut::<8>();
+    store_8(v[0], &mut halves[0]);
+    store_8(v[1], &mut halves[1]);
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn load_f32(bytes: &[u8; 64]) -> [__m256; 2] {
+    let (halves, _) = bytes.as_chunks::<32>();
+    [_mm256_castsi256_ps(load_32(&halves[0])), _mm256_castsi256_ps(load_32(&halves[1]))]
+}
+
+#[inline]
+#[target_feature(enable = "avx2,f16c")]
+fn load_f16(bytes: &[u8; 32]) -> [__m256; 2] {
+    let (halves, _) = bytes.as_chunks::<16>();
+    [_mm256_cvtph_ps(load_16(&halves[0])), _mm256_cvtph_ps(load_16(&halves[1]))]
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn widen_bf16(half: __m128i) -> __m256 {
+    _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(half)))
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn load_bf16(bytes: &[u8; 32]) -> [__m256; 2] {
+    let (halves, _) = bytes.as_chunks::<16>();
+    [widen_bf16(load_16(&halves[0])), widen_bf16(load_16(&halves[1]))]
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn load_u8(bytes: &[u8; 16]) -> [__m256; 2] {
+    let v = load_16(bytes);
+    [
+        _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(v)),
+        _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128::<8>(v))),
+    ]
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn load_i8(bytes: &[u8; 16]) -> [__m256; 2] {
+    let v = load_16(bytes);
+    [
+        _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(v)),
+        _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128::<8>(v))),
+    ]
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn add(a: [__m256; 2], b: [__m256; 2]) -> [__m256; 2] {
+    [_mm256_add_ps(a[0], b[0]), _mm256_add_ps(a[1], b[1])]
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn sub(a: [__m256; 2], b: [__m256; 2]) -> [__m256; 2] {
+    [_mm256_sub_ps(a[0], b[0]), _mm256_sub_ps(a[1], b[1])]
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn mul(a: [__m256; 2], b: [__m256; 2]) -> [__m256; 2] {
+    [_mm256_mul_ps(a[0], b[0]), _mm256_mul_ps(a[1], b[1])]
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn div(a: [__m256; 2], b: [__m256; 2]) -> [__m256; 2] {
+    [_mm256_div_ps(a[0], b[0]), _mm256_div_ps(a[1], b[1])]
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn max(a: [__m256; 2], b: [__m256; 2]) -> [__m256; 2] {
+    [_mm256_max_ps(a[0], b[0]), _mm256_max_ps(a[1], b[1])]
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn min(a: [__m256; 2], b: [__m256; 2]) -> [__m256; 2] {
+    [_mm256_min_ps(a[0], b[0]), _mm256_min_ps(a[1], b[1])]
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+fn fma(a: [__m256; 2], b: [__m256; 2], c: [__m256; 2]) -> [__m256; 2] {
+    [_mm256_fmadd_ps(a[0], b[0], c[0]), _mm256_fmadd_ps(a[1], b[1], c[1])]
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn abs(v: [__m256; 2]) -> [__m256; 2] {
+    let sign = _mm256_set1_ps(-0.0);
+    [_mm256_andnot_ps(sign, v[0]), _mm256_andnot_ps(sign, v[1])]
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn copy_sign(magnitude: [__m256; 2], sign: [__m256; 2]) -> [__m256; 2] {
+    let bit = _mm256_set1_ps(-0.0);
+    [
+        _mm256_or_ps(magnitude[0], _mm256_and_ps(sign[0], bit)),
+        _mm256_or_ps(magnitude[1], _mm256_and_ps(sign[1], bit)),
+    ]
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn round(v: [__m256; 2]) -> [__m256; 2] {
+    [
+        _mm256_round_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(v[0]),
+        _mm256_round_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(v[1]),
+    ]
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn power_of_two(n: __m256) -> __m256 {
+    let biased = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+    _mm256_castsi256_ps(_mm256_slli_epi32::<23>(biased))
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn exp2i(n: [__m256; 2]) -> [__m256; 2] {
+    [power_of_two(n[0]), power_of_two(n[1])]
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn select_less(
+    a: [__m256; 2],
+    b: [__m256; 2],
+    then: [__m256; 2],
+    other: [__m256; 2],
+) -> [__m256; 2] {
+    [
+        _mm256_blendv_ps(other[0], then[0], _mm256_cmp_ps::<_CMP_LT_OQ>(a[0], b[0])),
+        _mm256_blendv_ps(other[1], then[1], _mm256_cmp_ps::<_CMP_LT_OQ>(a[1], b[1])),
+    ]
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn sum(v: [__m256; 2]) -> f32 {
+    let eight = _mm256_add_ps(v[0], v[1]);
+    let four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps::<1>(eight));
+    let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn maximum(v: [__m256; 2]) -> f32 {
+    let eight = _mm256_max_ps(v[0], v[1]);
+    let four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps::<1>(eight));
+    let two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)))
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn store_i8(v: [__m256; 2], out: &mut [i8; 16]) {
+    let words = _mm256_packs_epi32(_mm256_cvtps_epi32(v[0]), _mm256_cvtps_epi32(v[1]));
+    // packs works inside 128-bit halves: put the 64-bit groups back in order.
+    let words = _mm256_permute4x64_epi64::<0b11_01_10_00>(words);
+    let bytes =
+        _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256::<1>(words));
+    // SAFETY: `out` is 16 writable bytes, and the store has no alignment requirement.
+    unsafe { _mm_storeu_si128(out.as_mut_ptr().cast(), bytes) }
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn to_f32(v: [__m256i; 2]) -> [__m256; 2] {
+    [_mm256_cvtepi32_ps(v[0]), _mm256_cvtepi32_ps(v[1])]
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn add_i(a: [__m256i; 2], b: [__m256i; 2]) -> [__m256i; 2] {
+    [_mm256_add_epi32(a[0], b[0]), _mm256_add_epi32(a[1], b[1])]
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn nibbles(tile: &[u8; 256]) -> [[__m256i; 2]; 8] {
+    let (parts, _) = tile.as_chunks::<32>();
+    let mask = _mm256_set1_epi8(0x0f);
+    let mut out = [[mask; 2]; 8];
+    for j in 0..4 {
+        for h in 0..2 {
+            let packed = load_32(&parts[2 * j + h]);
+            out[j][h] = _mm256_and_si256(packed, mask);
+            out[j + 4][h] = _mm256_and_si256(_mm256_srli_epi16::<4>(packed), mask);
+        }
+    }
+    out
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn bytes(tile: &[u8; 512]) -> [[__m256i; 2]; 8] {
+    let (parts, _) = tile.as_chunks::<32>();
+    let mut out = [[_mm256_setzero_si256(); 2]; 8];
+    for (j, lane) in out.iter_mut().enumerate() {
+        *lane = [load_32(&parts[2 * j]), load_32(&parts[2 * j + 1])];
+    }
+    out
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn broadcast(x: &[i8; 4]) -> __m256i {
+    _mm256_set1_epi32(i32::from_le_bytes(x.map(i8::cast_unsigned)))
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn dot_nibbles(w: &[[__m256i; 2]; 8], x: &[i8; 32], start: i32) -> [__m256i; 2] {
+    // A pair product is at most 2 * 15 * 127 = 3810; eight of them fit sixteen bits (30480).
+    let mut words = [_mm256_setzero_si256(); 2];
+    let (x, _) = x.as_chunks::<4>();
+    for j in 0..8 {
+        let four = broadcast(&x[j]);
+        words[0] = _mm256_add_epi16(words[0], _mm256_maddubs_epi16(w[j][0], four));
+        words[1] = _mm256_add_epi16(words[1], _mm256_maddubs_epi16(w[j][1], four));
+    }
+    let ones = _mm256_set1_epi16(1);
+    let start = _mm256_set1_epi32(start);
+    [
+        _mm256_add_epi32(start, _mm256_madd_epi16(words[0], ones)),
+        _mm256_add_epi32(start, _mm256_madd_epi16(words[1], ones)),
+    ]
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn dot_bytes_half(w: [__m256i; 4], x: &[i8; 16]) -> __m256i {
+    let flip = _mm256_set1_epi8(-128);
+    let ones = _mm256_set1_epi16(1);
+    let mut total = _mm256_setzero_si256();
+    let (x, _) = x.as_chunks::<4>();
+    for j in 0..4 {
+        let signed = _mm256_xor_si256(w[j], flip);
+        // |w| <= 128 and |x| <= 127, so a pair is at most 32512 and VPMADDUBSW does not saturate.
+        let pairs = _mm256_maddubs_epi16(
+            _mm256_abs_epi8(signed),
+            _mm256_sign_epi8(broadcast(&x[j]), signed),
+        );
+        total = _mm256_add_epi32(total, _mm256_madd_epi16(pairs, ones));
+    }
+    total
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn dot_bytes(w: [[__m256i; 2]; 4], x: &[i8; 16], _sum: i32) -> [__m256i; 2] {
+    [
+        dot_bytes_half([w[0][0], w[1][0], w[2][0], w[3][0]], x),
+        dot_bytes_half([w[0][1], w[1][1], w[2][1], w[3][1]], x),
+    ]
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn unpack_half(v: __m256i) -> [__m256; 4] {
+    let mask = _mm256_set1_epi32(0xff);
+    [
+        _mm256_cvtepi32_ps(_mm256_and_si256(v, mask)),
+        _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srli_epi32::<8>(v), mask)),
+        _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srli_epi32::<16>(v), mask)),
+        _mm256_cvtepi32_ps(_mm256_srli_epi32::<24>(v)),
+    ]
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn unpack_bytes(v: [__m256i; 2]) -> [[__m256; 2]; 4] {
+    let low = unpack_half(v[0]);
+    let high = unpack_half(v[1]);
+    [[low[0], high[0]], [low[1], high[1]], [low[2], high[2]], [low[3], high[3]]]
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn prefetch(from: &[u8], offset: usize) {
+    _mm_prefetch::<_MM_HINT_T0>(from.as_ptr().wrapping_add(offset).cast());
+}
+
+impl Lanes for Avx2 {
+    type V = [__m256; 2];
+    type I = [__m256i; 2];
+    const WIDEST: usize = 4;
+
+    #[inline(always)]
+    fn splat(self, x: f32) -> Self::V {
+        // SAFETY: `self` proves that the instruction set of this function is present.
+        unsafe { splat(x) }
+    }
+    #[inline(always)]
+    fn load(self, values: &[f32; 16]) -> Self::V {
+        // SAFETY: `self` proves that the instruction set of this function is present.
+        unsafe { load(values) }
+    }
+    #[inline(always)]
+    fn store(self, v: Self::V, out: &mut [f32; 16]) {
+        // SAFETY: `self` proves that the instruction set of this function is present.
+        unsafe { store(v, out) }
+    }
+    #[inline(always)]
+    fn load_f32(self, bytes: &[u8; 64]) -> Self::V {
+        // SAFETY: `self` proves that the instruction set of this function is present.
+        unsafe { load_f32(bytes) }
+    }
+    #[inline(always)]
+    fn load_f16(self, bytes: &[u8; 32]) -> Self::V {
+        // SAFETY: `self` proves that the instruction set of this function is present.
+        unsafe { load_f16(bytes) }
+    }
+    #[inline(always)]
+    fn load_bf16(self, bytes: &[u8; 32]) -> Self::V {
+        // SAFETY: `self` proves that the instruction set of this function is present.
+        unsafe { load_bf16(bytes) }
+    }
+    #[inline(always)]
+    fn load_u8(self, bytes: &[u8; 16]) -> Self::V {
+        // SAFETY: `self` proves that the instruction set of this function is present.
+        unsafe { load_u8(bytes) }
+    }
+    #[inline(always)]
+    fn load_i8(self, bytes: &[u8; 16]) -> Self::V {
+        // SAFETY: `self` proves that the instruction set of this function is present.
+        unsafe { load_i8(bytes) }
+    }
+    #[inline(always)]
+    fn add(self, a: Self::V, b: Self::V) -> Self::V {
+        // SAFETY: `self` proves that the instruction set of this function is present.
+        unsafe { add(a, b) }
+    }
+    #[inline(always)]
+    fn sub(self, a: Self::V, b: Self::V) -> Self::V {
+        // SAFETY: `self` proves that the instruction set of this function is present.
+        unsafe { sub(a, b) }
+    }
+    #[inline(always)]
+    fn mul(self, a: Self::V, b: Self::V) -> Self::V {
+        // SAFETY: `self` proves that the instruction set of this function is present.
+        unsafe { mul(a, b) }
+    }
+    #[inline(always)]
+    fn div(self, a: Self::V, b: Self::V) -> Self::V {
+        // SAFETY: `self` proves that the instruction set of this function is present.
+        unsafe { div(a, b) }
+    }
+    #[inline(always)]
+    fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V {
+        // SAFETY: `self` proves that the instruction set of this function is present.
+        unsafe { fma(a, b, c) }
+    }
+    #[inline(always)]
+    fn max(self, a: Self::V, b: Self::V) -> Self::V {
+        // SAFETY: `self` proves that the instruction set of this function is present.
+        unsafe { max(a, b) }
+    }
+    #[inline(always)]
+    fn min(self, a: Self::V, b: Self::V) -> Self::V {
+        // SAFETY: `self` proves that the instruction set of this function is present.
+        unsafe { min(a, b) }
+    }
+    #[inline(always)]
+    fn abs(self, v: Self::V) -> Self::V {
+        // SAFETY: `self` proves that the instruction set of this function is present.
+        unsafe { abs(v) }
+    }
+    #[inline(always)]
+    fn copy_sign(self, magnitude: Self::V, sign: Self::V) -> Self::V {
+        // SAFETY: `self` proves that the instruction set of this function is present.
+        unsafe { copy_sign(magnitude, sign) }
+    }
+    #[inline(always)]
+    fn round(self, v: Self::V) -> Self::V {
+        // SAFETY: `self` proves that the instruction set of this function is present.
+        unsafe { round(v) }
+    }
+    #[inline(always)]
+    fn exp2i(self, n: Self::V) -> Self::V {
+        // SAFETY: `self` proves that the instruction set of this function is present.
+        unsafe { exp2i(n) }
+    }
+    #[inline(always)]
+    fn select_less(self, a: Self::V, b: Self::V, then: Self::V, other: Self::V) -> Self::V {
+        // SAFETY: `self` proves that the instruction set of this function is present.
+        unsafe { select_less(a, b, then, other) }
+    }
+    #[inline(always)]
+    fn sum(self, v: Self::V) -> f32 {
+        // SAFETY: `self` proves that the instruction set of this function is present.
+        unsafe { sum(v) }
+    }
+    #[inline(always)]
+    fn maximum(self, v: Self::V) -> f32 {
+        // SAFETY: `self` proves that the instruction set of this function is present.
+        unsafe { maximum(v) }
+    }
+    #[inline(always)]
+    fn store_i8(self, v: Self::V, out: &mut [i8; 16]) {
+        // SAFETY: `self` proves that the instruction set of this function is present.
+        unsafe { store_i8(v, out) }
+    }
+    #[inline(always)]
+    fn to_f32(self, v: Self::I) -> Self::V {
+        // SAFETY: `self` proves that the instruction set of this function is present.
+        unsafe { to_f32(v) }
+    }
+    #[inline(always)]
+    fn add_i(self, a: Self::I, b: Self::I) -> Self::I {
+        // SAFETY: `self` proves that the instruction set of this function is present.
+        unsafe { add_i(a, b) }
+    }
+    #[inline(always)]
+    fn nibbles(self, tile: &[u8; 256]) -> [Self::I; 8] {
+        // SAFETY: `self` proves that the instruction set of this function is present.
+        unsafe { nibbles(tile) }
+    }
+    #[inline(always)]
+    fn bytes(self, tile: &[u8; 512]) -> [Self::I; 8] {
+        // SAFETY: `self` proves that the instruction set of this function is present.
+        unsafe { bytes(tile) }
+    }
+    #[inline(always)]
+    fn dot_nibbles(self, w: &[Self::I; 8], x: &[i8; 32], start: i32) -> Self::I {
+        // SAFETY: `self` proves that the instruction set of this function is present.
+        unsafe { dot_nibbles(w, x, start) }
+    }
+    #[inline(always)]
+    fn dot_bytes(self, w: [Self::I; 4], x: &[i8; 16], sum: i32) -> Self::I {
+        // SAFETY: `self` proves that the instruction set of this function is present.
+        unsafe { dot_bytes(w, x, sum) }
+    }
+    #[inline(always)]
+    fn unpack_bytes(self, v: Self::I) -> [Self::V; 4] {
+        // SAFETY: `self` proves that the instruction set of this function is present.
+        unsafe { unpack_bytes(v) }
+    }
+    #[inline(always)]
+    fn prefetch(self, from: &[u8], offset: usize) {
+        // SAFETY: `self` proves that the instruction set of this function is present.
+        unsafe { prefetch(from, offset) }
+    }
+}

@@ -1,0 +1,387 @@
+//! AVX-512 with VNNI: one register is sixteen lanes.
+#![expect(unsafe_code, reason = "vector intrinsics; the token proves that they exist")]
+
+use crate::lanes::{Kernel, Lanes};
+use core::arch::x86_64::*;
+
+/// Proof that this CPU and the operating system run AVX-512 F, BW, DQ, VL and VNNI, FMA and F16C.
+/// Only [`Avx512Vnni::detect`] makes one.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Avx512Vnni(());
+
+impl Avx512Vnni {
+    /// Asks the CPU.
+    pub(crate) fn detect() -> Option<Avx512Vnni> {
+        let present = is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512bw")
+            && is_x86_feature_detected!("avx512dq")
+            && is_x86_feature_detected!("avx512vl")
+            && is_x86_feature_detected!("avx512vnni")
+            && is_x86_feature_detected!("avx2")
+            && is_x86_feature_detected!("fma")
+            && is_x86_feature_detected!("f16c");
+        present.then_some(Avx512Vnni(()))
+    }
+
+    /// Runs a kernel compiled for this instruction set.
+    pub(crate) fn enter<K: Kernel>(self, kernel: K) -> K::Out {
+        // SAFETY: `self` proves that every feature `inside` enables is present.
+        unsafe { inside(self, kernel) }
+    }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
+fn inside<K: Kernel>(token: Avx512Vnni, kernel: K) -> K::Out {
+    kernel.run(token)
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn load_lanes(bytes: &[u8; 64]) -> __m512i {
+    // SAFETY: `bytes` is 64 readable bytes, and the load has no alignment requirement.
+    unsafe { _mm512_loadu_si512(bytes.as_ptr().cast()) }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn load_32(bytes: &[u8; 32]) -> __m256i {
+    // SAFETY: `bytes` is 32 readable bytes, and the load has no alignment requirement.
+    unsafe { _mm256_loadu_si256(bytes.as_ptr().cast()) }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn load_16(bytes: &[u8; 16]) -> __m128i {
+    // SAFETY: `bytes` is 16 readable bytes, and the load has no alignment requirement.
+    unsafe { _mm_loadu_si128(bytes.as_ptr().cast()) }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512dq")]
+fn sum(v: __m512) -> f32 {
+    let eight = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps::<1>(v));
+    let four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps::<1>(eight));
+    let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn exp2i(n: __m512) -> __m512 {
+    let biased = _mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127));
+    _mm512_castsi512_ps(_mm512_slli_epi32::<23>(biased))
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn select_less(a: __m512, b: __m512, then: __m512, other: __m512) -> __m512 {
+    _mm512_mask_blend_ps(_mm512_cmp_ps_mask::<_CMP_LT_OQ>(a, b), other, then)
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512dq")]
+fn copy_sign(magnitude: __m512, sign: __m512) -> __m512 {
+    _mm512_or_ps(magnitude, _mm512_and_ps(sign, _mm512_set1_ps(-0.0)))
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn store_i8(v: __m512, out: &mut [i8; 16]) {
+    let bytes = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v));
+    // SAFETY: `out` is 16 writable bytes, and the store has no alignment requirement.
+    unsafe { _mm_storeu_si128(out.as_mut_ptr().cast(), bytes) }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw")]
+fn nibbles(tile: &[u8; 256]) -> [__m512i; 8] {
+    let (lines, _) = tile.as_chunks::<64>();
+    let mask = _mm512_set1_epi8(0x0f);
+    let packed = [
+        load_lanes(&lines[0]),
+        load_lanes(&lines[1]),
+        load_lanes(&lines[2]),
+        load_lanes(&lines[3]),
+    ];
+    let mut out = [mask; 8];
+    for j in 0..4 {
+        out[j] = _mm512_and_si512(packed[j], mask);
+        out[j + 4] = _mm512_and_si512(_mm512_srli_epi16::<4>(packed[j]), mask);
+    }
+    out
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512vnni")]
+fn dot_nibbles(w: &[__m512i; 8], x: &[i8; 32], start: i32) -> __m512i {
+    // Two chains hide half of the four-cycle latency of VPDPBUSD.
+    let mut low = _mm512_set1_epi32(start);
+    let mut high = _mm512_setzero_si512();
+    let (x, _) = x.as_chunks::<4>();
+    for j in 0..4 {
+        low = _mm512_dpbusd_epi32(low, w[j], broadcast(&x[j]));
+        high = _mm512_dpbusd_epi32(high, w[j + 4], broadcast(&x[j + 4]));
+    }
+    _mm512_add_epi32(low, high)
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512vnni")]
+fn dot_bytes(w: [__m512i; 4], x: &[i8; 16], sum: i32) -> __m512i {
+    let mut total = _mm512_set1_epi32(-128 * sum);
+    let (x, _) = x.as_chunks::<4>();
+    for j in 0..4 {
+        total = _mm512_dpbusd_epi32(total, w[j], broadcast(&x[j]));
+    }
+    total
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn broadcast(x: &[i8; 4]) -> __m512i {
+    _mm512_set1_epi32(i32::from_le_bytes(x.map(i8::cast_unsigned)))
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn unpack_bytes(v: __m512i) -> [__m512; 4] {
+    let mask = _mm512_set1_epi32(0xff);
+    [
+        _mm512_cvtepi32_ps(_mm512_and_si512(v, mask)),
+        _mm512_cvtepi32_ps(_mm512_and_si512(_mm512_srli_epi32::<8>(v), mask)),
+        _mm512_cvtepi32_ps(_mm512_and_si512(_mm512_srli_epi32::<16>(v), mask)),
+        _mm512_cvtepi32_ps(_mm512_srli_epi32::<24>(v)),
+    ]
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn load(values: &[f32; 16]) -> __m512 {
+    // SAFETY: `values` is 64 readable bytes, and the load has no alignment requirement.
+    unsafe { _mm512_loadu_ps(values.as_ptr()) }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn store(v: __m512, out: &mut [f32; 16]) {
+    // SAFETY: `out` is 64 writable bytes, and the store has no alignment requirement.
+    unsafe { _mm512_storeu_ps(out.as_mut_ptr(), v) }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn load_f32(bytes: &[u8; 64]) -> __m512 {
+    _mm512_castsi512_ps(load_lanes(bytes))
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn load_f16(bytes: &[u8; 32]) -> __m512 {
+    _mm512_cvtph_ps(load_32(bytes))
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn load_bf16(bytes: &[u8; 32]) -> __m512 {
+    _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(load_32(bytes))))
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn load_u8(bytes: &[u8; 16]) -> __m512 {
+    _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(load_16(bytes)))
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn load_i8(bytes: &[u8; 16]) -> __m512 {
+    _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load_16(bytes)))
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512dq")]
+fn maximum(v: __m512) -> f32 {
+    let eight = _mm256_max_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps::<1>(v));
+    let four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps::<1>(eight));
+    let two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)))
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn bytes(tile: &[u8; 512]) -> [__m512i; 8] {
+    let (lines, _) = tile.as_chunks::<64>();
+    let mut out = [_mm512_setzero_si512(); 8];
+    for (lane, line) in out.iter_mut().zip(lines) {
+        *lane = load_lanes(line);
+    }
+    out
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn prefetch(from: &[u8], offset: usize) {
+    _mm_prefetch::<_MM_HINT_T0>(from.as_ptr().wrapping_add(offset).cast());
+}
+
+impl Lanes for Avx512Vnni {
+    type V = __m512;
+    type I = __m512i;
+    const WIDEST: usize = 8;
+
+    #[inline(always)]
+    fn splat(self, x: f32) -> Self::V {
+        // SAFETY: `self` proves that the instruction set of this function is present.
+        unsafe { _mm512_set1_ps(x) }
+    }
+    #[inline(always)]
+    fn load(self, values: &[f32; 16]) -> Self::V {
+        // SAFETY: `self` proves that the instruction set of this function is present.
+        unsafe { load(values) }
+    }
+    #[inline(always)]
+    fn store(self, v: Self::V, out: &mut [f32; 16]) {
+        // SAFETY: `self` proves that the instruction set of this function is present.
+        unsafe { store(v, out) }
+    }
+    #[inline(always)]
+    fn load_f32(self, bytes: &[u8; 64]) -> Self::V {
+        // SAFETY: `self` proves that the instruction set of this function is present.
+        unsafe { load_f32(bytes) }
+    }
+    #[inline(always)]
+    fn load_f16(self, bytes: &[u8; 32]) -> Self::V {
+        // SAFETY: `self` proves that the instruction set of this function is present.
+        unsafe { load_f16(bytes) }
+    }
+    #[inline(always)]
+    fn load_bf16(self, bytes: &[u8; 32]) -> Self::V {
+        // SAFETY: `self` proves that the instruction set of this function is present.
+        unsafe { load_bf16(bytes) }
+    }
+    #[inline(always)]
+    fn load_u8(self, bytes: &[u8; 16]) -> Self::V {
+        // SAFETY: `self` proves that the instruction set of this function is present.
+        unsafe { load_u8(bytes) }
+    }
+    #[inline(always)]
+    fn load_i8(self, bytes: &[u8; 16]) -> Self::V {
+        // SAFETY: `self` proves that the instruction set of this function is present.
+        unsafe { load_i8(bytes) }
+    }
+    #[inline(always)]
+    fn add(self, a: Self::V, b: Self::V) -> Self::V {
+        // SAFETY: `self` proves that the instruction set of this function is present.
+        unsafe { _mm512_add_ps(a, b) }
+    }
+    #[inline(always)]
+    fn sub(self, a: Self::V, b: Self::V) -> Self::V {
+        // SAFETY: `self` proves that the instruction set of this function is present.
+        unsafe { _mm512_sub_ps(a, b) }
+    }
+    #[inline(always)]
+    fn mul(self, a: Self::V, b: Self::V) -> Self::V {
+        // SAFETY: `self` proves that the instruction set of this function is present.
+        unsafe { _mm512_mul_ps(a, b) }
+    }
+    #[inline(always)]
+    fn div(self, a: Self::V, b: Self::V) -> Self::V {
+        // SAFETY: `self` proves that the instruction set of this function is present.
+        unsafe { _mm512_div_ps(a, b) }
+    }
+    #[inline(always)]
+    fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V {
+        // SAFETY: `self` proves that the instruction set of this function is present.
+        unsafe { _mm512_fmadd_ps(a, b, c) }
+    }
+    #[inline(always)]
+    fn max(self, a: Self::V, b: Self::V) -> Self::V {
+        // SAFETY: `self` proves that the instruction set of this function is present.
+        unsafe { _mm512_max_ps(a, b) }
+    }
+    #[inline(always)]
+    fn min(self, a: Self::V, b: Self::V) -> Self::V {
+        // SAFETY: `self` proves that the instruction set of this function is present.
+        unsafe { _mm512_min_ps(a, b) }
+    }
+    #[inline(always)]
+    fn abs(self, v: Self::V) -> Self::V {
+        // SAFETY: `self` proves that the instruction set of this function is present.
+        unsafe { _mm512_abs_ps(v) }
+    }
+    #[inline(always)]
+    fn copy_sign(self, magnitude: Self::V, sign: Self::V) -> Self::V {
+        // SAFETY: `self` proves that the instruction set of this function is present.
+        unsafe { copy_sign(magnitude, sign) }
+    }
+    #[inline(always)]
+    fn round(self, v: Self::V) -> Self::V {
+        // SAFETY: `self` proves that the instruction set of this function is present.
+        unsafe { _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(v) }
+    }
+    #[inline(always)]
+    fn exp2i(self, n: Self::V) -> Self::V {
+        // SAFETY: `self` proves that the instruction set of this function is present.
+        unsafe { exp2i(n) }
+    }
+    #[inline(always)]
+    fn select_less(self, a: Self::V, b: Self::V, then: Self::V, other: Self::V) -> Self::V {
+        // SAFETY: `self` proves that the instruction set of this function is present.
+        unsafe { select_less(a, b, then, other) }
+    }
+    #[inline(always)]
+    fn sum(self, v: Self::V) -> f32 {
+        // SAFETY: `self` proves that the instruction set of this function is present.
+        unsafe { sum(v) }
+    }
+    #[inline(always)]
+    fn maximum(self, v: Self::V) -> f32 {
+        // SAFETY: `self` proves that the instruction set of this function is present.
+        unsafe { maximum(v) }
+    }
+    #[inline(always)]
+    fn store_i8(self, v: Self::V, out: &mut [i8; 16]) {
+        // SAFETY: `self` proves that the instruction set of this function is present.
+        unsafe { store_i8(v, out) }
+    }
+    #[inline(always)]
+    fn to_f32(self, v: Self::I) -> Self::V {
+        // SAFETY: `self` proves that the instruction set of this function is present.
+        unsafe { _mm512_cvtepi32_ps(v) }
+    }
+    #[inline(always)]
+    fn add_i(self, a: Self::I, b: Self::I) -> Self::I {
+        // SAFETY: `self` proves that the instruction set of this function is present.
+        unsafe { _mm512_add_epi32(a, b) }
+    }
+    #[inline(always)]
+    fn nibbles(self, tile: &[u8; 256]) -> [Self::I; 8] {
+        // SAFETY: `self` proves that the instruction set of this function is present.
+        unsafe { nibbles(tile) }
+    }
+    #[inline(always)]
+    fn bytes(self, tile: &[u8; 512]) -> [Self::I; 8] {
+        // SAFETY: `self` proves that the instruction set of this function is present.
+        unsafe { bytes(tile) }
+    }
+    #[inline(always)]
+    fn dot_nibbles(self, w: &[Self::I; 8], x: &[i8; 32], start: i32) -> Self::I {
+        // SAFETY: `self` proves that the instruction set of this function is present.
+        unsafe { dot_nibbles(w, x, start) }
+    }
+    #[inline(always)]
+    fn dot_bytes(self, w: [Self::I; 4], x: &[i8; 16], sum: i32) -> Self::I {
+        // SAFETY: `self` proves that the instruction set of this function is present.
+        unsafe { dot_bytes(w, x, sum) }
+    }
+    #[inline(always)]
+    fn unpack_bytes(self, v: Self::I) -> [Self::V; 4] {
+        // SAFETY: `self` proves that the instruction set of this function is present.
+        unsafe { unpack_bytes(v) }
+    }
+    #[inline(always)]
+    fn prefetch(self, from: &[u8], offset: usize) {
+        // SAFETY: `self` proves that the instruction set of this function is present.
+        unsafe { prefetch(from, offset) }
+    }
+}

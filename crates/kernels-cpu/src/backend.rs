@@ -1,0 +1,393 @@
+//! [`CpuBackend`]: the operations of [`Backend`] on the CPU.
+
+use crate::activation::QuantBlock;
+use crate::affinity;
+use crate::attention;
+use crate::kv::CpuKvPool;
+use crate::linear::{Engine, Epilogue, Product};
+use crate::memory::Arena;
+use crate::pool::Pool;
+use crate::processor::{Isa, Processor};
+use crate::rows::{Add, LayerNorm, RmsNorm, RopeTable, Rotate};
+use crate::weight::CpuWeight;
+use exrail_kernels::{
+    Activation, AttentionShape, AttentionSpan, Backend, KernelError, KvShape, KvSlot, PageId, Rope,
+    Span, TokenId, WeightView,
+};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// Values of a row operation that one thread handles in about 5 µs.
+const ROW_WORK: usize = 1 << 14;
+
+/// How to start a [`CpuBackend`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CpuOptions {
+    /// Threads in all, the caller's included. `None`: one a physical core that this process may
+    /// use.
+    pub threads: Option<usize>,
+    /// How quantised weights meet activations. F32, F16 and BF16 weights always meet f32.
+    pub activation: Activation,
+    /// The instruction set. `None`: the fastest of this CPU.
+    pub isa: Option<Isa>,
+}
+
+impl Default for CpuOptions {
+    fn default() -> CpuOptions {
+        CpuOptions { threads: None, activation: Activation::Int8, isa: None }
+    }
+}
+
+/// f32 values in memory.
+#[derive(Debug)]
+pub struct CpuBuffer(Vec<f32>);
+
+/// The CPU as a device. Clones share the threads; their operations take turns.
+///
+/// The results do not depend on the number of threads, on the instruction set, or on how many rows
+/// a batch has: all of them give the same bits.
+#[derive(Clone, Debug)]
+pub struct CpuBackend {
+    shared: Arc<Shared>,
+    activation: Activation,
+}
+
+#[derive(Debug)]
+struct Shared {
+    processor: Processor,
+    pool: Pool,
+    arena: Arena,
+    scratch: Mutex<Scratch>,
+}
+
+/// Memory that operations reuse.
+#[derive(Debug, Default)]
+struct Scratch {
+    quantised: Vec<QuantBlock>,
+    rope: RopeTable,
+}
+
+impl CpuBackend {
+    /// Starts the threads.
+    ///
+    /// # Errors
+    /// [`KernelError::UnsupportedIsa`] when this CPU lacks the instruction set asked for.
+    pub fn new(options: CpuOptions) -> Result<CpuBackend, KernelError> {
+        let processor = match options.isa {
+            None => Processor::best(),
+            Some(isa) => Processor::of(isa)
+                .ok_or_else(|| KernelError::UnsupportedIsa { isa: isa.to_string() })?,
+        };
+        let cores = affinity::cores();
+        let threads = options.threads.unwrap_or(cores.len()).max(1);
+        let shared = Shared {
+            processor,
+            pool: Pool::new(threads, &cores),
+            arena: Arena::default(),
+            scratch: Mutex::default(),
+        };
+        Ok(CpuBackend { shared: Arc::new(shared), activation: options.activation })
+    }
+
+    /// The same threads with another treatment of activations.
+    #[must_use]
+    pub fn with_activation(&self, activation: Activation) -> CpuBackend {
+        CpuBackend { shared: Arc::clone(&self.shared), activation }
+    }
+
+    /// The instruction set in use.
+    #[must_use]
+    pub fn isa(&self) -> Isa {
+        self.shared.processor.isa()
+    }
+
+    /// Threads in all, the caller's included.
+    #[must_use]
+    pub fn n_threads(&self) -> usize {
+        self.shared.pool.n_threads()
+    }
+
+    /// How quantised weights meet activations.
+    #[must_use]
+    pub fn activation(&self) -> Activation {
+        self.activation
+    }
+
+    fn scratch(&self) -> MutexGuard<'_, Scratch> {
+        // Scratch holds no invariant that a panic could break: every use fills it anew.
+        self.shared.scratch.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn products(&self, x: &CpuBuffer, n_rows: usize, products: &mut [Product<'_>]) {
+        let scratch = &mut *self.scratch();
+        self.engine(&mut scratch.quantised).products(&x.0, n_rows, products);
+    }
+
+    fn engine<'a>(&'a self, quantised: &'a mut Vec<QuantBlock>) -> Engine<'a> {
+        Engine {
+            processor: self.shared.processor,
+            pool: &self.shared.pool,
+            activation: self.activation,
+            quantised,
+        }
+    }
+
+    /// Runs `run(first_row, rows)` over runs of rows of `width` values, on several threads when
+    /// there is enough to do.
+    fn rows(&self, x: &mut [f32], width: usize, run: &(dyn Fn(usize, &mut [f32]) + Sync)) {
+        let per_chunk = (ROW_WORK / width.max(1)).max(1);
+        self.shared
+            .pool
+            .run_chunks(x, per_chunk * width.max(1), &|i, rows| run(i * per_chunk, rows));
+    }
+}
+
+/// One product of an operation.
+fn product<'a>(
+    weight: &'a CpuWeight,
+    bias: Option<&'a CpuBuffer>,
+    epilogue: Epilogue,
+    out: &'a mut CpuBuffer,
+) -> Product<'a> {
+    Product { weight, bias: bias.map(|bias| &bias.0[..]), epilogue, out: &mut out.0 }
+}
+
+impl Backend for CpuBackend {
+    type Weight = CpuWeight;
+    type Buffer = CpuBuffer;
+    type KvPool = CpuKvPool;
+
+    fn name(&self) -> String {
+        let activation = match self.activation {
+            Activation::F32 => "f32",
+            Activation::Int8 => "int8",
+        };
+        let threads = match self.n_threads() {
+            1 => "1 thread".to_owned(),
+            n => format!("{n} threads"),
+        };
+        format!("cpu {}, {threads}, {activation} activations", self.isa())
+    }
+
+    fn weight(&self, view: &WeightView<'_>) -> Result<CpuWeight, KernelError> {
+        CpuWeight::pack(view, &self.shared.arena, &self.shared.pool, || self.name())
+    }
+
+    fn weight_shape(&self, weight: &CpuWeight) -> (usize, usize) {
+        (weight.rows(), weight.columns())
+    }
+
+    fn buffer(&self, len: usize) -> Result<CpuBuffer, KernelError> {
+        let mut values = Vec::new();
+        values.try_reserve_exact(len).map_err(|_| KernelError::OutOfMemory {
+            what: "activations".to_owned(),
+            wanted_bytes: len.saturating_mul(4),
+            device: self.name(),
+        })?;
+        values.resize(len, 0.0);
+        Ok(CpuBuffer(values))
+    }
+
+    fn write(&self, buffer: &mut CpuBuffer, values: &[f32]) {
+        buffer.0[..values.len()].copy_from_slice(values);
+    }
+
+    fn read(&self, buffer: &CpuBuffer, values: &mut [f32]) {
+        values.copy_from_slice(&buffer.0[..values.len()]);
+    }
+
+    fn kv_pool(&self, shape: KvShape) -> Result<CpuKvPool, KernelError> {
+        CpuKvPool::new(shape, || self.name())
+    }
+
+    fn kv_copy_page(&self, pool: &mut CpuKvPool, from: PageId, to: PageId) {
+        pool.copy_page(from, to);
+    }
+
+    fn embed(&self, table: &CpuWeight, ids: &[TokenId], out: &mut CpuBuffer) {
+        let width = table.columns();
+        self.rows(&mut out.0[..ids.len() * width], width, &|first, rows| {
+            for (row, id) in rows.chunks_exact_mut(width).zip(&ids[first..]) {
+                assert!((id.0 as usize) < table.rows(), "token {} of {}", id.0, table.rows());
+                table.dequantise_row(id.0 as usize, row);
+            }
+        });
+    }
+
+    fn rms_norm(
+        &self,
+        x: &CpuBuffer,
+        n_rows: usize,
+        weight: &CpuBuffer,
+        eps: f32,
+        out: &mut CpuBuffer,
+    ) {
+        let width = weight.0.len();
+        let x = &x.0[..n_rows * width];
+        self.rows(&mut out.0[..n_rows * width], width, &|first, out| {
+            let x = &x[first * width..][..out.len()];
+            self.shared.processor.run(RmsNorm { x, weight: &weight.0, eps, out });
+        });
+    }
+
+    fn layer_norm(
+        &self,
+        x: &mut CpuBuffer,
+        n_rows: usize,
+        weight: &CpuBuffer,
+        bias: &CpuBuffer,
+        eps: f32,
+    ) {
+        let width = weight.0.len();
+        self.rows(&mut x.0[..n_rows * width], width, &|_, x| {
+            let bias = &bias.0[..width];
+            self.shared.processor.run(LayerNorm { x, weight: &weight.0, bias, eps });
+        });
+    }
+
+    fn linear(
+        &self,
+        x: &CpuBuffer,
+        n_rows: usize,
+        weight: &CpuWeight,
+        bias: Option<&CpuBuffer>,
+        out: &mut CpuBuffer,
+    ) {
+        self.products(x, n_rows, &mut [product(weight, bias, Epilogue::Store, out)]);
+    }
+
+    fn linear_qkv(
+        &self,
+        x: &CpuBuffer,
+        n_rows: usize,
+        weights: [&CpuWeight; 3],
+        biases: Option<[&CpuBuffer; 3]>,
+        outs: [&mut CpuBuffer; 3],
+    ) {
+        let biases = biases.map_or([None; 3], |biases| biases.map(Some));
+        let [q, k, v] = outs;
+        let store = Epilogue::Store;
+        let mut products = [
+            product(weights[0], biases[0], store, q),
+            product(weights[1], biases[1], store, k),
+            product(weights[2], biases[2], store, v),
+        ];
+        self.products(x, n_rows, &mut products);
+    }
+
+    fn linear_add(
+        &self,
+        x: &CpuBuffer,
+        n_rows: usize,
+        weight: &CpuWeight,
+        bias: Option<&CpuBuffer>,
+        y: &mut CpuBuffer,
+    ) {
+        self.products(x, n_rows, &mut [product(weight, bias, Epilogue::Add, y)]);
+    }
+
+    fn linear_silu_gate(
+        &self,
+        x: &CpuBuffer,
+        n_rows: usize,
+        gate: &CpuWeight,
+        up: &CpuWeight,
+        out: &mut CpuBuffer,
+    ) {
+        let scratch = &mut *self.scratch();
+        self.engine(&mut scratch.quantised).gate(&x.0, n_rows, [gate, up], &mut out.0);
+    }
+
+    fn linear_gelu(
+        &self,
+        x: &CpuBuffer,
+        n_rows: usize,
+        weight: &CpuWeight,
+        bias: &CpuBuffer,
+        out: &mut CpuBuffer,
+    ) {
+        self.products(x, n_rows, &mut [product(weight, Some(bias), Epilogue::Gelu, out)]);
+    }
+
+    fn rope(
+        &self,
+        x: &mut CpuBuffer,
+        n_heads: usize,
+        head_dim: usize,
+        positions: &[u32],
+        rope: &Rope,
+    ) {
+        assert!(2 * rope.inverse_frequencies.len() <= head_dim, "rotated width of {head_dim}");
+        let scratch = &mut *self.scratch();
+        scratch.rope.fill(positions, rope);
+        let table = &scratch.rope;
+        let style = rope.style;
+        let width = n_heads * head_dim;
+        self.rows(&mut x.0[..positions.len() * width], width, &|first_row, x| {
+            let rotate = Rotate { x, first_row, n_heads, head_dim, table, style };
+            self.shared.processor.run(rotate);
+        });
+    }
+
+    fn kv_write(
+        &self,
+        pool: &mut CpuKvPool,
+        layer: usize,
+        k: &CpuBuffer,
+        v: &CpuBuffer,
+        slots: &[KvSlot],
+    ) {
+        pool.write(layer, &k.0, &v.0, slots);
+    }
+
+    fn attention(
+        &self,
+        q: &CpuBuffer,
+        pool: &CpuKvPool,
+        layer: usize,
+        shape: AttentionShape,
+        spans: &[AttentionSpan<'_>],
+        out: &mut CpuBuffer,
+    ) {
+        let Shared { processor, pool: threads, .. } = &*self.shared;
+        let kv = (pool, layer);
+        attention::attention(*processor, threads, (&q.0, &mut out.0), kv, shape, spans);
+    }
+
+    fn attention_full(
+        &self,
+        q: &CpuBuffer,
+        k: &CpuBuffer,
+        v: &CpuBuffer,
+        shape: AttentionShape,
+        spans: &[Span],
+        out: &mut CpuBuffer,
+    ) {
+        let Shared { processor, pool: threads, .. } = &*self.shared;
+        let kv = (&k.0[..], &v.0[..]);
+        attention::attention_full(*processor, threads, (&q.0, &mut out.0), kv, shape, spans);
+    }
+
+    fn gather_rows(&self, x: &CpuBuffer, width: usize, rows: &[u32], out: &mut CpuBuffer) {
+        for (out, &row) in out.0[..rows.len() * width].chunks_exact_mut(width).zip(rows) {
+            out.copy_from_slice(&x.0[row as usize * width..][..width]);
+        }
+    }
+
+    fn add(&self, x: &mut CpuBuffer, y: &CpuBuffer, len: usize) {
+        self.shared.processor.run(Add { x: &mut x.0[..len], y: &y.0[..len] });
+    }
+
+    fn mean_rows(&self, x: &CpuBuffer, width: usize, spans: &[Span], out: &mut CpuBuffer) {
+        let processor = self.shared.processor;
+        for (out, span) in out.0[..spans.len() * width].chunks_exact_mut(width).zip(spans) {
+            out.fill(0.0);
+            let rows = &x.0[span.first_row * width..][..span.n_rows * width];
+            for row in rows.chunks_exact(width) {
+                processor.run(Add { x: out, y: row });
+            }
+            for value in out {
+                *value /= span.n_rows as f32;
+            }
+        }
+    }
+}

@@ -1,0 +1,378 @@
+//! The `linear` operations: which thread computes which row groups, and what happens to the sums.
+#![expect(unsafe_code, reason = "threads write disjoint columns of one output")]
+
+use crate::activation::{QuantBlock, Quantise};
+use crate::disjoint::{MatrixBlock, MatrixBlocks};
+use crate::lanes::{Kernel, Lanes};
+use crate::math;
+use crate::pool::Pool;
+use crate::processor::Processor;
+use crate::product::{
+    BrainElement, BytesFloat, BytesInt8, Floats, Format, HalfElement, Halves, Input, NibblesFloat,
+    NibblesInt8, SingleElement, Supers,
+};
+use crate::tile::{BLOCK, Group, ROWS};
+use crate::weight::CpuWeight;
+use exrail_kernels::Activation;
+use exrail_tensor::DType;
+use std::marker::PhantomData;
+use std::ops::Range;
+
+/// Multiplications below which waking the pool costs more than it saves (about 2 µs of one core).
+const ALONE: usize = 1 << 17;
+/// Bytes of quantised activations that stay in a core's L2 next to the weights.
+const PANEL_BYTES: usize = 384 << 10;
+
+/// What happens to a dot product after the bias.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Epilogue {
+    /// Overwrites.
+    Store,
+    /// Adds to what is there: the residual.
+    Add,
+    /// Overwrites with the exact gelu.
+    Gelu,
+}
+
+/// One matrix of a product and where its results go, `(T, N)`.
+pub(crate) struct Product<'a> {
+    pub(crate) weight: &'a CpuWeight,
+    pub(crate) bias: Option<&'a [f32]>,
+    pub(crate) epilogue: Epilogue,
+    pub(crate) out: &'a mut [f32],
+}
+
+/// The threads and instructions of an operation, and its reusable memory.
+pub(crate) struct Engine<'a> {
+    pub(crate) processor: Processor,
+    pub(crate) pool: &'a Pool,
+    pub(crate) activation: Activation,
+    pub(crate) quantised: &'a mut Vec<QuantBlock>,
+}
+
+impl Engine<'_> {
+    /// Computes up to three products of the same x `(T, columns)`.
+    pub(crate) fn products(&mut self, x: &[f32], n_rows: usize, products: &mut [Product<'_>]) {
+        let columns = products[0].weight.columns();
+        let wants_integers = products.iter().any(|p| self.is_integer(p.weight));
+        self.quantise(&x[..n_rows * columns], columns, wants_integers);
+        let input = Input { x: &x[..n_rows * columns], columns, quantised: self.quantised };
+        let mut parts = Vec::with_capacity(products.len());
+        let mut n_groups = 0;
+        for product in products.iter_mut() {
+            assert_eq!(product.weight.columns(), columns, "products share their input");
+            let n_columns = product.weight.rows();
+            let first = n_groups;
+            n_groups += product.weight.n_groups();
+            parts.push(Part {
+                first,
+                weight: product.weight,
+                bias: product.bias.map(|bias| &bias[..n_columns]),
+                epilogue: product.epilogue,
+                out: MatrixBlocks::new(product.out, n_rows, n_columns),
+            });
+        }
+        let (processor, activation) = (self.processor, self.activation);
+        self.share(n_groups, n_rows * columns, &|groups| {
+            for part in &parts {
+                let own = part.first..part.first + part.weight.n_groups();
+                let shared = groups.start.max(own.start)..groups.end.min(own.end);
+                if shared.is_empty() {
+                    continue;
+                }
+                let local = shared.start - own.start..shared.end - own.start;
+                // SAFETY: every group index is in one chunk, and the pool runs each chunk once.
+                let out =
+                    unsafe { part.out.block(0..n_rows, local.start * ROWS..local.end * ROWS) };
+                let chunk = Chunk { processor, activation, input, n_rows, groups: local, out };
+                let finish = Finish::One { bias: part.bias, epilogue: part.epilogue };
+                chunk.run(&[part.weight], &finish);
+            }
+        });
+    }
+
+    /// `out = silu(x Gᵀ) * (x Uᵀ)`.
+    pub(crate) fn gate(
+        &mut self,
+        x: &[f32],
+        n_rows: usize,
+        [gate, up]: [&CpuWeight; 2],
+        out: &mut [f32],
+    ) {
+        assert_eq!((gate.rows(), gate.columns()), (up.rows(), up.columns()), "gate and up");
+        let columns = gate.columns();
+        let wants_integers = self.is_integer(gate) || self.is_integer(up);
+        self.quantise(&x[..n_rows * columns], columns, wants_integers);
+        let input = Input { x: &x[..n_rows * columns], columns, quantised: self.quantised };
+        let out = MatrixBlocks::new(out, n_rows, gate.rows());
+        let (processor, activation) = (self.processor, self.activation);
+        self.share(gate.n_groups(), 2 * n_rows * columns, &|groups| {
+            // SAFETY: every group index is in one chunk, and the pool runs each chunk once.
+            let out = unsafe { out.block(0..n_rows, groups.start * ROWS..groups.end * ROWS) };
+            let chunk = Chunk { processor, activation, input, n_rows, groups, out };
+            chunk.run(&[gate, up], &Finish::Gate);
+        });
+    }
+
+    fn is_integer(&self, weight: &CpuWeight) -> bool {
+        let float = matches!(weight.dtype(), DType::F32 | DType::F16 | DType::BF16);
+        self.activation == Activation::Int8 && !float
+    }
+
+    fn quantise(&mut self, x: &[f32], columns: usize, wanted: bool) {
+        self.quantised.clear();
+        if !wanted {
+            return;
+        }
+        self.quantised.resize(x.len() / BLOCK, QuantBlock::default());
+        let processor = self.processor;
+        // Eight thousand values are about 2 µs: one row is never worth a second thread.
+        let rows_per_chunk = (8192 / columns).max(1);
+        let blocks_per_chunk = rows_per_chunk * columns / BLOCK;
+        self.pool.run_chunks(self.quantised, blocks_per_chunk, &|i, blocks| {
+            let start = i * rows_per_chunk * columns;
+            let x = &x[start..start + blocks.len() * BLOCK];
+            processor.run(Quantise { x, blocks });
+        });
+    }
+
+    /// Splits groups into chunks: eight a thread, so that a disturbed core can take fewer.
+    fn share(
+        &self,
+        n_groups: usize,
+        work_per_weight_row: usize,
+        run: &(dyn Fn(Range<usize>) + Sync),
+    ) {
+        if n_groups * ROWS * work_per_weight_row < ALONE {
+            return run(0..n_groups);
+        }
+        let per_chunk = (n_groups / (8 * self.pool.n_threads())).max(1);
+        self.pool.run(n_groups.div_ceil(per_chunk), &|i| {
+            run(i * per_chunk..n_groups.min((i + 1) * per_chunk));
+        });
+    }
+}
+
+/// One matrix of `products`, its groups numbered from `first`.
+struct Part<'a> {
+    first: usize,
+    weight: &'a CpuWeight,
+    bias: Option<&'a [f32]>,
+    epilogue: Epilogue,
+    out: MatrixBlocks<'a>,
+}
+
+/// Some row groups, all activation rows.
+struct Chunk<'a> {
+    processor: Processor,
+    activation: Activation,
+    input: Input<'a>,
+    n_rows: usize,
+    groups: Range<usize>,
+    out: MatrixBlock<'a>,
+}
+
+impl Chunk<'_> {
+    /// Activation rows by panels that stay in L2, inside them weight groups. The sums of a group go
+    /// to a small buffer first, so that what follows does not depend on the weight format.
+    fn run(mut self, weights: &[&CpuWeight], finish: &Finish<'_>) {
+        let row_bytes = size_of::<QuantBlock>() * self.input.columns.div_ceil(BLOCK);
+        let panel = (PANEL_BYTES / row_bytes.max(1)).next_multiple_of(8).min(self.n_rows);
+        let mut sums = vec![[0.0; ROWS]; weights.len() * panel];
+        for start in (0..self.n_rows).step_by(panel.max(1)) {
+            let rows = start..self.n_rows.min(start + panel);
+            for (i, group) in self.groups.clone().enumerate() {
+                let mut parts = sums.chunks_exact_mut(rows.len());
+                for weight in weights {
+                    let sums = parts.next().expect("one part a weight");
+                    let (input, row) = (self.input, rows.start);
+                    let sums = Sums { group: weight.group(group), input, row, sums };
+                    sums.run(weight.dtype(), self.activation, self.processor);
+                }
+                self.processor.run(FinishGroup {
+                    finish,
+                    sums: &sums[..weights.len() * rows.len()],
+                    group,
+                    rows: rows.clone(),
+                    column: i * ROWS,
+                    out: &mut self.out,
+                });
+            }
+        }
+    }
+}
+
+/// Dot products of one row group with consecutive activation rows, from `row`.
+struct Sums<'a> {
+    group: Group<'a>,
+    input: Input<'a>,
+    row: usize,
+    sums: &'a mut [[f32; ROWS]],
+}
+
+impl Sums<'_> {
+    fn run(self, dtype: DType, activation: Activation, processor: Processor) {
+        match (dtype, activation) {
+            (DType::F32, _) => self.with::<Floats<SingleElement>>(processor),
+            (DType::F16, _) => self.with::<Floats<HalfElement>>(processor),
+            (DType::BF16, _) => self.with::<Floats<BrainElement>>(processor),
+            (quantised, Activation::Int8) => self.integers(quantised, processor),
+            (quantised, Activation::F32) => self.floats(quantised, processor),
+        }
+    }
+
+    fn integers(self, dtype: DType, processor: Processor) {
+        match dtype {
+            DType::Q4_0 => self.with::<NibblesInt8<Halves<false>>>(processor),
+            DType::Q4_1 => self.with::<NibblesInt8<Halves<true>>>(processor),
+            DType::Q5_1 => self.with::<BytesInt8<Halves<true>>>(processor),
+            DType::Q4_K => self.with::<NibblesInt8<Supers<true, 1>>>(processor),
+            DType::Q5_K => self.with::<BytesInt8<Supers<true, 1>>>(processor),
+            DType::Q6_K => self.with::<BytesInt8<Supers<false, 2>>>(processor),
+            DType::Q5_0 | DType::Q8_0 | DType::F32 | DType::F16 | DType::BF16 => {
+                self.with::<BytesInt8<Halves<false>>>(processor);
+            }
+        }
+    }
+
+    fn floats(self, dtype: DType, processor: Processor) {
+        match dtype {
+            DType::Q4_0 => self.with::<NibblesFloat<Halves<false>>>(processor),
+            DType::Q4_1 => self.with::<NibblesFloat<Halves<true>>>(processor),
+            DType::Q5_1 => self.with::<BytesFloat<Halves<true>>>(processor),
+            DType::Q4_K => self.with::<NibblesFloat<Supers<true, 1>>>(processor),
+            DType::Q5_K => self.with::<BytesFloat<Supers<true, 1>>>(processor),
+            DType::Q6_K => self.with::<BytesFloat<Supers<false, 2>>>(processor),
+            DType::Q5_0 | DType::Q8_0 | DType::F32 | DType::F16 | DType::BF16 => {
+                self.with::<BytesFloat<Halves<false>>>(processor);
+            }
+        }
+    }
+
+    fn with<F: Format>(self, processor: Processor) {
+        processor.run(SumsOf::<F>(self, PhantomData));
+    }
+}
+
+/// [`Sums`] of one format.
+struct SumsOf<'a, F>(Sums<'a>, PhantomData<F>);
+
+impl<F: Format> Kernel for SumsOf<'_, F> {
+    type Out = ();
+
+    #[inline(always)]
+    fn run<L: Lanes>(self, lanes: L) {
+        let SumsOf(Sums { group, input, row, sums }, _) = self;
+        let mut next = 0;
+        if F::WIDEST >= 8 && L::WIDEST >= 8 {
+            while next + 8 <= sums.len() {
+                tile::<L, F, 8>(lanes, group, (input, row + next), &mut sums[next..]);
+                next += 8;
+            }
+        }
+        if L::WIDEST >= 4 {
+            while next + 4 <= sums.len() {
+                tile::<L, F, 4>(lanes, group, (input, row + next), &mut sums[next..]);
+                next += 4;
+            }
+        }
+        while next < sums.len() {
+            tile::<L, F, 1>(lanes, group, (input, row + next), &mut sums[next..]);
+            next += 1;
+        }
+    }
+}
+
+#[inline(always)]
+fn tile<L: Lanes, F: Format, const N: usize>(
+    lanes: L,
+    group: Group<'_>,
+    (input, row): (Input<'_>, usize),
+    out: &mut [[f32; ROWS]],
+) {
+    let sums = F::accumulate::<L, N>(lanes, group, input, row);
+    for n in 0..N {
+        lanes.store(sums[n], &mut out[n]);
+    }
+}
+
+/// What happens to the sums.
+enum Finish<'a> {
+    /// Bias and epilogue.
+    One { bias: Option<&'a [f32]>, epilogue: Epilogue },
+    /// `silu(gate) * up`; the sums of the gate come first.
+    Gate,
+}
+
+/// Finishes one group's sums.
+struct FinishGroup<'a, 'o> {
+    finish: &'a Finish<'a>,
+    sums: &'a [[f32; ROWS]],
+    group: usize,
+    rows: Range<usize>,
+    /// First column inside the chunk's block.
+    column: usize,
+    out: &'a mut MatrixBlock<'o>,
+}
+
+impl Kernel for FinishGroup<'_, '_> {
+    type Out = ();
+
+    #[inline(always)]
+    fn run<L: Lanes>(self, lanes: L) {
+        for (i, row) in self.rows.clone().enumerate() {
+            let target = sixteen(self.out.row(row), self.column);
+            let sum = lanes.load(&self.sums[i]);
+            let value = match *self.finish {
+                Finish::Gate => {
+                    let up = lanes.load(&self.sums[self.rows.len() + i]);
+                    lanes.mul(math::silu(lanes, sum), up)
+                }
+                Finish::One { bias, epilogue } => {
+                    let value = match bias {
+                        Some(bias) => {
+                            let bias = &bias[self.group * ROWS..][..target.len()];
+                            lanes.add(sum, load_part(lanes, bias))
+                        }
+                        None => sum,
+                    };
+                    match epilogue {
+                        Epilogue::Store => value,
+                        Epilogue::Add => lanes.add(load_part(lanes, target), value),
+                        Epilogue::Gelu => math::gelu(lanes, value),
+                    }
+                }
+            };
+            store_part(lanes, value, target);
+        }
+    }
+}
+
+/// At most sixteen values from `first`.
+#[inline(always)]
+fn sixteen(row: &mut [f32], first: usize) -> &mut [f32] {
+    let end = row.len().min(first + ROWS);
+    &mut row[first..end]
+}
+
+/// Up to sixteen values, padded with zeros.
+#[inline(always)]
+pub(crate) fn load_part<L: Lanes>(lanes: L, values: &[f32]) -> L::V {
+    if let Some(values) = values.as_array::<16>() {
+        return lanes.load(values);
+    }
+    let mut padded = [0.0; 16];
+    padded[..values.len()].copy_from_slice(values);
+    lanes.load(&padded)
+}
+
+/// The first `out.len()` lanes, at most sixteen.
+#[inline(always)]
+pub(crate) fn store_part<L: Lanes>(lanes: L, v: L::V, out: &mut [f32]) {
+    if let Some(out) = out.as_mut_array::<16>() {
+        return lanes.store(v, out);
+    }
+    let mut padded = [0.0; 16];
+    lanes.store(v, &mut padded);
+    out.copy_from_slice(&padded[..out.len()]);
+}

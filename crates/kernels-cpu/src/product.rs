@@ -1,0 +1,465 @@
+//! Matrix products over row groups: the generic algorithm behind every `linear` operation.
+//!
+//! ```text
+//! for each group of 16 weight rows (parallel)
+//!   for each tile of 8, 4 or 1 activation rows
+//!     for each block of 32 k
+//!       load and unpack the weights once
+//!       for each activation row: acc[row] += Σ w x            acc: one lane a weight row
+//! ```
+//!
+//! The arithmetic of one output does not depend on the tile it is in: a row alone and the same row
+//! in a batch give the same bits. No horizontal sums: lane r belongs to weight row r throughout.
+
+use crate::activation::QuantBlock;
+use crate::lanes::Lanes;
+use crate::tile::{BLOCK, Group, SUPER};
+use std::marker::PhantomData;
+
+/// Bytes ahead of the current block to prefetch: DRAM latency times one core's bandwidth.
+const PREFETCH: usize = 2048;
+
+/// The activations of a product.
+#[derive(Clone, Copy)]
+pub(crate) struct Input<'a> {
+    /// `(T, columns)`.
+    pub(crate) x: &'a [f32],
+    pub(crate) columns: usize,
+    /// `(T, columns / 32)`, empty unless the format wants integers.
+    pub(crate) quantised: &'a [QuantBlock],
+}
+
+impl<'a> Input<'a> {
+    #[inline(always)]
+    fn floats(self, row: usize) -> &'a [f32] {
+        &self.x[row * self.columns..(row + 1) * self.columns]
+    }
+
+    #[inline(always)]
+    fn blocks(self, row: usize) -> &'a [QuantBlock] {
+        let n_blocks = self.columns / BLOCK;
+        &self.quantised[row * n_blocks..(row + 1) * n_blocks]
+    }
+}
+
+/// How one tile format meets one kind of activation.
+pub(crate) trait Format: Copy + Send + Sync {
+    /// The largest tile of activation rows that the registers hold.
+    const WIDEST: usize;
+
+    /// The dot products of sixteen weight rows with activation rows `row..row + N`.
+    fn accumulate<L: Lanes, const N: usize>(
+        lanes: L,
+        group: Group<'_>,
+        input: Input<'_>,
+        row: usize,
+    ) -> [L::V; N];
+}
+
+/// Scales and minima of a group's blocks.
+pub(crate) trait Scales<'a>: Copy + Send + Sync {
+    /// `w = scale q + minimum`; without, nibbles mean `q - 8`.
+    const MINIMA: bool;
+    /// 1 or 2.
+    const PER_BLOCK: usize;
+    fn of(group: Group<'a>) -> Self;
+    fn scale<L: Lanes>(self, lanes: L, block: usize, half: usize) -> L::V;
+    fn minimum<L: Lanes>(self, lanes: L, block: usize) -> L::V;
+}
+
+/// f16 scales, one a block.
+#[derive(Clone, Copy)]
+pub(crate) struct HalfScales<'a, const MINIMA: bool> {
+    scales: &'a [[u8; 32]],
+    minima: &'a [[u8; 32]],
+}
+
+impl<'a, const MINIMA: bool> Scales<'a> for HalfScales<'a, MINIMA> {
+    const MINIMA: bool = MINIMA;
+    const PER_BLOCK: usize = 1;
+
+    #[inline(always)]
+    fn of(group: Group<'a>) -> Self {
+        let minima = if MINIMA { group.minima() } else { &[] };
+        HalfScales { scales: group.scales(), minima }
+    }
+    #[inline(always)]
+    fn scale<L: Lanes>(self, lanes: L, block: usize, _half: usize) -> L::V {
+        lanes.load_f16(&self.scales[block])
+    }
+    #[inline(always)]
+    fn minimum<L: Lanes>(self, lanes: L, block: usize) -> L::V {
+        lanes.load_f16(&self.minima[block])
+    }
+}
+
+/// f16 scales a superblock times byte scales a sub-block: unsigned with minima (Q4_K, Q5_K), signed
+/// without (Q6_K).
+#[derive(Clone, Copy)]
+pub(crate) struct SuperScales<'a, const MINIMA: bool, const PER_BLOCK: usize> {
+    scales: &'a [[u8; 32]],
+    minima: &'a [[u8; 32]],
+    sub_scales: &'a [[u8; 16]],
+    sub_minima: &'a [[u8; 16]],
+}
+
+impl<'a, const MINIMA: bool, const PER_BLOCK: usize> Scales<'a>
+    for SuperScales<'a, MINIMA, PER_BLOCK>
+{
+    const MINIMA: bool = MINIMA;
+    const PER_BLOCK: usize = PER_BLOCK;
+
+    #[inline(always)]
+    fn of(group: Group<'a>) -> Self {
+        let (minima, sub_minima): (&[[u8; 32]], &[[u8; 16]]) =
+            if MINIMA { (group.super_minima(), group.sub_minima()) } else { (&[], &[]) };
+        SuperScales {
+            scales: group.super_scales(),
+            minima,
+            sub_scales: group.sub_scales(PER_BLOCK),
+            sub_minima,
+        }
+    }
+    #[inline(always)]
+    fn scale<L: Lanes>(self, lanes: L, block: usize, half: usize) -> L::V {
+        let sub = &self.sub_scales[block * PER_BLOCK + half];
+        let sub = if MINIMA { lanes.load_u8(sub) } else { lanes.load_i8(sub) };
+        lanes.mul(lanes.load_f16(&self.scales[block / SUPER]), sub)
+    }
+    #[inline(always)]
+    fn minimum<L: Lanes>(self, lanes: L, block: usize) -> L::V {
+        let d = lanes.load_f16(&self.minima[block / SUPER]);
+        lanes.mul(d, lanes.sub(lanes.splat(0.0), lanes.load_u8(&self.sub_minima[block])))
+    }
+}
+
+/// A scale family, without its lifetime.
+pub(crate) trait ScaleFamily: Copy + Send + Sync {
+    type Of<'a>: Scales<'a>;
+}
+
+/// [`HalfScales`].
+#[derive(Clone, Copy)]
+pub(crate) struct Halves<const MINIMA: bool>;
+impl<const MINIMA: bool> ScaleFamily for Halves<MINIMA> {
+    type Of<'a> = HalfScales<'a, MINIMA>;
+}
+
+/// [`SuperScales`].
+#[derive(Clone, Copy)]
+pub(crate) struct Supers<const MINIMA: bool, const PER_BLOCK: usize>;
+impl<const MINIMA: bool, const PER_BLOCK: usize> ScaleFamily for Supers<MINIMA, PER_BLOCK> {
+    type Of<'a> = SuperScales<'a, MINIMA, PER_BLOCK>;
+}
+
+/// Nibble tiles with int8 activations.
+#[derive(Clone, Copy)]
+pub(crate) struct NibblesInt8<S>(PhantomData<S>);
+
+impl<S: ScaleFamily> Format for NibblesInt8<S> {
+    const WIDEST: usize = 8;
+
+    #[inline(always)]
+    fn accumulate<L: Lanes, const N: usize>(
+        lanes: L,
+        group: Group<'_>,
+        input: Input<'_>,
+        row: usize,
+    ) -> [L::V; N] {
+        let scales = S::Of::of(group);
+        let mut rows: [&[QuantBlock]; N] = [&[]; N];
+        for (n, blocks) in rows.iter_mut().enumerate() {
+            *blocks = input.blocks(row + n);
+        }
+        let mut acc = [lanes.splat(0.0); N];
+        for (b, tile) in group.weights::<256>().iter().enumerate() {
+            for line in 0..4 {
+                lanes.prefetch(tile, PREFETCH + 64 * line);
+            }
+            let w = lanes.nibbles(tile);
+            let scale = scales.scale(lanes, b, 0);
+            for n in 0..N {
+                let x = &rows[n][b];
+                let start = if S::Of::MINIMA { 0 } else { -8 * (x.sums[0] + x.sums[1]) };
+                let dot = lanes.to_f32(lanes.dot_nibbles(&w, &x.quants, start));
+                acc[n] = lanes.fma(dot, lanes.mul(scale, lanes.splat(x.scale)), acc[n]);
+            }
+            if S::Of::MINIMA {
+                let minimum = scales.minimum(lanes, b);
+                for n in 0..N {
+                    acc[n] = lanes.fma(minimum, lanes.splat(rows[n][b].scaled_sum), acc[n]);
+                }
+            }
+        }
+        acc
+    }
+}
+
+/// Byte tiles with int8 activations.
+#[derive(Clone, Copy)]
+pub(crate) struct BytesInt8<S>(PhantomData<S>);
+
+impl<S: ScaleFamily> Format for BytesInt8<S> {
+    const WIDEST: usize = 8;
+
+    #[inline(always)]
+    fn accumulate<L: Lanes, const N: usize>(
+        lanes: L,
+        group: Group<'_>,
+        input: Input<'_>,
+        row: usize,
+    ) -> [L::V; N] {
+        let scales = S::Of::of(group);
+        let mut rows: [&[QuantBlock]; N] = [&[]; N];
+        for (n, blocks) in rows.iter_mut().enumerate() {
+            *blocks = input.blocks(row + n);
+        }
+        let mut acc = [lanes.splat(0.0); N];
+        for (b, tile) in group.weights::<512>().iter().enumerate() {
+            for line in 0..8 {
+                lanes.prefetch(tile, PREFETCH + 64 * line);
+            }
+            let w = lanes.bytes(tile);
+            let (first, second) = ([w[0], w[1], w[2], w[3]], [w[4], w[5], w[6], w[7]]);
+            let scale = scales.scale(lanes, b, 0);
+            for n in 0..N {
+                let x = &rows[n][b];
+                let (halves, _) = x.quants.as_chunks::<16>();
+                let low = lanes.dot_bytes(first, &halves[0], x.sums[0]);
+                let high = lanes.dot_bytes(second, &halves[1], x.sums[1]);
+                let x_scale = lanes.splat(x.scale);
+                if S::Of::PER_BLOCK == 1 {
+                    let dot = lanes.to_f32(lanes.add_i(low, high));
+                    acc[n] = lanes.fma(dot, lanes.mul(scale, x_scale), acc[n]);
+                } else {
+                    let second_scale = scales.scale(lanes, b, 1);
+                    let low = lanes.to_f32(low);
+                    let high = lanes.to_f32(high);
+                    acc[n] = lanes.fma(low, lanes.mul(scale, x_scale), acc[n]);
+                    acc[n] = lanes.fma(high, lanes.mul(second_scale, x_scale), acc[n]);
+                }
+            }
+            if S::Of::MINIMA {
+                let minimum = scales.minimum(lanes, b);
+                for n in 0..N {
+                    acc[n] = lanes.fma(minimum, lanes.splat(rows[n][b].scaled_sum), acc[n]);
+                }
+            }
+        }
+        acc
+    }
+}
+
+/// f32 products: even and odd k in two accumulators.
+#[derive(Clone, Copy)]
+struct FloatSums<V, const N: usize>([[V; 2]; N]);
+
+impl<V: Copy, const N: usize> FloatSums<V, N> {
+    /// Adds k = 4j..4j+4 of a block.
+    #[inline(always)]
+    fn add<L: Lanes<V = V>>(&mut self, lanes: L, w: [V; 4], x: &[&[f32; BLOCK]; N], j: usize) {
+        for (c, &w) in w.iter().enumerate() {
+            for n in 0..N {
+                let product = &mut self.0[n][c % 2];
+                *product = lanes.fma(w, lanes.splat(x[n][4 * j + c]), *product);
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn finish<L: Lanes<V = V>>(self, lanes: L) -> [V; N] {
+        let mut out = [lanes.splat(0.0); N];
+        for n in 0..N {
+            out[n] = lanes.add(self.0[n][0], self.0[n][1]);
+        }
+        out
+    }
+}
+
+/// Block `b` of N rows, whose columns are a multiple of 32.
+#[inline(always)]
+fn float_blocks<'a, const N: usize>(
+    input: Input<'a>,
+    row: usize,
+    b: usize,
+) -> [&'a [f32; BLOCK]; N] {
+    let mut out = [&[0.0; BLOCK]; N];
+    for (n, block) in out.iter_mut().enumerate() {
+        *block = &input.floats(row + n).as_chunks::<BLOCK>().0[b];
+    }
+    out
+}
+
+/// Nibble tiles with f32 activations.
+#[derive(Clone, Copy)]
+pub(crate) struct NibblesFloat<S>(PhantomData<S>);
+
+impl<S: ScaleFamily> Format for NibblesFloat<S> {
+    const WIDEST: usize = 4;
+
+    #[inline(always)]
+    fn accumulate<L: Lanes, const N: usize>(
+        lanes: L,
+        group: Group<'_>,
+        input: Input<'_>,
+        row: usize,
+    ) -> [L::V; N] {
+        let scales = S::Of::of(group);
+        let mut sums = FloatSums([[lanes.splat(0.0); 2]; N]);
+        let zero = lanes.splat(if S::Of::MINIMA { 0.0 } else { 8.0 });
+        for (b, tile) in group.weights::<256>().iter().enumerate() {
+            let x = float_blocks::<N>(input, row, b);
+            let scale = scales.scale(lanes, b, 0);
+            let minimum = if S::Of::MINIMA { scales.minimum(lanes, b) } else { lanes.splat(0.0) };
+            for (j, &q) in lanes.nibbles(tile).iter().enumerate() {
+                let mut w = lanes.unpack_bytes(q);
+                for w in &mut w {
+                    *w = if S::Of::MINIMA {
+                        lanes.fma(*w, scale, minimum)
+                    } else {
+                        lanes.mul(lanes.sub(*w, zero), scale)
+                    };
+                }
+                sums.add(lanes, w, &x, j);
+            }
+        }
+        sums.finish(lanes)
+    }
+}
+
+/// Byte tiles with f32 activations.
+#[derive(Clone, Copy)]
+pub(crate) struct BytesFloat<S>(PhantomData<S>);
+
+impl<S: ScaleFamily> Format for BytesFloat<S> {
+    const WIDEST: usize = 4;
+
+    #[inline(always)]
+    fn accumulate<L: Lanes, const N: usize>(
+        lanes: L,
+        group: Group<'_>,
+        input: Input<'_>,
+        row: usize,
+    ) -> [L::V; N] {
+        let scales = S::Of::of(group);
+        let mut sums = FloatSums([[lanes.splat(0.0); 2]; N]);
+        let bias = lanes.splat(128.0);
+        for (b, tile) in group.weights::<512>().iter().enumerate() {
+            let x = float_blocks::<N>(input, row, b);
+            let first = scales.scale(lanes, b, 0);
+            let second = if S::Of::PER_BLOCK == 2 { scales.scale(lanes, b, 1) } else { first };
+            let minimum = if S::Of::MINIMA { scales.minimum(lanes, b) } else { lanes.splat(0.0) };
+            for (j, &q) in lanes.bytes(tile).iter().enumerate() {
+                let scale = if j < 4 { first } else { second };
+                let mut w = lanes.unpack_bytes(q);
+                for w in &mut w {
+                    let q = lanes.sub(*w, bias);
+                    *w = if S::Of::MINIMA {
+                        lanes.fma(q, scale, minimum)
+                    } else {
+                        lanes.mul(q, scale)
+                    };
+                }
+                sums.add(lanes, w, &x, j);
+            }
+        }
+        sums.finish(lanes)
+    }
+}
+
+/// An element of a float tile.
+pub(crate) trait Element: Copy + Send + Sync {
+    /// Bytes of one k, sixteen rows.
+    const LANE_BYTES: usize;
+    /// Sixteen rows at one k.
+    fn load<L: Lanes>(lanes: L, bytes: &[u8]) -> L::V;
+}
+
+/// f32 tiles.
+#[derive(Clone, Copy)]
+pub(crate) struct SingleElement;
+/// f16 tiles.
+#[derive(Clone, Copy)]
+pub(crate) struct HalfElement;
+/// bfloat16 tiles.
+#[derive(Clone, Copy)]
+pub(crate) struct BrainElement;
+
+impl Element for SingleElement {
+    const LANE_BYTES: usize = 64;
+    #[inline(always)]
+    fn load<L: Lanes>(lanes: L, bytes: &[u8]) -> L::V {
+        lanes.load_f32(&bytes.as_chunks::<64>().0[0])
+    }
+}
+
+impl Element for HalfElement {
+    const LANE_BYTES: usize = 32;
+    #[inline(always)]
+    fn load<L: Lanes>(lanes: L, bytes: &[u8]) -> L::V {
+        lanes.load_f16(&bytes.as_chunks::<32>().0[0])
+    }
+}
+
+impl Element for BrainElement {
+    const LANE_BYTES: usize = 32;
+    #[inline(always)]
+    fn load<L: Lanes>(lanes: L, bytes: &[u8]) -> L::V {
+        lanes.load_bf16(&bytes.as_chunks::<32>().0[0])
+    }
+}
+
+/// Float tiles; the columns need not be a multiple of 32.
+#[derive(Clone, Copy)]
+pub(crate) struct Floats<E>(PhantomData<E>);
+
+impl<E: Element> Format for Floats<E> {
+    const WIDEST: usize = 4;
+
+    #[inline(always)]
+    fn accumulate<L: Lanes, const N: usize>(
+        lanes: L,
+        group: Group<'_>,
+        input: Input<'_>,
+        row: usize,
+    ) -> [L::V; N] {
+        let mut sums = FloatSums([[lanes.splat(0.0); 2]; N]);
+        let weights = &group.bytes[group.layout.weights..];
+        let block_bytes = E::LANE_BYTES * BLOCK;
+        let (n_whole, tail) = (input.columns / BLOCK, input.columns % BLOCK);
+        for b in 0..n_whole {
+            let x = float_blocks::<N>(input, row, b);
+            let tile = &weights[b * block_bytes..(b + 1) * block_bytes];
+            float_block::<E, L, N>(lanes, tile, &x, &mut sums);
+        }
+        if tail > 0 {
+            // The tile is padded with zero weights, the activations here.
+            let mut padded = [[0.0; BLOCK]; N];
+            for (n, padded) in padded.iter_mut().enumerate() {
+                padded[..tail].copy_from_slice(&input.floats(row + n)[n_whole * BLOCK..]);
+            }
+            let mut x = [&[0.0; BLOCK]; N];
+            for (x, padded) in x.iter_mut().zip(&padded) {
+                *x = padded;
+            }
+            float_block::<E, L, N>(lanes, &weights[n_whole * block_bytes..], &x, &mut sums);
+        }
+        sums.finish(lanes)
+    }
+}
+
+#[inline(always)]
+fn float_block<E: Element, L: Lanes, const N: usize>(
+    lanes: L,
+    tile: &[u8],
+    x: &[&[f32; BLOCK]; N],
+    sums: &mut FloatSums<L::V, N>,
+) {
+    for (j, four) in tile.chunks_exact(4 * E::LANE_BYTES).take(BLOCK / 4).enumerate() {
+        let mut w = [lanes.splat(0.0); 4];
+        for (w, bytes) in w.iter_mut().zip(four.chunks_exact(E::LANE_BYTES)) {
+            *w = E::load(lanes, bytes);
+        }
+        sums.add(lanes, w, x, j);
+    }
+}

@@ -1,0 +1,309 @@
+//! [`CpuWeight`]: a checkpoint matrix repacked into the tiles of [`crate::tile`] when it is loaded.
+
+use crate::memory::{Arena, Bytes};
+use crate::pool::Pool;
+use crate::tile::{BLOCK, Group, GroupLayout, ROWS, SUPER, ScaleKind, TileKind};
+use exrail_kernels::{KernelError, WeightView};
+use exrail_tensor::DType;
+use half::{bf16, f16};
+use std::sync::{Mutex, PoisonError};
+
+/// A matrix in tiles. Its last group is padded with zero rows.
+#[derive(Debug)]
+pub struct CpuWeight {
+    dtype: DType,
+    rows: usize,
+    columns: usize,
+    layout: GroupLayout,
+    bytes: Bytes,
+}
+
+impl CpuWeight {
+    /// Repacks, a row group a chunk.
+    pub(crate) fn pack(
+        view: &WeightView<'_>,
+        arena: &Arena,
+        pool: &Pool,
+        device: impl Fn() -> String,
+    ) -> Result<CpuWeight, KernelError> {
+        let row_bytes = view.dtype.row_bytes(view.columns);
+        let expected = row_bytes.and_then(|bytes| bytes.checked_mul(view.rows));
+        let fits = expected == Some(view.bytes.len());
+        let (Some(row_bytes), true) = (row_bytes, fits) else {
+            return Err(KernelError::WeightBytes {
+                name: view.name.to_owned(),
+                rows: view.rows,
+                columns: view.columns,
+                dtype: view.dtype,
+                expected: expected.unwrap_or(0),
+                found: view.bytes.len(),
+            });
+        };
+        let kind = TileKind::of(view.dtype);
+        let n_groups = view.rows.div_ceil(ROWS);
+        let out_of_memory = |wanted_bytes| KernelError::OutOfMemory {
+            what: format!("weight `{}`", view.name),
+            wanted_bytes,
+            device: device(),
+        };
+        let layout = kind.layout(view.columns).ok_or_else(|| out_of_memory(usize::MAX))?;
+        let len =
+            layout.len_bytes.checked_mul(n_groups).ok_or_else(|| out_of_memory(usize::MAX))?;
+        let mut bytes = arena.bytes(len).ok_or_else(|| out_of_memory(len))?;
+        let weight = Packer { dtype: view.dtype, kind, layout };
+        // Each lock is taken once: the pool hands out every index once.
+        let groups: Vec<Mutex<&mut [u8]>> =
+            bytes.chunks_exact_mut(layout.len_bytes.max(1)).map(Mutex::new).collect();
+        pool.run(n_groups, &|g| {
+            let group = &mut **groups[g].lock().unwrap_or_else(PoisonError::into_inner);
+            let rows = view.rows.min((g + 1) * ROWS) - g * ROWS;
+            for r in 0..rows {
+                let start = (g * ROWS + r) * row_bytes;
+                weight.pack_row(&view.bytes[start..start + row_bytes], r, group);
+            }
+        });
+        drop(groups);
+        Ok(CpuWeight { dtype: view.dtype, rows: view.rows, columns: view.columns, layout, bytes })
+    }
+
+    /// Format of the checkpoint's matrix.
+    pub(crate) fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// Output features N.
+    pub(crate) fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Input features.
+    pub(crate) fn columns(&self) -> usize {
+        self.columns
+    }
+
+    /// Groups of sixteen rows.
+    pub(crate) fn n_groups(&self) -> usize {
+        self.rows.div_ceil(ROWS)
+    }
+
+    /// One group of rows.
+    #[inline(always)]
+    pub(crate) fn group(&self, group: usize) -> Group<'_> {
+        let start = group * self.layout.len_bytes;
+        Group { layout: self.layout, bytes: &self.bytes[start..start + self.layout.len_bytes] }
+    }
+}
+
+impl CpuWeight {
+    /// Row `row` as f32, the same values as dequantising the checkpoint's blocks.
+    pub(crate) fn dequantise_row(&self, row: usize, out: &mut [f32]) {
+        let group = self.group(row / ROWS);
+        let r = row % ROWS;
+        let kind = TileKind::of(self.dtype);
+        let half = |entry: &[u8; 32]| f16::from_le_bytes([entry[2 * r], entry[2 * r + 1]]).to_f32();
+        let weights = &group.bytes[group.layout.weights..];
+        for (b, out) in out[..self.columns].chunks_mut(BLOCK).enumerate() {
+            let tile = &weights[b * kind.block_bytes..(b + 1) * kind.block_bytes];
+            match kind.scales {
+                ScaleKind::None => float_block(self.dtype, tile, r, out),
+                ScaleKind::Half => {
+                    let minimum = if kind.minima { half(&group.minima()[b]) } else { 0.0 };
+                    let scale = half(&group.scales()[b]);
+                    quant_block(kind, tile, r, |_, q| scale * q + minimum, out);
+                }
+                ScaleKind::Super { per_block } => {
+                    let d = half(&group.super_scales()[b / SUPER]);
+                    let scale = |k: usize| {
+                        let sub =
+                            group.sub_scales(per_block)[(b * BLOCK + k) * per_block / BLOCK][r];
+                        d * if kind.minima { f32::from(sub) } else { f32::from(sub.cast_signed()) }
+                    };
+                    let minimum = if kind.minima {
+                        half(&group.super_minima()[b / SUPER]) * f32::from(group.sub_minima()[b][r])
+                    } else {
+                        0.0
+                    };
+                    quant_block(kind, tile, r, |k, q| scale(k) * q - minimum, out);
+                }
+            }
+        }
+    }
+}
+
+fn float_block(dtype: DType, tile: &[u8], r: usize, out: &mut [f32]) {
+    for (k, out) in out.iter_mut().enumerate() {
+        let at = k * ROWS + r;
+        let two = || [tile[2 * at], tile[2 * at + 1]];
+        *out = match dtype {
+            DType::F16 => f16::from_le_bytes(two()).to_f32(),
+            DType::BF16 => bf16::from_le_bytes(two()).to_f32(),
+            _ => f32::from_le_bytes([
+                tile[4 * at],
+                tile[4 * at + 1],
+                tile[4 * at + 2],
+                tile[4 * at + 3],
+            ]),
+        };
+    }
+}
+
+/// `out[k] = value(k, q)`, q the signed weight (nibbles without minima mean `q - 8`).
+fn quant_block(
+    kind: TileKind,
+    tile: &[u8],
+    r: usize,
+    value: impl Fn(usize, f32) -> f32,
+    out: &mut [f32],
+) {
+    for (k, out) in out.iter_mut().enumerate() {
+        let q = if kind.block_bytes == ROWS * BLOCK {
+            f32::from(tile[k / 4 * 64 + r * 4 + k % 4]) - 128.0
+        } else {
+            let packed = tile[k % 16 / 4 * 64 + r * 4 + k % 4];
+            let q = if k < 16 { packed & 15 } else { packed >> 4 };
+            f32::from(q) - if kind.minima { 0.0 } else { 8.0 }
+        };
+        *out = value(k, q);
+    }
+}
+
+/// What [`Packer::pack_row`] needs to know of the matrix.
+struct Packer {
+    dtype: DType,
+    kind: TileKind,
+    layout: GroupLayout,
+}
+
+/// 32 weights as tiles store them: scale and minimum bits as in the file, q as stored.
+struct PlainBlock {
+    scale: [u8; 2],
+    minimum: [u8; 2],
+    q: [u8; BLOCK],
+}
+
+impl Packer {
+    fn pack_row(&self, row: &[u8], r: usize, group: &mut [u8]) {
+        match self.kind.scales {
+            ScaleKind::None => self.pack_floats(row, r, group),
+            ScaleKind::Half => self.pack_halves(row, r, group),
+            ScaleKind::Super { .. } => self.pack_super(row, r, group),
+        }
+    }
+
+    fn pack_floats(&self, row: &[u8], r: usize, group: &mut [u8]) {
+        let width = self.kind.block_bytes / (ROWS * BLOCK);
+        for (k, value) in row.chunks_exact(width).enumerate() {
+            let at = self.layout.weights + (k * ROWS + r) * width;
+            group[at..at + width].copy_from_slice(value);
+        }
+    }
+
+    fn pack_halves(&self, row: &[u8], r: usize, group: &mut [u8]) {
+        let layout = &self.layout;
+        for (b, block) in row.chunks_exact(self.dtype.block_bytes()).enumerate() {
+            let plain = plain_block(self.dtype, block);
+            let at = (b * ROWS + r) * 2;
+            group[layout.scales + at..][..2].copy_from_slice(&plain.scale);
+            if self.kind.minima {
+                group[layout.minima + at..][..2].copy_from_slice(&plain.minimum);
+            }
+            self.pack_quants(&plain.q, b, r, group);
+        }
+    }
+
+    fn pack_super(&self, row: &[u8], r: usize, group: &mut [u8]) {
+        let layout = &self.layout;
+        for (s, block) in row.chunks_exact(self.dtype.block_bytes()).enumerate() {
+            let at = (s * ROWS + r) * 2;
+            let q = match self.dtype {
+                DType::Q6_K => {
+                    group[layout.scales + at..][..2].copy_from_slice(&block[208..210]);
+                    for (i, &scale) in block[192..208].iter().enumerate() {
+                        group[layout.sub_scales + (s * 16 + i) * ROWS + r] = scale;
+                    }
+                    q6_k(block)
+                }
+                _ => {
+                    group[layout.scales + at..][..2].copy_from_slice(&block[0..2]);
+                    group[layout.minima + at..][..2].copy_from_slice(&block[2..4]);
+                    for i in 0..SUPER {
+                        let (scale, minimum) = six_bits(&block[4..16], i);
+                        let at = (s * SUPER + i) * ROWS + r;
+                        group[layout.sub_scales + at] = scale;
+                        group[layout.sub_minima + at] = minimum;
+                    }
+                    if self.dtype == DType::Q4_K { q4_k(block) } else { q5_k(block) }
+                }
+            };
+            for (i, q) in q.as_chunks::<BLOCK>().0.iter().enumerate() {
+                self.pack_quants(q, s * SUPER + i, r, group);
+            }
+        }
+    }
+
+    fn pack_quants(&self, q: &[u8; BLOCK], block: usize, r: usize, group: &mut [u8]) {
+        let start = self.layout.weights + block * self.kind.block_bytes;
+        let tile = &mut group[start..start + self.kind.block_bytes];
+        if self.kind.block_bytes == ROWS * BLOCK {
+            for (i, &q) in q.iter().enumerate() {
+                tile[i / 4 * 64 + r * 4 + i % 4] = q;
+            }
+        } else {
+            for i in 0..BLOCK / 2 {
+                tile[i / 4 * 64 + r * 4 + i % 4] = q[i] | q[i + 16] << 4;
+            }
+        }
+    }
+}
+
+/// Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0; the five-bit and eight-bit ones as signed weight plus 128.
+fn plain_block(dtype: DType, block: &[u8]) -> PlainBlock {
+    let two = |at: usize| [block[at], block[at + 1]];
+    let nibbles = |at: usize, i: usize| {
+        if i < 16 { block[at + i] & 15 } else { block[at + i - 16] >> 4 }
+    };
+    let fifth = |at: usize, i: usize| (block[at + i / 8] >> (i % 8) & 1) << 4;
+    let has_minimum = matches!(dtype, DType::Q4_1 | DType::Q5_1);
+    let q = std::array::from_fn(|i| match dtype {
+        DType::Q4_0 => nibbles(2, i),
+        DType::Q4_1 => nibbles(4, i),
+        DType::Q5_0 => 128 - 16 + (nibbles(6, i) | fifth(2, i)),
+        DType::Q5_1 => 128 + (nibbles(8, i) | fifth(4, i)),
+        _ => block[2 + i] ^ 0x80,
+    });
+    PlainBlock { scale: two(0), minimum: if has_minimum { two(2) } else { [0; 2] }, q }
+}
+
+/// Scale and minimum i of the eight 6-bit pairs in 12 bytes.
+fn six_bits(packed: &[u8], i: usize) -> (u8, u8) {
+    if i < 4 {
+        (packed[i] & 63, packed[i + 4] & 63)
+    } else {
+        (packed[i + 4] & 15 | packed[i - 4] >> 6 << 4, packed[i + 4] >> 4 | packed[i] >> 6 << 4)
+    }
+}
+
+fn q4_k(block: &[u8]) -> [u8; 256] {
+    std::array::from_fn(|i| {
+        let byte = block[16 + i / 64 * 32 + i % 32];
+        if i % 64 < 32 { byte & 15 } else { byte >> 4 }
+    })
+}
+
+fn q5_k(block: &[u8]) -> [u8; 256] {
+    std::array::from_fn(|i| {
+        let byte = block[48 + i / 64 * 32 + i % 32];
+        let low = if i % 64 < 32 { byte & 15 } else { byte >> 4 };
+        128 + (low | (block[16 + i % 32] >> (i / 32) & 1) << 4)
+    })
+}
+
+fn q6_k(block: &[u8]) -> [u8; 256] {
+    std::array::from_fn(|i| {
+        let (half, quarter, l) = (i / 128, i % 128 / 32, i % 32);
+        let byte = block[half * 64 + quarter % 2 * 32 + l];
+        let low = if quarter < 2 { byte & 15 } else { byte >> 4 };
+        let high = block[128 + half * 32 + l] >> (2 * quarter) & 3;
+        128 - 32 + (low | high << 4)
+    })
+}
