@@ -1,0 +1,25 @@
+# Two commands matter: `make demo` and `make test`. Needed beforehand: cargo (rustup), a C compiler,
+# python3 with pip, and make; everything else is fetched by the steps below.
+.PHONY: help demo test fuzz soak bench-cpu deny
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@grep -E '^[a-z-]+: .*## ' $(MAKEFILE_LIST) | sed -E 's/: .*## /\t/' | expand -t 12
+
+demo: ## build, fetch the models, and run the whole product once
+	@scripts/demo
+
+test: ## everything that CI checks
+	@scripts/test
+
+fuzz: ## fuzz every parser; SECONDS_EACH=600 by default
+	@scripts/fuzz $(or $(SECONDS_EACH),600)
+
+soak: ## 32 clients for 5 minutes with random cancels; ARGS="--seconds 60" changes it
+	@scripts/soak $(ARGS)
+
+bench-cpu: ## decode and prefill against llama-bench, on an idle machine; ARGS="--rounds 3"
+	@scripts/bench-cpu $(ARGS)
+
+deny: ## licences and advisories of all dependencies (installs cargo-deny)
+	@scripts/deny
