@@ -6,6 +6,7 @@ mod server;
 mod verdict;
 
 use std::{
+    env, fs,
     io::{self, Write},
     path::PathBuf,
     sync::atomic::{AtomicBool, Ordering},
@@ -13,7 +14,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use clap::Args;
 use serde_json::json;
 
@@ -55,10 +56,14 @@ pub(crate) struct SoakArguments {
 pub(crate) fn run(arguments: &SoakArguments) -> Result<()> {
     ensure!(arguments.clients > 0, "--clients: expected at least 1, found 0");
     ensure!(arguments.seconds >= 10, "--seconds: expected at least 10 for a slope of memory");
-    let server = Server::start(&arguments.exrail, &["--model", &arguments.model])?;
+    let traces = own_trace_log()?;
+    let options = ["--model", &arguments.model, "--no-encoder", "--trace-log", &traces];
+    let server = Server::start(&arguments.exrail, &options)?;
     let model = served_model(&server)?;
     let (counts, samples) = drive(arguments, &server, &model)?;
     let end = drain(&server)?;
+    drop(server);
+    fs::remove_file(&traces).context("trace log of the soak")?;
     let checks = verdict::judge(&counts, &samples, end)?;
     print_table(arguments, &counts, &checks)?;
     let mut record = record::head("soak");
@@ -74,6 +79,14 @@ pub(crate) fn run(arguments: &SoakArguments) -> Result<()> {
     let n_failed = checks.iter().filter(|check| !check.pass).count();
     ensure!(n_failed == 0, "soak: {n_failed} of {} demands failed", checks.len());
     Ok(())
+}
+
+/// A trace log of the soak's own: thousands of requests do not belong into the user's.
+fn own_trace_log() -> Result<String> {
+    let path = env::temp_dir().join(format!("exrail-soak-{}.jsonl", std::process::id()));
+    path.into_os_string()
+        .into_string()
+        .map_err(|path| anyhow!("{}: expected UTF-8", path.display()))
 }
 
 /// The name that the server gives its generator.
