@@ -1,1 +1,57 @@
-//! placeholder
+//! Asks questions over evidence behind guards, and measures whether a system that does so may be
+//! trusted: calibration, the λ probe, gates, and the acceptance report.
+//!
+//! The server and the probes answer a question through the same two functions, [`begin`] before
+//! and [`conclude`] after the generator, so what is measured is what is served. Models and indexes
+//! are behind the traits [`Generate`], [`Retrieve`] and [`exrail_retrieval::Encode`]; nothing here
+//! knows HTTP or the engine.
+//!
+//! Section numbers (§1.1, G-15 and so on) are those of the project's guardrail specification.
+
+mod answer;
+mod ask;
+mod attribution;
+mod calibrate;
+mod encode;
+mod error;
+mod evaluate;
+mod fix;
+mod gates;
+mod gold;
+mod positions;
+mod probe;
+mod prompt;
+mod render;
+mod report;
+mod system;
+
+#[cfg(test)]
+mod fakes;
+#[cfg(test)]
+mod tests;
+
+pub use answer::{CitationSource, ParsedAnswer, Segment, UnknownCitation, parse_answer};
+pub use ask::{
+    AnswerCheck, AskOutcome, AskPolicy, Begun, DeltaSGate, GateReading, RefusalReason, answer_over,
+    ask, begin, conclude, evidence_ds, retrieve,
+};
+pub use attribution::{Attribution, attribute};
+pub use calibrate::{CorpusCalibration, FamilyFit, MaskedNull, calibrate};
+pub use error::{CalibrationError, GoldError, VerifyError};
+pub use evaluate::{Progress, Stage, System, VerifyOptions, verify};
+pub use fix::Confidence;
+pub use fix::Fix;
+pub use gold::{
+    AnchorMode, EvidenceQuote, GoldItem, GoldKind, GoldSet, ResolvedItem, ResolvedSpan,
+};
+pub use probe::{ItemLambda, ModeLambda, ProbeRun, lambda_probe};
+pub use prompt::{FenceBroken, FrameMessage, Live, Nonce, PromptFrame, REFUSAL_TOKEN, Slot};
+pub use render::Color;
+pub use report::{
+    Config, Cost, CoverageSection, DeltaSSection, Gate, LambdaSection, Measured, NotMeasured, Pins,
+    Report, RetrievalItem, Sample, Status, Unit, Verdict,
+};
+pub use system::{
+    Generate, GenerateError, Generated, GeneratedEnd, GeneratorFacts, Retrieve, RetrieveError,
+    SamplingKind,
+};

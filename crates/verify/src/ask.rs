@@ -1,0 +1,508 @@
+//! From a question to an answer with citations, or to the exact refusal with its reason.
+//!
+//! [`begin`] decides before the generator runs, [`conclude`] after it; both are pure, and the
+//! server calls them around its own generation. [`ask`] is the same way for synchronous callers.
+
+use exrail_metrics::{Band, Calibration, Ds, Fitness, SetDs, UndefinedDs, Unfit, set_ds};
+use exrail_retrieval::{Hit, SearchOptions};
+use serde::{Deserialize, Serialize};
+
+use crate::answer::{CitationSource, ParsedAnswer, Segment, UnknownCitation, parse_answer};
+use crate::attribution::attribute;
+use crate::error::VerifyError;
+use crate::prompt::{Live, Nonce, PromptFrame, REFUSAL_TOKEN};
+use crate::system::{Generate, GenerateError, Generated, GeneratedEnd, Retrieve};
+
+/// How a question is answered.
+#[derive(Clone, Debug, PartialEq)]
+pub struct AskPolicy {
+    /// How many snippets are retrieved, and by which index.
+    pub search: SearchOptions,
+    /// Least share of a sentence's content words that a snippet must hold to be attributed to it.
+    pub min_containment: f64,
+    /// Least share of the sentences that must have a valid citation for the answer to leave.
+    pub min_cited_share: f64,
+    /// Whether replies are checked for citations.
+    pub check: AnswerCheck,
+}
+
+impl Default for AskPolicy {
+    fn default() -> AskPolicy {
+        AskPolicy {
+            search: SearchOptions::default(),
+            // Both are our priors, not measured: see the guardrail specification, mark [N].
+            min_containment: 0.6,
+            min_cited_share: 0.5,
+            check: AnswerCheck::Enforce,
+        }
+    }
+}
+
+/// Whether the citation guard of G-15 is on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AnswerCheck {
+    /// An answer without valid citations is refused.
+    Enforce,
+    /// The guard is off. For mutation tests, which show what it holds back.
+    Off,
+}
+
+/// The ΔS gate of live traffic: `ds_qr` on the calibrated scale, where there is one.
+#[derive(Clone, Debug, PartialEq)]
+pub enum DeltaSGate {
+    /// The encoder is fit: ΔS may refuse.
+    Calibrated(Calibration),
+    /// The encoder does not separate answerable from unanswerable questions here; ΔS is reported
+    /// and refuses nothing.
+    ReportOnly(Calibration),
+    /// There is no valid calibration; ΔS is raw and refuses nothing.
+    NotCalibrated,
+}
+
+impl DeltaSGate {
+    /// The gate that a calibration allows.
+    #[must_use]
+    pub fn from_calibration(calibration: Option<&Calibration>) -> DeltaSGate {
+        match calibration {
+            None => DeltaSGate::NotCalibrated,
+            Some(calibration) if calibration.is_fit() => {
+                DeltaSGate::Calibrated(calibration.clone())
+            }
+            Some(calibration) => DeltaSGate::ReportOnly(calibration.clone()),
+        }
+    }
+
+    /// Reads the gate for the evidence of a question.
+    #[must_use]
+    pub fn read(&self, evidence: SetDs) -> GateReading {
+        let (raw_min, raw_mean) = match evidence {
+            SetDs::NoEvidence => return GateReading::NoEvidence,
+            SetDs::Undefined(reason) => return GateReading::Undefined { reason },
+            SetDs::Values { min, mean, .. } => (min, mean),
+        };
+        match self {
+            DeltaSGate::Calibrated(calibration) => {
+                let (cal_min, cal_mean) = (calibration.map(raw_min), calibration.map(raw_mean));
+                GateReading::Calibrated { raw_min, cal_min, cal_mean, band: Band::of(cal_min) }
+            }
+            DeltaSGate::ReportOnly(calibration) => {
+                let reasons = match &calibration.fitness {
+                    Fitness::Fit => Vec::new(),
+                    Fitness::Unfit(reasons) => reasons.clone(),
+                };
+                let (cal_min, cal_mean) = (calibration.map(raw_min), calibration.map(raw_mean));
+                GateReading::EncoderUnfit { raw_min, cal_min, cal_mean, reasons }
+            }
+            DeltaSGate::NotCalibrated => GateReading::NotCalibrated { raw_min, raw_mean },
+        }
+    }
+}
+
+/// What the ΔS gate reads for one question.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "status", rename_all = "snake_case")]
+pub enum GateReading {
+    /// A calibrated value that gates.
+    #[serde(rename = "ok")]
+    Calibrated {
+        /// Raw ΔS of the nearest snippet.
+        raw_min: f64,
+        /// The same, calibrated.
+        cal_min: f64,
+        /// Token-weighted mean over the snippets, calibrated.
+        cal_mean: f64,
+        /// Band of `cal_min`.
+        band: Band,
+    },
+    /// A calibrated value that only reports.
+    EncoderUnfit {
+        /// Raw ΔS of the nearest snippet.
+        raw_min: f64,
+        /// The same, calibrated.
+        cal_min: f64,
+        /// Token-weighted mean over the snippets, calibrated.
+        cal_mean: f64,
+        /// Which conditions of fitness do not hold.
+        reasons: Vec<Unfit>,
+    },
+    /// A raw value without a scale.
+    NotCalibrated {
+        /// Raw ΔS of the nearest snippet.
+        raw_min: f64,
+        /// Token-weighted mean over the snippets, raw.
+        raw_mean: f64,
+    },
+    /// Nothing was retrieved.
+    NoEvidence,
+    /// A snippet's ΔS has no value.
+    Undefined {
+        /// Why.
+        reason: UndefinedDs,
+    },
+}
+
+impl GateReading {
+    /// Raw ΔS of the nearest snippet, if there is one.
+    #[must_use]
+    pub fn raw_min(&self) -> Option<f64> {
+        match self {
+            GateReading::Calibrated { raw_min, .. }
+            | GateReading::EncoderUnfit { raw_min, .. }
+            | GateReading::NotCalibrated { raw_min, .. } => Some(*raw_min),
+            GateReading::NoEvidence | GateReading::Undefined { .. } => None,
+        }
+    }
+
+    /// Calibrated ΔS of the nearest snippet, whether or not it may gate.
+    #[must_use]
+    pub fn cal_min(&self) -> Option<f64> {
+        match self {
+            GateReading::Calibrated { cal_min, .. } | GateReading::EncoderUnfit { cal_min, .. } => {
+                Some(*cal_min)
+            }
+            GateReading::NotCalibrated { .. }
+            | GateReading::NoEvidence
+            | GateReading::Undefined { .. } => None,
+        }
+    }
+
+    /// Why this reading refuses the question, if it does.
+    fn refusal(&self) -> Option<RefusalReason> {
+        match self {
+            GateReading::Calibrated { cal_min, band, .. } => match band {
+                Band::Stable | Band::PassEdge | Band::Review => None,
+                Band::Fail | Band::Danger => Some(RefusalReason::DeltaS { cal_min: *cal_min }),
+            },
+            GateReading::EncoderUnfit { .. } | GateReading::NotCalibrated { .. } => None,
+            GateReading::NoEvidence => Some(RefusalReason::NoEvidence),
+            GateReading::Undefined { reason } => {
+                Some(RefusalReason::DeltaSUndefined { reason: *reason })
+            }
+        }
+    }
+}
+
+/// Why a question got the refusal token.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "code", rename_all = "snake_case")]
+pub enum RefusalReason {
+    /// Nothing was retrieved.
+    NoEvidence,
+    /// The nearest snippet is too far from the question.
+    DeltaS {
+        /// Calibrated ΔS; the gate closes at 0.60.
+        cal_min: f64,
+    },
+    /// ΔS has no value, so the gate fails closed.
+    DeltaSUndefined {
+        /// Why.
+        reason: UndefinedDs,
+    },
+    /// A snippet holds the fence mark of this request.
+    FenceBroken {
+        /// The snippet.
+        snippet_id: String,
+    },
+    /// The model wrote the refusal token itself.
+    Model,
+    /// The reply has no sentence.
+    EmptyReply,
+    /// The reply cites what was not retrieved.
+    UnknownCitation {
+        /// The invented labels.
+        labels: Vec<UnknownCitation>,
+    },
+    /// Too few sentences have a snippet that supports them.
+    NoValidCitation {
+        /// Share of the sentences that have one.
+        cited_share: f64,
+    },
+}
+
+impl RefusalReason {
+    /// The guard that refused, for traces and counters.
+    #[must_use]
+    pub fn guard(&self) -> &'static str {
+        match self {
+            RefusalReason::NoEvidence => "no_evidence",
+            RefusalReason::DeltaS { .. } | RefusalReason::DeltaSUndefined { .. } => "delta_s",
+            RefusalReason::FenceBroken { .. } => "fence",
+            RefusalReason::Model => "model_refusal",
+            RefusalReason::EmptyReply => "empty_reply",
+            RefusalReason::UnknownCitation { .. } | RefusalReason::NoValidCitation { .. } => {
+                "citations"
+            }
+        }
+    }
+
+    /// The reason in words, for a person.
+    #[must_use]
+    pub fn in_words(&self) -> String {
+        match self {
+            RefusalReason::NoEvidence => "nothing was retrieved for the question".to_owned(),
+            RefusalReason::DeltaS { cal_min } => {
+                format!("the nearest snippet is too far: ΔS {cal_min:.2}, needed below 0.60")
+            }
+            RefusalReason::DeltaSUndefined { reason } => format!("ΔS is undefined: {reason}"),
+            RefusalReason::FenceBroken { snippet_id } => {
+                format!("snippet {snippet_id} holds the fence mark of this request")
+            }
+            RefusalReason::Model => "the model found no answer in the sources".to_owned(),
+            RefusalReason::EmptyReply => "the model wrote nothing".to_owned(),
+            RefusalReason::UnknownCitation { labels } => {
+                let labels: Vec<&str> = labels.iter().map(|l| l.label.as_str()).collect();
+                format!("the reply cites sources that it was not given: {}", labels.join(", "))
+            }
+            RefusalReason::NoValidCitation { cited_share } => format!(
+                "only {:.0}% of the reply's sentences are supported by a source",
+                100.0 * cited_share
+            ),
+        }
+    }
+}
+
+/// What a question got.
+#[derive(Clone, Debug)]
+pub struct AskOutcome {
+    /// What the user sees: the answer without labels, or the refusal token.
+    pub text: String,
+    /// Why it is the refusal token, if it is.
+    pub refusal: Option<RefusalReason>,
+    /// The sentences of `text` with their snippets; none for a refusal.
+    pub segments: Vec<Segment>,
+    /// The snippets that entered the prompt, best first.
+    pub evidence: Vec<Hit>,
+    /// What the ΔS gate read.
+    pub gate: GateReading,
+    /// The reply as generated; none if the generator did not run.
+    pub reply: Option<Generated>,
+    /// [`PromptFrame::shape_sha256`]; none if no prompt was built.
+    pub shape_sha256: Option<String>,
+}
+
+impl AskOutcome {
+    /// Ids of the cited snippets in order of first citation.
+    #[must_use]
+    pub fn cited_ids(&self) -> Vec<&str> {
+        let mut ids: Vec<&str> = Vec::new();
+        for id in self.segments.iter().flat_map(|segment| &segment.snippet_ids) {
+            if !ids.contains(&id.as_str()) {
+                ids.push(id);
+            }
+        }
+        ids
+    }
+
+    /// Share of the sentences whose snippets the model named itself; none for a refusal.
+    #[must_use]
+    pub fn model_cited_share(&self) -> Option<f64> {
+        let by_model = |s: &Segment| s.citation_source == Some(CitationSource::Model);
+        share(self.segments.iter().filter(|segment| by_model(segment)).count(), self.segments.len())
+    }
+}
+
+/// The state of a question before the generator runs.
+#[derive(Debug)]
+pub enum Begun {
+    /// The generator must not run.
+    Refused(AskOutcome),
+    /// The generator answers this prompt; pass its reply to [`conclude`].
+    Prompt {
+        /// The prompt.
+        frame: PromptFrame,
+        /// What the ΔS gate read.
+        gate: GateReading,
+    },
+}
+
+/// ΔS of a question and its hits, by the cosine that the index computed.
+#[must_use]
+pub fn evidence_ds(hits: &[Hit]) -> SetDs {
+    let chunk_ds = |hit: &Hit| {
+        let raw = 1.0 - f64::from(hit.cosine);
+        let value = if raw.is_finite() {
+            Ds::Value(raw.clamp(0.0, 2.0))
+        } else {
+            Ds::Undefined(UndefinedDs::NotFinite)
+        };
+        (value, hit.chunk.tokens)
+    };
+    set_ds(&hits.iter().map(chunk_ds).collect::<Vec<_>>())
+}
+
+/// Decides whether the generator may answer the question over `hits`, and builds its prompt.
+#[must_use]
+pub fn begin(question: &str, hits: &[Hit], gate: &DeltaSGate, nonce: &Nonce) -> Begun {
+    let gate = gate.read(evidence_ds(hits));
+    if let Some(reason) = gate.refusal() {
+        return Begun::Refused(refused(reason, hits, gate, None));
+    }
+    match PromptFrame::new(question, Live::new(hits), nonce) {
+        Ok(frame) => Begun::Prompt { frame, gate },
+        Err(broken) => {
+            let reason = RefusalReason::FenceBroken { snippet_id: broken.snippet_id };
+            Begun::Refused(refused(reason, hits, gate, None))
+        }
+    }
+}
+
+/// Turns a reply into what the user sees. `hits` are those that [`begin`] was given.
+#[must_use]
+pub fn conclude(
+    frame: &PromptFrame,
+    hits: &[Hit],
+    gate: GateReading,
+    reply: Generated,
+    policy: &AskPolicy,
+) -> AskOutcome {
+    let mut parsed = parse_answer(&reply.text, frame.live());
+    drop_cut_sentence(&mut parsed, reply.end);
+    attribute_uncited(&mut parsed, frame.live(), policy.min_containment);
+    let refusal = match policy.check {
+        AnswerCheck::Enforce => refusal_of(&parsed, policy),
+        AnswerCheck::Off => None,
+    };
+    let shape_sha256 = Some(frame.shape_sha256());
+    match refusal {
+        Some(reason) => {
+            let outcome = refused(reason, hits, gate, Some(reply));
+            AskOutcome { shape_sha256, ..outcome }
+        }
+        None => AskOutcome {
+            text: match policy.check {
+                AnswerCheck::Enforce => parsed.text,
+                AnswerCheck::Off => reply.text.clone(),
+            },
+            refusal: None,
+            segments: parsed.segments,
+            evidence: hits.to_vec(),
+            gate,
+            reply: Some(reply),
+            shape_sha256,
+        },
+    }
+}
+
+fn refused(
+    reason: RefusalReason,
+    hits: &[Hit],
+    gate: GateReading,
+    reply: Option<Generated>,
+) -> AskOutcome {
+    AskOutcome {
+        text: REFUSAL_TOKEN.to_owned(),
+        refusal: Some(reason),
+        segments: Vec::new(),
+        evidence: hits.to_vec(),
+        gate,
+        reply,
+        shape_sha256: None,
+    }
+}
+
+/// A last sentence that the token budget cut says something else than the model meant; it goes,
+/// unless it is all there is.
+fn drop_cut_sentence(parsed: &mut ParsedAnswer, end: GeneratedEnd) {
+    let cut = match end {
+        GeneratedEnd::Length => !parsed.text.ends_with(['.', '!', '?']),
+        GeneratedEnd::Stop | GeneratedEnd::Looped => false,
+    };
+    if cut && parsed.segments.len() > 1 {
+        parsed.segments.pop();
+        if let Some(last) = parsed.segments.last() {
+            parsed.text.truncate(last.text_span.end);
+        }
+    }
+}
+
+fn attribute_uncited(parsed: &mut ParsedAnswer, live: &Live, min_containment: f64) {
+    for segment in parsed.segments.iter_mut().filter(|segment| segment.snippet_ids.is_empty()) {
+        let sentence = &parsed.text[segment.text_span.clone()];
+        if let Some(found) = attribute(sentence, live, min_containment) {
+            segment.section_id = Some(found.section_id);
+            segment.snippet_ids = vec![found.snippet_id];
+            segment.citation_source = Some(CitationSource::Attributed);
+        }
+    }
+}
+
+fn refusal_of(parsed: &ParsedAnswer, policy: &AskPolicy) -> Option<RefusalReason> {
+    if parsed.refusal {
+        return Some(RefusalReason::Model);
+    }
+    if !parsed.unknown_citations.is_empty() {
+        return Some(RefusalReason::UnknownCitation { labels: parsed.unknown_citations.clone() });
+    }
+    let n_cited = parsed.segments.iter().filter(|segment| !segment.snippet_ids.is_empty()).count();
+    match share(n_cited, parsed.segments.len()) {
+        None => Some(RefusalReason::EmptyReply),
+        Some(cited_share) if n_cited == 0 || cited_share < policy.min_cited_share => {
+            Some(RefusalReason::NoValidCitation { cited_share })
+        }
+        Some(_) => None,
+    }
+}
+
+/// Retrieves the evidence for a question under a policy.
+///
+/// # Errors
+/// The index failed.
+pub fn retrieve(
+    system: &dyn Retrieve,
+    question: &str,
+    policy: &AskPolicy,
+) -> Result<Vec<Hit>, VerifyError> {
+    Ok(system.search(question, &policy.search)?)
+}
+
+/// Answers a question over given evidence. Snippets leave from the lower end of the ranking until
+/// the prompt fits; the outcome's evidence is what stayed.
+///
+/// # Errors
+/// The generator failed, or even one snippet does not fit.
+pub fn answer_over(
+    system: &dyn Generate,
+    question: &str,
+    hits: &[Hit],
+    gate: &DeltaSGate,
+    call: (&AskPolicy, &Nonce, u64),
+) -> Result<AskOutcome, GenerateError> {
+    let (policy, nonce, seed) = call;
+    let mut hits = hits;
+    loop {
+        let (frame, reading) = match begin(question, hits, gate, nonce) {
+            Begun::Refused(outcome) => return Ok(outcome),
+            Begun::Prompt { frame, gate } => (frame, gate),
+        };
+        let tokens = system.count_tokens(frame.messages())?;
+        let limit = system.prompt_limit();
+        if tokens <= limit {
+            let reply = system.generate(frame.messages(), seed)?;
+            return Ok(conclude(&frame, hits, reading, reply, policy));
+        }
+        if hits.len() == 1 {
+            return Err(GenerateError::PromptTooLong { tokens, limit });
+        }
+        hits = &hits[..hits.len() - 1];
+    }
+}
+
+/// Retrieves and answers: the way of a request of `/v1/ask`.
+///
+/// # Errors
+/// The index or the generator failed.
+pub fn ask(
+    generator: &dyn Generate,
+    index: &dyn Retrieve,
+    question: &str,
+    gate: &DeltaSGate,
+    call: (&AskPolicy, &Nonce, u64),
+) -> Result<AskOutcome, VerifyError> {
+    let hits = retrieve(index, question, call.0)?;
+    Ok(answer_over(generator, question, &hits, gate, call)?)
+}
+
+#[expect(clippy::cast_precision_loss, reason = "sentence counts are far below 2^52")]
+fn share(part: usize, whole: usize) -> Option<f64> {
+    (whole > 0).then(|| part as f64 / whole as f64)
+}

@@ -1,0 +1,318 @@
+//! A small world for tests: an encoder that counts words, an index that ranks by it, a corpus of
+//! 60 facts on 15 pages, and generators given as closures.
+
+use std::collections::HashMap;
+use std::ops::Range;
+use std::sync::{Arc, Mutex};
+
+use exrail_metrics::content_words;
+use exrail_retrieval::{
+    BlockType, Chunk, ChunkSpan, Document, DocumentFormat, EmbeddingFacts, Encode, EncodeError,
+    EncoderFacts, Hit, SearchOptions, Section, SpanUnit, TokenizerFacts,
+};
+
+use crate::prompt::FrameMessage;
+use crate::system::{
+    Generate, GenerateError, Generated, GeneratedEnd, GeneratorFacts, Retrieve, RetrieveError,
+    SamplingKind,
+};
+
+const DIM: usize = 4096;
+
+/// Bag of content words: each new word gets the next dimension.
+#[derive(Default)]
+pub(crate) struct WordEncoder {
+    words: Mutex<HashMap<String, usize>>,
+}
+
+impl Encode for WordEncoder {
+    fn fingerprint(&self) -> &'static str {
+        "word-encoder"
+    }
+
+    fn facts(&self) -> EncoderFacts {
+        EncoderFacts {
+            name: "word-encoder".to_owned(),
+            dim: DIM,
+            max_tokens: 60,
+            pooling: "sum".to_owned(),
+            normalized: true,
+            metric: "cosine".to_owned(),
+            query_prefix: String::new(),
+            passage_prefix: String::new(),
+            tokenizer_fp: "words".to_owned(),
+        }
+    }
+
+    fn tokenize(&self, text: &str) -> Vec<(u32, Range<usize>)> {
+        let start = text.as_ptr() as usize;
+        let place = |word: &str| {
+            let at = word.as_ptr() as usize - start;
+            (0, at..at + word.len())
+        };
+        text.split_whitespace().map(place).collect()
+    }
+
+    fn encode(&self, texts: &[&str]) -> Result<Vec<Vec<f32>>, EncodeError> {
+        let mut words = self.words.lock().unwrap();
+        let mut vectors = Vec::new();
+        for (index, text) in texts.iter().enumerate() {
+            let mut vector = vec![0.0f32; DIM];
+            for word in content_words(text) {
+                let next = words.len();
+                vector[*words.entry(word).or_insert(next)] = 1.0;
+            }
+            let norm = vector.iter().map(|x| x * x).sum::<f32>().sqrt();
+            if norm == 0.0 {
+                return Err(EncodeError::Empty { index });
+            }
+            vectors.push(vector.into_iter().map(|x| x / norm).collect());
+        }
+        Ok(vectors)
+    }
+}
+
+pub(crate) fn chunk(doc_id: &str, start: usize, text: &str) -> Chunk {
+    Chunk {
+        snippet_id: format!("{:016x}", fnv(&format!("{doc_id} {start} {text}"))),
+        doc_id: doc_id.to_owned(),
+        section_id: format!("{doc_id}#{start}"),
+        rev: "r1".to_owned(),
+        source_url: doc_id.to_owned(),
+        span: ChunkSpan {
+            start,
+            end: start + text.len(),
+            unit: SpanUnit::Byte,
+            line_start: 1,
+            line_end: 1,
+        },
+        tokens: text.split_whitespace().count(),
+        lang: "en".to_owned(),
+        block_type: BlockType::Prose,
+        anchor: String::new(),
+        text: text.to_owned(),
+        text_sha256: String::new(),
+        contract_sha256: String::new(),
+        tokenizer: TokenizerFacts {
+            name: String::new(),
+            version: String::new(),
+            hash: String::new(),
+            case: String::new(),
+            unicode_norm: String::new(),
+        },
+        embedding: EmbeddingFacts {
+            encoder_fp: String::new(),
+            dim: DIM,
+            metric: "cosine".to_owned(),
+            normalized: true,
+            pooling: String::new(),
+        },
+    }
+}
+
+pub(crate) fn hit(doc_id: &str, start: usize, text: &str, cosine: f32) -> Hit {
+    Hit {
+        chunk: Arc::new(chunk(doc_id, start, text)),
+        score_raw: cosine,
+        score_norm: cosine,
+        cosine,
+        rank_lexical: None,
+        rank_vector: None,
+        k_pos: 1,
+    }
+}
+
+fn fnv(text: &str) -> u64 {
+    text.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+    })
+}
+
+/// Documents whose lines are chunks and sections.
+pub(crate) struct FakeIndex {
+    documents: Vec<Arc<Document>>,
+    chunks: Vec<(Arc<Chunk>, Vec<f32>)>,
+    pub(crate) encoder: Arc<WordEncoder>,
+    pub(crate) hash: String,
+    /// The index is up but finds nothing.
+    pub(crate) finds_nothing: bool,
+}
+
+impl FakeIndex {
+    pub(crate) fn of_texts(texts: &[(&str, &str)]) -> FakeIndex {
+        let encoder = Arc::new(WordEncoder::default());
+        let (mut documents, mut chunks) = (Vec::new(), Vec::new());
+        for (doc_id, text) in texts {
+            let mut sections = Vec::new();
+            let mut start = 0;
+            for line in text.split_inclusive('\n') {
+                let chunk = chunk(doc_id, start, line.trim_end());
+                sections.push(Section {
+                    section_id: chunk.section_id.clone(),
+                    title: String::new(),
+                    path: Vec::new(),
+                    anchor: String::new(),
+                    span: start..start + line.len(),
+                });
+                let vector = encoder.encode(&[&chunk.text]).unwrap().remove(0);
+                chunks.push((Arc::new(chunk), vector));
+                start += line.len();
+            }
+            documents.push(Arc::new(Document {
+                doc_id: (*doc_id).to_owned(),
+                rev: "r1".to_owned(),
+                source_url: (*doc_id).to_owned(),
+                lang: "en".to_owned(),
+                format: DocumentFormat::Markdown,
+                text: (*text).to_owned(),
+                sections,
+                blocks: Vec::new(),
+            }));
+        }
+        FakeIndex { documents, chunks, encoder, hash: "index-1".to_owned(), finds_nothing: false }
+    }
+}
+
+impl Retrieve for FakeIndex {
+    fn search(&self, question: &str, options: &SearchOptions) -> Result<Vec<Hit>, RetrieveError> {
+        if self.finds_nothing {
+            return Ok(Vec::new());
+        }
+        let vector = self.encoder.encode(&[question]).unwrap().remove(0);
+        let mut hits: Vec<Hit> = self
+            .chunks
+            .iter()
+            .filter(|(chunk, _)| !options.mask_docs.contains(&chunk.doc_id))
+            .map(|(chunk, other)| {
+                let cosine: f32 = vector.iter().zip(other).map(|(x, y)| x * y).sum();
+                let base = hit("", 0, "", cosine);
+                Hit { chunk: Arc::clone(chunk), ..base }
+            })
+            .collect();
+        hits.sort_by(|a, b| {
+            b.cosine.total_cmp(&a.cosine).then_with(|| a.chunk.section_id.cmp(&b.chunk.section_id))
+        });
+        hits.truncate(options.k);
+        Ok(hits)
+    }
+
+    fn document(&self, doc_id: &str) -> Result<Option<Arc<Document>>, RetrieveError> {
+        Ok(self.documents.iter().find(|document| document.doc_id == doc_id).cloned())
+    }
+
+    fn doc_ids(&self) -> Vec<String> {
+        self.documents.iter().map(|document| document.doc_id.clone()).collect()
+    }
+
+    fn index_hash(&self) -> &str {
+        &self.hash
+    }
+
+    fn encoder_fp(&self) -> &str {
+        self.encoder.fingerprint()
+    }
+
+    fn n_chunks(&self) -> usize {
+        self.chunks.len()
+    }
+}
+
+/// Replies by a closure over the messages and the seed.
+pub(crate) struct FakeGenerator<F> {
+    pub(crate) reply: F,
+    pub(crate) sampling: SamplingKind,
+    pub(crate) prompt_limit: usize,
+}
+
+impl<F: Fn(&[FrameMessage], u64) -> String> FakeGenerator<F> {
+    pub(crate) fn new(reply: F) -> FakeGenerator<F> {
+        FakeGenerator { reply, sampling: SamplingKind::Seeded, prompt_limit: 10_000 }
+    }
+}
+
+impl<F: Fn(&[FrameMessage], u64) -> String> Generate for FakeGenerator<F> {
+    fn generate(&self, messages: &[FrameMessage], seed: u64) -> Result<Generated, GenerateError> {
+        let text = (self.reply)(messages, seed);
+        let n_output_tokens = text.split_whitespace().count();
+        let n_prompt_tokens = self.count_tokens(messages)?;
+        Ok(Generated { text, end: GeneratedEnd::Stop, n_prompt_tokens, n_output_tokens })
+    }
+
+    fn count_tokens(&self, messages: &[FrameMessage]) -> Result<usize, GenerateError> {
+        Ok(messages.iter().map(|message| message.content.split_whitespace().count()).sum())
+    }
+
+    fn prompt_limit(&self) -> usize {
+        self.prompt_limit
+    }
+
+    fn facts(&self) -> GeneratorFacts {
+        GeneratorFacts {
+            model: "fake-135m".to_owned(),
+            model_fp: "5af571cbf074e6d21a03528d2330792e".to_owned(),
+            tok_fp: "tok".to_owned(),
+            template_hash: "template".to_owned(),
+            engine_build: "test".to_owned(),
+            quant: "Q4_1".to_owned(),
+            kv_dtype: "f16".to_owned(),
+            device: "cpu".to_owned(),
+            sampling: self.sampling,
+        }
+    }
+}
+
+/// The sources of a prompt, by label from 1.
+pub(crate) fn sources(messages: &[FrameMessage]) -> Vec<String> {
+    let user = &messages[1].content;
+    let lines = user.lines().filter(|line| line.starts_with("[S"));
+    lines.map(|line| line.split_once("] ").unwrap().1.to_owned()).collect()
+}
+
+/// Copies the best source and cites it.
+pub(crate) fn perfect(messages: &[FrameMessage], _seed: u64) -> String {
+    format!("{} [S1]", sources(messages)[0])
+}
+
+const N_ITEMS: usize = 60;
+const PER_PAGE: usize = 4;
+
+/// "The gamma7 of alpha7 beta7 is 107 units."
+fn fact(item: usize) -> String {
+    format!("The gamma{item} of alpha{item} beta{item} is {} units.", 100 + item)
+}
+
+/// 15 pages of four facts each.
+pub(crate) fn corpus() -> FakeIndex {
+    let pages: Vec<(String, String)> = (0..N_ITEMS / PER_PAGE)
+        .map(|page| {
+            let lines = (0..PER_PAGE).map(|line| fact(page * PER_PAGE + line) + "\n");
+            (format!("page{page}.md"), lines.collect())
+        })
+        .collect();
+    let texts: Vec<(&str, &str)> = pages.iter().map(|(id, text)| (&**id, &**text)).collect();
+    FakeIndex::of_texts(&texts)
+}
+
+/// 60 answerable, 60 unanswerable and 60 off-topic questions over [`corpus`].
+pub(crate) fn gold_text() -> String {
+    use std::fmt::Write as _;
+    let mut text = String::new();
+    for i in 0..N_ITEMS {
+        let question = format!("What is the gamma{i} of alpha{i} beta{i} units");
+        let item = serde_json::json!({
+            "id": format!("a{i}"), "kind": "answerable", "question": format!("{question}?"),
+            "paraphrases": [
+                format!("{question}, please?"), format!("Tell: {question}."), format!("{question} exactly?")
+            ],
+            "answers": [format!("{} units", 100 + i)],
+            "evidence": [{"doc": format!("page{}.md", i / PER_PAGE), "quote": fact(i)}],
+            "anchor_mode": "all",
+        });
+        writeln!(text, "{item}").unwrap();
+        let question = format!("What is the delta{i} epsilon{i} of alpha{i} units?");
+        writeln!(text, r#"{{"id":"u{i}","kind":"unanswerable","question":"{question}"}}"#).unwrap();
+        let question = format!("Who sang song{i} in year{i}?");
+        writeln!(text, r#"{{"id":"o{i}","kind":"off_topic","question":"{question}"}}"#).unwrap();
+    }
+    text
+}

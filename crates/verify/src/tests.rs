@@ -1,0 +1,281 @@
+//! Whole systems of fakes: what passes, what fails and why, and what each guard holds back.
+
+use exrail_metrics::LambdaState;
+use exrail_retrieval::SearchOptions;
+
+use crate::ask::{AnswerCheck, AskPolicy, DeltaSGate, RefusalReason, ask};
+use crate::calibrate::{CorpusCalibration, FamilyFit, calibrate};
+use crate::evaluate::{System, VerifyOptions, verify};
+use crate::fakes::{FakeGenerator, FakeIndex, corpus, gold_text, perfect, sources};
+use crate::gold::GoldSet;
+use crate::prompt::{FrameMessage, Nonce, REFUSAL_TOKEN};
+use crate::render::Color;
+use crate::report::{Report, Status, Verdict};
+use crate::system::{Generate, SamplingKind};
+
+fn gold() -> GoldSet {
+    GoldSet::parse(&gold_text()).unwrap()
+}
+
+fn calibrated(index: &FakeIndex) -> CorpusCalibration {
+    let search = SearchOptions::default();
+    calibrate(&gold(), index, &*index.encoder, &search, &mut |_| {}).unwrap()
+}
+
+fn all_items() -> VerifyOptions {
+    VerifyOptions { n_answered: 60, n_unanswerable: 60, n_lambda: 50, ..VerifyOptions::default() }
+}
+
+fn report_of(
+    generator: &dyn Generate,
+    index: &FakeIndex,
+    calibration: Option<&CorpusCalibration>,
+    options: &VerifyOptions,
+) -> Report {
+    let system = System { generator, index, encoder: &*index.encoder };
+    verify(system, &gold(), calibration, options, &mut |_| {}).unwrap()
+}
+
+fn status(report: &Report, name: &str) -> Status {
+    report.gates.iter().find(|gate| gate.name == name).unwrap().measured.status
+}
+
+#[test]
+fn constant_perfect_system_is_convergent_and_passes() {
+    let index = corpus();
+    let calibration = calibrated(&index);
+    assert!(calibration.qe.fit_calibration().is_some(), "{:?}", calibration.qe);
+    assert!(calibration.tt.fit_calibration().is_some(), "{:?}", calibration.tt);
+    let report = report_of(&FakeGenerator::new(perfect), &index, Some(&calibration), &all_items());
+    assert_eq!(report.verdict, Verdict::Pass, "{}", report.render_text(100, Color::Never));
+    assert_eq!((report.failed_gates.len(), &report.fix), (0, &None));
+    for item in &report.lambda.items {
+        assert_eq!(item.live.state, Some(LambdaState::Convergent));
+        assert_eq!(item.frozen.state, Some(LambdaState::Convergent));
+        assert!(item.matches_gold && item.retrieve_convergent && item.assemble_convergent);
+    }
+    assert!(report.delta_s.circular, "the index ranks by the gate's own encoder");
+}
+
+#[test]
+fn empty_retrieval_is_no_evidence_and_fails_closed() {
+    let mut index = corpus();
+    let calibration = calibrated(&index);
+    index.finds_nothing = true;
+    let report = report_of(&FakeGenerator::new(perfect), &index, Some(&calibration), &all_items());
+    assert_eq!(report.verdict, Verdict::Fail);
+    assert_eq!(report.delta_s.status, "no_evidence");
+    assert_eq!(status(&report, "delta_s"), Status::Fail);
+    assert_eq!(report.fix.as_ref().unwrap().page, "bootstrap-ordering");
+    assert_eq!(report.cost.generations, 0);
+}
+
+#[test]
+fn answering_unanswerable_questions_fails() {
+    let index = corpus();
+    // No calibration, so ΔS cannot hold the questions back, and a model that copies any source.
+    let report = report_of(&FakeGenerator::new(perfect), &index, None, &all_items());
+    assert_eq!(status(&report, "refusal"), Status::Fail);
+    assert_eq!(report.verdict, Verdict::Fail);
+    assert!(report.failed_gates.contains(&"refusal"));
+    // With the calibrated gate the same model passes.
+    let calibration = calibrated(&index);
+    let report = report_of(&FakeGenerator::new(perfect), &index, Some(&calibration), &all_items());
+    assert_eq!(status(&report, "refusal"), Status::Pass);
+}
+
+#[test]
+fn refusing_everything_does_not_pass() {
+    let index = corpus();
+    let calibration = calibrated(&index);
+    let silent = FakeGenerator::new(|_: &[FrameMessage], _| REFUSAL_TOKEN.to_owned());
+    let report = report_of(&silent, &index, Some(&calibration), &all_items());
+    assert_eq!(status(&report, "citation_hit"), Status::Fail);
+    assert_eq!(report.verdict, Verdict::Fail);
+}
+
+/// Copies the best source when it holds every content word of the question.
+fn knows(messages: &[FrameMessage], seed: u64) -> String {
+    let user = &messages[1].content;
+    if user.contains("delta") { REFUSAL_TOKEN.to_owned() } else { perfect(messages, seed) }
+}
+
+#[test]
+fn a_report_without_calibration_cannot_pass() {
+    let index = corpus();
+    let report = report_of(&FakeGenerator::new(knows), &index, None, &all_items());
+    assert_eq!(status(&report, "delta_s"), Status::NotCalibrated);
+    assert_eq!(report.verdict, Verdict::Inconclusive);
+    assert_eq!(report.fix.as_ref().unwrap().page, "embedding-vs-semantic");
+}
+
+#[test]
+fn a_calibration_of_another_index_is_void() {
+    let mut index = corpus();
+    let calibration = calibrated(&index);
+    index.hash = "index-2".to_owned();
+    let report = report_of(&FakeGenerator::new(knows), &index, Some(&calibration), &all_items());
+    assert_eq!(status(&report, "delta_s"), Status::NotCalibrated);
+    let json = report.to_json().unwrap();
+    assert_eq!(json["calibration"], serde_json::Value::Null);
+    let reason = json["gates"][0]["reason"].as_str().unwrap();
+    assert!(reason.contains("`index_hash` was index-1, found index-2"), "{reason}");
+}
+
+#[test]
+fn an_unfit_encoder_reports_and_does_not_gate() {
+    let index = corpus();
+    let mut calibration = calibrated(&index);
+    if let FamilyFit::Fitted(map) = &mut calibration.qe {
+        map.auroc = 0.82;
+        map.fitness = exrail_metrics::Fitness::Unfit(vec![exrail_metrics::Unfit::Auroc]);
+    }
+    let report = report_of(&FakeGenerator::new(knows), &index, Some(&calibration), &all_items());
+    assert_eq!(report.delta_s.status, "encoder_unfit");
+    assert_eq!(status(&report, "delta_s"), Status::Inconclusive);
+    assert_eq!(report.verdict, Verdict::Inconclusive);
+    assert!(report.delta_s.cal_min.is_some(), "an unfit value is still reported");
+}
+
+#[test]
+fn few_items_are_inconclusive() {
+    let index = corpus();
+    let calibration = calibrated(&index);
+    let options = VerifyOptions::default();
+    let report = report_of(&FakeGenerator::new(perfect), &index, Some(&calibration), &options);
+    assert_eq!(status(&report, "lambda"), Status::Inconclusive);
+    assert_eq!(report.verdict, Verdict::Inconclusive);
+}
+
+#[test]
+fn greedy_sampling_makes_seeds_void() {
+    let index = corpus();
+    let calibration = calibrated(&index);
+    let mut generator = FakeGenerator::new(perfect);
+    generator.sampling = SamplingKind::Greedy;
+    let report = report_of(&generator, &index, Some(&calibration), &all_items());
+    assert_eq!(report.lambda.items[0].live.runs.len(), 3);
+    assert_eq!(status(&report, "lambda"), Status::Inconclusive);
+}
+
+#[test]
+fn a_generator_that_follows_the_seed_is_the_fault() {
+    let index = corpus();
+    let calibration = calibrated(&index);
+    let unstable = FakeGenerator::new(|messages: &[FrameMessage], seed| {
+        let which = usize::try_from(seed).unwrap() - 1;
+        format!("{} [S{}]", sources(messages)[which], which + 1)
+    });
+    let report = report_of(&unstable, &index, Some(&calibration), &all_items());
+    assert_eq!(status(&report, "lambda"), Status::Fail);
+    assert_eq!(report.fix.as_ref().unwrap().page, "logic-collapse");
+    let lambda = &report.lambda.items[0].frozen;
+    assert_eq!(lambda.strict.sub_label, Some(exrail_metrics::SubLabel::SeedSensitive));
+}
+
+#[test]
+fn without_the_citation_guard_an_invented_source_reaches_the_user() {
+    let index = corpus();
+    let inventing =
+        FakeGenerator::new(|messages: &[FrameMessage], _| format!("{} [S9]", sources(messages)[0]));
+    let question = "What is the gamma7 of alpha7 beta7 units?";
+    let nonce = Nonce::derive(&[b"test"]);
+    let mut policy = AskPolicy::default();
+    let gate = DeltaSGate::NotCalibrated;
+    let outcome = ask(&inventing, &index, question, &gate, (&policy, &nonce, 1)).unwrap();
+    assert_eq!(outcome.text, REFUSAL_TOKEN);
+    assert!(matches!(outcome.refusal, Some(RefusalReason::UnknownCitation { .. })));
+
+    policy.check = AnswerCheck::Off;
+    let outcome = ask(&inventing, &index, question, &gate, (&policy, &nonce, 1)).unwrap();
+    assert!(outcome.text.contains("[S9]"), "the mutation must show the fault: {}", outcome.text);
+    // And the report sees it.
+    let options = VerifyOptions { policy, ..all_items() };
+    let calibration = calibrated(&index);
+    let report = report_of(&inventing, &index, Some(&calibration), &options);
+    assert_eq!(status(&report, "citations_valid"), Status::Fail);
+    assert_eq!(report.verdict, Verdict::Fail);
+}
+
+#[test]
+fn without_the_citation_guard_an_unsupported_claim_reaches_the_user() {
+    let index = corpus();
+    let lying = FakeGenerator::new(|_: &[FrameMessage], _| "Paris is in France.".to_owned());
+    let nonce = Nonce::derive(&[b"test"]);
+    let mut policy = AskPolicy::default();
+    let gate = DeltaSGate::NotCalibrated;
+    let outcome = ask(&lying, &index, "What is gamma7?", &gate, (&policy, &nonce, 1)).unwrap();
+    assert_eq!(outcome.refusal, Some(RefusalReason::NoValidCitation { cited_share: 0.0 }));
+    policy.check = AnswerCheck::Off;
+    let outcome = ask(&lying, &index, "What is gamma7?", &gate, (&policy, &nonce, 1)).unwrap();
+    assert_eq!(outcome.text, "Paris is in France.");
+}
+
+#[test]
+fn the_gate_refuses_before_the_generator_runs() {
+    let index = corpus();
+    let calibration = calibrated(&index);
+    let gate = DeltaSGate::from_calibration(calibration.qe.calibration());
+    let generator = FakeGenerator::new(|_: &[FrameMessage], _| panic!("must not run"));
+    let nonce = Nonce::derive(&[b"test"]);
+    let policy = AskPolicy::default();
+    let question = "What is the delta3 epsilon3 of alpha3 units?";
+    let outcome = ask(&generator, &index, question, &gate, (&policy, &nonce, 1)).unwrap();
+    assert!(matches!(outcome.refusal, Some(RefusalReason::DeltaS { .. })), "{:?}", outcome.gate);
+    // Mutation: without a scale the same question reaches the model.
+    let generator = FakeGenerator::new(perfect);
+    let gate = DeltaSGate::NotCalibrated;
+    let outcome = ask(&generator, &index, question, &gate, (&policy, &nonce, 1)).unwrap();
+    assert_eq!(outcome.refusal, None);
+}
+
+#[test]
+fn snippets_leave_from_the_end_until_the_prompt_fits() {
+    let index = corpus();
+    let mut generator = FakeGenerator::new(perfect);
+    let nonce = Nonce::derive(&[b"test"]);
+    let policy = AskPolicy::default();
+    let gate = DeltaSGate::NotCalibrated;
+    let question = "What is the gamma7 of alpha7 beta7 units?";
+    generator.prompt_limit = 110;
+    let outcome = ask(&generator, &index, question, &gate, (&policy, &nonce, 1)).unwrap();
+    assert!((1..5).contains(&outcome.evidence.len()), "{}", outcome.evidence.len());
+    assert!(outcome.text.contains("gamma7"));
+    generator.prompt_limit = 5;
+    assert!(ask(&generator, &index, question, &gate, (&policy, &nonce, 1)).is_err());
+}
+
+#[test]
+fn a_stored_calibration_comes_back_and_is_checked() {
+    let index = corpus();
+    let calibration = calibrated(&index);
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("calibration.json");
+    calibration.save(&path).unwrap();
+    let loaded = CorpusCalibration::load(&path).unwrap();
+    assert_eq!(loaded, calibration);
+    assert!(loaded.check("word-encoder", "index-1", 5).is_ok());
+    assert!(loaded.check("other", "index-1", 5).is_err());
+    assert!(loaded.check("word-encoder", "index-1", 6).is_err());
+    assert!(CorpusCalibration::load(&folder.path().join("none.json")).is_err());
+}
+
+#[test]
+fn the_verdict_is_the_last_line_and_json_names_what_is_missing() {
+    let index = corpus();
+    let calibration = calibrated(&index);
+    let report = report_of(&FakeGenerator::new(knows), &index, Some(&calibration), &all_items());
+    let text = report.render_text(100, Color::Never);
+    assert!(text.lines().last().unwrap().starts_with("verdict: pass"), "{text}");
+    assert!(!text.contains('\x1b'));
+    for line in text.lines() {
+        assert!(line.chars().count() <= 100, "{line}");
+    }
+    let json = report.to_json().unwrap();
+    for section in ["quantisation", "cache", "e_resonance", "schema", "shards"] {
+        assert_eq!(json[section]["status"], "not_available", "{section}");
+        assert!(json[section]["reason"].is_string());
+    }
+    assert_eq!(json["verdict"], "pass");
+    assert_eq!(json["coverage"]["method"], "offsets");
+}
