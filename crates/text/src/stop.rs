@@ -89,7 +89,9 @@ impl StopMatcher {
             let met = self
                 .needles
                 .iter_mut()
-                .filter_map(|needle| needle.advance(byte).then_some((needle.bytes.len(), needle.index)))
+                .filter_map(|needle| {
+                    needle.advance(byte).then_some((needle.bytes.len(), needle.index))
+                })
                 .max_by_key(|&(len_bytes, index)| (len_bytes, std::cmp::Reverse(index)));
             if let Some((len_bytes, index)) = met {
                 self.stopped = Some(index);
@@ -125,7 +127,9 @@ mod tests {
             let met = stops
                 .iter()
                 .enumerate()
-                .filter(|(_, stop)| !stop.is_empty() && text.as_bytes()[..end].ends_with(stop.as_bytes()))
+                .filter(|(_, stop)| {
+                    !stop.is_empty() && text.as_bytes()[..end].ends_with(stop.as_bytes())
+                })
                 .max_by_key(|(index, stop)| (stop.len(), std::cmp::Reverse(*index)));
             if let Some((index, stop)) = met {
                 return (text[..end - stop.len()].to_owned(), Some(index));

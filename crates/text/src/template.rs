@@ -5,6 +5,7 @@
 //! HTML escapes. A construct that is not supported is refused when the template is *compiled*.
 
 use std::io;
+use std::sync::mpsc::RecvTimeoutError;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use minijinja::syntax::SyntaxConfig;
@@ -18,7 +19,7 @@ use crate::template_functions::{Raised, register};
 
 const NAME: &str = "chat_template";
 /// Longest template accepted; the longest published ones are below 20 kB.
-const MAX_SOURCE_BYTES: usize = 256 * 1024;
+const MAX_SOURCE_BYTES: usize = 64 * 1024;
 /// Nested macros, loops and includes. A quarter of what minijinja allows, because server threads
 /// have smaller stacks than the main thread it was tuned on.
 const MAX_RECURSION: usize = 120;
@@ -31,6 +32,11 @@ const UNKNOWN_NAME: [ErrorKind; 5] = [
     ErrorKind::UnknownMethod,
     ErrorKind::TemplateNotFound,
 ];
+
+/// Stack of the thread that compiles and renders. minijinja 3.1.0 parses chains of unary operators,
+/// and prints and drops nested lists, by recursion of unbounded depth. Source length and fuel
+/// allow some 10⁵ levels, which need about 1 kB each. Only pages that are touched take memory.
+const STACK_BYTES: usize = 256 * 1024 * 1024;
 
 /// One message of a chat.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -57,8 +63,8 @@ pub struct TemplateLimits {
     pub fuel: u64,
     /// Most bytes of output.
     pub output_bytes: usize,
-    /// Most time for one call of [`ChatTemplate::render`]. It is looked at when the template
-    /// writes; between two writes `fuel` is the bound.
+    /// Most time to compile, and most time for one call of [`ChatTemplate::render`]. The latter is
+    /// looked at when the template writes; between two writes `fuel` is the bound.
     pub wall_clock: Duration,
 }
 
@@ -100,7 +106,9 @@ pub enum TemplateError {
         message: String,
     },
     /// A role with characters that no role has; roles are written into the prompt as they are.
-    #[error("message {index}: expected a role of 1 to 64 letters, digits, `_` or `-`, found {found:?}")]
+    #[error(
+        "message {index}: expected a role of 1 to 64 letters, digits, `_` or `-`, found {found:?}"
+    )]
     BadRole {
         /// Index of the message.
         index: usize,
@@ -124,6 +132,12 @@ pub enum TemplateError {
     OutOfTime {
         /// The limit.
         limit: Duration,
+    },
+    /// The operating system gave no thread to render on, or rendering panicked.
+    #[error("chat template: the rendering thread {what}")]
+    Thread {
+        /// `could not start` or `panicked`.
+        what: &'static str,
     },
     /// Anything else that went wrong while rendering.
     #[error("chat template line {line}: rendering failed: {reason}")]
@@ -150,7 +164,8 @@ impl ChatTemplate {
     /// `eos_token` show.
     ///
     /// # Errors
-    /// [`TemplateError::SourceTooLong`] and [`TemplateError::Unsupported`].
+    /// [`TemplateError::SourceTooLong`], [`TemplateError::Unsupported`], and a limit of
+    /// [`TemplateLimits`] that short chats exceed already.
     pub fn compile(source: &str, bos: &str, eos: &str) -> Result<ChatTemplate, TemplateError> {
         ChatTemplate::compile_with_limits(source, bos, eos, TemplateLimits::default())
     }
@@ -169,6 +184,27 @@ impl ChatTemplate {
             let found = source.len();
             return Err(TemplateError::SourceTooLong { found, limit: MAX_SOURCE_BYTES });
         }
+        let [source, bos, eos] = [source, bos, eos].map(str::to_owned);
+        let (sender, receiver) = std::sync::mpsc::sync_channel(1);
+        // Not joined: minijinja folds a chain of constants in quadratic time (57 s for 64 kB of
+        // `1~1~1…`), and a compilation cannot be stopped, only left alone.
+        let thread = builder().spawn(move || {
+            // The receiver is gone if time was up, and then nobody wants the template.
+            sender.send(ChatTemplate::build(&source, &bos, &eos, limits)).ok()
+        });
+        thread.map_err(|_| TemplateError::Thread { what: "could not start" })?;
+        receiver.recv_timeout(limits.wall_clock).map_err(|error| match error {
+            RecvTimeoutError::Timeout => TemplateError::OutOfTime { limit: limits.wall_clock },
+            RecvTimeoutError::Disconnected => TemplateError::Thread { what: "panicked" },
+        })?
+    }
+
+    fn build(
+        source: &str,
+        bos: &str,
+        eos: &str,
+        limits: TemplateLimits,
+    ) -> Result<ChatTemplate, TemplateError> {
         let mut environment = Environment::new();
         let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
         environment.set_syntax(syntax.map_err(|error| unsupported(&error))?);
@@ -188,7 +224,7 @@ impl ChatTemplate {
             limits,
             sha256: sha256_hex(source.as_bytes()),
         };
-        template.refuse_unknown_names()?;
+        template.refuse_at_once()?;
         Ok(template)
     }
 
@@ -209,6 +245,15 @@ impl ChatTemplate {
         options: RenderOptions,
     ) -> Result<Prompt, TemplateError> {
         check_roles(messages)?;
+        on_large_stack(|| self.render_thrice(messages, options))?
+    }
+
+    /// The three renderings that `provenance` explains.
+    fn render_thrice(
+        &self,
+        messages: &[ChatMessage],
+        options: RenderOptions,
+    ) -> Result<Prompt, TemplateError> {
         let deadline = Instant::now() + self.limits.wall_clock;
         let contents: Vec<&str> = messages.iter().map(|it| it.content.as_str()).collect();
         let owned = || contents.iter().map(|&content| content.to_owned()).collect();
@@ -267,9 +312,10 @@ impl ChatTemplate {
         Ok(String::from_utf8(output.bytes).expect("minijinja writes whole strings"))
     }
 
-    /// Renders short chats and refuses a template that calls what we do not have.
+    /// Renders short chats and refuses a template that calls what we do not have, or that exceeds
+    /// its limits even on these.
     /// (field-faults B19: first-turn chats worked, every later one gave status 500.)
-    fn refuse_unknown_names(&self) -> Result<(), TemplateError> {
+    fn refuse_at_once(&self) -> Result<(), TemplateError> {
         let deadline = Instant::now() + self.limits.wall_clock;
         let chats: [&[&str]; 4] = [
             &["user"],
@@ -281,10 +327,10 @@ impl ChatTemplate {
             let turns = || roles.iter().map(|&role| (role, "text".to_owned()));
             for add_generation_prompt in [false, true] {
                 let options = RenderOptions { add_generation_prompt, now: None };
-                if let Err(error @ TemplateError::Unsupported { .. }) =
-                    self.render_text(turns(), options, deadline)
-                {
-                    return Err(error);
+                match self.render_text(turns(), options, deadline) {
+                    // It may well raise: a chat of these roles need not be one that it takes.
+                    Ok(_) | Err(TemplateError::Raised { .. } | TemplateError::Render { .. }) => {}
+                    Err(refused) => return Err(refused),
                 }
             }
         }
@@ -318,6 +364,19 @@ impl ChatTemplate {
         }
         TemplateError::Render { line: error.line().unwrap_or(0), reason: reason(error) }
     }
+}
+
+/// Runs `work` on a thread of its own, which ends before this returns.
+fn on_large_stack<R: Send>(work: impl FnOnce() -> R + Send) -> Result<R, TemplateError> {
+    std::thread::scope(|scope| {
+        let thread = builder().spawn_scoped(scope, work);
+        let thread = thread.map_err(|_| TemplateError::Thread { what: "could not start" })?;
+        thread.join().map_err(|_| TemplateError::Thread { what: "panicked" })
+    })
+}
+
+fn builder() -> std::thread::Builder {
+    std::thread::Builder::new().name("chat-template".to_owned()).stack_size(STACK_BYTES)
 }
 
 /// Output that ends at the limit or the deadline.

@@ -73,7 +73,10 @@ struct JsonWriter {
 impl JsonWriter {
     fn value(&mut self, value: &Value, depth: usize) -> Result<(), Error> {
         if depth > MAX_JSON_DEPTH {
-            return Err(Error::new(ErrorKind::InvalidOperation, "value nested too deeply for JSON"));
+            return Err(Error::new(
+                ErrorKind::InvalidOperation,
+                "value nested too deeply for JSON",
+            ));
         }
         match value.kind() {
             ValueKind::None => self.text.push_str("null"),
@@ -148,9 +151,8 @@ fn not_json(kind: ValueKind) -> Error {
 
 /// `json.loads(text)`.
 fn from_json(text: &str) -> Result<Value, Error> {
-    let parsed: serde_json::Value = serde_json::from_str(text).map_err(|error| {
-        Error::new(ErrorKind::InvalidOperation, format!("fromjson: {error}"))
-    })?;
+    let parsed: serde_json::Value = serde_json::from_str(text)
+        .map_err(|error| Error::new(ErrorKind::InvalidOperation, format!("fromjson: {error}")))?;
     Ok(to_template_value(&parsed))
 }
 

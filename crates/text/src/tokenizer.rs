@@ -222,11 +222,14 @@ impl Tokenizer {
     /// [`TokenizerError::Library`] if the file is not a tokenizer, and
     /// [`TokenizerError::UnsupportedJson`] for a decoder whose tokens have no fixed bytes.
     pub fn from_json(json: &[u8]) -> Result<Tokenizer, TokenizerError> {
-        let mut words = tokenizers::Tokenizer::from_bytes(json)
-            .map_err(|source| TokenizerError::Library { doing: "reading tokenizer.json", source })?;
+        let mut words = tokenizers::Tokenizer::from_bytes(json).map_err(|source| {
+            TokenizerError::Library { doing: "reading tokenizer.json", source }
+        })?;
         let truncation_off = words.with_truncation(None).map(|_| ());
-        truncation_off
-            .map_err(|source| TokenizerError::Library { doing: "reading tokenizer.json", source })?;
+        truncation_off.map_err(|source| TokenizerError::Library {
+            doing: "reading tokenizer.json",
+            source,
+        })?;
         words.with_padding(None);
         words.set_encode_special_tokens(true);
 
@@ -243,13 +246,15 @@ impl Tokenizer {
             }
         };
         let (tokens, literals) = json_tokens(&words)?;
-        let encodable = matches!(words.get_decoder(), Some(DecoderWrapper::ByteLevel(_))).then(|| {
-            let alphabet = ByteAlphabet::new();
-            Box::new(std::array::from_fn(|byte| {
-                let char = alphabet.char(u8::try_from(byte).expect("an index below 256"));
-                unknown.is_some() || tokens.ids.contains_key(char.encode_utf8(&mut [0; 4]) as &str)
-            }))
-        });
+        let encodable =
+            matches!(words.get_decoder(), Some(DecoderWrapper::ByteLevel(_))).then(|| {
+                let alphabet = ByteAlphabet::new();
+                Box::new(std::array::from_fn(|byte| {
+                    let char = alphabet.char(u8::try_from(byte).expect("an index below 256"));
+                    unknown.is_some()
+                        || tokens.ids.contains_key(char.encode_utf8(&mut [0; 4]) as &str)
+                }))
+            });
         let mut fingerprint = Fingerprint::new();
         fingerprint.field(b"tokenizer.json");
         fingerprint.field(json);
@@ -472,8 +477,10 @@ fn byte_level_words(
     words.with_pre_tokenizer(Some(family.pre_tokenizer));
     if let Some(normalizer) = family.normalizer {
         let normalized = words.with_normalizer(Some(normalizer)).map(|_| ());
-        normalized
-            .map_err(|source| TokenizerError::Library { doing: "setting the normalizer", source })?;
+        normalized.map_err(|source| TokenizerError::Library {
+            doing: "setting the normalizer",
+            source,
+        })?;
     }
     Ok(words)
 }

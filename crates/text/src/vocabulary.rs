@@ -168,9 +168,10 @@ impl ByteAlphabet {
             };
             char::from_u32(code).expect("codes below 0x200 are characters")
         });
-        let bytes = chars.iter().enumerate().map(|(byte, &char)| {
-            (char, u8::try_from(byte).expect("an index below 256"))
-        });
+        let bytes = chars
+            .iter()
+            .enumerate()
+            .map(|(byte, &char)| (char, u8::try_from(byte).expect("an index below 256")));
         ByteAlphabet { bytes: bytes.collect(), chars }
     }
 
