@@ -1,1 +1,92 @@
-fn main() {}
+//! The `exrail` binary: parse → resolve → one function per command.
+//!
+//! Exit codes: 0 done (for `verify`: every gate passes), 1 error, 2 wrong usage, 3 a gate does not
+//! pass.
+
+mod commands;
+mod load;
+mod options;
+mod output;
+mod paths;
+mod progress;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use crate::output::Output;
+
+/// Serve quantised models behind guardrails, ask documents with traced citations, and measure
+/// whether the answers can be trusted.
+#[derive(Debug, Parser)]
+#[command(name = "exrail", version, propagate_version = true)]
+#[command(after_help = "Exit codes: 0 done or passed, 1 error, 2 wrong usage, 3 gate not passed.")]
+struct Cli {
+    /// Print JSON instead of text.
+    #[arg(long, global = true)]
+    json: bool,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Serve the OpenAI-compatible API.
+    Serve(commands::serve::Serve),
+    /// Talk to a model on the terminal.
+    Chat(commands::chat::Chat),
+    /// Answer one question from a collection, with citations.
+    Ask(commands::ask::Ask),
+    /// Read documents into a collection.
+    Ingest(commands::ingest::Ingest),
+    /// Measure a collection and a model against a gold set and print the report.
+    Verify(commands::verify::Verify),
+    /// Print sentence vectors.
+    Embed(commands::embed::Embed),
+    /// Download models by name.
+    Pull(commands::pull::Pull),
+    /// Print what a model file holds.
+    Inspect(commands::inspect::Inspect),
+    /// Run everything once on the sample corpus: serve, ingest, ask, verify, report.
+    Demo(commands::demo::Demo),
+}
+
+/// How a command ended when it did not fail.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Ended {
+    /// Done, or passed.
+    Done,
+    /// A gate did not pass.
+    NotPassed,
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let output = Output::new(cli.json);
+    tracing_subscriber::fmt()
+        .with_env_filter(
+            tracing_subscriber::EnvFilter::try_from_env("EXRAIL_LOG")
+                .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn")),
+        )
+        .with_writer(std::io::stderr)
+        .init();
+    let ended = match cli.command {
+        Command::Serve(command) => command.run(&output),
+        Command::Chat(command) => command.run(&output),
+        Command::Ask(command) => command.run(&output),
+        Command::Ingest(command) => command.run(&output),
+        Command::Verify(command) => command.run(&output),
+        Command::Embed(command) => command.run(&output),
+        Command::Pull(command) => command.run(&output),
+        Command::Inspect(command) => command.run(&output),
+        Command::Demo(command) => command.run(&output),
+    };
+    match ended {
+        Ok(Ended::Done) => ExitCode::SUCCESS,
+        Ok(Ended::NotPassed) => ExitCode::from(3),
+        Err(error) => {
+            output.error(&error);
+            ExitCode::FAILURE
+        }
+    }
+}

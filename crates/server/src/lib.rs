@@ -1,1 +1,28 @@
-//! placeholder
+//! The HTTP server: routes, boot phases, keys, traces.
+//!
+//! A request flows one way: route → wire type → [`translate`](self) → engine → validators → trace →
+//! response. Nothing here samples, searches or judges; it calls those who do.
+
+pub mod auth;
+pub mod boot;
+mod error;
+mod extract;
+mod generation;
+mod ids;
+mod observe;
+pub mod pipeline;
+mod routes;
+pub mod sentinel;
+mod serve;
+mod sse;
+mod state;
+mod trace;
+mod translate;
+
+pub use auth::{KeyError, Keys};
+pub use boot::{BootBoard, BootState, BootStatus, NotProved, Phase};
+pub use error::ApiError;
+pub use serve::{ServeError, bind, router, serve};
+pub use state::{AppState, ENGINE_BUILD, Limits, ServedEncoder, Services};
+pub use trace::{TraceError, TraceIdentity, TraceLog};
+pub use translate::chat_prompt;

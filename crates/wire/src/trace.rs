@@ -178,10 +178,8 @@ pub struct AnswerRecord {
     pub query: QueryRecord,
     /// The collection.
     pub collection: String,
-    /// sha256 of the system message.
-    pub system_sha256: String,
-    /// sha256 of the rendered prompt.
-    pub prompt_sha256: String,
+    /// Hash of the prompt's fixed text and slot order; null when no prompt was built.
+    pub prompt_shape_sha256: Option<String>,
     /// What was found, best first.
     pub retrieved: Vec<RetrievedItem>,
     /// The answer as released.
@@ -213,11 +211,11 @@ pub struct AnswerRecord {
 pub struct SegmentRecord {
     /// Byte range in the answer.
     pub text_span: [usize; 2],
-    /// The section.
-    pub section_id: String,
+    /// The section; null without support.
+    pub section_id: Option<String>,
     /// The snippets.
     pub snippet_ids: Vec<String>,
-    /// `model` or `attributed`.
+    /// `model`, `attributed` or `none`.
     pub citation_source: &'static str,
     /// Tokens of the snippets, by the index tokenizer.
     pub tokens: usize,

@@ -1,0 +1,219 @@
+//! `exrail inspect`.
+
+use std::{collections::BTreeMap, path::PathBuf};
+
+use anyhow::Result;
+use clap::Args;
+use exrail_checkpoint::{Array, Gguf, SafetensorsFile, TensorView, Value as MetadataValue};
+use serde_json::{Map, Value, json};
+
+use crate::{Ended, output::Output};
+
+/// Print what a model file holds: header, tensors, sizes, chat template.
+#[derive(Debug, Args)]
+pub(crate) struct Inspect {
+    /// A .gguf or .safetensors file.
+    file: PathBuf,
+    /// Print every tensor.
+    #[arg(long)]
+    tensors: bool,
+}
+
+struct Contents {
+    format: &'static str,
+    metadata: Vec<(String, Value)>,
+    template: Option<String>,
+    tensors: Vec<Tensor>,
+    file_bytes: u64,
+}
+
+struct Tensor {
+    name: String,
+    dtype: String,
+    shape: Vec<usize>,
+    bytes: usize,
+}
+
+impl From<TensorView<'_>> for Tensor {
+    fn from(view: TensorView<'_>) -> Self {
+        Self {
+            name: view.name.into(),
+            dtype: view.dtype.to_string(),
+            shape: view.shape.to_vec(),
+            bytes: view.bytes.len(),
+        }
+    }
+}
+
+impl Inspect {
+    pub(crate) fn run(&self, output: &Output) -> Result<Ended> {
+        let contents = self.read()?;
+        output.value(&contents.to_json());
+        contents.print(*output, self.tensors);
+        Ok(Ended::Done)
+    }
+
+    fn read(&self) -> Result<Contents> {
+        let file_bytes = std::fs::metadata(&self.file).map_or(0, |metadata| metadata.len());
+        if self.file.extension().is_some_and(|extension| extension == "safetensors") {
+            let file = SafetensorsFile::open(&self.file)?;
+            return Ok(Contents {
+                format: "safetensors",
+                metadata: Vec::new(),
+                template: None,
+                tensors: file.tensors().map(Tensor::from).collect(),
+                file_bytes,
+            });
+        }
+        let gguf = Gguf::open(&self.file)?;
+        let metadata = gguf.metadata().iter();
+        Ok(Contents {
+            format: "GGUF",
+            metadata: metadata.map(|(key, value)| (key.to_owned(), short(value))).collect(),
+            template: gguf.chat_template().map(str::to_owned),
+            tensors: gguf.tensors().map(Tensor::from).collect(),
+            file_bytes,
+        })
+    }
+}
+
+/// A value for people: long arrays and texts are cut, with their length.
+fn short(value: &MetadataValue) -> Value {
+    const HEAD: usize = 8;
+    const TEXT: usize = 120;
+    match value {
+        MetadataValue::U8(x) => json!(x),
+        MetadataValue::I8(x) => json!(x),
+        MetadataValue::U16(x) => json!(x),
+        MetadataValue::I16(x) => json!(x),
+        MetadataValue::U32(x) => json!(x),
+        MetadataValue::I32(x) => json!(x),
+        MetadataValue::U64(x) => json!(x),
+        MetadataValue::I64(x) => json!(x),
+        MetadataValue::F32(x) => json!(x),
+        MetadataValue::F64(x) => json!(x),
+        MetadataValue::Bool(x) => json!(x),
+        MetadataValue::String(text) if text.chars().count() > TEXT => {
+            let head: String = text.chars().take(TEXT).collect();
+            json!(format!("{head}… ({} bytes)", text.len()))
+        }
+        MetadataValue::String(text) => json!(text),
+        MetadataValue::Array(array) => {
+            let (head, len) = array_head(array, HEAD);
+            json!({ "length": len, "first": head })
+        }
+    }
+}
+
+/// The first values of an array, and its length.
+fn array_head(array: &Array, n: usize) -> (Value, usize) {
+    fn head<T: Clone + Into<Value>>(values: &[T], n: usize) -> (Value, usize) {
+        let first = values.iter().take(n).cloned().map(Into::into).collect();
+        (Value::Array(first), values.len())
+    }
+    match array {
+        Array::U8(values) => head(values, n),
+        Array::I8(values) => head(values, n),
+        Array::U16(values) => head(values, n),
+        Array::I16(values) => head(values, n),
+        Array::U32(values) => head(values, n),
+        Array::I32(values) => head(values, n),
+        Array::U64(values) => head(values, n),
+        Array::I64(values) => head(values, n),
+        Array::F32(values) => head(values, n),
+        Array::F64(values) => head(values, n),
+        Array::Bool(values) => head(values, n),
+        Array::String(values) => head(values, n),
+        Array::Array(values) => {
+            let first = values.iter().take(n).map(|inner| array_head(inner, n).0).collect();
+            (first, values.len())
+        }
+    }
+}
+
+/// Tensors and bytes of one format.
+#[derive(Clone, Copy, Default)]
+struct Share {
+    tensors: usize,
+    parameters: usize,
+    bytes: usize,
+}
+
+impl Contents {
+    fn shares(&self) -> BTreeMap<&str, Share> {
+        let mut shares: BTreeMap<&str, Share> = BTreeMap::new();
+        for tensor in &self.tensors {
+            let share = shares.entry(&tensor.dtype).or_default();
+            share.tensors += 1;
+            share.parameters += tensor.shape.iter().product::<usize>();
+            share.bytes += tensor.bytes;
+        }
+        shares
+    }
+
+    fn to_json(&self) -> Value {
+        let shares: Map<String, Value> = self
+            .shares()
+            .into_iter()
+            .map(|(dtype, Share { tensors, parameters, bytes })| {
+                let share = json!({ "tensors": tensors, "parameters": parameters, "bytes": bytes });
+                (dtype.to_owned(), share)
+            })
+            .collect();
+        json!({
+            "format": self.format,
+            "file_bytes": self.file_bytes,
+            "metadata": self.metadata.iter().cloned().collect::<Map<String, Value>>(),
+            "chat_template": self.template,
+            "dtypes": shares,
+            "tensors": self.tensors.iter().map(|tensor| json!({
+                "name": tensor.name,
+                "dtype": tensor.dtype,
+                "shape": tensor.shape,
+                "bytes": tensor.bytes,
+            })).collect::<Vec<_>>(),
+        })
+    }
+
+    fn print(&self, output: Output, all_tensors: bool) {
+        output.line(format!("format    {}, {:.1} MB", self.format, mb(self.file_bytes)));
+        output.line(format!("tensors   {}", self.tensors.len()));
+        for (dtype, share) in self.shares() {
+            output.line(format!(
+                "  {dtype:6}  {:4} tensors  {:8.2} M parameters  {:8.1} MB",
+                share.tensors,
+                mb(share.parameters as u64),
+                mb(share.bytes as u64)
+            ));
+        }
+        if !self.metadata.is_empty() {
+            output.line("metadata");
+        }
+        for (key, value) in &self.metadata {
+            if key != "tokenizer.chat_template" {
+                output.line(format!("  {key:44} {value}"));
+            }
+        }
+        if let Some(template) = &self.template {
+            output.line("chat template");
+            for line in template.lines() {
+                output.line(format!("  {line}"));
+            }
+        }
+        if all_tensors {
+            output.line("tensor list");
+            for tensor in &self.tensors {
+                let shape = format!("{:?}", tensor.shape);
+                output.line(format!("  {:40} {:6} {shape:>16}", tensor.name, tensor.dtype));
+            }
+        } else {
+            output.line("(--tensors lists every tensor)");
+        }
+    }
+}
+
+/// Bytes as megabytes, for display.
+#[expect(clippy::cast_precision_loss, reason = "a display with one decimal")]
+fn mb(bytes: u64) -> f64 {
+    bytes as f64 / 1e6
+}

@@ -1,0 +1,155 @@
+//! `exrail verify`.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use clap::Args;
+use exrail_server::{
+    BootBoard, Services,
+    pipeline::{ASK_K, ASK_MAX_TOKENS, CollectionIndex, EngineGenerate, ask_sampling},
+};
+use exrail_verify::{
+    AskPolicy, Color, CorpusCalibration, GoldSet, Report, Retrieve, System, Verdict, VerifyOptions,
+    calibrate, verify,
+};
+
+use crate::{
+    Ended,
+    load::{self, Boot, CollectionSpec},
+    options::{EncoderArgs, EngineArgs, Sources},
+    output::Output,
+    paths,
+    progress::Bars,
+};
+
+/// Measure a collection and a model against a gold set: ΔS, coverage, citations, refusals, λ.
+///
+/// Exits 0 when every gate passes and 3 when one does not.
+#[derive(Debug, Args)]
+pub(crate) struct Verify {
+    /// The gold set, JSON lines.
+    #[arg(long, value_name = "FILE")]
+    gold: PathBuf,
+    /// The collection: a name, a folder, or NAME=DIR.
+    #[arg(long, value_name = "NAME|DIR", default_value = "default")]
+    collection: String,
+    /// Fit the scale of ΔS anew, even when a valid one is stored.
+    #[arg(long)]
+    calibrate: bool,
+    #[command(flatten)]
+    sample: SampleArgs,
+    #[command(flatten)]
+    engine: EngineArgs,
+    #[command(flatten)]
+    encoder: EncoderArgs,
+    #[command(flatten)]
+    sources: Sources,
+}
+
+/// How much is measured.
+#[derive(Clone, Copy, Debug, Args)]
+#[command(next_help_heading = "Sample")]
+pub(crate) struct SampleArgs {
+    /// Answerable questions to answer; all of them go through retrieval anyway.
+    #[arg(long, value_name = "N", default_value_t = VerifyOptions::default().n_answered)]
+    pub(crate) answered: usize,
+    /// Unanswerable questions to ask.
+    #[arg(long, value_name = "N", default_value_t = VerifyOptions::default().n_unanswerable)]
+    pub(crate) unanswerable: usize,
+    /// Questions to probe for λ, 12 generations each.
+    #[arg(long, value_name = "N", default_value_t = VerifyOptions::default().n_lambda)]
+    pub(crate) lambda: usize,
+    /// Seed that chooses the samples.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub(crate) sample_seed: u64,
+}
+
+impl Verify {
+    pub(crate) fn run(&self, output: &Output) -> Result<Ended> {
+        let gold = GoldSet::read(&self.gold)?;
+        let spec = CollectionSpec::parse(&self.collection)?;
+        let anew = self.calibrate;
+        let services = Boot {
+            board: &BootBoard::new(),
+            output: *output,
+            sources: &self.sources,
+            engine: &self.engine,
+            encoder: Some(&self.encoder),
+            collections: vec![spec.clone()],
+            before_index: &load::nothing,
+            before_policy: &|index, dir, bars| ensure_calibration(index, dir, &gold, anew, bars),
+        }
+        .run()?;
+        let report = measure(&services, &spec, &gold, self.sample, *output)?;
+        print(*output, &report)?;
+        Ok(match report.verdict {
+            Verdict::Pass => Ended::Done,
+            Verdict::Review | Verdict::Fail | Verdict::Inconclusive => Ended::NotPassed,
+        })
+    }
+}
+
+/// Fits and stores the scale of ΔS unless a valid one is there.
+pub(crate) fn ensure_calibration(
+    index: &CollectionIndex,
+    dir: &Path,
+    gold: &GoldSet,
+    anew: bool,
+    bars: &mut Bars,
+) -> Result<()> {
+    let path = paths::calibration(dir);
+    let valid = path.exists()
+        && CorpusCalibration::load(&path).is_ok_and(|stored| {
+            stored.gold_sha256 == gold.sha256()
+                && stored.check(index.encoder.fingerprint(), index.index_hash(), ASK_K).is_ok()
+        });
+    if valid && !anew {
+        return Ok(());
+    }
+    let search = policy().search;
+    let fitted = calibrate(gold, index, &*index.encoder, &search, &mut |step| bars.probe(step))?;
+    bars.clear();
+    fitted.save(&path)?;
+    Ok(())
+}
+
+fn policy() -> AskPolicy {
+    let mut policy = AskPolicy::default();
+    policy.search.k = ASK_K;
+    policy
+}
+
+/// Runs the gold set against booted services.
+pub(crate) fn measure(
+    services: &Services,
+    spec: &CollectionSpec,
+    gold: &GoldSet,
+    sample: SampleArgs,
+    output: Output,
+) -> Result<Report> {
+    let index = services.collections[&spec.name].index();
+    let generator = EngineGenerate::new(&services.engine, ask_sampling(), ASK_MAX_TOKENS);
+    let system = System { generator: &generator, index, encoder: &*index.encoder };
+    let calibration = CorpusCalibration::load(&paths::calibration(&spec.dir)).ok();
+    let options = VerifyOptions {
+        policy: policy(),
+        seed: sample.sample_seed,
+        n_answered: sample.answered,
+        n_unanswerable: sample.unanswerable,
+        n_lambda: sample.lambda,
+        max_chunk_tokens: index.collection.contract().chunking.max,
+        ..VerifyOptions::default()
+    };
+    let mut bars = Bars::new(output);
+    let report = verify(system, gold, calibration.as_ref(), &options, &mut |step| bars.probe(step));
+    bars.clear();
+    Ok(report?)
+}
+
+/// The report, whose last line is the verdict.
+pub(crate) fn print(output: Output, report: &Report) -> Result<()> {
+    output.value(&report.to_json().context("report")?);
+    let color = if output.is_terminal() { Color::Always } else { Color::Never };
+    output.line(report.render_text(output.width(), color).trim_end());
+    Ok(())
+}

@@ -1,0 +1,169 @@
+//! Options that several commands share.
+
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, bail};
+use clap::{Args, ValueEnum};
+use exrail_engine::EngineOptions;
+use exrail_hub::{Cache, Fetch, Kind, Registry, Resolved};
+use exrail_kernels::{Activation, KvDtype};
+use exrail_kernels_cpu::CpuOptions;
+use exrail_server::Keys;
+
+use crate::progress::Bars;
+
+/// The generator that is used when none is named.
+pub(crate) const DEFAULT_MODEL: &str = "smollm2-135m-instruct";
+/// The encoder that is used when none is named.
+pub(crate) const DEFAULT_ENCODER: &str = "all-minilm-l6-v2";
+
+/// Where models come from.
+#[derive(Clone, Debug, Args)]
+#[command(next_help_heading = "Models")]
+pub(crate) struct Sources {
+    /// Registry file instead of the built-in one.
+    #[arg(long, value_name = "FILE", env = "EXRAIL_REGISTRY")]
+    pub(crate) registry: Option<PathBuf>,
+    /// Use cached models only; never download.
+    #[arg(long, env = "EXRAIL_OFFLINE")]
+    pub(crate) offline: bool,
+}
+
+impl Sources {
+    pub(crate) fn registry(&self) -> Result<Registry> {
+        Ok(match &self.registry {
+            Some(file) => Registry::read(file)?,
+            None => Registry::embedded(),
+        })
+    }
+
+    pub(crate) fn fetch(&self) -> Fetch {
+        if self.offline { Fetch::Never } else { Fetch::IfMissing }
+    }
+
+    /// A name or path to something that can be loaded.
+    pub(crate) fn resolve(&self, name: &str, kind: Kind, bars: &mut Bars) -> Result<Resolved> {
+        let cache = Cache::locate()?;
+        Ok(cache.resolve(&self.registry()?, name, kind, self.fetch(), bars)?)
+    }
+}
+
+/// How activations meet quantised weights.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ActivationOption {
+    /// Rounded to int8 per 32 values: fast.
+    Int8,
+    /// 32-bit floats: exact, slower.
+    F32,
+}
+
+/// The element type of the KV cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum KvOption {
+    /// Half precision.
+    F16,
+    /// 32-bit floats.
+    F32,
+}
+
+/// The generator and the device.
+#[derive(Clone, Debug, Args)]
+#[command(next_help_heading = "Engine")]
+pub(crate) struct EngineArgs {
+    /// Generator: a name of the registry or a GGUF file.
+    #[arg(long, value_name = "NAME|FILE", default_value = DEFAULT_MODEL, env = "EXRAIL_MODEL")]
+    pub(crate) model: String,
+    /// Threads; one per physical core when absent.
+    #[arg(long, value_name = "N", env = "EXRAIL_THREADS")]
+    pub(crate) threads: Option<usize>,
+    /// How activations meet quantised weights.
+    #[arg(long, value_enum, default_value = "int8")]
+    pub(crate) activation: ActivationOption,
+    /// Element type of the KV cache.
+    #[arg(long, value_enum, default_value = "f16")]
+    pub(crate) kv: KvOption,
+    /// Sequences that run at once.
+    #[arg(long, value_name = "N", default_value_t = 16)]
+    pub(crate) max_sequences: usize,
+    /// Pages of 256 tokens in the KV pool; up to 1 GiB when absent.
+    #[arg(long, value_name = "N")]
+    pub(crate) kv_pages: Option<usize>,
+    /// Longest prompt plus answer in tokens; the trained context when absent.
+    #[arg(long, value_name = "N")]
+    pub(crate) max_context: Option<usize>,
+    /// Requests that may wait for a place; more are answered 429.
+    #[arg(long, value_name = "N", default_value_t = 256)]
+    pub(crate) queue_limit: usize,
+}
+
+impl EngineArgs {
+    pub(crate) fn cpu(&self) -> CpuOptions {
+        let activation = match self.activation {
+            ActivationOption::Int8 => Activation::Int8,
+            ActivationOption::F32 => Activation::F32,
+        };
+        CpuOptions { threads: self.threads, activation, isa: None }
+    }
+
+    pub(crate) fn engine(&self) -> EngineOptions {
+        EngineOptions {
+            max_sequences: self.max_sequences,
+            kv_pages: self.kv_pages,
+            max_context: self.max_context,
+            kv_dtype: match self.kv {
+                KvOption::F16 => KvDtype::F16,
+                KvOption::F32 => KvDtype::F32,
+            },
+            queue_limit: self.queue_limit,
+            ..EngineOptions::default()
+        }
+    }
+}
+
+/// The encoder.
+#[derive(Clone, Debug, Args)]
+#[command(next_help_heading = "Retrieval")]
+pub(crate) struct EncoderArgs {
+    /// Sentence encoder: a name of the registry or a sentence-transformers folder.
+    #[arg(
+        long,
+        value_name = "NAME|DIR",
+        default_value = DEFAULT_ENCODER,
+        env = "EXRAIL_ENCODER"
+    )]
+    pub(crate) encoder: String,
+}
+
+/// Who may ask.
+#[derive(Clone, Debug, Args)]
+#[command(next_help_heading = "Access")]
+pub(crate) struct Access {
+    /// File with API keys, one a line; `#` begins a comment. Needed for a non-loopback address.
+    #[arg(long, value_name = "FILE", env = "EXRAIL_API_KEY_FILE")]
+    pub(crate) api_key_file: Option<PathBuf>,
+}
+
+impl Access {
+    pub(crate) fn keys(&self) -> Result<Keys> {
+        let keys = self.read()?;
+        Keys::new(keys.iter().map(String::as_str)).context("API keys")
+    }
+
+    /// A key to ask one's own server with.
+    pub(crate) fn first_key(&self) -> Result<Option<String>> {
+        Ok(self.read()?.into_iter().next())
+    }
+
+    fn read(&self) -> Result<Vec<String>> {
+        let Some(file) = &self.api_key_file else { return Ok(Vec::new()) };
+        let text = std::fs::read_to_string(file)
+            .with_context(|| format!("API keys {}", file.display()))?;
+        let lines = text.lines().map(str::trim);
+        let lines = lines.filter(|line| !line.is_empty() && !line.starts_with('#'));
+        let keys: Vec<_> = lines.map(str::to_owned).collect();
+        if keys.is_empty() {
+            bail!("API keys {}: expected at least one key, found none", file.display());
+        }
+        Ok(keys)
+    }
+}

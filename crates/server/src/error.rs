@@ -1,0 +1,256 @@
+//! Every failure of a request: its status, code and body, in one match.
+
+use axum::{
+    Json,
+    http::{HeaderName, HeaderValue, StatusCode, header},
+    response::{IntoResponse, Response},
+};
+use exrail_engine::{SequenceFault, SubmitError};
+use exrail_wire::{ErrorBody, ErrorDetail, FieldError};
+use thiserror::Error;
+
+use crate::trace::TraceError;
+
+/// Why a request was not answered.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum ApiError {
+    /// No key, or a wrong one.
+    #[error("expected `Authorization: Bearer KEY` with a key of this server")]
+    Unauthorized,
+    /// A request that did not come by a loopback name, on a server without keys.
+    #[error(
+        "host `{found}`: a server without API keys answers to localhost only; start it with --api-key-file to serve others"
+    )]
+    ForeignHost {
+        /// The Host header.
+        found: String,
+    },
+    /// Not ready yet.
+    #[error("not ready: phase `{phase}`; ask again after {retry_after_s} s")]
+    NotReady {
+        /// Phase of the boot.
+        phase: &'static str,
+        /// Seconds to wait.
+        retry_after_s: u64,
+    },
+    /// The boot failed.
+    #[error("not ready: phase `{phase}` failed: {reason}")]
+    BootFailed {
+        /// Phase of the boot.
+        phase: &'static str,
+        /// Why.
+        reason: String,
+    },
+    /// The body is no JSON.
+    #[error("body: {problem}")]
+    BadJson {
+        /// The parser's words.
+        problem: String,
+    },
+    /// The body is too large.
+    #[error("body: expected at most {limit_bytes} bytes")]
+    BodyTooLarge {
+        /// The limit.
+        limit_bytes: usize,
+    },
+    /// A field has the wrong type or value.
+    #[error("`{field}`: {problem}")]
+    BadField {
+        /// Name or path of the field.
+        field: String,
+        /// Expected and found.
+        problem: String,
+    },
+    /// A field that this server does not support.
+    #[error("`{field}`: {why}; remove it")]
+    UnsupportedField {
+        /// Name or path of the field.
+        field: String,
+        /// Why it is refused.
+        why: &'static str,
+    },
+    /// No such model.
+    #[error("model `{found}`: expected one of {known}")]
+    UnknownModel {
+        /// What was asked.
+        found: String,
+        /// What there is.
+        known: String,
+    },
+    /// No such collection.
+    #[error("collection `{found}`: expected one of {known}")]
+    UnknownCollection {
+        /// What was asked.
+        found: String,
+        /// What there is.
+        known: String,
+    },
+    /// Something that this server was started without.
+    #[error("{what}: not available on this server: {why}")]
+    NotAvailable {
+        /// What was asked for.
+        what: &'static str,
+        /// Why, and what to do.
+        why: &'static str,
+    },
+    /// The chat template refused the messages.
+    #[error("messages: the model's chat template refused them: {0}")]
+    Template(String),
+    /// The engine refused the request.
+    #[error(transparent)]
+    Submit(#[from] SubmitError),
+    /// The engine gave the sequence up.
+    #[error("generation failed: {0}")]
+    Sequence(#[from] SequenceFault),
+    /// The engine went away in the middle.
+    #[error("generation ended without a result")]
+    Lost,
+    /// A collection could not be searched.
+    #[error("search: {0}")]
+    Search(String),
+    /// The encoder failed.
+    #[error("encoder: {0}")]
+    Encode(String),
+    /// The trace could not be written, so nothing may be released (G-14).
+    #[error("{0}; the answer is withheld")]
+    Trace(#[from] TraceError),
+    /// No such route.
+    #[error("no such route: {method} {path}")]
+    NoRoute {
+        /// Method.
+        method: String,
+        /// Path.
+        path: String,
+    },
+    /// A handler ended without a result.
+    #[error("internal error: {0}")]
+    Internal(&'static str),
+}
+
+impl From<FieldError> for ApiError {
+    fn from(error: FieldError) -> Self {
+        Self::BadField { field: error.field, problem: error.problem }
+    }
+}
+
+/// What the client is told.
+struct Told {
+    status: StatusCode,
+    kind: &'static str,
+    code: &'static str,
+    param: Option<String>,
+    retry_after_s: Option<u64>,
+}
+
+const INVALID: &str = "invalid_request_error";
+const SERVER: &str = "server_error";
+
+impl ApiError {
+    fn told(&self) -> Told {
+        let told =
+            |status, kind, code| Told { status, kind, code, param: None, retry_after_s: None };
+        let param = |code, param: &str| Told {
+            param: Some(param.into()),
+            ..told(StatusCode::BAD_REQUEST, INVALID, code)
+        };
+        match self {
+            Self::Unauthorized => {
+                told(StatusCode::UNAUTHORIZED, "authentication_error", "invalid_api_key")
+            }
+            Self::ForeignHost { .. } => told(StatusCode::FORBIDDEN, INVALID, "foreign_host"),
+            Self::NotReady { retry_after_s, .. } => Told {
+                retry_after_s: Some(*retry_after_s),
+                ..told(StatusCode::SERVICE_UNAVAILABLE, SERVER, "not_ready")
+            },
+            Self::BootFailed { .. } => told(StatusCode::SERVICE_UNAVAILABLE, SERVER, "boot_failed"),
+            Self::BadJson { .. } => told(StatusCode::BAD_REQUEST, INVALID, "invalid_json"),
+            Self::BodyTooLarge { .. } => {
+                told(StatusCode::PAYLOAD_TOO_LARGE, INVALID, "body_too_large")
+            }
+            Self::BadField { field, .. } => param("invalid_value", field),
+            Self::UnsupportedField { field, .. } => param("unsupported_field", field),
+            Self::UnknownModel { .. } => Told {
+                param: Some("model".into()),
+                ..told(StatusCode::NOT_FOUND, INVALID, "model_not_found")
+            },
+            Self::UnknownCollection { .. } => Told {
+                param: Some("collection".into()),
+                ..told(StatusCode::NOT_FOUND, INVALID, "collection_not_found")
+            },
+            Self::NotAvailable { .. } => {
+                told(StatusCode::NOT_IMPLEMENTED, INVALID, "not_available")
+            }
+            Self::Template(_) => param("template_refused", "messages"),
+            Self::Submit(error) => submit_told(error, told, param),
+            Self::Sequence(SequenceFault::NumericFault { .. }) => {
+                told(StatusCode::INTERNAL_SERVER_ERROR, SERVER, "numeric_fault")
+            }
+            Self::Sequence(_) | Self::Lost => {
+                told(StatusCode::INTERNAL_SERVER_ERROR, SERVER, "generation_failed")
+            }
+            Self::Search(_) => told(StatusCode::INTERNAL_SERVER_ERROR, SERVER, "search_failed"),
+            Self::Encode(_) => told(StatusCode::BAD_REQUEST, INVALID, "encode_failed"),
+            Self::Trace(_) => told(StatusCode::SERVICE_UNAVAILABLE, SERVER, "trace_unavailable"),
+            Self::NoRoute { .. } => told(StatusCode::NOT_FOUND, INVALID, "no_such_route"),
+            Self::Internal(_) => told(StatusCode::INTERNAL_SERVER_ERROR, SERVER, "internal"),
+        }
+    }
+
+    /// The status alone, for counters.
+    #[must_use]
+    pub fn status(&self) -> StatusCode {
+        self.told().status
+    }
+
+    /// The body alone, for failures inside a stream.
+    #[must_use]
+    pub fn body(&self) -> ErrorBody {
+        let told = self.told();
+        ErrorBody {
+            error: ErrorDetail {
+                message: self.to_string(),
+                kind: told.kind,
+                param: told.param,
+                code: told.code,
+            },
+        }
+    }
+}
+
+fn submit_told(
+    error: &SubmitError,
+    told: impl Fn(StatusCode, &'static str, &'static str) -> Told,
+    param: impl Fn(&'static str, &str) -> Told,
+) -> Told {
+    match error {
+        SubmitError::PromptTooLong { .. } => param("context_length_exceeded", "prompt"),
+        SubmitError::TooManyTokens { .. } => param("context_length_exceeded", "max_tokens"),
+        SubmitError::QueueFull { .. } => Told {
+            retry_after_s: Some(1),
+            ..told(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", "queue_full")
+        },
+        SubmitError::Stopped => told(StatusCode::SERVICE_UNAVAILABLE, SERVER, "engine_stopped"),
+        SubmitError::EmptyPrompt => param("empty_prompt", "prompt"),
+        SubmitError::UnknownToken { .. } => param("unknown_token", "prompt"),
+        SubmitError::BadOption { field, .. } => param("invalid_value", field),
+        // `SubmitError` is open: a refusal that this server does not know yet is still the
+        // client's.
+        _ => told(StatusCode::BAD_REQUEST, INVALID, "refused"),
+    }
+}
+
+impl IntoResponse for ApiError {
+    fn into_response(self) -> Response {
+        let told = self.told();
+        let mut response = (told.status, Json(self.body())).into_response();
+        if let Some(seconds) = told.retry_after_s {
+            response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds));
+        }
+        if told.status == StatusCode::UNAUTHORIZED {
+            let name: HeaderName = header::WWW_AUTHENTICATE;
+            response.headers_mut().insert(name, HeaderValue::from_static("Bearer"));
+        }
+        response
+    }
+}

@@ -1,0 +1,150 @@
+//! One request's sequences, from submission to whole choices or to a stream.
+
+use std::time::Instant;
+
+use exrail_engine::{
+    EngineHandle, Event, Finish, Finished, GenerateRequest, Generation, TokenLogprob,
+};
+use exrail_wire as wire;
+use futures_util::{Stream, StreamExt, stream};
+use sha2::{Digest, Sha256};
+
+use crate::{error::ApiError, translate};
+
+/// A choice that ended.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Choice {
+    pub(crate) text: String,
+    pub(crate) logprobs: Vec<LogprobAt>,
+    pub(crate) finished: Option<Finished>,
+}
+
+/// A token's log-probabilities, and where its text begins in the answer.
+#[derive(Clone, Debug)]
+pub(crate) struct LogprobAt {
+    pub(crate) logprob: TokenLogprob,
+    pub(crate) text_offset: usize,
+}
+
+/// Submits one sequence per choice. All are accepted or none is left running: a refused one drops
+/// those before it, which cancels them.
+pub(crate) fn submit(
+    engine: &EngineHandle,
+    request: &GenerateRequest,
+    choices: usize,
+) -> Result<Vec<Generation>, ApiError> {
+    (0..choices)
+        .map(|choice| Ok(engine.submit(translate::per_choice(request.clone(), choice))?))
+        .collect()
+}
+
+/// The events of all sequences as they come, each with its choice's index.
+pub(crate) fn events(generations: Vec<Generation>) -> impl Stream<Item = (usize, Event)> + Send {
+    let streams = generations.into_iter().enumerate().map(|(index, generation)| {
+        let events = generation.events.clone().into_stream();
+        // The generation rides along: dropping the stream cancels the sequence.
+        stream::unfold((events, generation), move |(mut events, generation)| async move {
+            let event = events.next().await?;
+            Some(((index, event), (events, generation)))
+        })
+        .boxed()
+    });
+    stream::select_all(streams)
+}
+
+/// Waits for all choices.
+pub(crate) async fn collect(
+    generations: Vec<Generation>,
+    mut first_token: impl FnMut(),
+) -> Result<Vec<Choice>, ApiError> {
+    let mut choices = vec![Choice::default(); generations.len()];
+    let mut events = std::pin::pin!(events(generations));
+    let mut saw_token = false;
+    while let Some((index, event)) = events.next().await {
+        if matches!(event, Event::Token(_)) && !saw_token {
+            saw_token = true;
+            first_token();
+        }
+        choices[index].take(event)?;
+    }
+    if choices.iter().any(|choice| choice.finished.is_none()) {
+        return Err(ApiError::Lost);
+    }
+    Ok(choices)
+}
+
+impl Choice {
+    /// Adds an event; a failure of the sequence is the request's.
+    pub(crate) fn take(&mut self, event: Event) -> Result<(), ApiError> {
+        match event {
+            Event::Started { .. } => {}
+            Event::Token(token) => {
+                let text_offset = self.text.chars().count();
+                if let Some(logprob) = token.logprob {
+                    self.logprobs.push(LogprobAt { logprob, text_offset });
+                }
+                self.text.push_str(&token.text);
+            }
+            Event::Tail(text) => self.text.push_str(&text),
+            Event::Finished(finished) => self.finished = Some(finished),
+            Event::Failed(fault) => return Err(fault.into()),
+        }
+        Ok(())
+    }
+}
+
+/// Usage over all choices of one prompt.
+pub(crate) fn usage(choices: &[Choice]) -> wire::Usage {
+    let usages = || choices.iter().filter_map(|choice| choice.finished.as_ref()).map(|f| f.usage);
+    let prompt = usages().map(|usage| usage.prompt_tokens).max().unwrap_or(0);
+    let cached = usages().map(|usage| usage.cached_tokens).max().unwrap_or(0);
+    wire::Usage::new(prompt, usages().map(|usage| usage.completion_tokens).sum(), cached)
+}
+
+/// The `finish_reason` of the wire.
+pub(crate) fn finish_reason(finish: Finish) -> &'static str {
+    match finish {
+        Finish::Stop => "stop",
+        Finish::Length => "length",
+        Finish::Cancelled => "cancelled",
+    }
+}
+
+/// The trace record of a generation without a collection.
+pub(crate) fn trace_body(route: &'static str, seed: u64, choices: &[Choice]) -> wire::TraceBody {
+    let mut hash = Sha256::new();
+    let mut reasons = Vec::new();
+    let mut latency = wire::Latency::default();
+    for choice in choices {
+        hash.update(choice.text.as_bytes());
+        let Some(finished) = &choice.finished else { continue };
+        reasons.push(finish_reason(finished.finish));
+        latency.queue = latency.queue.max(finished.timings.queue_ms);
+        latency.prefill = latency.prefill.max(finished.timings.prefill_ms);
+        latency.decode = latency.decode.max(finished.timings.decode_ms);
+    }
+    reasons.dedup();
+    let usage = usage(choices);
+    wire::TraceBody::Infer {
+        route,
+        seed,
+        finish_reason: reasons.join(","),
+        answer_sha256: hex(&hash.finalize()),
+        tokens: wire::TokenCounts {
+            r#in: usage.prompt_tokens,
+            out: usage.completion_tokens,
+            cached: usage.prompt_tokens_details.cached_tokens,
+        },
+        latency_ms: latency,
+    }
+}
+
+/// Lower-case hexadecimal digits.
+pub(crate) fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// Milliseconds since then.
+pub(crate) fn ms_since(start: Instant) -> f64 {
+    start.elapsed().as_secs_f64() * 1e3
+}

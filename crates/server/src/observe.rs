@@ -1,0 +1,173 @@
+//! `/metrics` in the Prometheus text format.
+
+use std::{
+    collections::BTreeMap,
+    fmt::Write,
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use crate::boot::{BootState, BootStatus};
+
+/// Upper bounds of the latency buckets, in seconds.
+const BUCKETS_S: [f64; 10] = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0];
+
+/// A histogram of seconds.
+#[derive(Debug, Default)]
+pub(crate) struct Histogram {
+    buckets: [AtomicU64; BUCKETS_S.len()],
+    count: AtomicU64,
+    sum_us: AtomicU64,
+}
+
+impl Histogram {
+    pub(crate) fn observe(&self, time: Duration) {
+        let seconds = time.as_secs_f64();
+        for (bucket, bound) in self.buckets.iter().zip(BUCKETS_S) {
+            if seconds <= bound {
+                bucket.fetch_add(1, Ordering::Relaxed);
+            }
+        }
+        self.count.fetch_add(1, Ordering::Relaxed);
+        let micros = u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
+        self.sum_us.fetch_add(micros, Ordering::Relaxed);
+    }
+
+    fn render(&self, text: &mut Text, name: &str, help: &str) {
+        text.head(name, "histogram", help);
+        for (bucket, bound) in self.buckets.iter().zip(BUCKETS_S) {
+            let count = bucket.load(Ordering::Relaxed);
+            text.line(&format!("{name}_bucket{{le=\"{bound}\"}}"), count);
+        }
+        let count = self.count.load(Ordering::Relaxed);
+        text.line(&format!("{name}_bucket{{le=\"+Inf\"}}"), count);
+        let sum = Duration::from_micros(self.sum_us.load(Ordering::Relaxed)).as_secs_f64();
+        text.line(&format!("{name}_sum"), sum);
+        text.line(&format!("{name}_count"), count);
+    }
+}
+
+/// What the server counts itself; the engine counts the rest.
+#[derive(Debug, Default)]
+pub(crate) struct Metrics {
+    requests: Mutex<BTreeMap<(String, u16), u64>>,
+    guards: Mutex<BTreeMap<String, u64>>,
+    /// Request received to first token.
+    pub(crate) first_token: Histogram,
+}
+
+impl Metrics {
+    /// Counts a response; `route` is the route's pattern, never a path that a client invents.
+    pub(crate) fn count_request(&self, route: &str, status: u16) {
+        let mut requests = self.requests.lock().unwrap_or_else(PoisonError::into_inner);
+        *requests.entry((route.into(), status)).or_default() += 1;
+    }
+
+    /// Counts a guard that fired.
+    pub(crate) fn count_guard(&self, guard: &str) {
+        let mut guards = self.guards.lock().unwrap_or_else(PoisonError::into_inner);
+        *guards.entry(guard.into()).or_default() += 1;
+    }
+
+    pub(crate) fn render(
+        &self,
+        boot: &BootStatus,
+        engine: Option<&exrail_engine::Counters>,
+    ) -> String {
+        let mut text = Text::default();
+        let ready = matches!(boot.state, BootState::Ready { .. });
+        text.head("exrail_ready", "gauge", "1 when requests are served.");
+        text.line("exrail_ready", u8::from(ready));
+        text.head("exrail_boot_phase_seconds", "gauge", "Time of each boot phase that ended.");
+        for record in &boot.phases {
+            let labels = format!("phase=\"{}\",ok=\"{}\"", record.phase.name(), record.ok);
+            let name = format!("exrail_boot_phase_seconds{{{labels}}}");
+            text.line(&name, record.took.as_secs_f64());
+        }
+        text.head("exrail_http_requests_total", "counter", "Responses by route and status.");
+        let requests = self.requests.lock().unwrap_or_else(PoisonError::into_inner);
+        for ((route, status), count) in &*requests {
+            let labels = format!("route=\"{route}\",status=\"{status}\"");
+            text.line(&format!("exrail_http_requests_total{{{labels}}}"), count);
+        }
+        text.head("exrail_guard_fired_total", "counter", "Guards that fired.");
+        let guards = self.guards.lock().unwrap_or_else(PoisonError::into_inner);
+        for (guard, count) in &*guards {
+            text.line(&format!("exrail_guard_fired_total{{guard=\"{guard}\"}}"), count);
+        }
+        self.first_token.render(
+            &mut text,
+            "exrail_time_to_first_token_seconds",
+            "Request received to first token.",
+        );
+        if let Some(counters) = engine {
+            engine_lines(&mut text, counters);
+        }
+        text.0
+    }
+}
+
+fn engine_lines(text: &mut Text, counters: &exrail_engine::Counters) {
+    let mut metric = |name: &str, kind, help, value: u64| {
+        let name = format!("exrail_{name}");
+        text.head(&name, kind, help);
+        text.line(&name, value);
+    };
+    metric(
+        "sequences_running",
+        "gauge",
+        "Sequences in the batch.",
+        counters.sequences_running as u64,
+    );
+    metric(
+        "sequences_waiting",
+        "gauge",
+        "Sequences in the queue.",
+        counters.sequences_waiting as u64,
+    );
+    metric("kv_pages_total", "gauge", "Pages of the KV pool.", counters.pages_total as u64);
+    metric("kv_pages_free", "gauge", "Free pages of the KV pool.", counters.pages_free as u64);
+    metric("prompt_tokens_total", "counter", "Prompt tokens read.", counters.tokens_prompt);
+    metric("generated_tokens_total", "counter", "Tokens generated.", counters.tokens_generated);
+    metric("engine_steps_total", "counter", "Forward passes.", counters.steps);
+    metric("sequences_cancelled_total", "counter", "Sequences cancelled.", counters.cancelled);
+    metric("sequences_failed_total", "counter", "Sequences given up.", counters.failed);
+    metric("engine_panics_total", "counter", "Steps that panicked.", counters.panics);
+    metric("kv_faults_total", "counter", "Violations of the page books.", counters.kv_faults);
+}
+
+#[derive(Default)]
+struct Text(String);
+
+impl Text {
+    fn head(&mut self, name: &str, kind: &str, help: &str) {
+        // Writing to a String cannot fail.
+        let _ignored = write!(self.0, "# HELP {name} {help}\n# TYPE {name} {kind}\n");
+    }
+
+    fn line(&mut self, name: &str, value: impl std::fmt::Display) {
+        let _ignored = writeln!(self.0, "{name} {value}");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::boot::BootBoard;
+
+    #[test]
+    fn buckets_are_cumulative() {
+        let metrics = Metrics::default();
+        metrics.first_token.observe(Duration::from_millis(7));
+        metrics.first_token.observe(Duration::from_secs(60));
+        metrics.count_request("/v1/ask", 200);
+        let text = metrics.render(&BootBoard::new().status(), None);
+        assert!(text.contains("seconds_bucket{le=\"0.005\"} 0\n"), "{text}");
+        assert!(text.contains("seconds_bucket{le=\"0.01\"} 1\n"), "{text}");
+        assert!(text.contains("seconds_bucket{le=\"+Inf\"} 2\n"), "{text}");
+        assert!(text.contains("{route=\"/v1/ask\",status=\"200\"} 1\n"), "{text}");
+    }
+}

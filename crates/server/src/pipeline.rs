@@ -1,0 +1,354 @@
+//! Questions to a collection: the engine and the index behind the traits of `verify`, so that the
+//! server, the probes and the command line answer through one code path.
+//!
+//! Everything here blocks; the routes call it on a blocking thread.
+
+use std::{cell::Cell, sync::Arc, time::Instant};
+
+use exrail_engine::{
+    EngineHandle, Event, Finish, Finished, GenerateRequest, Sampling, SequenceFault,
+};
+use exrail_retrieval::{Collection, Document, Encode, Hit, SearchOptions};
+use exrail_text::ChatMessage;
+use exrail_verify::{
+    AskOutcome, AskPolicy, DeltaSGate, FrameMessage, Generate, GenerateError, Generated,
+    GeneratedEnd, GeneratorFacts, Nonce, Retrieve, RetrieveError, SamplingKind, answer_over,
+    retrieve,
+};
+use exrail_wire::Pins;
+use serde_json::{Value, json};
+
+use crate::{ENGINE_BUILD, error::ApiError, generation::ms_since, ids, state, translate};
+
+/// The sampling of grounded answers: nearly greedy, because the answer should be the evidence's, and
+/// seeded, so that the same request gives the same answer.
+#[must_use]
+pub fn ask_sampling() -> Sampling {
+    Sampling {
+        temperature: 0.2,
+        top_p: 0.9,
+        // Models of this size fall into loops without it.
+        repetition_penalty: 1.1,
+        seed: 1,
+        ..Sampling::default()
+    }
+}
+
+/// Tokens of a grounded answer when the request names no limit.
+pub const ASK_MAX_TOKENS: usize = 128;
+
+/// Snippets of a grounded answer when the request names no number.
+pub const ASK_K: usize = 5;
+
+/// A generator behind its chat template, with one profile of sampling.
+pub struct EngineGenerate<'a> {
+    engine: &'a EngineHandle,
+    sampling: Sampling,
+    max_tokens: usize,
+    /// Of the last call: submission to first token, and the engine's own account.
+    last: Cell<Option<Measured>>,
+}
+
+/// What one generation took.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Measured {
+    /// Submission to first token.
+    pub first_token_ms: Option<f64>,
+    /// Waiting for a place in the batch.
+    pub queue_ms: f64,
+    /// Reading the prompt.
+    pub prefill_ms: f64,
+    /// Generating.
+    pub decode_ms: f64,
+    /// Mean next-token entropy in nats.
+    pub entropy_mean: f64,
+    /// Prompt tokens from the cache.
+    pub cached_tokens: usize,
+}
+
+impl<'a> EngineGenerate<'a> {
+    /// A generator with this profile; the seed is given per call.
+    #[must_use]
+    pub fn new(engine: &'a EngineHandle, sampling: Sampling, max_tokens: usize) -> Self {
+        Self { engine, sampling, max_tokens, last: Cell::new(None) }
+    }
+
+    /// What the last call took.
+    #[must_use]
+    pub fn last(&self) -> Option<Measured> {
+        self.last.get()
+    }
+
+    fn prompt(&self, messages: &[FrameMessage]) -> Result<Vec<u32>, GenerateError> {
+        let messages: Vec<_> = messages
+            .iter()
+            .map(|m| ChatMessage { role: m.role.into(), content: m.content.clone() })
+            .collect();
+        translate::chat_prompt(self.engine, &messages).map_err(engine_error)
+    }
+}
+
+fn engine_error(error: impl std::error::Error + Send + Sync + 'static) -> GenerateError {
+    GenerateError::Engine(Box::new(error))
+}
+
+impl Generate for EngineGenerate<'_> {
+    fn generate(&self, messages: &[FrameMessage], seed: u64) -> Result<Generated, GenerateError> {
+        let request = GenerateRequest {
+            sampling: Sampling { seed, ..self.sampling.clone() },
+            ..GenerateRequest::new(self.prompt(messages)?, self.max_tokens)
+        };
+        let submitted = Instant::now();
+        let generation = self.engine.submit(request).map_err(engine_error)?;
+        let mut text = String::new();
+        let mut first_token_ms = None;
+        for event in &generation.events {
+            match event {
+                Event::Started { .. } => {}
+                Event::Token(token) => {
+                    first_token_ms.get_or_insert_with(|| ms_since(submitted));
+                    text.push_str(&token.text);
+                }
+                Event::Tail(tail) => text.push_str(&tail),
+                Event::Finished(finished) => {
+                    self.last.set(Some(measured(first_token_ms, &finished)));
+                    return generated(text, &finished);
+                }
+                Event::Failed(SequenceFault::NumericFault { step }) => {
+                    return Err(GenerateError::Numeric { step });
+                }
+                Event::Failed(fault) => return Err(engine_error(fault)),
+            }
+        }
+        Err(engine_error(ApiError::Lost))
+    }
+
+    fn count_tokens(&self, messages: &[FrameMessage]) -> Result<usize, GenerateError> {
+        Ok(self.prompt(messages)?.len())
+    }
+
+    fn prompt_limit(&self) -> usize {
+        self.engine.facts().context.saturating_sub(self.max_tokens)
+    }
+
+    fn facts(&self) -> GeneratorFacts {
+        let facts = self.engine.facts();
+        let pins = state::pins(self.engine);
+        GeneratorFacts {
+            model: facts.model_name.clone(),
+            model_fp: pins.model_fp,
+            tok_fp: pins.tok_fp,
+            template_hash: pins.template_hash.unwrap_or_default(),
+            engine_build: pins.engine_build,
+            quant: pins.quant,
+            kv_dtype: pins.kv_dtype,
+            device: facts.backend.clone(),
+            sampling: if self.sampling.temperature > 0.0 {
+                SamplingKind::Seeded
+            } else {
+                SamplingKind::Greedy
+            },
+        }
+    }
+}
+
+fn measured(first_token_ms: Option<f64>, finished: &Finished) -> Measured {
+    Measured {
+        first_token_ms,
+        queue_ms: finished.timings.queue_ms,
+        prefill_ms: finished.timings.prefill_ms,
+        decode_ms: finished.timings.decode_ms,
+        entropy_mean: f64::from(finished.entropy_mean),
+        cached_tokens: finished.usage.cached_tokens,
+    }
+}
+
+fn generated(text: String, finished: &Finished) -> Result<Generated, GenerateError> {
+    let end = match finished.finish {
+        Finish::Stop => GeneratedEnd::Stop,
+        Finish::Length => GeneratedEnd::Length,
+        // Nobody but this function holds the generation.
+        Finish::Cancelled => return Err(engine_error(ApiError::Lost)),
+    };
+    Ok(Generated {
+        text,
+        end,
+        n_prompt_tokens: finished.usage.prompt_tokens,
+        n_output_tokens: finished.usage.completion_tokens,
+    })
+}
+
+/// A collection with the encoder of its contract.
+pub struct CollectionIndex {
+    /// The collection.
+    pub collection: Collection,
+    /// The encoder that made its vectors.
+    pub encoder: Arc<dyn Encode>,
+}
+
+impl Retrieve for CollectionIndex {
+    fn search(&self, question: &str, options: &SearchOptions) -> Result<Vec<Hit>, RetrieveError> {
+        self.collection
+            .search(question, &*self.encoder, options)
+            .map_err(|error| RetrieveError(Box::new(error)))
+    }
+
+    fn document(&self, doc_id: &str) -> Result<Option<Arc<Document>>, RetrieveError> {
+        Ok(self.collection.document(doc_id).map(|document| Arc::new(document.clone())))
+    }
+
+    fn doc_ids(&self) -> Vec<String> {
+        self.collection.documents().map(|document| document.doc_id.clone()).collect()
+    }
+
+    fn index_hash(&self) -> &str {
+        self.collection.index_hash()
+    }
+
+    fn encoder_fp(&self) -> &str {
+        self.encoder.fingerprint()
+    }
+
+    fn n_chunks(&self) -> usize {
+        self.collection.len()
+    }
+}
+
+/// Answers questions from one collection.
+pub struct Asker {
+    engine: EngineHandle,
+    index: CollectionIndex,
+    gate: DeltaSGate,
+    gate_note: String,
+    policy: AskPolicy,
+}
+
+/// One question.
+#[derive(Clone, Debug)]
+pub struct AskCall {
+    /// Snippets to put into the prompt.
+    pub k: usize,
+    /// Limit on generated tokens.
+    pub max_tokens: usize,
+    /// How to sample; its seed is used.
+    pub sampling: Sampling,
+}
+
+impl Default for AskCall {
+    fn default() -> Self {
+        Self { k: ASK_K, max_tokens: ASK_MAX_TOKENS, sampling: ask_sampling() }
+    }
+}
+
+/// What one question got, with what it took.
+#[derive(Debug)]
+pub struct Asked {
+    /// The decision.
+    pub outcome: AskOutcome,
+    /// Everything that was found, best first; the evidence is a prefix of it.
+    pub found: Vec<Hit>,
+    /// Milliseconds of the search.
+    pub retrieve_ms: f64,
+    /// Milliseconds from the question to the decision.
+    pub total_ms: f64,
+    /// What the generation took; none when nothing was generated.
+    pub measured: Option<Measured>,
+}
+
+/// Largest number of snippets of one prompt.
+pub const MAX_K: usize = 50;
+
+impl Asker {
+    /// An asker; `gate_note` says where the gate's calibration came from, or why there is none.
+    #[must_use]
+    pub fn new(
+        engine: EngineHandle,
+        index: CollectionIndex,
+        gate: DeltaSGate,
+        gate_note: String,
+    ) -> Self {
+        let policy = AskPolicy::default();
+        Self { engine, index, gate, gate_note, policy }
+    }
+
+    /// The index.
+    #[must_use]
+    pub fn index(&self) -> &CollectionIndex {
+        &self.index
+    }
+
+    /// Answers a question, or refuses with the exact token.
+    ///
+    /// # Errors
+    /// The index or the generator failed, or `k` is out of range.
+    pub fn ask(&self, question: &str, call: &AskCall) -> Result<Asked, ApiError> {
+        if !(1..=MAX_K).contains(&call.k) {
+            let problem = format!("expected 1 to {MAX_K}, found {}", call.k);
+            return Err(ApiError::BadField { field: "k".into(), problem });
+        }
+        let asked = Instant::now();
+        let mut policy = self.policy.clone();
+        policy.search.k = call.k;
+        let found = retrieve(&self.index, question, &policy)
+            .map_err(|error| ApiError::Search(error.to_string()))?;
+        let retrieve_ms = ms_since(asked);
+        let nonce = Nonce::derive(&[&ids::seed()?.to_le_bytes()]);
+        let seed = call.sampling.seed;
+        let generator = EngineGenerate::new(&self.engine, call.sampling.clone(), call.max_tokens);
+        let outcome =
+            answer_over(&generator, question, &found, &self.gate, (&policy, &nonce, seed))
+                .map_err(ask_error)?;
+        let (total_ms, measured) = (ms_since(asked), generator.last());
+        Ok(Asked { outcome, found, retrieve_ms, total_ms, measured })
+    }
+
+    /// Calibrated ΔS of one hit, where there is a calibration.
+    pub(crate) fn calibrated(&self, hit: &Hit) -> Option<f64> {
+        let raw = (1.0 - f64::from(hit.cosine)).clamp(0.0, 2.0);
+        match &self.gate {
+            DeltaSGate::Calibrated(calibration) | DeltaSGate::ReportOnly(calibration) => {
+                Some(calibration.map(raw))
+            }
+            DeltaSGate::NotCalibrated => None,
+        }
+    }
+
+    /// Every pin of an answer from this collection.
+    #[must_use]
+    pub fn pins(&self) -> Pins {
+        Pins {
+            encoder_fp: Some(self.index.encoder.fingerprint().into()),
+            index_hash: Some(self.index.collection.index_hash().into()),
+            ..state::pins(&self.engine)
+        }
+    }
+
+    /// The collection for people: sizes, hashes, the state of its gate.
+    #[must_use]
+    pub fn describe(&self, name: &str) -> Value {
+        json!({
+            "name": name,
+            "chunks": self.index.collection.len(),
+            "documents": self.index.doc_ids().len(),
+            "index_hash": self.index.collection.index_hash(),
+            "encoder_fp": self.index.encoder.fingerprint(),
+            "delta_s_gate": self.gate_note,
+            "engine_build": ENGINE_BUILD,
+        })
+    }
+}
+
+fn ask_error(error: GenerateError) -> ApiError {
+    match error {
+        GenerateError::Numeric { step } => SequenceFault::NumericFault { step }.into(),
+        GenerateError::PromptTooLong { tokens, limit } => {
+            exrail_engine::SubmitError::PromptTooLong { tokens, limit }.into()
+        }
+        // An engine refusal keeps its own status: a full queue is a 429, not a 500.
+        GenerateError::Engine(source) => match source.downcast::<exrail_engine::SubmitError>() {
+            Ok(refused) => (*refused).into(),
+            Err(source) => ApiError::Search(source.to_string()),
+        },
+        other => ApiError::Search(other.to_string()),
+    }
+}

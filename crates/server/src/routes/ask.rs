@@ -1,0 +1,456 @@
+//! `/v1/ask`, and chat completions that answer from a collection. Both decide whole answers: what is
+//! not yet checked is not released, so a stream waits with comments.
+
+use std::{sync::Arc, time::Duration};
+
+use axum::{
+    Extension, Json,
+    extract::State,
+    response::{IntoResponse, Response},
+};
+use exrail_retrieval::Hit;
+use exrail_verify::{CitationSource, GateReading, GeneratedEnd, Segment};
+use exrail_wire::{
+    AnswerMetrics, AnswerRecord, AskMetrics, AskRequest, AskResponse, AssistantMessage, ChatChoice,
+    ChatGrounded, ChatRequest, ChatResponse, Citation, Delta, Latency, QueryRecord, RetrievedItem,
+    SamplingFields, SegmentRecord, TokenCounts, TraceBody, Usage,
+};
+use sha2::{Digest, Sha256};
+
+use super::chat::{self, Header, piece};
+use crate::{
+    AppState,
+    auth::Caller,
+    error::ApiError,
+    extract::{Body, Ready, refuse_unknown},
+    generation::hex,
+    pipeline::{ASK_K, ASK_MAX_TOKENS, AskCall, Asked, Asker, ask_sampling},
+    sse::{self, EventSink, Gone},
+    state::Services,
+    trace::TraceIdentity,
+    translate,
+};
+
+/// Longest question in bytes.
+const MAX_QUESTION_BYTES: usize = 8 << 10;
+/// How often a waiting stream shows that it lives.
+const HEARTBEAT: Duration = Duration::from_secs(1);
+
+/// A question that was accepted.
+struct Question {
+    asker: Arc<Asker>,
+    collection: String,
+    text: String,
+    call: AskCall,
+    identity: TraceIdentity,
+}
+
+pub(crate) async fn ask(
+    State(state): State<Arc<AppState>>,
+    Extension(caller): Extension<Caller>,
+    Ready(services): Ready,
+    Body(mut request): Body<AskRequest>,
+) -> Result<Json<AskResponse>, ApiError> {
+    let sampling = SamplingFields::take(&mut request.unknown)?;
+    refuse_unknown("", &request.unknown)?;
+    let asker = Arc::clone(services.collection(request.collection.as_deref())?);
+    let header = chat::header(&services, "ask")?;
+    let question = Question {
+        collection: collection_name(&services, request.collection),
+        asker,
+        text: question_text("question", request.question)?,
+        call: call(&sampling, request.k, request.max_tokens)?,
+        identity: chat::identity(&header, &caller, None)?,
+    };
+    Ok(Json(decide(state, question).await?))
+}
+
+fn collection_name(services: &Services, asked: Option<String>) -> String {
+    asked.or_else(|| services.collections.keys().next().cloned()).unwrap_or_default()
+}
+
+fn question_text(field: &str, text: String) -> Result<String, ApiError> {
+    let problem = match text.len() {
+        _ if text.trim().is_empty() => "expected a question, found none".into(),
+        len if len > MAX_QUESTION_BYTES => {
+            format!("expected at most {MAX_QUESTION_BYTES} bytes, found {len}")
+        }
+        _ => return Ok(text),
+    };
+    Err(ApiError::BadField { field: field.into(), problem })
+}
+
+fn call(
+    sampling: &SamplingFields,
+    k: Option<usize>,
+    max_tokens: Option<usize>,
+) -> Result<AskCall, ApiError> {
+    let defaults = ask_sampling();
+    // Unlike chat, a grounded question has a fixed default seed: asking twice is a repeat.
+    let seeded = SamplingFields {
+        seed: sampling.seed.or(Some(defaults.seed.cast_signed())),
+        ..sampling.clone()
+    };
+    Ok(AskCall {
+        k: k.unwrap_or(ASK_K),
+        max_tokens: max_tokens.unwrap_or(ASK_MAX_TOKENS),
+        sampling: translate::sampling(&seeded, defaults)?,
+    })
+}
+
+/// Asks, writes the trace, and only then hands the answer out.
+async fn decide(state: Arc<AppState>, question: Question) -> Result<AskResponse, ApiError> {
+    let blocking = tokio::task::spawn_blocking(move || {
+        let asked = question.asker.ask(&question.text, &question.call)?;
+        if let Some(ms) = asked.measured.and_then(|measured| measured.first_token_ms) {
+            let first = Duration::from_secs_f64((asked.retrieve_ms + ms).max(0.0) / 1e3);
+            state.metrics.first_token.observe(first);
+        }
+        let record = record(&question, &asked);
+        for guard in &record.guards_fired {
+            state.metrics.count_guard(guard);
+        }
+        let pins = question.asker.pins();
+        let body = TraceBody::Answer(Box::new(record));
+        state.traces.append_blocking(&question.identity, &pins, body)?;
+        Ok(response(question.identity.trace_id, asked))
+    });
+    blocking.await.map_err(|_| ApiError::Internal("ask task"))?
+}
+
+fn response(trace_id: String, asked: Asked) -> AskResponse {
+    let metrics = metrics(&asked);
+    let citations = citations(&asked.outcome.segments, &asked.outcome.evidence);
+    let outcome = asked.outcome;
+    let usage = outcome.reply.as_ref().map_or_else(Usage::default, |reply| {
+        let cached = asked.measured.map_or(0, |measured| measured.cached_tokens);
+        Usage::new(reply.n_prompt_tokens, reply.n_output_tokens, cached)
+    });
+    AskResponse {
+        trace_id,
+        refusal: outcome.refusal.is_some(),
+        reason: outcome.refusal.as_ref().map(|reason| reason.in_words()),
+        citations,
+        metrics,
+        usage,
+        finish_reason: outcome.reply.as_ref().map(|reply| finish_reason(reply.end)),
+        answer: outcome.text,
+    }
+}
+
+fn finish_reason(end: GeneratedEnd) -> &'static str {
+    match end {
+        GeneratedEnd::Stop => "stop",
+        GeneratedEnd::Length => "length",
+        GeneratedEnd::Looped => "degenerate",
+    }
+}
+
+fn status(gate: &GateReading) -> &'static str {
+    match gate {
+        GateReading::Calibrated { .. } => "ok",
+        GateReading::EncoderUnfit { .. } => "encoder_unfit",
+        GateReading::NotCalibrated { .. } => "not_calibrated",
+        GateReading::NoEvidence => "no_evidence",
+        GateReading::Undefined { .. } => "undefined",
+    }
+}
+
+fn metrics(asked: &Asked) -> AskMetrics {
+    let gate = &asked.outcome.gate;
+    AskMetrics {
+        ds_raw_min: gate.raw_min(),
+        ds_min: gate.cal_min(),
+        ds_status: status(gate).into(),
+        retrieve_ms: asked.retrieve_ms,
+        first_token_ms: asked.measured.and_then(|measured| measured.first_token_ms),
+        total_ms: asked.total_ms,
+    }
+}
+
+fn source_name(source: Option<CitationSource>) -> &'static str {
+    match source {
+        Some(CitationSource::Model) => "model",
+        Some(CitationSource::Attributed) => "attributed",
+        None => "none",
+    }
+}
+
+/// Each cited snippet once, in order of first citation.
+fn citations(segments: &[Segment], evidence: &[Hit]) -> Vec<Citation> {
+    let mut citations: Vec<Citation> = Vec::new();
+    for segment in segments {
+        for id in &segment.snippet_ids {
+            if citations.iter().any(|citation| citation.snippet_id == *id) {
+                continue;
+            }
+            let Some(hit) = evidence.iter().find(|hit| hit.chunk.snippet_id == *id) else {
+                continue;
+            };
+            let chunk = &hit.chunk;
+            citations.push(Citation {
+                snippet_id: chunk.snippet_id.clone(),
+                section_id: chunk.section_id.clone(),
+                doc_id: chunk.doc_id.clone(),
+                source_url: chunk.source_url.clone(),
+                lines: [chunk.span.line_start, chunk.span.line_end],
+                tokens: chunk.tokens,
+                source: source_name(segment.citation_source),
+                text: chunk.text.clone(),
+            });
+        }
+    }
+    citations
+}
+
+fn sha256(text: &str) -> String {
+    hex(&Sha256::digest(text.as_bytes()))
+}
+
+fn query(question: &Question) -> QueryRecord {
+    let encoder = &question.asker.index().encoder;
+    QueryRecord {
+        q_id: sha256(&question.text)[..16].into(),
+        text: question.text.clone(),
+        lang: "und".into(),
+        tokens: encoder.tokenize(&question.text).len(),
+    }
+}
+
+fn record(question: &Question, asked: &Asked) -> AnswerRecord {
+    let outcome = &asked.outcome;
+    let selected = outcome.evidence.len();
+    let retrieved = asked.found.iter().enumerate();
+    let ds_mean = match &outcome.gate {
+        GateReading::Calibrated { cal_mean, .. } | GateReading::EncoderUnfit { cal_mean, .. } => {
+            Some(*cal_mean)
+        }
+        GateReading::NotCalibrated { .. }
+        | GateReading::NoEvidence
+        | GateReading::Undefined { .. } => None,
+    };
+    let reason = outcome.refusal.as_ref().map(|reason| reason.in_words());
+    AnswerRecord {
+        query: query(question),
+        collection: question.collection.clone(),
+        prompt_shape_sha256: outcome.shape_sha256.clone(),
+        retrieved: retrieved
+            .map(|(index, hit)| item(hit, question.asker.calibrated(hit), index < selected))
+            .collect(),
+        answer_sha256: sha256(&outcome.text),
+        answer_text: outcome.text.clone(),
+        segments: segments(&outcome.segments, &outcome.evidence),
+        refusal: outcome.refusal.is_some(),
+        withheld_sha256: outcome
+            .refusal
+            .as_ref()
+            .and(outcome.reply.as_ref())
+            .map(|reply| sha256(&reply.text)),
+        guards_fired: outcome.refusal.iter().map(|reason| reason.guard().into()).collect(),
+        refusal_reason: reason,
+        seed: question.call.sampling.seed,
+        finish_reason: outcome.reply.as_ref().map(|reply| finish_reason(reply.end).into()),
+        metrics: answer_metrics(asked, ds_mean),
+        lambda: None,
+    }
+}
+
+fn answer_metrics(asked: &Asked, ds_mean: Option<f64>) -> AnswerMetrics {
+    let measured = asked.measured.unwrap_or_default();
+    let reply = asked.outcome.reply.as_ref();
+    AnswerMetrics {
+        ds_min: asked.outcome.gate.cal_min(),
+        ds_mean,
+        ds_status: status(&asked.outcome.gate).into(),
+        h_mean: asked.measured.map(|measured| measured.entropy_mean),
+        latency_ms: Latency {
+            retrieve: asked.retrieve_ms,
+            queue: measured.queue_ms,
+            prefill: measured.prefill_ms,
+            decode: measured.decode_ms,
+        },
+        tokens: TokenCounts {
+            r#in: reply.map_or(0, |reply| reply.n_prompt_tokens),
+            out: reply.map_or(0, |reply| reply.n_output_tokens),
+            cached: measured.cached_tokens,
+        },
+    }
+}
+
+fn item(hit: &Hit, ds_cal: Option<f64>, selected: bool) -> RetrievedItem {
+    let source = match (hit.rank_lexical, hit.rank_vector) {
+        (Some(_), Some(_)) => "hybrid",
+        (Some(_), None) => "lexical",
+        (None, _) => "vector",
+    };
+    RetrievedItem {
+        snippet_id: hit.chunk.snippet_id.clone(),
+        section_id: hit.chunk.section_id.clone(),
+        tokens: hit.chunk.tokens,
+        score_raw: f64::from(hit.score_raw),
+        score_norm: f64::from(hit.score_norm),
+        cosine: f64::from(hit.cosine),
+        ds_raw: 1.0 - f64::from(hit.cosine),
+        ds_cal,
+        probe: "ds_qr",
+        source,
+        k_pos: hit.k_pos,
+        selected,
+    }
+}
+
+fn segments(segments: &[Segment], evidence: &[Hit]) -> Vec<SegmentRecord> {
+    let tokens = |segment: &Segment| {
+        let cited = |hit: &&Hit| segment.snippet_ids.contains(&hit.chunk.snippet_id);
+        evidence.iter().filter(cited).map(|hit| hit.chunk.tokens).sum()
+    };
+    segments
+        .iter()
+        .map(|segment| SegmentRecord {
+            text_span: [segment.text_span.start, segment.text_span.end],
+            section_id: segment.section_id.clone(),
+            snippet_ids: segment.snippet_ids.clone(),
+            citation_source: source_name(segment.citation_source),
+            tokens: tokens(segment),
+        })
+        .collect()
+}
+
+/// A chat request with `"exrail": {"collection": …}`.
+pub(crate) async fn grounded_chat(
+    state: Arc<AppState>,
+    caller: Caller,
+    services: Arc<Services>,
+    mut request: ChatRequest,
+    sampling: SamplingFields,
+) -> Result<Response, ApiError> {
+    let Some(grounding) = request.exrail.take() else {
+        return Err(ApiError::Internal("a grounded request without grounding"));
+    };
+    refuse_unknown("exrail.", &grounding.unknown)?;
+    refuse_with_grounding(&request)?;
+    let include_usage = chat::include_usage(request.stream, request.stream_options)?;
+    let limit = chat::one_limit(request.max_tokens, request.max_completion_tokens)?;
+    let header = chat::header(&services, "chatcmpl")?;
+    let question = Question {
+        asker: Arc::clone(services.collection(Some(&grounding.collection))?),
+        collection: grounding.collection,
+        text: question_text("messages[0].content", single_question(request.messages)?)?,
+        call: call(&sampling, grounding.k, limit)?,
+        identity: chat::identity(&header, &caller, request.user)?,
+    };
+    if request.stream.unwrap_or(false) {
+        let (sink, response) = sse::channel();
+        tokio::spawn(stream(state, question, header, include_usage, sink));
+        return Ok(response);
+    }
+    let answer = decide(state, question).await?;
+    Ok(Json(whole(header, answer)).into_response())
+}
+
+/// Options that mean something else, or nothing, for a checked answer.
+fn refuse_with_grounding(request: &ChatRequest) -> Result<(), ApiError> {
+    let refuse = |field: &str, why| Err(ApiError::UnsupportedField { field: field.into(), why });
+    if request.n.is_some_and(|n| n != 1) {
+        return refuse("n", "a grounded answer has one choice");
+    }
+    if request.stop.is_some() {
+        return refuse("stop", "a grounded answer ends where its last checked sentence ends");
+    }
+    if request.logprobs.unwrap_or(false) || request.top_logprobs.is_some() {
+        return refuse("logprobs", "a grounded answer carries no log-probabilities");
+    }
+    Ok(())
+}
+
+/// The guards own system prompt and evidence, so that a conversation has no place in this prompt.
+fn single_question(messages: Vec<exrail_wire::RequestMessage>) -> Result<String, ApiError> {
+    let mut messages = translate::messages(messages)?;
+    match (messages.pop(), messages.is_empty()) {
+        (Some(last), true) if last.role == "user" => Ok(last.content),
+        _ => Err(ApiError::BadField {
+            field: "messages".into(),
+            problem:
+                "expected exactly one user message with `exrail.collection`: grounded answers \
+                      read no history and bring their own system message"
+                    .into(),
+        }),
+    }
+}
+
+fn grounded(answer: &AskResponse) -> ChatGrounded {
+    ChatGrounded {
+        trace_id: answer.trace_id.clone(),
+        refusal: answer.refusal,
+        reason: answer.reason.clone(),
+        citations: answer.citations.clone(),
+        metrics: answer.metrics.clone(),
+    }
+}
+
+fn whole(header: Header, answer: AskResponse) -> ChatResponse {
+    let exrail = Some(grounded(&answer));
+    let message = AssistantMessage { role: "assistant", content: answer.answer, refusal: None };
+    ChatResponse {
+        id: header.id,
+        object: "chat.completion",
+        created: header.created,
+        model: header.model,
+        choices: vec![ChatChoice {
+            index: 0,
+            message,
+            finish_reason: answer.finish_reason.unwrap_or("stop"),
+            logprobs: None,
+        }],
+        usage: answer.usage,
+        system_fingerprint: header.system_fingerprint,
+        exrail,
+    }
+}
+
+async fn stream(
+    state: Arc<AppState>,
+    question: Question,
+    header: Header,
+    include_usage: bool,
+    sink: EventSink,
+) {
+    let mut decision = std::pin::pin!(decide(state, question));
+    let mut heartbeat = tokio::time::interval(HEARTBEAT);
+    let answer = loop {
+        tokio::select! {
+            answer = &mut decision => break answer,
+            _ = heartbeat.tick() => {
+                if sink.heartbeat().await.is_err() {
+                    return;
+                }
+            }
+        }
+    };
+    match answer {
+        Ok(answer) => drop(send(&header, &answer, include_usage, &sink).await),
+        Err(error) => sink.fail(&error).await,
+    }
+}
+
+async fn send(
+    header: &Header,
+    answer: &AskResponse,
+    include_usage: bool,
+    sink: &EventSink,
+) -> Result<(), Gone> {
+    let content = Some(answer.answer.clone());
+    let delta = Delta { role: Some("assistant"), content };
+    sink.send(&header.chunk(vec![piece(0, delta)])).await?;
+    let mut last = piece(0, Delta::default());
+    last.finish_reason = Some(answer.finish_reason.unwrap_or("stop"));
+    let mut chunk = header.chunk(vec![last]);
+    chunk.exrail = Some(grounded(answer));
+    sink.send(&chunk).await?;
+    if include_usage {
+        let mut chunk = header.chunk(Vec::new());
+        chunk.usage = Some(answer.usage);
+        sink.send(&chunk).await?;
+    }
+    sink.done().await
+}

@@ -1,0 +1,9 @@
+//! One module a route family.
+
+pub(crate) mod ask;
+pub(crate) mod chat;
+pub(crate) mod completions;
+pub(crate) mod embeddings;
+pub(crate) mod health;
+pub(crate) mod models;
+pub(crate) mod tokenize;

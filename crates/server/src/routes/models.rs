@@ -1,0 +1,75 @@
+//! `/v1/models` and the effective configuration.
+
+use axum::{Json, extract::Path};
+use exrail_wire::{ModelCard, ModelList};
+use serde_json::{Value, json};
+
+use crate::{
+    error::ApiError,
+    extract::Ready,
+    state::{Services, kv_name},
+};
+
+pub(crate) async fn list(Ready(services): Ready) -> Json<ModelList> {
+    Json(ModelList { object: "list", data: cards(&services) })
+}
+
+pub(crate) async fn one(
+    Ready(services): Ready,
+    Path(model): Path<String>,
+) -> Result<Json<ModelCard>, ApiError> {
+    let cards = cards(&services);
+    let known = cards.iter().map(|card| format!("`{}`", card.id)).collect::<Vec<_>>().join(", ");
+    let card = cards.into_iter().find(|card| card.id == model);
+    card.map(Json).ok_or(ApiError::UnknownModel { found: model, known })
+}
+
+/// What the server honours, read back.
+pub(crate) async fn config(Ready(services): Ready) -> Json<Value> {
+    let facts = services.engine.facts();
+    let collections: Vec<_> =
+        services.collections.iter().map(|(name, asker)| asker.describe(name)).collect();
+    Json(json!({
+        "engine_build": crate::ENGINE_BUILD,
+        "device": facts.backend,
+        "context": facts.context,
+        "max_sequences": facts.options.max_sequences,
+        "prefill_chunk": facts.options.prefill_chunk,
+        "queue_limit": facts.options.queue_limit,
+        "kv_dtype": kv_name(facts.kv_dtype),
+        "kv_pages": facts.kv_pages,
+        "kv_bytes": facts.kv_bytes,
+        "collections": collections,
+    }))
+}
+
+fn cards(services: &Services) -> Vec<ModelCard> {
+    let facts = services.engine.facts();
+    let card = |id: &str, exrail: Value| ModelCard {
+        id: id.into(),
+        object: "model",
+        created: services.loaded_at,
+        owned_by: "exrail",
+        exrail,
+    };
+    let generator = json!({
+        "kind": "generator",
+        "title": facts.model_name,
+        "sha256": facts.model_sha256,
+        "quant": facts.quant,
+        "context": facts.context,
+        "tok_fp": services.engine.tokenizer().fingerprint(),
+    });
+    let mut cards = vec![card(&services.model_name, generator)];
+    if let Some(served) = &services.encoder {
+        let facts = served.encoder.facts();
+        let exrail = json!({
+            "kind": "encoder",
+            "dim": facts.dim,
+            "max_tokens": facts.max_tokens,
+            "encoder_fp": served.encoder.fingerprint(),
+        });
+        cards.push(card(&served.name, exrail));
+    }
+    cards
+}

@@ -1,0 +1,110 @@
+//! The router and the listener.
+
+use std::{future::Future, io, net::SocketAddr, sync::Arc};
+
+use axum::{
+    Router,
+    extract::{MatchedPath, Request, State},
+    middleware::{self, Next},
+    response::{IntoResponse, Response},
+    routing::{get, post},
+};
+use thiserror::Error;
+use tokio::net::TcpListener;
+
+use crate::{AppState, KeyError, auth, error::ApiError, routes};
+
+/// Why the server could not be started.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum ServeError {
+    /// The address needs a key.
+    #[error(transparent)]
+    Key(#[from] KeyError),
+    /// The address is taken.
+    #[error("address {address}: already in use; stop the other server or pass --port")]
+    InUse {
+        /// The address.
+        address: SocketAddr,
+    },
+    /// The address cannot be used.
+    #[error("address {address}: {source}")]
+    Bind {
+        /// The address.
+        address: SocketAddr,
+        /// The system's error.
+        source: io::Error,
+    },
+    /// The listener broke.
+    #[error("listener: {0}")]
+    Listen(io::Error),
+}
+
+/// Binds the address, which needs a key when others can reach it.
+///
+/// # Errors
+/// A public address without a key, or one that cannot be bound.
+pub async fn bind(state: &AppState, address: SocketAddr) -> Result<TcpListener, ServeError> {
+    state.keys.allow_bind(address.ip())?;
+    TcpListener::bind(address).await.map_err(|source| {
+        if source.kind() == io::ErrorKind::AddrInUse {
+            ServeError::InUse { address }
+        } else {
+            ServeError::Bind { address, source }
+        }
+    })
+}
+
+/// Serves until `stop` resolves; requests in flight are finished.
+///
+/// # Errors
+/// The listener broke.
+pub async fn serve(
+    state: Arc<AppState>,
+    listener: TcpListener,
+    stop: impl Future<Output = ()> + Send + 'static,
+) -> Result<(), ServeError> {
+    axum::serve(listener, router(state))
+        .with_graceful_shutdown(stop)
+        .await
+        .map_err(ServeError::Listen)
+}
+
+/// All routes. Everything added to `guarded` needs a key.
+pub fn router(state: Arc<AppState>) -> Router {
+    let guarded = Router::new()
+        .route("/v1/models", get(routes::models::list))
+        .route("/v1/models/{model}", get(routes::models::one))
+        .route("/v1/chat/completions", post(routes::chat::complete))
+        .route("/v1/completions", post(routes::completions::complete))
+        .route("/v1/embeddings", post(routes::embeddings::embed))
+        .route("/v1/tokenize", post(routes::tokenize::tokenize))
+        .route("/v1/detokenize", post(routes::tokenize::detokenize))
+        .route("/v1/ask", post(routes::ask::ask))
+        .route("/v1/exrail/config", get(routes::models::config))
+        .route("/metrics", get(routes::health::metrics))
+        .fallback(no_route)
+        .method_not_allowed_fallback(no_route)
+        .layer(middleware::from_fn_with_state(Arc::clone(&state), auth::guard));
+    let open = Router::new()
+        .route("/livez", get(routes::health::livez))
+        .route("/readyz", get(routes::health::readyz));
+    guarded
+        .merge(open)
+        .layer(middleware::from_fn_with_state(Arc::clone(&state), count))
+        .with_state(state)
+}
+
+async fn no_route(request: Request) -> ApiError {
+    ApiError::NoRoute {
+        method: request.method().to_string(),
+        path: request.uri().path().to_owned(),
+    }
+}
+
+async fn count(State(state): State<Arc<AppState>>, request: Request, next: Next) -> Response {
+    let route = request.extensions().get::<MatchedPath>().map(|path| path.as_str().to_owned());
+    let response = next.run(request).await.into_response();
+    state.metrics.count_request(route.as_deref().unwrap_or("none"), response.status().as_u16());
+    response
+}

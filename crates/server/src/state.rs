@@ -1,0 +1,189 @@
+//! What the handlers share: the board, the keys, the trace log, and, behind the fence, the services.
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, OnceLock},
+};
+
+use exrail_engine::EngineHandle;
+use exrail_kernels::KvDtype;
+use exrail_retrieval::Encode;
+use exrail_wire::{Pins, TRACE_SCHEMA_VERSION};
+
+use crate::{
+    Keys,
+    boot::{BootBoard, NotProved},
+    error::ApiError,
+    observe::Metrics,
+    pipeline::Asker,
+    trace::TraceLog,
+};
+
+/// Version of this program in fingerprints and traces.
+pub const ENGINE_BUILD: &str = concat!("exrail-", env!("CARGO_PKG_VERSION"));
+
+/// Limits of one request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Largest body.
+    pub body_bytes: usize,
+    /// Most choices of one request.
+    pub choices: usize,
+    /// Most texts of one embedding request.
+    pub embedding_inputs: usize,
+    /// Tokens generated when a chat request names no limit.
+    pub default_max_tokens: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self { body_bytes: 4 << 20, choices: 16, embedding_inputs: 256, default_max_tokens: 512 }
+    }
+}
+
+/// A sentence encoder under a name.
+#[derive(Clone)]
+pub struct ServedEncoder {
+    /// The name in `/v1/models`.
+    pub name: String,
+    /// The encoder.
+    pub encoder: Arc<dyn Encode>,
+}
+
+/// Everything that answers requests. Exists once the boot has proved that it works.
+pub struct Services {
+    /// The generator's name in `/v1/models`.
+    pub model_name: String,
+    /// The generator.
+    pub engine: EngineHandle,
+    /// The sentence encoder, when one is configured.
+    pub encoder: Option<ServedEncoder>,
+    /// Collections by name.
+    pub collections: BTreeMap<String, Arc<Asker>>,
+    /// Seconds since 1970 at which they were loaded.
+    pub loaded_at: i64,
+}
+
+impl Services {
+    /// Refuses a model name that is not the generator's.
+    pub(crate) fn expect_generator(&self, found: &str) -> Result<(), ApiError> {
+        let name = &self.model_name;
+        if found == name {
+            return Ok(());
+        }
+        Err(ApiError::UnknownModel { found: found.into(), known: format!("`{name}`") })
+    }
+
+    /// The collection of that name, or the only one.
+    pub(crate) fn collection(&self, name: Option<&str>) -> Result<&Arc<Asker>, ApiError> {
+        let known = || {
+            let names = self.collections.keys().map(|name| format!("`{name}`"));
+            let names = names.collect::<Vec<_>>().join(", ");
+            if names.is_empty() { "none: this server has no collection".into() } else { names }
+        };
+        match (name, self.collections.len()) {
+            (None, 1) => self.collections.values().next().ok_or(ApiError::Internal("collections")),
+            (None, _) => Err(ApiError::UnknownCollection { found: String::new(), known: known() }),
+            (Some(name), _) => self
+                .collections
+                .get(name)
+                .ok_or_else(|| ApiError::UnknownCollection { found: name.into(), known: known() }),
+        }
+    }
+
+    /// What an answer without a collection depends on.
+    pub(crate) fn pins(&self) -> Pins {
+        pins(&self.engine)
+    }
+
+    /// The `system_fingerprint` of responses.
+    pub(crate) fn system_fingerprint(&self) -> String {
+        let facts = self.engine.facts();
+        let model = facts.model_sha256.get(..12).unwrap_or(&facts.model_sha256);
+        format!("{ENGINE_BUILD}-{model}")
+    }
+}
+
+/// The pins of an engine alone.
+pub(crate) fn pins(engine: &EngineHandle) -> Pins {
+    let facts = engine.facts();
+    Pins {
+        model_fp: facts.model_sha256.clone(),
+        tok_fp: engine.tokenizer().fingerprint().into(),
+        encoder_fp: None,
+        index_hash: None,
+        template_hash: engine.template().map(|template| template.sha256().into()),
+        schema_hash: TRACE_SCHEMA_VERSION.into(),
+        quant: facts.quant.clone(),
+        kv_dtype: kv_name(facts.kv_dtype).into(),
+        tp: 1,
+        engine_build: ENGINE_BUILD.into(),
+    }
+}
+
+/// The name of a KV element type in pins and reports.
+pub(crate) fn kv_name(dtype: KvDtype) -> &'static str {
+    match dtype {
+        KvDtype::F32 => "f32",
+        KvDtype::F16 => "f16",
+    }
+}
+
+/// The state of one server.
+pub struct AppState {
+    pub(crate) board: Arc<BootBoard>,
+    pub(crate) services: OnceLock<Arc<Services>>,
+    pub(crate) keys: Keys,
+    pub(crate) traces: TraceLog,
+    pub(crate) metrics: Metrics,
+    pub(crate) limits: Limits,
+}
+
+impl AppState {
+    /// A server in phase `config`.
+    #[must_use]
+    pub fn new(keys: Keys, traces: TraceLog, limits: Limits) -> Arc<Self> {
+        Arc::new(Self {
+            board: Arc::new(BootBoard::new()),
+            services: OnceLock::new(),
+            keys,
+            traces,
+            metrics: Metrics::default(),
+            limits,
+        })
+    }
+
+    /// The boot board.
+    #[must_use]
+    pub fn board(&self) -> &Arc<BootBoard> {
+        &self.board
+    }
+
+    /// The trace log.
+    #[must_use]
+    pub fn traces(&self) -> &TraceLog {
+        &self.traces
+    }
+
+    /// Whether keys are asked for.
+    #[must_use]
+    pub fn has_keys(&self) -> bool {
+        !self.keys.is_empty()
+    }
+
+    /// The services, once they were handed over.
+    #[must_use]
+    pub fn services(&self) -> Option<&Arc<Services>> {
+        self.services.get()
+    }
+
+    /// Hands the services over and opens the fence.
+    ///
+    /// # Errors
+    /// The boot has not proved that they work, or services were handed over before.
+    pub fn open(&self, services: Services) -> Result<Arc<Services>, NotProved> {
+        let services = Arc::clone(self.services.get_or_init(|| Arc::new(services)));
+        self.board.ready()?;
+        Ok(services)
+    }
+}

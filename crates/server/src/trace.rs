@@ -1,0 +1,247 @@
+//! The trace log: append-only JSON lines, written before an answer is released (G-14).
+//!
+//! One thread owns the file. A record that could not be written whole is cut off again, so that a
+//! full disk leaves a valid log, and its answer is withheld. Lines are flushed to the system, not
+//! fsynced: a killed process loses nothing, a power cut may lose the last second.
+
+use std::{
+    fs::{File, OpenOptions},
+    io::{self, Seek, SeekFrom, Write},
+    path::{Path, PathBuf},
+};
+
+use exrail_wire::{Pins, TRACE_SCHEMA_VERSION, TraceBody, TraceEnvelope};
+use thiserror::Error;
+use tokio::sync::oneshot;
+
+use crate::Services;
+
+/// Why a record was not written.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum TraceError {
+    /// The file could not be opened.
+    #[error("trace log {}: {source}", path.display())]
+    Open {
+        /// The file.
+        path: PathBuf,
+        /// The system's error.
+        source: io::Error,
+    },
+    /// The record could not be appended.
+    #[error("trace log: the record could not be written: {0}")]
+    Write(io::Error),
+    /// The writer is gone.
+    #[error("trace log: the writer has stopped")]
+    Stopped,
+}
+
+struct Append {
+    line: String,
+    done: oneshot::Sender<io::Result<()>>,
+}
+
+/// A handle to the writer.
+#[derive(Clone, Debug)]
+pub struct TraceLog {
+    appends: flume::Sender<Append>,
+}
+
+/// Who and what a record belongs to.
+#[derive(Clone, Debug, Default)]
+pub struct TraceIdentity {
+    /// Unique per answer.
+    pub trace_id: String,
+    /// Unique per request.
+    pub request_id: String,
+    /// The `user` of the request.
+    pub session_id: Option<String>,
+    /// Which key asked.
+    pub agent_id: Option<String>,
+}
+
+impl TraceLog {
+    /// Opens the log for appending and starts its writer.
+    ///
+    /// # Errors
+    /// The file cannot be opened.
+    pub fn open(path: &Path) -> Result<Self, TraceError> {
+        let open_error = |source| TraceError::Open { path: path.into(), source };
+        if let Some(folder) = path.parent() {
+            std::fs::create_dir_all(folder).map_err(open_error)?;
+        }
+        let file = OpenOptions::new().create(true).append(true).open(path).map_err(open_error)?;
+        let (appends, queue) = flume::unbounded::<Append>();
+        std::thread::Builder::new()
+            .name("exrail-trace".into())
+            .spawn(move || write_all(file, &queue))
+            .map_err(open_error)?;
+        Ok(Self { appends })
+    }
+
+    /// Appends a record and waits until the system has it.
+    ///
+    /// # Errors
+    /// The record is not in the log.
+    pub async fn append(
+        &self,
+        identity: &TraceIdentity,
+        pins: &Pins,
+        body: TraceBody,
+    ) -> Result<(), TraceError> {
+        let done = self.send(identity, pins, body)?;
+        done.await.map_err(|_| TraceError::Stopped)?.map_err(TraceError::Write)
+    }
+
+    /// The same for callers outside the async runtime.
+    ///
+    /// # Errors
+    /// The record is not in the log.
+    pub fn append_blocking(
+        &self,
+        identity: &TraceIdentity,
+        pins: &Pins,
+        body: TraceBody,
+    ) -> Result<(), TraceError> {
+        let done = self.send(identity, pins, body)?;
+        done.blocking_recv().map_err(|_| TraceError::Stopped)?.map_err(TraceError::Write)
+    }
+
+    /// Appends the report of a probe over one collection.
+    ///
+    /// # Errors
+    /// The record is not in the log.
+    pub async fn append_probe(
+        &self,
+        services: &Services,
+        collection: &str,
+        report: serde_json::Value,
+    ) -> Result<(), TraceError> {
+        let pins = match services.collections.get(collection) {
+            Some(asker) => asker.pins(),
+            None => services.pins(),
+        };
+        let identity = TraceIdentity {
+            trace_id: format!("probe-{}", jiff::Timestamp::now().as_millisecond()),
+            ..TraceIdentity::default()
+        };
+        self.append(&identity, &pins, TraceBody::Probe { report }).await
+    }
+
+    fn send(
+        &self,
+        identity: &TraceIdentity,
+        pins: &Pins,
+        body: TraceBody,
+    ) -> Result<oneshot::Receiver<io::Result<()>>, TraceError> {
+        let envelope = TraceEnvelope {
+            schema_version: TRACE_SCHEMA_VERSION,
+            ts: jiff::Timestamp::now().to_string(),
+            trace_id: identity.trace_id.clone(),
+            request_id: identity.request_id.clone(),
+            session_id: identity.session_id.clone(),
+            agent_id: identity.agent_id.clone(),
+            mem_rev: 0,
+            mem_hash: None,
+            pins: pins.clone(),
+            body,
+        };
+        let mut line = serde_json::to_string(&envelope)
+            .map_err(|error| TraceError::Write(io::Error::other(error)))?;
+        line.push('\n');
+        let (done, receiver) = oneshot::channel();
+        self.appends.send(Append { line, done }).map_err(|_| TraceError::Stopped)?;
+        Ok(receiver)
+    }
+}
+
+fn write_all(mut file: File, queue: &flume::Receiver<Append>) {
+    for append in queue {
+        let result = append_line(&mut file, append.line.as_bytes());
+        // A caller that no longer waits has dropped its answer as well.
+        drop(append.done.send(result));
+    }
+}
+
+/// Appends one line whole or not at all.
+fn append_line(file: &mut (impl Write + Seek + Truncate), line: &[u8]) -> io::Result<()> {
+    let end = file.seek(SeekFrom::End(0))?;
+    let written = file.write_all(line).and_then(|()| file.flush());
+    if written.is_err() {
+        file.truncate(end)?;
+    }
+    written
+}
+
+trait Truncate {
+    fn truncate(&mut self, len: u64) -> io::Result<()>;
+}
+
+impl Truncate for File {
+    fn truncate(&mut self, len: u64) -> io::Result<()> {
+        self.set_len(len)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A disk with room for `room` bytes.
+    struct SmallDisk {
+        bytes: io::Cursor<Vec<u8>>,
+        room: usize,
+    }
+
+    impl Write for SmallDisk {
+        fn write(&mut self, data: &[u8]) -> io::Result<usize> {
+            let left = self.room - self.bytes.get_ref().len();
+            if left == 0 {
+                return Err(io::ErrorKind::StorageFull.into());
+            }
+            self.bytes.write(&data[..data.len().min(left)])
+        }
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    impl Seek for SmallDisk {
+        fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
+            self.bytes.seek(to)
+        }
+    }
+
+    impl Truncate for SmallDisk {
+        fn truncate(&mut self, len: u64) -> io::Result<()> {
+            self.bytes.get_mut().truncate(usize::try_from(len).unwrap());
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_full_disk_leaves_whole_lines_only() {
+        let mut disk = SmallDisk { bytes: io::Cursor::new(Vec::new()), room: 10 };
+        append_line(&mut disk, b"{\"a\":1}\n").unwrap();
+        let error = append_line(&mut disk, b"{\"b\":2}\n").unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::StorageFull);
+        assert_eq!(disk.bytes.get_ref(), b"{\"a\":1}\n");
+    }
+
+    #[test]
+    fn records_are_appended_in_order_and_survive_reopening() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("traces/log.jsonl");
+        for guard in ["one", "two"] {
+            let log = TraceLog::open(&path).unwrap();
+            let body = TraceBody::Guard { guard: guard.into(), detail: "line\nbreak".into() };
+            log.append_blocking(&TraceIdentity::default(), &Pins::default(), body).unwrap();
+        }
+        let text = std::fs::read_to_string(&path).unwrap();
+        let guards: Vec<_> = text
+            .lines()
+            .map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap()["guard"].clone())
+            .collect();
+        assert_eq!(guards, ["one", "two"]);
+    }
+}

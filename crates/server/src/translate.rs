@@ -1,0 +1,148 @@
+//! Wire requests into engine requests. A field is honoured here or refused here.
+
+use exrail_engine::{EngineHandle, GenerateRequest, Sampling};
+use exrail_text::{ChatMessage, RenderOptions, encode_prompt};
+use exrail_wire::{Content, ContentPart, RequestMessage, SamplingFields, Stop};
+
+use crate::{error::ApiError, extract::refuse_unknown, ids};
+
+/// Sampling for a request; the seed that will be used is in it.
+pub(crate) fn sampling(fields: &SamplingFields, defaults: Sampling) -> Result<Sampling, ApiError> {
+    let seed = match fields.seed {
+        // Any 64-bit pattern is a seed; a negative one is as good as its unsigned twin.
+        Some(seed) => seed.cast_unsigned(),
+        None => ids::seed()?,
+    };
+    Ok(Sampling {
+        temperature: fields.temperature.unwrap_or(defaults.temperature),
+        top_p: fields.top_p.unwrap_or(defaults.top_p),
+        top_k: match fields.top_k {
+            Some(0) => None,
+            Some(k) => Some(k as usize),
+            None => defaults.top_k,
+        },
+        min_p: fields.min_p.unwrap_or(defaults.min_p),
+        repetition_penalty: fields.repetition_penalty.unwrap_or(defaults.repetition_penalty),
+        presence_penalty: fields.presence_penalty.unwrap_or(defaults.presence_penalty),
+        frequency_penalty: fields.frequency_penalty.unwrap_or(defaults.frequency_penalty),
+        logit_bias: logit_bias(fields)?,
+        seed,
+        ..defaults
+    })
+}
+
+fn logit_bias(fields: &SamplingFields) -> Result<Vec<(u32, f32)>, ApiError> {
+    let pairs = fields.logit_bias.iter().flatten();
+    pairs
+        .map(|(id, bias)| {
+            let id = id.parse().map_err(|_| ApiError::BadField {
+                field: "logit_bias".into(),
+                problem: format!("expected a token id as key, found `{id}`"),
+            })?;
+            Ok((id, *bias))
+        })
+        .collect()
+}
+
+/// The stop strings of a request.
+pub(crate) fn stops(stop: Option<Stop>) -> Vec<String> {
+    match stop {
+        None => Vec::new(),
+        Some(Stop::One(one)) => vec![one],
+        Some(Stop::Many(many)) => many,
+    }
+}
+
+/// The number of choices.
+pub(crate) fn choices(n: Option<usize>, limit: usize) -> Result<usize, ApiError> {
+    match n.unwrap_or(1) {
+        n if (1..=limit).contains(&n) => Ok(n),
+        n => Err(ApiError::BadField {
+            field: "n".into(),
+            problem: format!("expected 1 to {limit}, found {n}"),
+        }),
+    }
+}
+
+/// The limit on generated tokens: what was asked for, else a default that fits the context.
+pub(crate) fn max_tokens(
+    engine: &EngineHandle,
+    asked: Option<usize>,
+    default: usize,
+    prompt_tokens: usize,
+) -> usize {
+    asked.unwrap_or_else(|| default.min(engine.max_new_tokens(prompt_tokens)).max(1))
+}
+
+/// The roles that the server understands.
+const ROLES: [&str; 3] = ["system", "user", "assistant"];
+
+/// Messages of a request as the templates take them.
+pub(crate) fn messages(wire: Vec<RequestMessage>) -> Result<Vec<ChatMessage>, ApiError> {
+    if wire.is_empty() {
+        return Err(ApiError::BadField {
+            field: "messages".into(),
+            problem: "expected at least one message, found none".into(),
+        });
+    }
+    let message = |(index, message): (usize, RequestMessage)| {
+        refuse_unknown(&format!("messages[{index}]."), &message.unknown)?;
+        // `developer` is OpenAI's newer name of the same role.
+        let role = if message.role == "developer" { "system" } else { message.role.as_str() };
+        if !ROLES.contains(&role) {
+            return Err(ApiError::BadField {
+                field: format!("messages[{index}].role"),
+                problem: format!("expected system, user or assistant, found `{}`", message.role),
+            });
+        }
+        let content = content(index, message.content)?;
+        Ok(ChatMessage { role: role.into(), content })
+    };
+    wire.into_iter().enumerate().map(message).collect()
+}
+
+fn content(index: usize, content: Content) -> Result<String, ApiError> {
+    let parts = match content {
+        Content::Text(text) => return Ok(text),
+        Content::Parts(parts) => parts,
+    };
+    let text = |(part_index, part): (usize, ContentPart)| {
+        let path = format!("messages[{index}].content[{part_index}].");
+        refuse_unknown(&path, &part.unknown)?;
+        match (part.kind.as_str(), part.text) {
+            ("text", Some(text)) => Ok(text),
+            (kind, _) => Err(ApiError::BadField {
+                field: format!("{path}type"),
+                problem: format!("expected a `text` part with text, found `{kind}`"),
+            }),
+        }
+    };
+    parts.into_iter().enumerate().map(text).collect()
+}
+
+/// Renders a conversation with the model's chat template and encodes it; message contents never
+/// become control tokens.
+///
+/// # Errors
+/// The model has no template, or the template refuses the messages.
+pub fn chat_prompt(engine: &EngineHandle, messages: &[ChatMessage]) -> Result<Vec<u32>, ApiError> {
+    let Some(template) = engine.template() else {
+        return Err(ApiError::NotAvailable {
+            what: "chat",
+            why: "the model file carries no chat template; use /v1/completions",
+        });
+    };
+    let options = RenderOptions { add_generation_prompt: true, ..RenderOptions::default() };
+    let prompt = template
+        .render(messages, options)
+        .map_err(|error| ApiError::Template(error.to_string()))?;
+    encode_prompt(engine.tokenizer(), &prompt)
+        .map_err(|error| ApiError::Template(error.to_string()))
+}
+
+/// One engine request per choice; they differ in their random sequence only.
+pub(crate) fn per_choice(base: GenerateRequest, choice: usize) -> GenerateRequest {
+    let mut request = base;
+    request.sampling.sequence = choice as u64;
+    request
+}
