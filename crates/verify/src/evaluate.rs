@@ -2,7 +2,9 @@
 
 use std::time::Instant;
 
-use exrail_metrics::{Band, Ds, SetDs, coverage_of, decoy_margin, gold_span_fits, k_sweep, median};
+use exrail_metrics::{
+    Band, Ds, KSweep, SetDs, coverage_of, decoy_margin, gold_span_fits, k_sweep, median,
+};
 use exrail_retrieval::{Encode, Hit, SearchOptions};
 
 use crate::answer::parse_answer;
@@ -116,96 +118,110 @@ pub fn verify(
     let checked = calibration.map(|calibration| {
         calibration.check(system.encoder.fingerprint(), system.index.index_hash(), k)
     });
-    let void = match checked {
-        Some(Err(reason)) => Some(reason.to_string()),
-        Some(Ok(())) | None => None,
-    };
+    let void = checked.and_then(Result::err).map(|reason| reason.to_string());
     let calibration = calibration.filter(|_| void.is_none());
-    let gate = DeltaSGate::from_calibration(calibration.and_then(|c| c.qe.calibration()));
     let resolved = gold.resolve(system.index)?;
     let mut run = Run {
         system,
         options,
         calibration,
-        gate,
+        gate: DeltaSGate::from_calibration(calibration.and_then(|c| c.qe.calibration())),
         vectors: TextVectors::new(system.encoder),
         positions: Positions::new(system.encoder, system.index),
         progress,
         cost: Cost::default(),
     };
-    let retrieved =
-        run.retrieval(&sample(&resolved, options.n_retrieved, options.seed, |r| &r.item.id))?;
-    let sweep = run.sweep(&resolved)?;
-    let answers =
-        run.answers(&sample(&resolved, Some(options.n_answered), options.seed, |r| &r.item.id))?;
-    let unanswerable: Vec<&GoldItem> = gold.of_kind(GoldKind::Unanswerable).collect();
-    let asked = sample(&unanswerable, Some(options.n_unanswerable), options.seed, |item| &item.id);
-    let refusals = run.refusals(&asked)?;
-    let lambda =
-        run.lambda(&sample(&resolved, Some(options.n_lambda), options.seed, |r| &r.item.id))?;
-    let mut cost = run.cost;
+    let mut measured = run.measure(gold, &resolved)?;
+    measured.cost.seconds = started.elapsed().as_secs_f64();
+    assemble(system, gold, options, &measured, (calibration, void.as_deref()))
+}
+
+/// Everything that was measured, before it is judged.
+struct Measurements {
+    retrieved: Vec<RetrievalItem>,
+    sweep: Option<KSweep>,
+    answers: Vec<AnswerItem>,
+    refusals: Vec<RefusalItem>,
+    lambda: Vec<ItemLambda>,
+    cost: Cost,
+}
+
+fn assemble(
+    system: System<'_>,
+    gold: &GoldSet,
+    options: &VerifyOptions,
+    measured: &Measurements,
+    scale: (Option<&CorpusCalibration>, Option<&str>),
+) -> Result<Report, VerifyError> {
+    let (calibration, void) = scale;
     let facts = system.generator.facts();
     let observed = Observed {
         calibration,
-        void: void.as_deref(),
+        void,
         circular: system.index.encoder_fp() == system.encoder.fingerprint(),
-        retrieval: &retrieved,
-        answers: &answers,
-        refusals: &refusals,
-        lambda: &lambda,
+        retrieval: &measured.retrieved,
+        answers: &measured.answers,
+        refusals: &measured.refusals,
+        lambda: &measured.lambda,
         seeded: facts.sampling == SamplingKind::Seeded,
     };
     let gates = gates::gates(&observed)?;
-    let reported = gates::reported(&observed)?;
-    let delta_s = delta_s_section(&observed, sweep)?;
+    let delta_s = delta_s_section(&observed, measured.sweep.clone())?;
     let findings = Findings {
         gates: &gates,
         calibration_void: void.is_some(),
-        n_without_evidence: retrieved.iter().filter(|item| item.raw_min.is_none()).count(),
+        n_without_evidence: observed.retrieval.iter().filter(|i| i.raw_min.is_none()).count(),
         flat_high: delta_s.k_sweep.as_ref().is_some_and(|sweep| sweep.flat_high),
         decoy_margin: delta_s.decoy_margin,
-        lambda_rates: gates::lambda_rates(&lambda),
+        lambda_rates: gates::lambda_rates(&measured.lambda),
     };
     let verdict = Verdict::of(&gates);
     let fix = if verdict == Verdict::Pass { None } else { fix_for(&findings) };
     let failed = gates.iter().filter(|gate| gate.measured.status == Status::Fail);
-    cost.seconds = started.elapsed().as_secs_f64();
     Ok(Report {
         report_version: REPORT_VERSION,
         pins: pins(system, gold, &facts),
-        config: config(system, &facts, k),
-        sample: Sample {
-            seed: options.seed,
-            n_answerable: resolved.len(),
-            n_unanswerable: unanswerable.len(),
-            n_off_topic: gold.of_kind(GoldKind::OffTopic).count(),
-            retrieved: retrieved.len(),
-            answered: answers.len(),
-            unanswerable_asked: refusals.len(),
-            lambda_items: lambda.len(),
-        },
+        config: config(system, &facts, options.policy.search.k),
+        sample: sample_of(gold, options, measured),
         calibration: calibration.cloned(),
-        coverage: coverage_section(&retrieved, &answers)?,
+        coverage: coverage_section(&measured.retrieved, &measured.answers)?,
         delta_s,
-        lambda: LambdaSection {
-            n_paraphrases: N_PARAPHRASES,
-            n_seeds: if facts.sampling == SamplingKind::Seeded { 2 } else { 1 },
-            equivalence: match calibration.and_then(|c| c.tt.fit_calibration()) {
-                Some(_) => "short answers by words and numbers, longer ones by calibrated ΔS",
-                None => {
-                    "short answers by words and numbers, longer ones undecided without a fit encoder"
-                }
-            },
-            items: lambda,
-        },
+        lambda: lambda_section(&observed),
         failed_gates: failed.map(|gate| gate.name).collect(),
+        reported: gates::reported(&observed)?,
         gates,
-        reported,
         not_measured: not_measured(),
         verdict,
         fix,
-        cost,
+        cost: measured.cost,
     })
+}
+
+fn sample_of(gold: &GoldSet, options: &VerifyOptions, measured: &Measurements) -> Sample {
+    Sample {
+        seed: options.seed,
+        n_answerable: gold.of_kind(GoldKind::Answerable).count(),
+        n_unanswerable: gold.of_kind(GoldKind::Unanswerable).count(),
+        n_off_topic: gold.of_kind(GoldKind::OffTopic).count(),
+        retrieved: measured.retrieved.len(),
+        answered: measured.answers.len(),
+        unanswerable_asked: measured.refusals.len(),
+        lambda_items: measured.lambda.len(),
+    }
+}
+
+fn lambda_section(observed: &Observed<'_>) -> LambdaSection {
+    LambdaSection {
+        n_paraphrases: N_PARAPHRASES,
+        n_seeds: if observed.seeded { 2 } else { 1 },
+        equivalence: match observed.calibration.and_then(|c| c.tt.fit_calibration()) {
+            Some(_) => "short answers by words and numbers, longer ones by calibrated ΔS",
+            None => {
+                "short answers by words and numbers, longer ones undecided without a fit encoder"
+            }
+        },
+        items: observed.lambda.to_vec(),
+    }
 }
 
 /// What an answered question gave.
@@ -243,6 +259,26 @@ struct Run<'a> {
 }
 
 impl Run<'_> {
+    fn measure(
+        &mut self,
+        gold: &GoldSet,
+        resolved: &[ResolvedItem],
+    ) -> Result<Measurements, VerifyError> {
+        let options = self.options;
+        let choose = |n| sample(resolved, n, options.seed, |resolved| &resolved.item.id);
+        let unanswerable: Vec<&GoldItem> = gold.of_kind(GoldKind::Unanswerable).collect();
+        let asked =
+            sample(&unanswerable, Some(options.n_unanswerable), options.seed, |item| &item.id);
+        Ok(Measurements {
+            retrieved: self.retrieval(&choose(options.n_retrieved))?,
+            sweep: self.sweep(resolved)?,
+            answers: self.answers(&choose(Some(options.n_answered)))?,
+            refusals: self.refusals(&asked)?,
+            lambda: self.lambda(&choose(Some(options.n_lambda)))?,
+            cost: self.cost,
+        })
+    }
+
     fn report(&mut self, stage: Stage, n_done: usize, n_total: usize) {
         (self.progress)(Progress { stage, n_done, n_total });
     }
@@ -340,10 +376,7 @@ impl Run<'_> {
     }
 
     /// Medians of the calibrated curves over k; none without a scale or without evidence.
-    fn sweep(
-        &mut self,
-        items: &[ResolvedItem],
-    ) -> Result<Option<exrail_metrics::KSweep>, VerifyError> {
+    fn sweep(&mut self, items: &[ResolvedItem]) -> Result<Option<KSweep>, VerifyError> {
         let Some(qe) = self.calibration.and_then(|calibration| calibration.qe.calibration()) else {
             return Ok(None);
         };
@@ -485,12 +518,7 @@ fn shows_unknown_citation(outcome: &AskOutcome) -> bool {
 
 /// `n` items, or all, chosen by a hash of seed and id: the choice does not depend on the order of
 /// the file, and an item added elsewhere does not reshuffle the rest.
-fn sample<'i, T>(
-    items: &'i [T],
-    n: Option<usize>,
-    seed: u64,
-    id: impl Fn(&T) -> &str,
-) -> Vec<&'i T> {
+fn sample<T>(items: &[T], n: Option<usize>, seed: u64, id: impl Fn(&T) -> &str) -> Vec<&T> {
     let mut chosen: Vec<(String, usize)> = items
         .iter()
         .enumerate()
@@ -506,7 +534,7 @@ fn sample<'i, T>(
 
 fn delta_s_section(
     observed: &Observed<'_>,
-    k_sweep: Option<exrail_metrics::KSweep>,
+    k_sweep: Option<KSweep>,
 ) -> Result<DeltaSSection, VerifyError> {
     let items = observed.retrieval;
     let cal_min = gates::median_of(items.iter().map(|item| item.cal_min))?;

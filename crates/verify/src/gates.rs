@@ -177,7 +177,7 @@ fn lambda(observed: &Observed<'_>) -> Result<Gate, VerifyError> {
                 Status::Inconclusive
             }
         };
-        measured.reason = lambda_reason(items.len(), n_chaotic, n_undecided);
+        measured.reason = lambda_reason(measured.status, items.len(), n_chaotic, n_undecided);
     }
     if !observed.seeded {
         // A failure over wordings alone is a failure; a pass would need the second axis.
@@ -190,7 +190,12 @@ fn lambda(observed: &Observed<'_>) -> Result<Gate, VerifyError> {
     Ok(Gate { name: "lambda", label: "λ convergent, live", measured })
 }
 
-fn lambda_reason(n_items: usize, n_chaotic: usize, n_undecided: usize) -> Option<String> {
+fn lambda_reason(
+    status: Status,
+    n_items: usize,
+    n_chaotic: usize,
+    n_undecided: usize,
+) -> Option<String> {
     let mut parts = Vec::new();
     if n_chaotic > 0 {
         parts.push(format!("{n_chaotic} chaotic, needed none"));
@@ -198,7 +203,7 @@ fn lambda_reason(n_items: usize, n_chaotic: usize, n_undecided: usize) -> Option
     if n_undecided > 0 {
         parts.push(format!("{n_undecided} undecided: no fit encoder to compare long answers"));
     }
-    if n_items < MIN_RATE_ITEMS {
+    if n_items < MIN_RATE_ITEMS && status != Status::Fail {
         parts.push(format!("{n_items} items; a pass needs at least {MIN_RATE_ITEMS}"));
     }
     (!parts.is_empty()).then(|| parts.join("; "))
@@ -273,87 +278,80 @@ fn rate(n: usize, n_all: usize, least: f64, needed: &'static str) -> Result<Meas
 /// Values that decide nothing but explain the gates.
 pub(crate) fn reported(observed: &Observed<'_>) -> Result<Vec<Gate>, VerifyError> {
     let items = observed.retrieval;
-    let answers = observed.answers;
     let of = |value: fn(&RetrievalItem) -> Option<f64>| items.iter().map(value);
-    let released: Vec<&AnswerItem> = answers.iter().filter(|answer| !answer.refused).collect();
-    let frozen = |item: &ItemLambda| converges(&item.frozen);
-    let n_cited: usize = answers.iter().map(|answer| answer.n_cited).sum();
-    let n_right: usize = answers.iter().map(|answer| answer.n_cited_right).sum();
+    let mut raw =
+        plain(("delta_s_raw", "ΔS raw, median", ""), Unit::RawDs, of(|i| i.raw_min), median)?;
+    if observed.circular {
+        let note =
+            "circular: the index ranks by the same encoder, so it has already minimised this";
+        raw.measured.reason = Some(note.to_owned());
+    }
     let mut found = vec![
-        plain("delta_s_raw", "ΔS raw, median", Unit::RawDs, "", of(|item| item.raw_min), median)?,
+        raw,
         plain(
-            "delta_s_ra",
-            "ΔS retrieved to anchor, median",
+            ("delta_s_ra", "ΔS retrieved to anchor, median", "≤ 0.45"),
             Unit::CalibratedDs,
-            "≤ 0.45",
             of(|item| item.ra),
             median,
         )?,
         plain(
-            "decoy_margin",
-            "decoy margin, median",
+            ("decoy_margin", "decoy margin, median", "> 0.05"),
             Unit::CalibratedDs,
-            "> 0.05",
             of(|item| item.decoy_margin),
             median,
         )?,
         plain(
-            "coverage_mean",
-            "coverage, mean",
+            ("coverage_mean", "coverage, mean", "≥ 0.70"),
             Unit::Share,
-            "≥ 0.70",
-            of(|item| item.coverage),
+            of(|i| i.coverage),
             mean,
         )?,
-        plain("bleed", "bleed, mean", Unit::Share, "≤ 0.10", of(|item| item.bleed), mean)?,
+        plain(("bleed", "bleed, mean", "≤ 0.10"), Unit::Share, of(|item| item.bleed), mean)?,
+    ];
+    found.extend(reported_answers(observed)?);
+    Ok(found)
+}
+
+fn reported_answers(observed: &Observed<'_>) -> Result<Vec<Gate>, VerifyError> {
+    let (answers, lambda) = (observed.answers, observed.lambda);
+    let n_frozen = lambda.iter().filter(|item| converges(&item.frozen)).count();
+    let n_same = lambda.iter().filter(|item| item.retrieve_convergent).count();
+    let n_gold = lambda.iter().filter(|item| item.matches_gold).count();
+    let n_cited: usize = answers.iter().map(|answer| answer.n_cited).sum();
+    let n_right: usize = answers.iter().map(|answer| answer.n_cited_right).sum();
+    let n_match = answers.iter().filter(|answer| answer.matches_gold).count();
+    let released = answers.iter().filter(|answer| !answer.refused);
+    Ok(vec![
+        share_of(
+            ("lambda_frozen", "λ convergent, frozen evidence", "≥ 0.90"),
+            (n_frozen, lambda.len()),
+        )?,
+        share_of(
+            ("lambda_matches_gold", "majority answer matches reference", ""),
+            (n_gold, lambda.len()),
+        )?,
+        share_of(
+            ("retrieve_convergent", "wordings retrieve the same", ""),
+            (n_same, lambda.len()),
+        )?,
+        share_of(
+            ("citation_precision", "cited snippets hold evidence", "≥ 0.90"),
+            (n_right, n_cited),
+        )?,
         plain(
-            "coverage_cited",
-            "coverage by cited snippets, mean",
+            ("coverage_cited", "coverage by cited snippets, mean", ""),
             Unit::Share,
-            "",
             answers.iter().map(|answer| answer.coverage_cited),
             mean,
         )?,
-        share_of(
-            "lambda_frozen",
-            "λ convergent, frozen evidence",
-            "≥ 0.90",
-            observed.lambda.iter().filter(|item| frozen(item)).count(),
-            observed.lambda.len(),
-        )?,
-        share_of(
-            "retrieve_convergent",
-            "wordings retrieve the same",
-            "",
-            observed.lambda.iter().filter(|item| item.retrieve_convergent).count(),
-            observed.lambda.len(),
-        )?,
-        share_of("citation_precision", "cited snippets hold evidence", "≥ 0.90", n_right, n_cited)?,
-        share_of(
-            "answer_match",
-            "answers match the reference",
-            "",
-            answers.iter().filter(|answer| answer.matches_gold).count(),
-            answers.len(),
-        )?,
+        share_of(("answer_match", "answers match the reference", ""), (n_match, answers.len()))?,
         plain(
-            "model_cited",
-            "sentences cited by the model itself",
+            ("model_cited", "sentences the model cites itself", ""),
             Unit::Share,
-            "",
-            released.iter().map(|answer| answer.model_cited_share),
+            released.map(|answer| answer.model_cited_share),
             mean,
         )?,
-    ];
-    if observed.circular
-        && let Some(first) = found.first_mut()
-    {
-        first.measured.reason = Some(
-            "circular: the index ranks by the same encoder, so it has already minimised this"
-                .to_owned(),
-        );
-    }
-    Ok(found)
+    ])
 }
 
 fn converges(mode: &ModeLambda) -> bool {
@@ -370,10 +368,8 @@ pub(crate) fn lambda_rates(items: &[ItemLambda]) -> Option<(f64, f64)> {
 }
 
 fn plain(
-    name: &'static str,
-    label: &'static str,
+    (name, label, needed): (&'static str, &'static str, &'static str),
     unit: Unit,
-    needed: &'static str,
     values: impl Iterator<Item = Option<f64>>,
     statistic: fn(&[f64]) -> Result<f64, exrail_metrics::MetricsError>,
 ) -> Result<Gate, VerifyError> {
@@ -389,11 +385,8 @@ fn plain(
 }
 
 fn share_of(
-    name: &'static str,
-    label: &'static str,
-    needed: &'static str,
-    n: usize,
-    n_all: usize,
+    (name, label, needed): (&'static str, &'static str, &'static str),
+    (n, n_all): (usize, usize),
 ) -> Result<Gate, VerifyError> {
     let measured = rate(n, n_all, 0.0, needed)?;
     let status = if n_all == 0 { Status::NotAvailable } else { Status::Reported };

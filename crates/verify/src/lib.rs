@@ -12,6 +12,7 @@ mod answer;
 mod ask;
 mod attribution;
 mod calibrate;
+mod collection;
 mod encode;
 mod error;
 mod evaluate;
@@ -37,6 +38,7 @@ pub use ask::{
 };
 pub use attribution::{Attribution, attribute};
 pub use calibrate::{CorpusCalibration, FamilyFit, MaskedNull, calibrate};
+pub use collection::CollectionIndex;
 pub use error::{CalibrationError, GoldError, VerifyError};
 pub use evaluate::{Progress, Stage, System, VerifyOptions, verify};
 pub use fix::Confidence;

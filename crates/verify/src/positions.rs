@@ -53,7 +53,8 @@ impl<'a> Positions<'a> {
         let mut set = TokenSet::default();
         for chunk in chunks {
             if let Some(document) = self.index.document(&chunk.doc_id)? {
-                set.extend(self.covered(&document, &[chunk.span.start..chunk.span.end]));
+                let range = chunk.span.start..chunk.span.end;
+                set.extend(self.covered(&document, std::slice::from_ref(&range)));
             }
         }
         Ok(set)

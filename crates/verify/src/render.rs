@@ -138,7 +138,7 @@ impl Page {
     fn calibration(&mut self, report: &Report) {
         let Some(calibration) = &report.calibration else { return };
         self.title("SCALE OF ΔS");
-        let families = [("question", &calibration.qe), ("text", &calibration.tt)];
+        let families = [("question", &calibration.qe), ("wording", &calibration.tt)];
         for (name, fit) in families {
             let words = match fit {
                 FamilyFit::NotCalibrated { reason } => format!("not calibrated: {reason}"),

@@ -279,3 +279,23 @@ fn the_verdict_is_the_last_line_and_json_names_what_is_missing() {
     assert_eq!(json["verdict"], "pass");
     assert_eq!(json["coverage"]["method"], "offsets");
 }
+
+#[test]
+fn a_mixed_report_reads_well() {
+    let index = corpus();
+    let mut calibration = calibrated(&index);
+    if let FamilyFit::Fitted(map) = &mut calibration.qe {
+        (map.auroc, map.share_between) = (0.82, 0.59);
+        let reasons = vec![exrail_metrics::Unfit::Auroc, exrail_metrics::Unfit::ShareBetween];
+        map.fitness = exrail_metrics::Fitness::Unfit(reasons);
+    }
+    let unstable = FakeGenerator::new(|messages: &[FrameMessage], seed| {
+        let which = usize::try_from(seed).unwrap() - 1;
+        sources(messages)[which].clone()
+    });
+    let options = VerifyOptions { n_lambda: 6, ..VerifyOptions::default() };
+    let report = report_of(&unstable, &index, Some(&calibration), &options);
+    let text = report.render_text(92, Color::Never);
+    assert!(text.lines().all(|line| line.chars().count() <= 92), "{text}");
+    assert!(text.lines().last().unwrap().starts_with("verdict: fail"), "{text}");
+}

@@ -1,0 +1,53 @@
+//! A collection as the system under test sees it.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use exrail_retrieval::{Collection, Document, Encode, Hit, SearchOptions};
+
+use crate::system::{Retrieve, RetrieveError};
+
+/// A collection with the encoder of its questions. The documents are shared, not copied per call.
+pub struct CollectionIndex<'a> {
+    collection: &'a Collection,
+    encoder: &'a dyn Encode,
+    documents: BTreeMap<String, Arc<Document>>,
+}
+
+impl<'a> CollectionIndex<'a> {
+    /// Looks at the collection as it is now.
+    #[must_use]
+    pub fn new(collection: &'a Collection, encoder: &'a dyn Encode) -> CollectionIndex<'a> {
+        let shared = |document: &Document| (document.doc_id.clone(), Arc::new(document.clone()));
+        let documents = collection.documents().map(shared).collect();
+        CollectionIndex { collection, encoder, documents }
+    }
+}
+
+impl Retrieve for CollectionIndex<'_> {
+    fn search(&self, question: &str, options: &SearchOptions) -> Result<Vec<Hit>, RetrieveError> {
+        let found = self.collection.search(question, self.encoder, options);
+        found.map_err(|error| RetrieveError(Box::new(error)))
+    }
+
+    fn document(&self, doc_id: &str) -> Result<Option<Arc<Document>>, RetrieveError> {
+        Ok(self.documents.get(doc_id).cloned())
+    }
+
+    fn doc_ids(&self) -> Vec<String> {
+        self.documents.keys().cloned().collect()
+    }
+
+    fn index_hash(&self) -> &str {
+        self.collection.index_hash()
+    }
+
+    fn encoder_fp(&self) -> &str {
+        // The collection refuses a search with any other encoder, so the two are one.
+        self.encoder.fingerprint()
+    }
+
+    fn n_chunks(&self) -> usize {
+        self.collection.len()
+    }
+}
