@@ -1,5 +1,7 @@
 //! The encoder on a tiny seeded model and the scalar reference.
 
+#![expect(clippy::unwrap_used, reason = "helpers of tests may panic as tests may")]
+
 use exrail_checkpoint::{BertConfig, LoadError, SafetensorsFile, TensorView, Tensors};
 use exrail_kernels::reference::Reference;
 use exrail_model::{Encoder, ModelError};

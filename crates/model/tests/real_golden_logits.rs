@@ -1,5 +1,7 @@
 //! SmolLM2-135M-Instruct on the CPU against numpy: see golden/logits/README.md for the chain.
 
+#![expect(clippy::unwrap_used, reason = "helpers of tests may panic as tests may")]
+
 mod golden;
 
 use std::path::Path;

@@ -37,7 +37,7 @@ impl Reader {
     }
 
     fn next(&mut self) -> [u8; 4] {
-        let bytes = self.bytes[self.at..self.at + 4].try_into().unwrap();
+        let bytes = self.bytes[self.at..self.at + 4].try_into().expect("four bytes are four bytes");
         self.at += 4;
         bytes
     }
