@@ -17,7 +17,7 @@ use crate::tile::{BLOCK, Group, SUPER};
 use std::marker::PhantomData;
 
 /// Bytes ahead of the current block to prefetch: DRAM latency times one core's bandwidth.
-const PREFETCH: usize = 2048;
+const PREFETCH: usize = 4096;
 
 /// The activations of a product.
 #[derive(Clone, Copy)]
@@ -65,6 +65,8 @@ pub(crate) trait Scales<'a>: Copy + Send + Sync {
     fn of(group: Group<'a>) -> Self;
     fn scale<L: Lanes>(self, lanes: L, block: usize, half: usize) -> L::V;
     fn minimum<L: Lanes>(self, lanes: L, block: usize) -> L::V;
+    /// Asks for what this block has `offset` bytes further, in the next group.
+    fn prefetch<L: Lanes>(self, lanes: L, block: usize, offset: usize);
 }
 
 /// f16 scales, one a block.
@@ -90,6 +92,13 @@ impl<'a, const MINIMA: bool> Scales<'a> for HalfScales<'a, MINIMA> {
     #[inline(always)]
     fn minimum<L: Lanes>(self, lanes: L, block: usize) -> L::V {
         lanes.load_f16(&self.minima[block])
+    }
+    #[inline(always)]
+    fn prefetch<L: Lanes>(self, lanes: L, block: usize, offset: usize) {
+        lanes.prefetch(&self.scales[block], offset);
+        if MINIMA {
+            lanes.prefetch(&self.minima[block], offset);
+        }
     }
 }
 
@@ -130,6 +139,13 @@ impl<'a, const MINIMA: bool, const PER_BLOCK: usize> Scales<'a>
     fn minimum<L: Lanes>(self, lanes: L, block: usize) -> L::V {
         let d = lanes.load_f16(&self.minima[block / SUPER]);
         lanes.mul(d, lanes.sub(lanes.splat(0.0), lanes.load_u8(&self.sub_minima[block])))
+    }
+    #[inline(always)]
+    fn prefetch<L: Lanes>(self, lanes: L, block: usize, offset: usize) {
+        lanes.prefetch(&self.sub_scales[block * PER_BLOCK], offset);
+        if MINIMA {
+            lanes.prefetch(&self.sub_minima[block], offset);
+        }
     }
 }
 
@@ -176,6 +192,7 @@ impl<S: ScaleFamily> Format for NibblesInt8<S> {
             for line in 0..4 {
                 lanes.prefetch(tile, PREFETCH + 64 * line);
             }
+            scales.prefetch(lanes, b, group.layout.len_bytes);
             let w = lanes.nibbles(tile);
             let scale = scales.scale(lanes, b, 0);
             for n in 0..N {
@@ -219,6 +236,7 @@ impl<S: ScaleFamily> Format for BytesInt8<S> {
             for line in 0..8 {
                 lanes.prefetch(tile, PREFETCH + 64 * line);
             }
+            scales.prefetch(lanes, b, group.layout.len_bytes);
             let w = lanes.bytes(tile);
             let (first, second) = ([w[0], w[1], w[2], w[3]], [w[4], w[5], w[6], w[7]]);
             let scale = scales.scale(lanes, b, 0);

@@ -26,19 +26,7 @@ impl CpuWeight {
         pool: &Pool,
         device: impl Fn() -> String,
     ) -> Result<CpuWeight, KernelError> {
-        let row_bytes = view.dtype.row_bytes(view.columns);
-        let expected = row_bytes.and_then(|bytes| bytes.checked_mul(view.rows));
-        let fits = expected == Some(view.bytes.len());
-        let (Some(row_bytes), true) = (row_bytes, fits) else {
-            return Err(KernelError::WeightBytes {
-                name: view.name.to_owned(),
-                rows: view.rows,
-                columns: view.columns,
-                dtype: view.dtype,
-                expected: expected.unwrap_or(0),
-                found: view.bytes.len(),
-            });
-        };
+        let row_bytes = view.row_bytes()?;
         let kind = TileKind::of(view.dtype);
         let n_groups = view.rows.div_ceil(ROWS);
         let out_of_memory = |wanted_bytes| KernelError::OutOfMemory {
