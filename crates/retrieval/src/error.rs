@@ -36,6 +36,19 @@ pub enum RetrievalError {
         /// Its size.
         found: u64,
     },
+    /// HTML whose tree would be too deep, or too large by repeated formatting, to be built in
+    /// reasonable time.
+    #[error("document `{doc_id}`: {what} {found}, expected at most {limit}")]
+    TooDeep {
+        /// The document.
+        doc_id: String,
+        /// What there is too much of.
+        what: &'static str,
+        /// The limit.
+        limit: usize,
+        /// The first value over it.
+        found: usize,
+    },
     /// A file name whose ending names no format that is read.
     #[error("{}: expected a name ending in .md, .markdown, .txt, .text, .html or .htm", path.display())]
     UnknownFormat {

@@ -137,7 +137,8 @@ pub(crate) fn build(
 }
 
 fn tokenizers() -> tantivy::tokenizer::TokenizerManager {
-    let manager = tantivy::tokenizer::TokenizerManager::new();
+    // The default set is kept: tantivy asks for its `default` even for the number field.
+    let manager = tantivy::tokenizer::TokenizerManager::default();
     manager.register(STEMMED, stemmed_analyzer());
     manager.register(RAW, raw_analyzer());
     manager

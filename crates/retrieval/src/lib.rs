@@ -22,6 +22,7 @@ mod hash;
 mod html;
 mod lexical;
 mod markdown;
+mod nesting;
 mod outline;
 mod prepare;
 mod read;

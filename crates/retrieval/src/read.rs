@@ -8,7 +8,7 @@ use unicode_normalization::UnicodeNormalization;
 
 use crate::hash::sha256_hex;
 use crate::outline::{Outline, sections};
-use crate::{Document, DocumentFormat, RetrievalError, html, markdown};
+use crate::{Document, DocumentFormat, RetrievalError, html, markdown, nesting};
 
 /// Largest file that is read as one document, 16 MiB; a larger one is an archive, not a document.
 pub const MAX_DOCUMENT_BYTES: u64 = 16 << 20;
@@ -17,7 +17,7 @@ pub const MAX_DOCUMENT_BYTES: u64 = 16 << 20;
 ///
 /// # Errors
 /// [`RetrievalError::UnknownFormat`], [`RetrievalError::TooLarge`], [`RetrievalError::BadUtf8`],
-/// [`RetrievalError::Io`].
+/// [`RetrievalError::TooDeep`], [`RetrievalError::Io`].
 pub fn read_document(path: &Path) -> Result<Document, RetrievalError> {
     let name = path.file_name().unwrap_or(path.as_os_str());
     read_named(path, &name.to_string_lossy())
@@ -90,7 +90,7 @@ impl Document {
     /// Makes a document out of the bytes of a file.
     ///
     /// # Errors
-    /// [`RetrievalError::TooLarge`] and [`RetrievalError::BadUtf8`].
+    /// [`RetrievalError::TooLarge`], [`RetrievalError::BadUtf8`], [`RetrievalError::TooDeep`].
     pub fn parse(
         doc_id: &str,
         source_url: &str,
@@ -115,6 +115,7 @@ impl Document {
                 (text, outline)
             }
             DocumentFormat::Html => {
+                nesting::check(doc_id, source)?;
                 let page = html::extract(source);
                 lang = page.lang.unwrap_or(lang);
                 (page.text, page.outline)
