@@ -393,20 +393,20 @@ impl<V: Copy, const N: usize> Softmax<V, N> {
         let row_bytes = width * E::LANE_BYTES;
         for d in 0..width {
             let mut sums = [lanes.splat(0.0); N];
-            for n in 0..N {
-                sums[n] = lanes.load(&acc[n * width + d]);
+            for (n, sum) in sums.iter_mut().enumerate() {
+                *sum = lanes.load(&acc[n * width + d]);
             }
             for t in 0..most {
                 let at = t * row_bytes + d * E::LANE_BYTES;
                 let v = E::load(lanes, &values[at..at + E::LANE_BYTES]);
-                for n in 0..N {
+                for (n, sum) in sums.iter_mut().enumerate() {
                     if all || t < self.n_tokens[n] {
-                        sums[n] = lanes.fma(v, lanes.splat(self.p[n][t]), sums[n]);
+                        *sum = lanes.fma(v, lanes.splat(self.p[n][t]), *sum);
                     }
                 }
             }
-            for n in 0..N {
-                lanes.store(sums[n], &mut acc[n * width + d]);
+            for (n, &sum) in sums.iter().enumerate() {
+                lanes.store(sum, &mut acc[n * width + d]);
             }
         }
     }

@@ -12,7 +12,7 @@ pub(crate) fn exp<L: Lanes>(lanes: L, x: L::V) -> L::V {
     let lowest = lanes.splat(-87.3);
     let clamped = lanes.max(lowest, lanes.min(lanes.splat(88.4), x));
     let n = lanes.round(lanes.mul(clamped, lanes.splat(std::f32::consts::LOG2_E)));
-    let r = lanes.fma(n, lanes.splat(-0.693_359_375), clamped);
+    let r = lanes.fma(n, lanes.splat(-0.693_359_4), clamped);
     let r = lanes.fma(n, lanes.splat(2.121_944_4e-4), r);
     let p = horner(
         lanes,
@@ -71,4 +71,75 @@ pub(crate) fn gelu<L: Lanes>(lanes: L, x: L::V) -> L::V {
     let scaled = lanes.mul(x, lanes.splat(std::f32::consts::FRAC_1_SQRT_2));
     let half = lanes.mul(x, lanes.splat(0.5));
     lanes.fma(half, erf(lanes, scaled), half)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::arch::Scalar;
+
+    /// The largest error in ulp of the exact value over a grid.
+    fn worst(
+        range: std::ops::Range<f64>,
+        got: impl Fn([f32; 16]) -> [f32; 16],
+        exact: impl Fn(f64) -> f64,
+        unit: impl Fn(f64, f64) -> f64,
+    ) -> f64 {
+        let n = 200_000;
+        let mut worst = 0.0_f64;
+        for i in 0..n {
+            let x = (range.start + (range.end - range.start) * f64::from(i) / f64::from(n)) as f32;
+            let expected = exact(f64::from(x));
+            let error = (f64::from(got([x; 16])[0]) - expected).abs();
+            worst = worst.max(error / unit(f64::from(x), expected));
+        }
+        worst
+    }
+
+    fn ulp(_x: f64, y: f64) -> f64 {
+        2.0_f64.powi(y.abs().max(1e-38).log2().floor() as i32 - 23)
+    }
+
+    /// NIST DLMF 7.6.2; all terms positive, enough of them below 4.5.
+    fn exact_erf(x: f64) -> f64 {
+        let (mut term, mut sum) = (x, x);
+        for n in 1..200 {
+            term *= 2.0 * x * x / f64::from(2 * n + 1);
+            sum += term;
+        }
+        std::f64::consts::FRAC_2_SQRT_PI * (-x * x).exp() * sum
+    }
+
+    #[test]
+    fn exp_is_within_two_ulp() {
+        let error = worst(-87.0..88.0, |x| exp(Scalar, x), f64::exp, ulp);
+        assert!(error <= 2.0, "{error} ulp");
+        assert_eq!(exp(Scalar, [-100.0; 16])[0], 0.0);
+        assert_eq!(exp(Scalar, [f32::NEG_INFINITY; 16])[0], 0.0);
+        assert_eq!(exp(Scalar, [89.0; 16])[0], f32::INFINITY);
+        assert!(exp(Scalar, [f32::NAN; 16])[0].is_nan());
+    }
+
+    #[test]
+    fn silu_is_within_four_ulp() {
+        let silu_f64 = |x: f64| x / (1.0 + (-x).exp());
+        let error = worst(-87.0..87.0, |x| silu(Scalar, x), silu_f64, ulp);
+        assert!(error <= 4.0, "{error} ulp");
+    }
+
+    #[test]
+    fn erf_is_within_two_ulp() {
+        let error = worst(1e-3..4.5, |x| erf(Scalar, x), exact_erf, ulp);
+        assert!(error <= 2.0, "{error} ulp");
+        let mirrored = worst(-4.5..-1e-3, |x| erf(Scalar, x), exact_erf, ulp);
+        assert!(mirrored <= 2.0, "{mirrored} ulp");
+    }
+
+    #[test]
+    fn gelu_is_within_its_bound() {
+        let exact = |x: f64| 0.5 * x * (1.0 + exact_erf(x * std::f64::consts::FRAC_1_SQRT_2));
+        let unit = |x: f64, y: f64| 3e-7 * x.abs().max(y.abs()).max(1e-30);
+        let error = worst(-6.0..6.0, |x| gelu(Scalar, x), exact, unit);
+        assert!(error <= 1.0, "{error} of the bound");
+    }
 }

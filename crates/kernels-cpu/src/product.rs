@@ -277,9 +277,9 @@ impl<V: Copy, const N: usize> FloatSums<V, N> {
     #[inline(always)]
     fn add<L: Lanes<V = V>>(&mut self, lanes: L, w: [V; 4], x: &[&[f32; BLOCK]; N], j: usize) {
         for (c, &w) in w.iter().enumerate() {
-            for n in 0..N {
-                let product = &mut self.0[n][c % 2];
-                *product = lanes.fma(w, lanes.splat(x[n][4 * j + c]), *product);
+            for (sums, x) in self.0.iter_mut().zip(x) {
+                let sum = &mut sums[c % 2];
+                *sum = lanes.fma(w, lanes.splat(x[4 * j + c]), *sum);
             }
         }
     }
@@ -287,8 +287,8 @@ impl<V: Copy, const N: usize> FloatSums<V, N> {
     #[inline(always)]
     fn finish<L: Lanes<V = V>>(self, lanes: L) -> [V; N] {
         let mut out = [lanes.splat(0.0); N];
-        for n in 0..N {
-            out[n] = lanes.add(self.0[n][0], self.0[n][1]);
+        for (out, [even, odd]) in out.iter_mut().zip(self.0) {
+            *out = lanes.add(even, odd);
         }
         out
     }

@@ -122,15 +122,13 @@ fn float_block(dtype: DType, tile: &[u8], r: usize, out: &mut [f32]) {
     for (k, out) in out.iter_mut().enumerate() {
         let at = k * ROWS + r;
         let two = || [tile[2 * at], tile[2 * at + 1]];
-        *out = match dtype {
-            DType::F16 => f16::from_le_bytes(two()).to_f32(),
-            DType::BF16 => bf16::from_le_bytes(two()).to_f32(),
-            _ => f32::from_le_bytes([
-                tile[4 * at],
-                tile[4 * at + 1],
-                tile[4 * at + 2],
-                tile[4 * at + 3],
-            ]),
+        *out = if dtype == DType::F16 {
+            f16::from_le_bytes(two()).to_f32()
+        } else if dtype == DType::BF16 {
+            bf16::from_le_bytes(two()).to_f32()
+        } else {
+            let at = 4 * at;
+            f32::from_le_bytes([tile[at], tile[at + 1], tile[at + 2], tile[at + 3]])
         };
     }
 }
@@ -203,25 +201,22 @@ impl Packer {
         let layout = &self.layout;
         for (s, block) in row.chunks_exact(self.dtype.block_bytes()).enumerate() {
             let at = (s * ROWS + r) * 2;
-            let q = match self.dtype {
-                DType::Q6_K => {
-                    group[layout.scales + at..][..2].copy_from_slice(&block[208..210]);
-                    for (i, &scale) in block[192..208].iter().enumerate() {
-                        group[layout.sub_scales + (s * 16 + i) * ROWS + r] = scale;
-                    }
-                    q6_k(block)
+            let q = if self.dtype == DType::Q6_K {
+                group[layout.scales + at..][..2].copy_from_slice(&block[208..210]);
+                for (i, &scale) in block[192..208].iter().enumerate() {
+                    group[layout.sub_scales + (s * 16 + i) * ROWS + r] = scale;
                 }
-                _ => {
-                    group[layout.scales + at..][..2].copy_from_slice(&block[0..2]);
-                    group[layout.minima + at..][..2].copy_from_slice(&block[2..4]);
-                    for i in 0..SUPER {
-                        let (scale, minimum) = six_bits(&block[4..16], i);
-                        let at = (s * SUPER + i) * ROWS + r;
-                        group[layout.sub_scales + at] = scale;
-                        group[layout.sub_minima + at] = minimum;
-                    }
-                    if self.dtype == DType::Q4_K { q4_k(block) } else { q5_k(block) }
+                q6_k(block)
+            } else {
+                group[layout.scales + at..][..2].copy_from_slice(&block[0..2]);
+                group[layout.minima + at..][..2].copy_from_slice(&block[2..4]);
+                for i in 0..SUPER {
+                    let (scale, minimum) = six_bits(&block[4..16], i);
+                    let at = (s * SUPER + i) * ROWS + r;
+                    group[layout.sub_scales + at] = scale;
+                    group[layout.sub_minima + at] = minimum;
                 }
+                if self.dtype == DType::Q4_K { q4_k(block) } else { q5_k(block) }
             };
             for (i, q) in q.as_chunks::<BLOCK>().0.iter().enumerate() {
                 self.pack_quants(q, s * SUPER + i, r, group);
@@ -252,13 +247,19 @@ fn plain_block(dtype: DType, block: &[u8]) -> PlainBlock {
     };
     let fifth = |at: usize, i: usize| (block[at + i / 8] >> (i % 8) & 1) << 4;
     let has_minimum = matches!(dtype, DType::Q4_1 | DType::Q5_1);
-    let q = std::array::from_fn(|i| match dtype {
-        DType::Q4_0 => nibbles(2, i),
-        DType::Q4_1 => nibbles(4, i),
-        DType::Q5_0 => 128 - 16 + (nibbles(6, i) | fifth(2, i)),
-        DType::Q5_1 => 128 + (nibbles(8, i) | fifth(4, i)),
-        _ => block[2 + i] ^ 0x80,
-    });
+    let q = match dtype {
+        DType::Q4_0 => std::array::from_fn(|i| nibbles(2, i)),
+        DType::Q4_1 => std::array::from_fn(|i| nibbles(4, i)),
+        DType::Q5_0 => std::array::from_fn(|i| 128 - 16 + (nibbles(6, i) | fifth(2, i))),
+        DType::Q5_1 => std::array::from_fn(|i| 128 + (nibbles(8, i) | fifth(4, i))),
+        DType::Q8_0
+        | DType::Q4_K
+        | DType::Q5_K
+        | DType::Q6_K
+        | DType::F32
+        | DType::F16
+        | DType::BF16 => std::array::from_fn(|i| block[2 + i] ^ 0x80),
+    };
     PlainBlock { scale: two(0), minimum: if has_minimum { two(2) } else { [0; 2] }, q }
 }
 
