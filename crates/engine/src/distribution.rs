@@ -8,13 +8,13 @@ const LANES: usize = 16;
 
 /// What one pass over the logits gives.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Summary {
+pub(crate) struct Summary {
     /// Largest logit.
-    pub max: f32,
+    pub(crate) max: f32,
     /// ln Σ e^(x - max).
-    pub log_sum: f32,
+    pub(crate) log_sum: f32,
     /// −Σ p ln p in nats, p = softmax of the logits.
-    pub entropy: f32,
+    pub(crate) entropy: f32,
 }
 
 impl Summary {
@@ -22,7 +22,7 @@ impl Summary {
     ///
     /// With w = e^(x - max), z = Σ w and s = Σ w (x - max): entropy = ln z − s / z.
     #[must_use]
-    pub fn of(logits: &[f32]) -> Option<Summary> {
+    pub(crate) fn of(logits: &[f32]) -> Option<Summary> {
         if logits.is_empty() || !all_finite(logits) {
             return None;
         }
@@ -39,7 +39,7 @@ impl Summary {
 
     /// Natural logarithm of the probability of a token with logit `x`.
     #[must_use]
-    pub fn logprob(&self, x: f32) -> f32 {
+    pub(crate) fn logprob(&self, x: f32) -> f32 {
         x - self.max - self.log_sum
     }
 }
@@ -49,7 +49,7 @@ impl Summary {
 /// # Panics
 /// No value, or NaN among them.
 #[must_use]
-pub fn argmax(values: &[f32]) -> usize {
+pub(crate) fn argmax(values: &[f32]) -> usize {
     #[expect(clippy::float_cmp, reason = "the maximum is one of the values, bit for bit or ±0")]
     let at = |max: f32| values.iter().position(|&x| x == max);
     at(maximum(values)).expect("finite values have a maximum")
@@ -57,7 +57,7 @@ pub fn argmax(values: &[f32]) -> usize {
 
 /// The `n` largest values with their indexes, largest first, lower index first on a tie.
 #[must_use]
-pub fn largest(values: &[f32], n: usize) -> Vec<(u32, f32)> {
+pub(crate) fn largest(values: &[f32], n: usize) -> Vec<(u32, f32)> {
     let mut top: Vec<(u32, f32)> = Vec::with_capacity(n + 1);
     for (id, &x) in (0_u32..).zip(values) {
         if top.len() == n && top.last().is_none_or(|last| x <= last.1) {
@@ -78,7 +78,7 @@ pub fn largest(values: &[f32], n: usize) -> Vec<(u32, f32)> {
 #[inline]
 #[must_use]
 #[expect(clippy::excessive_precision, reason = "coefficients as Cephes prints them")]
-pub fn exp_nonpositive(x: f32) -> f32 {
+pub(crate) fn exp_nonpositive(x: f32) -> f32 {
     const ROUND: f32 = 12_582_912.0; // 1.5 * 2^23: adding it rounds to an integer in the low bits
     let shifted = x.max(-87.0) * std::f32::consts::LOG2_E + ROUND;
     let n = shifted - ROUND;
@@ -101,9 +101,9 @@ pub fn exp_nonpositive(x: f32) -> f32 {
 /// Exponent bits all set means NaN or infinity; an OR over integers vectorises, `all` does not.
 fn all_finite(values: &[f32]) -> bool {
     const EXPONENT: u32 = 0x7f80_0000;
-    values.chunks(BLOCK).all(|block| {
-        !block.iter().fold(false, |bad, x| bad | (x.to_bits() & EXPONENT == EXPONENT))
-    })
+    values
+        .chunks(BLOCK)
+        .all(|block| !block.iter().fold(false, |bad, x| bad | (x.to_bits() & EXPONENT == EXPONENT)))
 }
 
 fn maximum(values: &[f32]) -> f32 {
@@ -166,8 +166,7 @@ mod tests {
         for (n, spread) in [(1, 1.0), (17, 3.0), (1000, 20.0), (49_152, 30.0)] {
             let logits = noise(n, spread);
             let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-            let w: Vec<f64> =
-                logits.iter().map(|&x| f64::from(x - max).exp()).collect();
+            let w: Vec<f64> = logits.iter().map(|&x| f64::from(x - max).exp()).collect();
             let z: f64 = w.iter().sum();
             let entropy: f64 = w.iter().map(|w| -(w / z) * (w / z).ln()).sum();
             let summary = Summary::of(&logits).unwrap();

@@ -35,7 +35,9 @@ pub enum EngineError {
         source: std::io::Error,
     },
     /// The tokenizer names tokens that the model has no rows for.
-    #[error("tokenizer: expected at most {rows} tokens (rows of the output matrix), found {tokens}")]
+    #[error(
+        "tokenizer: expected at most {rows} tokens (rows of the output matrix), found {tokens}"
+    )]
     VocabularyTooLarge {
         /// Rows of the output matrix.
         rows: usize,

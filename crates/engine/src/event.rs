@@ -150,7 +150,8 @@ pub enum SequenceFault {
 pub struct Generation {
     /// Name for logs and traces.
     pub id: SequenceId,
-    /// The events, in order. Disconnects after `Finished` or `Failed`.
+    /// The events, in order. Disconnects after `Finished` or `Failed`; a disconnect without either
+    /// means that the engine is gone.
     pub events: flume::Receiver<Event>,
     pub(crate) commands: flume::Sender<Command>,
 }

@@ -1,1 +1,44 @@
-//! placeholder
+//! The engine: one thread that owns a decoder, its KV pages and every running sequence.
+//!
+//! Way in: [`load_generator`] → [`Engine::start`] → [`EngineHandle::submit`] → events of a
+//! [`Generation`]. Requests go in as messages, events come out of a channel; nothing here is behind
+//! a lock, and nothing knows HTTP or async.
+//!
+//! - `request`, `event`, `error`: what goes in and comes out.
+//! - `handle`, `worker`: the two ends of the command channel. `worker` documents faults.
+//! - `scheduler`, `sequence`, `pages`: which rows run, what a sequence is, who owns which page.
+//!   `scheduler` says why nothing can wedge.
+//! - `sampler`, `distribution`, `philox`, `output`: from logits to text.
+//! - `warm_up`: the fence before the first user token. `encoder`: the sentence encoder.
+
+mod counters;
+mod distribution;
+mod encoder;
+mod error;
+mod event;
+mod handle;
+mod load;
+mod output;
+mod pages;
+mod philox;
+mod request;
+mod sampler;
+mod scheduler;
+mod sequence;
+mod warm_up;
+mod worker;
+
+pub use counters::{Counters, EngineState};
+pub use encoder::SentenceEncoder;
+pub use error::{EngineError, ScoreError, SubmitError};
+pub use event::{
+    Alternative, Event, Finish, Finished, Generation, SequenceFault, SequenceId, Timings,
+    TokenEvent, TokenLogprob, Usage,
+};
+pub use handle::{Engine, EngineFacts, EngineHandle, EngineOptions};
+pub use load::{GeneratorProgress, Loaded, load_generator, prepare_generator};
+pub use pages::PageFault;
+pub use request::{
+    GenerateRequest, MAX_LOGIT_BIAS, MAX_STOP_BYTES, MAX_STOP_STRINGS, MAX_TOP_LOGPROBS, Sampling,
+};
+pub use warm_up::{BucketReport, WarmUpError, WarmUpPlan, WarmUpReport, warm_up};

@@ -10,11 +10,11 @@ use thiserror::Error;
 
 /// A table entry: a page and the generation it had when it was handed out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct PageRef {
+pub(crate) struct PageRef {
     /// Index in the pool.
-    pub page: PageId,
+    pub(crate) page: PageId,
     /// Generation at allocation.
-    pub generation: u32,
+    pub(crate) generation: u32,
 }
 
 /// A broken invariant of the page pool.
@@ -71,7 +71,7 @@ pub enum PageFault {
 
 /// The books of one page pool.
 #[derive(Debug)]
-pub struct Pages {
+pub(crate) struct Pages {
     /// Pages without references; the last is handed out first, so that warm memory is reused.
     free: Vec<PageId>,
     generations: Vec<u32>,
@@ -84,7 +84,7 @@ impl Pages {
     /// # Panics
     /// More than `u32::MAX` pages; [`PageId`] cannot name them.
     #[must_use]
-    pub fn new(n_pages: usize) -> Pages {
+    pub(crate) fn new(n_pages: usize) -> Pages {
         let n = u32::try_from(n_pages).expect("PageId is 32 bits wide");
         Pages {
             free: (0..n).rev().map(PageId).collect(),
@@ -95,19 +95,19 @@ impl Pages {
 
     /// Pages of the pool.
     #[must_use]
-    pub fn total(&self) -> usize {
+    pub(crate) fn total(&self) -> usize {
         self.generations.len()
     }
 
     /// Pages that nobody holds.
     #[must_use]
-    pub fn free(&self) -> usize {
+    pub(crate) fn free(&self) -> usize {
         self.free.len()
     }
 
     /// Hands out `n` pages with one reference each, or none at all if fewer are free.
     #[must_use]
-    pub fn allocate(&mut self, n: usize) -> Option<Vec<PageRef>> {
+    pub(crate) fn allocate(&mut self, n: usize) -> Option<Vec<PageRef>> {
         let keep = self.free.len().checked_sub(n)?;
         let taken = self.free.split_off(keep);
         Some(
@@ -126,7 +126,7 @@ impl Pages {
     ///
     /// # Errors
     /// The entry is stale or the page is free.
-    pub fn retain(&mut self, entry: PageRef) -> Result<(), PageFault> {
+    pub(crate) fn retain(&mut self, entry: PageRef) -> Result<(), PageFault> {
         self.check(entry)?;
         self.references[index(entry.page)] += 1;
         Ok(())
@@ -136,7 +136,7 @@ impl Pages {
     ///
     /// # Errors
     /// The entry is stale or the page is free. The books are unchanged then.
-    pub fn release(&mut self, entry: PageRef) -> Result<(), PageFault> {
+    pub(crate) fn release(&mut self, entry: PageRef) -> Result<(), PageFault> {
         self.check(entry)?;
         let references = &mut self.references[index(entry.page)];
         *references -= 1;
@@ -152,7 +152,7 @@ impl Pages {
     ///
     /// # Errors
     /// The generation differs, or nobody holds the page.
-    pub fn check(&self, entry: PageRef) -> Result<(), PageFault> {
+    pub(crate) fn check(&self, entry: PageRef) -> Result<(), PageFault> {
         let (page, expected) = (entry.page.0, self.generations[index(entry.page)]);
         if entry.generation != expected {
             return Err(PageFault::Generation { page, expected, found: entry.generation });
@@ -168,7 +168,7 @@ impl Pages {
     ///
     /// # Errors
     /// The first broken invariant.
-    pub fn audit<'a>(
+    pub(crate) fn audit<'a>(
         &self,
         tables: impl IntoIterator<Item = &'a [PageRef]>,
     ) -> Result<(), PageFault> {
@@ -201,7 +201,7 @@ impl Pages {
 
     /// Forgets every table: all pages are free and all generations new. The way out after a failed
     /// audit, once every sequence was failed.
-    pub fn reset(&mut self) {
+    pub(crate) fn reset(&mut self) {
         let n = u32::try_from(self.total()).expect("checked in new");
         self.free = (0..n).rev().map(PageId).collect();
         self.references.fill(0);

@@ -11,7 +11,7 @@ const WEYL: [u32; 2] = [0x9E37_79B9, 0xBB67_AE85];
 
 /// The block function: a 128-bit counter under a 64-bit key gives 128 random bits.
 #[must_use]
-pub fn philox4x32(counter: [u32; 4], key: [u32; 2]) -> [u32; 4] {
+pub(crate) fn philox4x32(counter: [u32; 4], key: [u32; 2]) -> [u32; 4] {
     let mut block = counter;
     let mut key = key;
     for _ in 0..ROUNDS {
@@ -27,13 +27,16 @@ pub fn philox4x32(counter: [u32; 4], key: [u32; 2]) -> [u32; 4] {
 ///
 /// The key is the seed; the counter is (step, sequence).
 #[must_use]
-pub fn uniform(seed: u64, sequence: u64, step: u64) -> f64 {
+pub(crate) fn uniform(seed: u64, sequence: u64, step: u64) -> f64 {
     let [step_low, step_high] = halves(step);
     let [sequence_low, sequence_high] = halves(sequence);
     let block = philox4x32([step_low, step_high, sequence_low, sequence_high], halves(seed));
     let high = u64::from(block[0] >> 5); // 27 bits
     let low = u64::from(block[1] >> 6); // 26 bits
-    #[expect(clippy::cast_precision_loss, reason = "the value has 53 bits, which f64 holds exactly")]
+    #[expect(
+        clippy::cast_precision_loss,
+        reason = "the value has 53 bits, which f64 holds exactly"
+    )]
     let numerator = ((high << 26) | low) as f64;
     numerator / 9_007_199_254_740_992.0 // 2^53
 }
@@ -58,11 +61,7 @@ mod tests {
     fn block_function_gives_the_known_answers() {
         let cases = [
             ([0; 4], [0; 2], [0x6627_e8d5, 0xe169_c58d, 0xbc57_ac4c, 0x9b00_dbd8]),
-            (
-                [u32::MAX; 4],
-                [u32::MAX; 2],
-                [0x408f_276d, 0x41c8_3b0e, 0xa20b_c7c6, 0x6d54_51fd],
-            ),
+            ([u32::MAX; 4], [u32::MAX; 2], [0x408f_276d, 0x41c8_3b0e, 0xa20b_c7c6, 0x6d54_51fd]),
             (
                 [0x243f_6a88, 0x85a3_08d3, 0x1319_8a2e, 0x0370_7344],
                 [0xa409_3822, 0x299f_31d0],
@@ -78,7 +77,8 @@ mod tests {
     fn uniform_depends_on_each_coordinate_and_stays_in_range() {
         let base = uniform(1, 2, 3);
         assert!(base.to_bits() == uniform(1, 2, 3).to_bits());
-        for other in [uniform(2, 2, 3), uniform(1, 3, 3), uniform(1, 2, 4), uniform(1 << 32, 2, 3)] {
+        for other in [uniform(2, 2, 3), uniform(1, 3, 3), uniform(1, 2, 4), uniform(1 << 32, 2, 3)]
+        {
             assert!(base.to_bits() != other.to_bits());
         }
         let n = 20_000_u32;

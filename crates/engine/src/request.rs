@@ -61,7 +61,12 @@ impl GenerateRequest {
             "0 to 20",
             self.logprobs.unwrap_or(0),
         )?;
-        require(self.stop.len() <= MAX_STOP_STRINGS, "stop", "at most 16 strings", self.stop.len())?;
+        require(
+            self.stop.len() <= MAX_STOP_STRINGS,
+            "stop",
+            "at most 16 strings",
+            self.stop.len(),
+        )?;
         for stop in &self.stop {
             let fits = (1..=MAX_STOP_BYTES).contains(&stop.len());
             require(fits, "stop", "strings of 1 to 256 bytes", stop.len())?;
@@ -136,7 +141,12 @@ impl Sampling {
     /// # Errors
     /// [`SubmitError::BadOption`] naming the field.
     pub fn validate(&self, vocab_len: usize) -> Result<(), SubmitError> {
-        require((0.0..=5.0).contains(&self.temperature), "temperature", "0 to 5", self.temperature)?;
+        require(
+            (0.0..=5.0).contains(&self.temperature),
+            "temperature",
+            "0 to 5",
+            self.temperature,
+        )?;
         require(self.top_k != Some(0), "top_k", "at least 1", 0)?;
         require(self.top_p > 0.0 && self.top_p <= 1.0, "top_p", "above 0, up to 1", self.top_p)?;
         require((0.0..=1.0).contains(&self.min_p), "min_p", "0 to 1", self.min_p)?;

@@ -12,7 +12,7 @@ const FIRST_HEAD: usize = 64;
 
 /// Buffers that all sequences of an engine share; they grow to the vocabulary once.
 #[derive(Debug, Default)]
-pub struct SamplerScratch {
+pub(crate) struct SamplerScratch {
     adjusted: Vec<f32>,
     candidates: Vec<Candidate>,
 }
@@ -26,7 +26,7 @@ struct Candidate {
 
 /// The sampling state of one sequence: its options and what its answer holds so far.
 #[derive(Debug)]
-pub struct Sampler {
+pub(crate) struct Sampler {
     sampling: Sampling,
     /// Occurrences in the answer, for presence and frequency penalties.
     counts: BTreeMap<u32, u32>,
@@ -36,13 +36,18 @@ pub struct Sampler {
 impl Sampler {
     /// State before the first token. The options were validated.
     #[must_use]
-    pub fn new(sampling: Sampling) -> Sampler {
+    pub(crate) fn new(sampling: Sampling) -> Sampler {
         Sampler { sampling, counts: BTreeMap::new(), step: 0 }
     }
 
     /// Draws the next token; `logits` are finite and cover exactly the tokenizer's vocabulary, and
     /// `tokens` are prompt and answer so far.
-    pub fn sample(&mut self, logits: &[f32], tokens: &[u32], scratch: &mut SamplerScratch) -> u32 {
+    pub(crate) fn sample(
+        &mut self,
+        logits: &[f32],
+        tokens: &[u32],
+        scratch: &mut SamplerScratch,
+    ) -> u32 {
         let values = if self.adjusts() {
             scratch.adjusted.clear();
             scratch.adjusted.extend_from_slice(logits);
@@ -97,10 +102,11 @@ impl Sampler {
 fn weigh(logits: &[f32], temperature: f32, candidates: &mut Vec<Candidate>) {
     let max = logits[argmax(logits)];
     candidates.clear();
-    candidates.extend((0_u32..).zip(logits).map(|(id, &x)| Candidate {
-        id,
-        weight: exp_nonpositive((x - max) / temperature),
-    }));
+    candidates.extend(
+        (0_u32..)
+            .zip(logits)
+            .map(|(id, &x)| Candidate { id, weight: exp_nonpositive((x - max) / temperature) }),
+    );
     candidates.retain(|candidate| candidate.weight > 0.0);
 }
 
@@ -182,9 +188,8 @@ mod tests {
 
     /// Ids that 400 draws with different seeds give.
     fn support(sampling: &Sampling, logits: &[f32]) -> Vec<u32> {
-        let mut ids: Vec<u32> = (0..400)
-            .map(|seed| once(Sampling { seed, ..sampling.clone() }, logits, &[]))
-            .collect();
+        let mut ids: Vec<u32> =
+            (0..400).map(|seed| once(Sampling { seed, ..sampling.clone() }, logits, &[])).collect();
         ids.sort_unstable();
         ids.dedup();
         ids
@@ -256,11 +261,8 @@ mod tests {
 
     #[test]
     fn repetition_penalty_looks_at_its_window_only() {
-        let penalised = Sampling {
-            repetition_penalty: 2.0,
-            repetition_window: 2,
-            ..Sampling::greedy()
-        };
+        let penalised =
+            Sampling { repetition_penalty: 2.0, repetition_window: 2, ..Sampling::greedy() };
         let logits = [1.0, 1.5, -1.0];
         assert_eq!(once(penalised.clone(), &logits, &[1, 2, 1]), 0); // 1.5 / 2 < 1.0
         assert_eq!(once(penalised, &logits, &[1, 2, 2]), 1); // outside the window
@@ -290,11 +292,8 @@ mod tests {
         let ban = Sampling { logit_bias: vec![(1, -100.0)], ..Sampling::default() };
         assert!(!support(&ban, &logits()).contains(&1));
         // Bias first would give (1.0 + 0.6) / 2 = 0.8; penalties first give 1.0 / 2 + 0.6 = 1.1.
-        let order = Sampling {
-            repetition_penalty: 2.0,
-            logit_bias: vec![(0, 0.6)],
-            ..Sampling::greedy()
-        };
+        let order =
+            Sampling { repetition_penalty: 2.0, logit_bias: vec![(0, 0.6)], ..Sampling::greedy() };
         assert_eq!(once(order, &[1.0, 1.0], &[0]), 0);
     }
 

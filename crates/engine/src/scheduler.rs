@@ -15,16 +15,16 @@
 
 /// What the planner needs to know of one running sequence.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Demand {
+pub(crate) struct Demand {
     /// Tokens known but not yet fed: 1 while generating, more while in the prompt.
-    pub unfed: usize,
+    pub(crate) unfed: usize,
     /// Which rows need logits.
-    pub logits: LogitRows,
+    pub(crate) logits: LogitRows,
 }
 
 /// Rows of a sequence whose logits are read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum LogitRows {
+pub(crate) enum LogitRows {
     /// Only the row of the last known token: generation.
     Last,
     /// Every row: scoring.
@@ -33,27 +33,27 @@ pub enum LogitRows {
 
 /// Limits of one step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct StepLimits {
+pub(crate) struct StepLimits {
     /// Prompt rows a step, at least 1.
-    pub prefill_chunk: usize,
+    pub(crate) prefill_chunk: usize,
     /// Score rows a step, at least 1: their logits are V floats each.
-    pub score_rows: usize,
+    pub(crate) score_rows: usize,
 }
 
 /// The rows of one sequence in a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct PlannedSpan {
+pub(crate) struct PlannedSpan {
     /// Index into the demands.
-    pub sequence_idx: usize,
+    pub(crate) sequence_idx: usize,
     /// Rows, at least 1.
-    pub n_rows: usize,
+    pub(crate) n_rows: usize,
     /// Rows at the end of the span whose logits are read.
-    pub n_logit_rows: usize,
+    pub(crate) n_logit_rows: usize,
 }
 
 /// Plans one step over running sequences in admission order.
 #[must_use]
-pub fn plan(demands: &[Demand], limits: StepLimits) -> Vec<PlannedSpan> {
+pub(crate) fn plan(demands: &[Demand], limits: StepLimits) -> Vec<PlannedSpan> {
     let mut chunk_left = limits.prefill_chunk;
     let mut score_left = limits.score_rows;
     let mut spans = Vec::with_capacity(demands.len());

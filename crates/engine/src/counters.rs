@@ -1,0 +1,204 @@
+//! What can be read of the engine from outside while it runs: atomics that its thread writes.
+
+use std::sync::atomic::{AtomicU8, AtomicU64, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use crate::sequence::Traffic;
+
+/// Whether the engine takes work.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum EngineState {
+    /// Takes work.
+    Running,
+    /// Stopped as asked.
+    Stopped,
+    /// Gave up after repeated panics; every sequence was failed.
+    Faulted,
+}
+
+/// A snapshot. Totals count user traffic since the start; warm-up leaves no trace in them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Counters {
+    /// Whether the engine takes work.
+    pub state: EngineState,
+    /// Admitted sequences.
+    pub sequences_running: usize,
+    /// Queued sequences.
+    pub sequences_waiting: usize,
+    /// Pages of the pool.
+    pub pages_total: usize,
+    /// Pages that nobody holds.
+    pub pages_free: usize,
+    /// Prompt tokens computed.
+    pub tokens_prompt: u64,
+    /// Token events sent.
+    pub tokens_generated: u64,
+    /// Forward passes with at least one user row.
+    pub steps: u64,
+    /// Sequences taken into the queue.
+    pub submitted: u64,
+    /// Sequences that ended by themselves.
+    pub finished: u64,
+    /// Sequences that their caller gave up.
+    pub cancelled: u64,
+    /// Sequences that the engine gave up.
+    pub failed: u64,
+    /// Steps that panicked.
+    pub panics: u64,
+    /// Violations of the page books (G-17).
+    pub kv_faults: u64,
+    /// Time since the engine last completed a step or became busy.
+    pub since_progress: Duration,
+}
+
+impl Counters {
+    /// Liveness (field fault H1): there is work, and none was done for `limit`.
+    #[must_use]
+    pub fn is_stalled(&self, limit: Duration) -> bool {
+        self.sequences_running + self.sequences_waiting > 0 && self.since_progress > limit
+    }
+}
+
+/// The live numbers. The engine thread writes; handles read, and reserve queue places.
+#[derive(Debug)]
+pub(crate) struct Gauges {
+    start: Instant,
+    state: AtomicU8,
+    last_progress_ms: AtomicU64,
+    running: AtomicUsize,
+    waiting: AtomicUsize,
+    pages_total: usize,
+    pages_free: AtomicUsize,
+    totals: [AtomicU64; Total::COUNT],
+}
+
+/// Index of a total.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Total {
+    PromptTokens,
+    GeneratedTokens,
+    Steps,
+    Submitted,
+    Finished,
+    Cancelled,
+    Failed,
+    Panics,
+    KvFaults,
+}
+
+impl Total {
+    const COUNT: usize = Total::KvFaults as usize + 1;
+}
+
+impl Gauges {
+    pub(crate) fn new(pages_total: usize) -> Gauges {
+        Gauges {
+            start: Instant::now(),
+            state: AtomicU8::new(0),
+            last_progress_ms: AtomicU64::new(0),
+            running: AtomicUsize::new(0),
+            waiting: AtomicUsize::new(0),
+            pages_total,
+            pages_free: AtomicUsize::new(pages_total),
+            totals: std::array::from_fn(|_| AtomicU64::new(0)),
+        }
+    }
+
+    /// Takes a place in the queue, or refuses at the limit. The first work after idleness starts
+    /// the progress clock, so that an idle hour does not look like a stall.
+    pub(crate) fn enter_queue(&self, limit: usize) -> bool {
+        let admit = |n: usize| (n < limit).then_some(n + 1);
+        let before = self.waiting.fetch_update(Ordering::AcqRel, Ordering::Acquire, admit);
+        if before == Ok(0) && self.running.load(Ordering::Acquire) == 0 {
+            self.progress();
+        }
+        before.is_ok()
+    }
+
+    pub(crate) fn leave_queue(&self) {
+        self.waiting.fetch_sub(1, Ordering::AcqRel);
+    }
+
+    pub(crate) fn progress(&self) {
+        self.last_progress_ms.store(self.now_ms(), Ordering::Release);
+    }
+
+    pub(crate) fn set_running(&self, running: usize) {
+        self.running.store(running, Ordering::Release);
+    }
+
+    pub(crate) fn set_pages_free(&self, free: usize) {
+        self.pages_free.store(free, Ordering::Release);
+    }
+
+    pub(crate) fn set_state(&self, state: EngineState) {
+        let code = match state {
+            EngineState::Running => 0,
+            EngineState::Stopped => 1,
+            EngineState::Faulted => 2,
+        };
+        self.state.store(code, Ordering::Release);
+    }
+
+    pub(crate) fn count(&self, traffic: Traffic, total: Total, n: usize) {
+        match traffic {
+            Traffic::User => {
+                self.totals[total as usize].fetch_add(n as u64, Ordering::Relaxed);
+            }
+            Traffic::WarmUp => {}
+        }
+    }
+
+    pub(crate) fn state(&self) -> EngineState {
+        match self.state.load(Ordering::Acquire) {
+            0 => EngineState::Running,
+            1 => EngineState::Stopped,
+            _ => EngineState::Faulted,
+        }
+    }
+
+    pub(crate) fn snapshot(&self) -> Counters {
+        let total = |total: Total| self.totals[total as usize].load(Ordering::Relaxed);
+        let last = self.last_progress_ms.load(Ordering::Acquire);
+        Counters {
+            state: self.state(),
+            sequences_running: self.running.load(Ordering::Acquire),
+            sequences_waiting: self.waiting.load(Ordering::Acquire),
+            pages_total: self.pages_total,
+            pages_free: self.pages_free.load(Ordering::Acquire),
+            tokens_prompt: total(Total::PromptTokens),
+            tokens_generated: total(Total::GeneratedTokens),
+            steps: total(Total::Steps),
+            submitted: total(Total::Submitted),
+            finished: total(Total::Finished),
+            cancelled: total(Total::Cancelled),
+            failed: total(Total::Failed),
+            panics: total(Total::Panics),
+            kv_faults: total(Total::KvFaults),
+            since_progress: Duration::from_millis(self.now_ms().saturating_sub(last)),
+        }
+    }
+
+    fn now_ms(&self) -> u64 {
+        u64::try_from(self.start.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_idle_engine_is_not_stalled_and_one_with_old_work_is() {
+        let gauges = Gauges::new(4);
+        std::thread::sleep(Duration::from_millis(20));
+        assert!(!gauges.snapshot().is_stalled(Duration::from_millis(10)));
+        assert!(gauges.enter_queue(1));
+        assert!(!gauges.snapshot().is_stalled(Duration::from_millis(10)));
+        std::thread::sleep(Duration::from_millis(20));
+        assert!(gauges.snapshot().is_stalled(Duration::from_millis(10)));
+        assert!(!gauges.enter_queue(1), "the queue is full");
+        gauges.progress();
+        assert!(!gauges.snapshot().is_stalled(Duration::from_millis(10)));
+    }
+}

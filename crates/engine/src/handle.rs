@@ -1,0 +1,323 @@
+//! The engine seen from outside: start it, submit to it, read it, stop it.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
+
+use exrail_kernels::{Backend, KvDtype, PAGE_TOKENS};
+use exrail_text::{ChatTemplate, Tokenizer};
+
+use crate::counters::{Counters, EngineState, Gauges};
+use crate::error::{EngineError, ScoreError, SubmitError};
+use crate::event::{Generation, SequenceFault, SequenceId};
+use crate::load::Loaded;
+use crate::request::GenerateRequest;
+use crate::sequence::{Job, Traffic, Waiting};
+use crate::worker::Worker;
+
+/// Bytes of KV cache that the default page count stays within, one full context at least.
+const DEFAULT_KV_BYTES: usize = 1 << 30;
+
+/// Sizes that are fixed when the engine starts. Nothing on the device grows later.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct EngineOptions {
+    /// Sequences that run at once, 1 to 1024. Each costs one decode row a step.
+    pub max_sequences: usize,
+    /// Pages of the KV pool (256 positions each). `None`: what `max_sequences` full contexts need,
+    /// at most 1 GiB but one full context at least.
+    pub kv_pages: Option<usize>,
+    /// Longest prompt plus answer in tokens; `None` is the model's trained context, or the whole
+    /// pool if `kv_pages` is smaller than that.
+    pub max_context: Option<usize>,
+    /// Prompt rows a step, at least 1: the bound on how long a prompt delays running answers.
+    pub prefill_chunk: usize,
+    /// Element type of the KV cache.
+    pub kv_dtype: KvDtype,
+    /// Requests that may wait, at least 1; more are refused.
+    pub queue_limit: usize,
+}
+
+impl Default for EngineOptions {
+    fn default() -> EngineOptions {
+        EngineOptions {
+            max_sequences: 16,
+            kv_pages: None,
+            max_context: None,
+            prefill_chunk: 256,
+            kv_dtype: KvDtype::F16,
+            queue_limit: 256,
+        }
+    }
+}
+
+/// What is true of a running engine for its whole life.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EngineFacts {
+    /// Name in the model file, or its file name.
+    pub model_name: String,
+    /// Hex sha256 of the model file.
+    pub model_sha256: String,
+    /// Storage format of most weights, such as `Q4_1`.
+    pub quant: String,
+    /// Device and kernels.
+    pub backend: String,
+    /// Tokens of the vocabulary.
+    pub vocab_len: usize,
+    /// Longest prompt plus answer in tokens.
+    pub context: usize,
+    /// Element type of the KV cache.
+    pub kv_dtype: KvDtype,
+    /// Pages of the KV pool.
+    pub kv_pages: usize,
+    /// Bytes of the KV pool.
+    pub kv_bytes: usize,
+    /// The options as resolved.
+    pub options: EngineOptions,
+}
+
+/// A message to the engine thread.
+#[derive(Debug)]
+pub(crate) enum Command {
+    Submit(Waiting),
+    Cancel(SequenceId),
+    Shutdown,
+}
+
+/// Starts engines.
+#[derive(Debug)]
+pub struct Engine;
+
+impl Engine {
+    /// Allocates scratch and KV pool and starts the thread that owns them.
+    ///
+    /// # Errors
+    /// An option that cannot be honoured, a device without the memory, or no thread.
+    pub fn start<B: Backend>(
+        loaded: Loaded<B>,
+        options: EngineOptions,
+    ) -> Result<EngineHandle, EngineError> {
+        let facts = resolve(&loaded, options)?;
+        let (commands, receiver) = flume::unbounded();
+        let (alive, stopped) = flume::bounded(0);
+        let gauges = Arc::new(Gauges::new(facts.kv_pages));
+        let shared = Arc::new(Shared {
+            facts,
+            gauges: Arc::clone(&gauges),
+            tokenizer: Arc::clone(&loaded.tokenizer),
+            template: loaded.template.clone(),
+            next_id: AtomicU64::new(0),
+            stopped,
+        });
+        let worker = Worker::new(loaded, &shared.facts, receiver, gauges)?;
+        std::thread::Builder::new()
+            .name("exrail-engine".to_owned())
+            .spawn(move || worker.run(alive))
+            .map_err(EngineError::Thread)?;
+        Ok(EngineHandle { commands, shared })
+    }
+}
+
+#[derive(Debug)]
+struct Shared {
+    facts: EngineFacts,
+    gauges: Arc<Gauges>,
+    tokenizer: Arc<Tokenizer>,
+    template: Option<Arc<ChatTemplate>>,
+    next_id: AtomicU64,
+    /// Disconnects when the thread has ended.
+    stopped: flume::Receiver<std::convert::Infallible>,
+}
+
+/// A way to talk to a running engine; cheap to clone. The thread ends after
+/// [`EngineHandle::shutdown`], or when the last handle and generation are gone.
+#[derive(Clone, Debug)]
+pub struct EngineHandle {
+    commands: flume::Sender<Command>,
+    shared: Arc<Shared>,
+}
+
+impl EngineHandle {
+    /// Queues a sequence. Nothing of a refused request is kept.
+    ///
+    /// # Errors
+    /// See [`SubmitError`].
+    pub fn submit(&self, request: GenerateRequest) -> Result<Generation, SubmitError> {
+        self.submit_as(request, Traffic::User)
+    }
+
+    pub(crate) fn submit_as(
+        &self,
+        request: GenerateRequest,
+        traffic: Traffic,
+    ) -> Result<Generation, SubmitError> {
+        request.validate(self.shared.facts.vocab_len)?;
+        self.check_lengths(request.prompt.len(), request.max_tokens)?;
+        let (sender, events) = flume::unbounded();
+        let job = Job::Generate { request: Box::new(request), events: sender };
+        let id = self.enqueue(job, traffic)?;
+        Ok(Generation { id, events, commands: self.commands.clone() })
+    }
+
+    /// Most tokens that can follow a prompt of this length; 0 if the prompt is too long.
+    #[must_use]
+    pub fn max_new_tokens(&self, prompt_tokens: usize) -> usize {
+        self.shared.facts.context.saturating_sub(prompt_tokens)
+    }
+
+    /// Teacher-forced logits: calls `visit` with each position and its row `(V,)` in order; row i
+    /// predicts token i + 1. Rows that the caller has not visited yet are queued, 4 V bytes each.
+    ///
+    /// # Errors
+    /// The ids are refused, or the engine gives the sequence up. Unlike a generation, scoring
+    /// passes non-finite logits through.
+    pub fn score(
+        &self,
+        ids: Vec<u32>,
+        visit: &mut dyn FnMut(usize, &[f32]),
+    ) -> Result<(), ScoreError> {
+        let n_rows = ids.len();
+        GenerateRequest::new(ids.clone(), 1).validate(self.shared.facts.vocab_len)?;
+        if n_rows > self.shared.facts.context {
+            let limit = self.shared.facts.context;
+            return Err(SubmitError::PromptTooLong { tokens: n_rows, limit }.into());
+        }
+        let (rows, receiver) = flume::unbounded();
+        self.enqueue(Job::Score { ids, rows }, Traffic::User)?;
+        for position in 0..n_rows {
+            let row = receiver.recv().map_err(|_| SequenceFault::Stopped)??;
+            visit(position, &row);
+        }
+        Ok(())
+    }
+
+    /// [`EngineHandle::score`] with all rows kept: `(ids, V)`.
+    ///
+    /// # Errors
+    /// As [`EngineHandle::score`].
+    pub fn forward_logits(&self, ids: Vec<u32>) -> Result<Vec<Vec<f32>>, ScoreError> {
+        let mut rows = Vec::with_capacity(ids.len());
+        self.score(ids, &mut |_, row| rows.push(row.to_vec()))?;
+        Ok(rows)
+    }
+
+    /// Numbers of this moment.
+    #[must_use]
+    pub fn counters(&self) -> Counters {
+        self.shared.gauges.snapshot()
+    }
+
+    /// What does not change.
+    #[must_use]
+    pub fn facts(&self) -> &EngineFacts {
+        &self.shared.facts
+    }
+
+    /// The model's tokenizer.
+    #[must_use]
+    pub fn tokenizer(&self) -> &Arc<Tokenizer> {
+        &self.shared.tokenizer
+    }
+
+    /// The model's chat template, if its file has one.
+    #[must_use]
+    pub fn template(&self) -> Option<&Arc<ChatTemplate>> {
+        self.shared.template.as_ref()
+    }
+
+    /// Fails every sequence with [`SequenceFault::Stopped`] and waits for the thread to end, which
+    /// takes at most the step in progress.
+    pub fn shutdown(&self) {
+        drop(self.commands.send(Command::Shutdown)); // already stopped is fine
+        match self.shared.stopped.recv() {
+            Ok(never) => match never {},
+            Err(flume::RecvError::Disconnected) => {}
+        }
+    }
+
+    fn check_lengths(&self, prompt_tokens: usize, max_tokens: usize) -> Result<(), SubmitError> {
+        let context = self.shared.facts.context;
+        if prompt_tokens >= context {
+            return Err(SubmitError::PromptTooLong { tokens: prompt_tokens, limit: context - 1 });
+        }
+        let limit = context - prompt_tokens;
+        if max_tokens > limit {
+            return Err(SubmitError::TooManyTokens { prompt_tokens, max_tokens, limit });
+        }
+        Ok(())
+    }
+
+    fn enqueue(&self, job: Job, traffic: Traffic) -> Result<SequenceId, SubmitError> {
+        let gauges = &self.shared.gauges;
+        if gauges.state() != EngineState::Running {
+            return Err(SubmitError::Stopped);
+        }
+        let limit = self.shared.facts.options.queue_limit;
+        if !gauges.enter_queue(limit) {
+            return Err(SubmitError::QueueFull { limit });
+        }
+        let id = SequenceId(self.shared.next_id.fetch_add(1, Ordering::Relaxed));
+        let waiting = Waiting { id, traffic, submitted: Instant::now(), job };
+        if self.commands.send(Command::Submit(waiting)).is_err() {
+            gauges.leave_queue();
+            return Err(SubmitError::Stopped);
+        }
+        // A stopping thread sets its state and then empties the channel; a command that comes after
+        // that would lie there unread, so look again.
+        if gauges.state() != EngineState::Running {
+            return Err(SubmitError::Stopped);
+        }
+        Ok(id)
+    }
+}
+
+/// Checks the options against the model and fills in what was left open.
+fn resolve<B: Backend>(
+    loaded: &Loaded<B>,
+    options: EngineOptions,
+) -> Result<EngineFacts, EngineError> {
+    let config = &loaded.config;
+    within("max_sequences", options.max_sequences, 1, 1024)?;
+    within("prefill_chunk", options.prefill_chunk, 1, 1 << 16)?;
+    within("queue_limit", options.queue_limit, 1, 1 << 20)?;
+    let page_bytes = loaded.decoder.kv_shape(1, options.kv_dtype).page_bytes();
+    let asked = options.max_context.unwrap_or(config.context_len);
+    within("max_context", asked, 2, config.context_len)?;
+    let context_pages = asked.div_ceil(PAGE_TOKENS);
+    let kv_pages = options.kv_pages.unwrap_or_else(|| {
+        let affordable = DEFAULT_KV_BYTES / page_bytes.max(1);
+        (context_pages * options.max_sequences).min(affordable).max(context_pages)
+    });
+    within("kv_pages", kv_pages, 1, u32::MAX as usize)?;
+    let context = match options.max_context {
+        Some(asked) => {
+            within("kv_pages", kv_pages, context_pages, u32::MAX as usize)?;
+            asked
+        }
+        None => config.context_len.min(kv_pages * PAGE_TOKENS),
+    };
+    let vocab_len = loaded.tokenizer.vocab_len();
+    if vocab_len > config.vocab_size {
+        let rows = config.vocab_size;
+        return Err(EngineError::VocabularyTooLarge { rows, tokens: vocab_len });
+    }
+    Ok(EngineFacts {
+        model_name: loaded.model_name.clone(),
+        model_sha256: loaded.model_sha256.clone(),
+        quant: loaded.quant.clone(),
+        backend: loaded.backend.name(),
+        vocab_len,
+        context,
+        kv_dtype: options.kv_dtype,
+        kv_pages,
+        kv_bytes: kv_pages * page_bytes,
+        options: EngineOptions { kv_pages: Some(kv_pages), max_context: Some(context), ..options },
+    })
+}
+
+fn within(field: &'static str, found: usize, low: usize, high: usize) -> Result<(), EngineError> {
+    if (low..=high).contains(&found) {
+        return Ok(());
+    }
+    let expected = format!("{low} to {high}");
+    Err(EngineError::BadOption { field, expected, found: found.to_string() })
+}

@@ -1,0 +1,368 @@
+//! One sequence from submit to its last event, as a state machine without device or clock of its
+//! own.
+//!
+//! `Waiting` (in the queue, owns nothing) → `Running` (owns every page it can need; unfed prompt
+//! tokens, then one unfed token a step) → retired by the worker with one final event.
+
+use std::time::Instant;
+
+use exrail_kernels::PageId;
+use exrail_text::Tokenizer;
+
+use crate::counters::Total;
+use crate::distribution::{Summary, largest};
+use crate::event::{
+    Alternative, Event, Finish, Finished, SequenceFault, SequenceId, Timings, TokenEvent,
+    TokenLogprob, Usage,
+};
+use crate::output::AnswerText;
+use crate::pages::PageRef;
+use crate::request::GenerateRequest;
+use crate::sampler::{Sampler, SamplerScratch};
+use crate::scheduler::{Demand, LogitRows};
+
+/// Whether a sequence counts in the public counters.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Traffic {
+    User,
+    /// Leaves no trace (G-05).
+    WarmUp,
+}
+
+/// A submitted sequence that has not been admitted.
+#[derive(Debug)]
+pub(crate) struct Waiting {
+    pub(crate) id: SequenceId,
+    pub(crate) traffic: Traffic,
+    pub(crate) submitted: Instant,
+    pub(crate) job: Job,
+}
+
+/// What is to be computed.
+#[derive(Debug)]
+pub(crate) enum Job {
+    Generate { request: Box<GenerateRequest>, events: flume::Sender<Event> },
+    Score { ids: Vec<u32>, rows: flume::Sender<Result<Vec<f32>, SequenceFault>> },
+}
+
+impl Waiting {
+    /// Positions of the KV cache that the sequence can fill. The last sampled token is never fed.
+    pub(crate) fn positions(&self) -> usize {
+        match &self.job {
+            Job::Generate { request, .. } => request.prompt.len() + request.max_tokens - 1,
+            Job::Score { ids, .. } => ids.len(),
+        }
+    }
+
+    /// Tells the caller that the sequence ends before it started.
+    pub(crate) fn end(self, ending: Ending) {
+        match self.job {
+            Job::Generate { request, events } => {
+                let queue_ms = milliseconds(self.submitted, Instant::now());
+                let event = match ending {
+                    Ending::Fault(fault) => Event::Failed(fault),
+                    Ending::Finish { finish, stop_string } => Event::Finished(Finished {
+                        finish,
+                        stop_string,
+                        usage: Usage { prompt_tokens: request.prompt.len(), ..Usage::default() },
+                        timings: Timings { queue_ms, ..Timings::default() },
+                        entropy_mean: 0.0,
+                    }),
+                    Ending::Gone => return,
+                };
+                drop(events.send(event)); // the caller may be gone
+            }
+            Job::Score { rows, .. } => fail_score(&rows, ending),
+        }
+    }
+}
+
+/// How a sequence ends.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) enum Ending {
+    Finish {
+        finish: Finish,
+        stop_string: Option<String>,
+    },
+    Fault(SequenceFault),
+    /// Nobody listens any more.
+    Gone,
+}
+
+impl Ending {
+    pub(crate) fn cancelled() -> Ending {
+        Ending::Finish { finish: Finish::Cancelled, stop_string: None }
+    }
+
+    pub(crate) fn finish(finish: Finish) -> Ending {
+        Ending::Finish { finish, stop_string: None }
+    }
+
+    /// Where the ending is counted.
+    pub(crate) fn total(&self) -> Total {
+        match self {
+            Ending::Finish { finish: Finish::Stop | Finish::Length, .. } => Total::Finished,
+            Ending::Finish { finish: Finish::Cancelled, .. } | Ending::Gone => Total::Cancelled,
+            Ending::Fault(_) => Total::Failed,
+        }
+    }
+}
+
+/// What the sequences of one engine share while tokens are accepted.
+pub(crate) struct Shared<'a> {
+    pub(crate) tokenizer: &'a Tokenizer,
+    pub(crate) eos: &'a [u32],
+    pub(crate) scratch: &'a mut SamplerScratch,
+}
+
+/// An admitted sequence.
+#[derive(Debug)]
+pub(crate) struct Running {
+    pub(crate) id: SequenceId,
+    pub(crate) traffic: Traffic,
+    /// Prompt and answer.
+    pub(crate) tokens: Vec<u32>,
+    prompt_tokens: usize,
+    /// Tokens whose keys and values are in the cache.
+    pub(crate) fed: usize,
+    pub(crate) pages: Vec<PageRef>,
+    /// The same pages as the attention call wants them.
+    pub(crate) page_table: Vec<PageId>,
+    purpose: Purpose,
+}
+
+#[derive(Debug)]
+enum Purpose {
+    Generate(Box<Generating>),
+    Score(flume::Sender<Result<Vec<f32>, SequenceFault>>),
+}
+
+#[derive(Debug)]
+struct Generating {
+    prompt_tokens: usize,
+    max_tokens: usize,
+    top_logprobs: Option<usize>,
+    stop_at_eos: bool,
+    stop: Vec<String>,
+    sampler: Sampler,
+    answer: AnswerText,
+    events: flume::Sender<Event>,
+    submitted: Instant,
+    admitted: Instant,
+    first_token: Option<Instant>,
+    last_token: Option<Instant>,
+    /// Positions sampled, the end-of-sequence token included.
+    n_sampled: usize,
+    /// Token events sent.
+    n_completion: usize,
+    entropy_sum: f64,
+}
+
+impl Running {
+    /// Admits a waiting sequence with the pages it was promised and reports the start.
+    pub(crate) fn admit(waiting: Waiting, pages: Vec<PageRef>) -> Running {
+        let page_table = pages.iter().map(|entry| entry.page).collect();
+        let (tokens, purpose) = match waiting.job {
+            Job::Score { ids, rows } => (ids, Purpose::Score(rows)),
+            Job::Generate { request, events } => {
+                let admitted = Instant::now();
+                let queue_ms = milliseconds(waiting.submitted, admitted);
+                drop(events.send(Event::Started { queue_ms, cached_tokens: 0 }));
+                let generating = Generating {
+                    prompt_tokens: request.prompt.len(),
+                    max_tokens: request.max_tokens,
+                    top_logprobs: request.logprobs,
+                    stop_at_eos: request.stop_at_eos,
+                    answer: AnswerText::new(request.stop.clone()),
+                    stop: request.stop,
+                    sampler: Sampler::new(request.sampling),
+                    events,
+                    submitted: waiting.submitted,
+                    admitted,
+                    first_token: None,
+                    last_token: None,
+                    n_sampled: 0,
+                    n_completion: 0,
+                    entropy_sum: 0.0,
+                };
+                (request.prompt, Purpose::Generate(Box::new(generating)))
+            }
+        };
+        let Waiting { id, traffic, .. } = waiting;
+        let prompt_tokens = tokens.len();
+        Running { id, traffic, tokens, prompt_tokens, fed: 0, pages, page_table, purpose }
+    }
+
+    pub(crate) fn demand(&self) -> Demand {
+        let logits = match self.purpose {
+            Purpose::Generate(_) => LogitRows::Last,
+            Purpose::Score(_) => LogitRows::All,
+        };
+        Demand { unfed: self.tokens.len() - self.fed, logits }
+    }
+
+    /// Notes that the next `n_rows` tokens are in the cache; returns how many of them were prompt.
+    pub(crate) fn feed(&mut self, n_rows: usize) -> usize {
+        let before = self.fed.min(self.prompt_tokens);
+        self.fed += n_rows;
+        self.fed.min(self.prompt_tokens) - before
+    }
+
+    /// Token events so far.
+    pub(crate) fn n_completion(&self) -> usize {
+        match &self.purpose {
+            Purpose::Generate(generating) => generating.n_completion,
+            Purpose::Score(_) => 0,
+        }
+    }
+
+    /// Whether nobody listens any more.
+    pub(crate) fn is_abandoned(&self) -> bool {
+        match &self.purpose {
+            Purpose::Generate(generating) => generating.events.is_disconnected(),
+            Purpose::Score(rows) => rows.is_disconnected(),
+        }
+    }
+
+    /// Takes the logits of one row (the tokenizer's vocabulary only); `Some` when the sequence ends
+    /// with it.
+    pub(crate) fn accept(&mut self, logits: &[f32], shared: &mut Shared<'_>) -> Option<Ending> {
+        match &mut self.purpose {
+            Purpose::Generate(generating) => generating.accept(logits, &mut self.tokens, shared),
+            Purpose::Score(rows) => rows.send(Ok(logits.to_vec())).is_err().then_some(Ending::Gone),
+        }
+    }
+
+    /// Whether every row of a scored sequence was delivered.
+    pub(crate) fn is_scored(&self) -> bool {
+        matches!(self.purpose, Purpose::Score(_)) && self.fed == self.tokens.len()
+    }
+
+    /// Sends the last event. The pages were released before, so whoever sees it sees them free.
+    pub(crate) fn end(mut self, ending: Ending) {
+        match &mut self.purpose {
+            Purpose::Generate(generating) => generating.end(ending),
+            Purpose::Score(rows) => fail_score(rows, ending),
+        }
+    }
+}
+
+impl Generating {
+    fn accept(
+        &mut self,
+        logits: &[f32],
+        tokens: &mut Vec<u32>,
+        shared: &mut Shared<'_>,
+    ) -> Option<Ending> {
+        let Some(summary) = Summary::of(logits) else {
+            let step = self.n_sampled;
+            return Some(Ending::Fault(SequenceFault::NumericFault { step }));
+        };
+        let id = self.sampler.sample(logits, tokens, shared.scratch);
+        tokens.push(id);
+        let now = Instant::now();
+        self.first_token.get_or_insert(now);
+        self.last_token = Some(now);
+        self.n_sampled += 1;
+        self.entropy_sum += f64::from(summary.entropy);
+        if self.stop_at_eos && shared.eos.contains(&id) {
+            return Some(Ending::finish(Finish::Stop));
+        }
+
+        let piece = self.answer.push(text_bytes(shared.tokenizer, id));
+        let logprob =
+            self.top_logprobs.map(|n| describe(shared.tokenizer, &summary, logits, id, n));
+        let event = TokenEvent { id, text: piece.text, logprob, entropy: summary.entropy };
+        self.n_completion += 1;
+        if self.events.send(Event::Token(event)).is_err() {
+            return Some(Ending::Gone);
+        }
+        if let Some(index) = piece.stopped {
+            let stop_string = self.stop.get(index).cloned();
+            return Some(Ending::Finish { finish: Finish::Stop, stop_string });
+        }
+        (self.n_completion == self.max_tokens).then(|| Ending::finish(Finish::Length))
+    }
+
+    /// A send fails only when the caller is gone; then nobody needs the event.
+    fn end(&mut self, ending: Ending) {
+        let (finish, mut stop_string) = match ending {
+            Ending::Finish { finish, stop_string } => (finish, stop_string),
+            Ending::Fault(fault) => {
+                drop(self.events.send(Event::Failed(fault)));
+                return;
+            }
+            Ending::Gone => return,
+        };
+        if stop_string.is_none() {
+            let tail = self.answer.finish();
+            stop_string = tail.stopped.and_then(|index| self.stop.get(index).cloned());
+            if !tail.text.is_empty() {
+                drop(self.events.send(Event::Tail(tail.text)));
+            }
+        }
+        #[expect(clippy::cast_precision_loss, reason = "answers are far below 2^52 tokens")]
+        let n = self.n_sampled.max(1) as f64;
+        #[expect(clippy::cast_possible_truncation, reason = "entropies are reported in f32")]
+        let entropy_mean = (self.entropy_sum / n) as f32;
+        let end = Instant::now();
+        let first = self.first_token.unwrap_or(end);
+        drop(self.events.send(Event::Finished(Finished {
+            finish,
+            stop_string,
+            usage: Usage {
+                prompt_tokens: self.prompt_tokens,
+                completion_tokens: self.n_completion,
+                cached_tokens: 0,
+            },
+            timings: Timings {
+                queue_ms: milliseconds(self.submitted, self.admitted),
+                prefill_ms: milliseconds(self.admitted, first),
+                decode_ms: milliseconds(first, self.last_token.unwrap_or(first)),
+            },
+            entropy_mean,
+        })));
+    }
+}
+
+/// Control tokens are structure, not text: they are reported as tokens and show nothing.
+fn text_bytes(tokenizer: &Tokenizer, id: u32) -> &[u8] {
+    if tokenizer.is_control(id) { &[] } else { tokenizer.token_bytes(id).unwrap_or(&[]) }
+}
+
+fn describe(
+    tokenizer: &Tokenizer,
+    summary: &Summary,
+    logits: &[f32],
+    id: u32,
+    n_top: usize,
+) -> TokenLogprob {
+    let top = largest(logits, n_top)
+        .into_iter()
+        .map(|(id, x)| Alternative {
+            id,
+            logprob: summary.logprob(x),
+            bytes: text_bytes(tokenizer, id).to_vec(),
+        })
+        .collect();
+    TokenLogprob {
+        logprob: summary.logprob(logits[id as usize]),
+        bytes: text_bytes(tokenizer, id).to_vec(),
+        top,
+    }
+}
+
+/// A complete score ends by closing its channel; anything else must be told apart from that.
+fn fail_score(rows: &flume::Sender<Result<Vec<f32>, SequenceFault>>, ending: Ending) {
+    match ending {
+        Ending::Fault(fault) => drop(rows.send(Err(fault))),
+        Ending::Finish { finish: Finish::Cancelled, .. } => {
+            drop(rows.send(Err(SequenceFault::Stopped)));
+        }
+        Ending::Finish { finish: Finish::Stop | Finish::Length, .. } | Ending::Gone => {}
+    }
+}
+
+fn milliseconds(from: Instant, to: Instant) -> f64 {
+    to.saturating_duration_since(from).as_secs_f64() * 1000.0
+}

@@ -1,0 +1,228 @@
+//! The warm-up fence (G-05), first cut: real generations through the production path before the
+//! first user token.
+//!
+//! A bucket is a shape that a request may bring: so many sequences decoding at once, or a prompt of
+//! so many tokens. Each bucket runs `repeats` times; the first run pays for page faults, lazily
+//! built tables and cold caches. Warm-up sequences take pages and steps like any other, give every
+//! page back, and are left out of the public totals; draws are keyed by (seed, sequence, step), so
+//! they consume no randomness either.
+
+use std::time::{Duration, Instant};
+
+use thiserror::Error;
+
+use crate::error::SubmitError;
+use crate::event::{Event, Finish, Generation, SequenceFault, Timings};
+use crate::handle::EngineHandle;
+use crate::request::{GenerateRequest, Sampling};
+use crate::sequence::Traffic;
+
+/// Which shapes to warm.
+#[derive(Clone, Debug, PartialEq)]
+pub struct WarmUpPlan {
+    /// Numbers of sequences decoding at once.
+    pub decode_buckets: Vec<usize>,
+    /// Prompt lengths in tokens.
+    pub prefill_buckets: Vec<usize>,
+    /// Tokens to generate a run.
+    pub n_tokens: usize,
+    /// Runs of each bucket, at least 2: the first is the cold one.
+    pub repeats: usize,
+    /// Largest `cold_ratio` after the fence that counts as warm.
+    pub cold_ratio_max: f64,
+}
+
+impl WarmUpPlan {
+    /// Buckets for a device that builds nothing per shape, such as a CPU: one sequence and all that
+    /// the engine can run, up to 8; one token and a prompt of 64.
+    #[must_use]
+    pub fn short(handle: &EngineHandle) -> WarmUpPlan {
+        let most = handle.facts().options.max_sequences.min(8);
+        let mut decode_buckets = vec![1, most];
+        decode_buckets.dedup();
+        WarmUpPlan { decode_buckets, prefill_buckets: vec![64], ..WarmUpPlan::full(handle) }
+    }
+
+    /// The buckets of G-05, cut to what the engine can run.
+    #[must_use]
+    pub fn full(handle: &EngineHandle) -> WarmUpPlan {
+        let facts = handle.facts();
+        let decode = [1, 2, 4, 8, 16, 32];
+        let prefill = [1, 64, 512, facts.options.prefill_chunk];
+        let mut prefill_buckets = prefill.to_vec();
+        prefill_buckets.sort_unstable();
+        prefill_buckets.dedup();
+        prefill_buckets.retain(|&n| n + 10 <= facts.context);
+        WarmUpPlan {
+            decode_buckets: decode
+                .into_iter()
+                .filter(|&n| n <= facts.options.max_sequences)
+                .collect(),
+            prefill_buckets,
+            n_tokens: 10,
+            repeats: 3,
+            cold_ratio_max: 1.5,
+        }
+    }
+}
+
+/// What warming measured.
+#[derive(Clone, Debug, PartialEq)]
+pub struct WarmUpReport {
+    /// One entry a bucket, decode buckets first.
+    pub buckets: Vec<BucketReport>,
+    /// Largest ratio of all buckets.
+    pub cold_ratio: f64,
+    /// Whether the runs after the first were stable: in every bucket the slowest of them took at
+    /// most `cold_ratio_max` times their median to the first token.
+    pub is_warm: bool,
+    /// Whether every run of a bucket gave the same greedy tokens.
+    pub is_stable: bool,
+    /// Tokens generated.
+    pub n_tokens: usize,
+    /// Wall time.
+    pub took: Duration,
+}
+
+/// One bucket.
+#[derive(Clone, Debug, PartialEq)]
+pub struct BucketReport {
+    /// Sequences at once.
+    pub n_sequences: usize,
+    /// Prompt tokens of each.
+    pub n_prompt: usize,
+    /// Time to the last sequence's first token, per run.
+    pub first_token_ms: Vec<f64>,
+    /// Mean time between tokens after that, per run.
+    pub inter_token_ms: Vec<f64>,
+    /// First run's `first_token_ms` over the median of the later runs (§3.1).
+    pub cold_ratio: f64,
+}
+
+/// Warming failed; the engine must not be called ready.
+#[derive(Clone, Debug, PartialEq, Error)]
+#[non_exhaustive]
+pub enum WarmUpError {
+    /// A run was refused.
+    #[error("warm-up refused: {0}")]
+    Refused(#[from] SubmitError),
+    /// A run was given up.
+    #[error("warm-up failed: {0}")]
+    Failed(#[from] SequenceFault),
+    /// A run ended early.
+    #[error("warm-up: expected {expected} tokens, found {found}")]
+    TooFewTokens {
+        /// Tokens asked for.
+        expected: usize,
+        /// Token events.
+        found: usize,
+    },
+}
+
+/// Runs the plan. Call it before anybody else submits: other traffic would falsify its times.
+///
+/// # Errors
+/// See [`WarmUpError`].
+pub fn warm_up(handle: &EngineHandle, plan: &WarmUpPlan) -> Result<WarmUpReport, WarmUpError> {
+    let start = Instant::now();
+    let decode = plan.decode_buckets.iter().map(|&n| (n, 1));
+    let prefill = plan.prefill_buckets.iter().map(|&n| (1, n));
+    let mut report = WarmUpReport {
+        buckets: Vec::new(),
+        cold_ratio: 0.0,
+        is_warm: true,
+        is_stable: true,
+        n_tokens: 0,
+        took: Duration::ZERO,
+    };
+    for (n_sequences, n_prompt) in decode.chain(prefill) {
+        let runs = (0..plan.repeats.max(2))
+            .map(|_| run(handle, n_sequences, n_prompt, plan.n_tokens))
+            .collect::<Result<Vec<Run>, _>>()?;
+        let first_token_ms: Vec<f64> = runs.iter().map(|run| run.first_token_ms).collect();
+        let later = median(&first_token_ms[1..]);
+        let slowest = first_token_ms[1..].iter().copied().fold(0.0, f64::max);
+        report.is_warm &= slowest <= plan.cold_ratio_max * later;
+        report.is_stable &= runs.windows(2).all(|pair| pair[0].ids == pair[1].ids);
+        report.n_tokens += runs.iter().flat_map(|run| &run.ids).map(Vec::len).sum::<usize>();
+        let cold_ratio = first_token_ms[0] / later;
+        report.cold_ratio = report.cold_ratio.max(cold_ratio);
+        report.buckets.push(BucketReport {
+            n_sequences,
+            n_prompt,
+            inter_token_ms: runs.iter().map(|run| run.inter_token_ms).collect(),
+            first_token_ms,
+            cold_ratio,
+        });
+    }
+    report.took = start.elapsed();
+    Ok(report)
+}
+
+struct Run {
+    first_token_ms: f64,
+    inter_token_ms: f64,
+    /// Tokens of each sequence.
+    ids: Vec<Vec<u32>>,
+}
+
+fn run(
+    handle: &EngineHandle,
+    n_sequences: usize,
+    n_prompt: usize,
+    n_tokens: usize,
+) -> Result<Run, WarmUpError> {
+    let submit =
+        |sequence| handle.submit_as(request(handle, sequence, n_prompt, n_tokens), Traffic::WarmUp);
+    let generations = (0..n_sequences).map(submit).collect::<Result<Vec<Generation>, _>>()?;
+    let mut run = Run { first_token_ms: 0.0, inter_token_ms: 0.0, ids: Vec::new() };
+    let gaps = u32::try_from(n_tokens.saturating_sub(1).max(1)).unwrap_or(u32::MAX);
+    for generation in &generations {
+        let (ids, timings) = collect(generation)?;
+        if ids.len() != n_tokens {
+            return Err(WarmUpError::TooFewTokens { expected: n_tokens, found: ids.len() });
+        }
+        run.first_token_ms = run.first_token_ms.max(timings.queue_ms + timings.prefill_ms);
+        run.inter_token_ms = run.inter_token_ms.max(timings.decode_ms / f64::from(gaps));
+        run.ids.push(ids);
+    }
+    Ok(run)
+}
+
+/// Ordinary tokens of the vocabulary, another one for each sequence; end of sequence is ignored so
+/// that every run has the same length.
+fn request(
+    handle: &EngineHandle,
+    sequence: usize,
+    n_prompt: usize,
+    n_tokens: usize,
+) -> GenerateRequest {
+    let vocab_len = handle.facts().vocab_len;
+    let prompt = (0..n_prompt).map(|i| (101 + 31 * i + 7 * sequence) % vocab_len);
+    let prompt = prompt.map(|id| u32::try_from(id).expect("token ids are 32 bits wide")).collect();
+    let mut request = GenerateRequest::new(prompt, n_tokens);
+    request.sampling = Sampling::greedy();
+    request.stop_at_eos = false;
+    request
+}
+
+fn collect(generation: &Generation) -> Result<(Vec<u32>, Timings), WarmUpError> {
+    let mut ids = Vec::new();
+    loop {
+        match generation.events.recv().map_err(|_| SequenceFault::Stopped)? {
+            Event::Started { .. } | Event::Tail(_) => {}
+            Event::Token(token) => ids.push(token.id),
+            Event::Finished(finished) => match finished.finish {
+                Finish::Stop | Finish::Length => return Ok((ids, finished.timings)),
+                Finish::Cancelled => return Err(SequenceFault::Stopped.into()),
+            },
+            Event::Failed(fault) => return Err(fault.into()),
+        }
+    }
+}
+
+fn median(values: &[f64]) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    sorted.get(sorted.len() / 2).copied().unwrap_or(f64::NAN)
+}

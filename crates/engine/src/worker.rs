@@ -1,0 +1,371 @@
+//! The engine thread: it alone owns the decoder, its scratch, the KV pool and the sequences.
+//!
+//! One turn: take commands → drop cancelled sequences → admit from the queue → one step → audit.
+//! Cancelling therefore frees pages before the next forward pass, in every state of a sequence.
+//!
+//! # Faults
+//! Non-finite logits, a panic while sampling or a stale page fail that sequence. A panic inside the
+//! forward pass fails the sequences of that batch: which of them caused it is unknown, and their
+//! pages may be half written. Queued sequences and prompts that were not in the batch go on; the
+//! scratch needs no repair, because every step writes what it reads. After
+//! [`MAX_PANICS_IN_A_ROW`] panics without a good step between them the engine stops with
+//! [`EngineState::Faulted`]. A failed audit fails every sequence and starts the books anew.
+
+use std::collections::VecDeque;
+use std::convert::Infallible;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+
+use exrail_kernels::{AttentionSpan, Backend, PAGE_TOKENS, TokenId};
+use exrail_model::{Batch, Scratch};
+
+use crate::counters::{EngineState, Gauges, Total};
+use crate::error::EngineError;
+use crate::event::{Finish, SequenceFault, SequenceId};
+use crate::handle::{Command, EngineFacts, EngineOptions};
+use crate::load::Loaded;
+use crate::pages::{PageFault, Pages};
+use crate::sampler::SamplerScratch;
+use crate::scheduler::{Demand, PlannedSpan, StepLimits, plan};
+use crate::sequence::{Ending, Running, Shared, Traffic, Waiting};
+
+/// Panicking steps after which the engine gives up.
+pub(crate) const MAX_PANICS_IN_A_ROW: u32 = 3;
+/// Steps between audits of the page books: every step in debug builds, sampled in release (G-17).
+const AUDIT_EVERY: u64 = if cfg!(debug_assertions) { 1 } else { 1024 };
+/// Rows of logits that a scored sequence may take a step.
+const SCORE_ROWS: usize = 32;
+
+/// State of the engine thread.
+pub(crate) struct Worker<B: Backend> {
+    loaded: Loaded<B>,
+    scratch: Scratch<B>,
+    pool: B::KvPool,
+    pages: Pages,
+    waiting: VecDeque<Waiting>,
+    running: Vec<Running>,
+    options: EngineOptions,
+    eos: Vec<u32>,
+    vocab_len: usize,
+    commands: flume::Receiver<Command>,
+    gauges: Arc<Gauges>,
+    sampling: SamplerScratch,
+    /// One row, `(V,)`.
+    logits: Vec<f32>,
+    n_steps: u64,
+    panics_in_a_row: u32,
+}
+
+/// Whether the thread goes on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Turn {
+    Next,
+    End(EngineState),
+}
+
+impl<B: Backend> Worker<B> {
+    /// Allocates everything the engine will ever hold on the device.
+    pub(crate) fn new(
+        loaded: Loaded<B>,
+        facts: &EngineFacts,
+        commands: flume::Receiver<Command>,
+        gauges: Arc<Gauges>,
+    ) -> Result<Worker<B>, EngineError> {
+        let options = facts.options;
+        let max_rows = options.prefill_chunk + options.max_sequences;
+        let max_logit_rows = SCORE_ROWS + options.max_sequences;
+        let scratch = loaded.decoder.scratch(&loaded.backend, max_rows, max_logit_rows)?;
+        let shape = loaded.decoder.kv_shape(facts.kv_pages, options.kv_dtype);
+        let pool = loaded.backend.kv_pool(shape)?;
+        Ok(Worker {
+            scratch,
+            pool,
+            pages: Pages::new(facts.kv_pages),
+            waiting: VecDeque::new(),
+            running: Vec::new(),
+            options,
+            eos: loaded.tokenizer.eos_ids().to_vec(),
+            vocab_len: facts.vocab_len,
+            commands,
+            gauges,
+            sampling: SamplerScratch::default(),
+            logits: vec![0.0; loaded.config.vocab_size],
+            n_steps: 0,
+            panics_in_a_row: 0,
+            loaded,
+        })
+    }
+
+    /// Runs until shutdown. `alive` is dropped when the thread is done, whichever way.
+    pub(crate) fn run(mut self, alive: flume::Sender<Infallible>) {
+        let state = loop {
+            // A panic outside the guarded parts is a bug of this file; it must still reach every
+            // caller as a fault and not as silence.
+            match catch_unwind(AssertUnwindSafe(|| self.turn())) {
+                Ok(Turn::Next) => {}
+                Ok(Turn::End(state)) => break state,
+                Err(_) => break EngineState::Faulted,
+            }
+        };
+        self.stop(state);
+        drop(alive);
+    }
+
+    /// State first, then the channel: see `EngineHandle::enqueue`.
+    fn stop(&mut self, state: EngineState) {
+        self.gauges.set_state(state);
+        for command in self.commands.drain() {
+            match command {
+                Command::Submit(waiting) => self.waiting.push_back(waiting),
+                Command::Cancel(_) | Command::Shutdown => {}
+            }
+        }
+        self.fail_all(&SequenceFault::Stopped);
+    }
+
+    fn turn(&mut self) -> Turn {
+        if let Turn::End(state) = self.take_commands() {
+            return Turn::End(state);
+        }
+        self.drop_abandoned();
+        self.admit();
+        if !self.running.is_empty() {
+            self.step();
+            if self.n_steps.is_multiple_of(AUDIT_EVERY) {
+                self.audit();
+            }
+        } else if !self.waiting.is_empty() {
+            // With nothing running every page is free and the head fits; if it was not admitted,
+            // pages were lost, and the audit starts the books anew.
+            self.audit();
+        }
+        self.gauges.progress();
+        if self.panics_in_a_row >= MAX_PANICS_IN_A_ROW {
+            return Turn::End(EngineState::Faulted);
+        }
+        Turn::Next
+    }
+
+    /// Blocks for a command only when there is nothing to compute.
+    fn take_commands(&mut self) -> Turn {
+        let is_idle = self.running.is_empty() && self.waiting.is_empty();
+        let first = if is_idle { self.commands.recv().ok() } else { self.commands.try_recv().ok() };
+        if is_idle && first.is_none() {
+            return Turn::End(EngineState::Stopped); // every handle is gone
+        }
+        let mut next = first;
+        while let Some(command) = next {
+            match command {
+                Command::Submit(waiting) => {
+                    self.gauges.count(waiting.traffic, Total::Submitted, 1);
+                    self.waiting.push_back(waiting);
+                }
+                Command::Cancel(id) => self.cancel(id),
+                Command::Shutdown => return Turn::End(EngineState::Stopped),
+            }
+            next = self.commands.try_recv().ok();
+        }
+        Turn::Next
+    }
+
+    /// An id that is not here has ended already.
+    fn cancel(&mut self, id: SequenceId) {
+        if let Some(at) = self.waiting.iter().position(|waiting| waiting.id == id) {
+            if let Some(waiting) = self.waiting.remove(at) {
+                self.gauges.leave_queue();
+                self.gauges.count(waiting.traffic, Total::Cancelled, 1);
+                waiting.end(Ending::cancelled());
+            }
+        } else if let Some(at) = self.running.iter().position(|running| running.id == id) {
+            self.retire(at, Ending::cancelled());
+        }
+    }
+
+    /// Sequences whose receiver is gone, such as a score whose caller unwound.
+    fn drop_abandoned(&mut self) {
+        for at in (0..self.running.len()).rev() {
+            if self.running[at].is_abandoned() {
+                self.retire(at, Ending::Gone);
+            }
+        }
+    }
+
+    /// First in, first out: the head waits for its pages and nobody passes it.
+    fn admit(&mut self) {
+        while self.running.len() < self.options.max_sequences {
+            let Some(head) = self.waiting.front() else { return };
+            let n_pages = head.positions().div_ceil(PAGE_TOKENS);
+            let Some(pages) = self.pages.allocate(n_pages) else { return };
+            let Some(head) = self.waiting.pop_front() else { return };
+            self.running.push(Running::admit(head, pages));
+            self.publish();
+            self.gauges.leave_queue();
+        }
+    }
+
+    fn step(&mut self) {
+        self.n_steps += 1;
+        self.fail_stale_tables();
+        let demands: Vec<Demand> = self.running.iter().map(Running::demand).collect();
+        let limits =
+            StepLimits { prefill_chunk: self.options.prefill_chunk, score_rows: SCORE_ROWS };
+        let spans = plan(&demands, limits);
+        if spans.is_empty() {
+            return;
+        }
+        let users =
+            spans.iter().any(|span| self.running[span.sequence_idx].traffic == Traffic::User);
+        self.gauges.count(if users { Traffic::User } else { Traffic::WarmUp }, Total::Steps, 1);
+        match self.forward(&spans) {
+            Ok(()) => {
+                self.panics_in_a_row = 0;
+                self.accept(&spans);
+            }
+            Err(message) => {
+                self.panics_in_a_row += 1;
+                self.gauges.count(Traffic::User, Total::Panics, 1);
+                let fault = SequenceFault::StepPanicked { step: self.n_steps, message };
+                for span in spans.iter().rev() {
+                    self.retire(span.sequence_idx, Ending::Fault(fault.clone()));
+                }
+            }
+        }
+    }
+
+    /// The forward pass of the planned rows; `Err` is the message of a panic.
+    fn forward(&mut self, spans: &[PlannedSpan]) -> Result<(), String> {
+        let mut ids = Vec::new();
+        let mut logit_rows = Vec::new();
+        let mut attention = Vec::with_capacity(spans.len());
+        for span in spans {
+            let sequence = &self.running[span.sequence_idx];
+            let first_row = ids.len();
+            let unfed = &sequence.tokens[sequence.fed..sequence.fed + span.n_rows];
+            ids.extend(unfed.iter().map(|&id| TokenId(id)));
+            let end_row = ids.len();
+            let first_logit_row = end_row - span.n_logit_rows;
+            logit_rows.extend((first_logit_row..end_row).map(row_index));
+            attention.push(AttentionSpan {
+                first_row,
+                n_rows: span.n_rows,
+                first_position: sequence.fed,
+                pages: &sequence.page_table,
+            });
+        }
+        let batch = Batch { ids: &ids, spans: &attention, logit_rows: &logit_rows };
+        let Loaded { decoder, backend, .. } = &self.loaded;
+        let (scratch, pool) = (&mut self.scratch, &mut self.pool);
+        catch_unwind(AssertUnwindSafe(|| decoder.forward(backend, scratch, pool, &batch)))
+            .map_err(|panic| panic_message(panic.as_ref()))
+    }
+
+    /// Hands the logits out. Ends are collected first: retiring moves sequences.
+    fn accept(&mut self, spans: &[PlannedSpan]) {
+        let mut ended = Vec::new();
+        let mut logit_row = 0;
+        for span in spans {
+            if let Some(ending) = self.accept_span(span, logit_row) {
+                ended.push((span.sequence_idx, ending));
+            }
+            logit_row += span.n_logit_rows;
+        }
+        for (at, ending) in ended.into_iter().rev() {
+            self.retire(at, ending);
+        }
+    }
+
+    fn accept_span(&mut self, span: &PlannedSpan, first_logit_row: usize) -> Option<Ending> {
+        let Loaded { backend, tokenizer, .. } = &self.loaded;
+        let sequence = &mut self.running[span.sequence_idx];
+        self.gauges.count(sequence.traffic, Total::PromptTokens, sequence.feed(span.n_rows));
+        let mut shared = Shared { tokenizer, eos: &self.eos, scratch: &mut self.sampling };
+        for row in first_logit_row..first_logit_row + span.n_logit_rows {
+            self.scratch.logits(backend, row, &mut self.logits);
+            // Rows beyond the tokenizer are padding of the output matrix and never sampled (E11).
+            let logits = &self.logits[..self.vocab_len];
+            let before = sequence.n_completion();
+            let accepted = catch_unwind(AssertUnwindSafe(|| sequence.accept(logits, &mut shared)));
+            let ending = accepted.unwrap_or_else(|panic| {
+                let message = panic_message(panic.as_ref());
+                Some(Ending::Fault(SequenceFault::StepPanicked { step: self.n_steps, message }))
+            });
+            let n_tokens = sequence.n_completion() - before;
+            self.gauges.count(sequence.traffic, Total::GeneratedTokens, n_tokens);
+            if ending.is_some() {
+                return ending;
+            }
+        }
+        sequence.is_scored().then(|| Ending::finish(Finish::Length))
+    }
+
+    /// Takes a sequence out, frees its pages, publishes that, and only then tells the caller.
+    fn retire(&mut self, at: usize, ending: Ending) {
+        let sequence = self.running.remove(at);
+        let traffic = sequence.traffic;
+        for entry in &sequence.pages {
+            if self.pages.release(*entry).is_err() {
+                self.gauges.count(Traffic::User, Total::KvFaults, 1);
+            }
+        }
+        self.gauges.count(traffic, ending.total(), 1);
+        self.publish();
+        sequence.end(ending);
+    }
+
+    /// Before each step: no table may name a page of another life. O(pages of the batch).
+    fn fail_stale_tables(&mut self) {
+        for at in (0..self.running.len()).rev() {
+            let stale =
+                self.running[at].pages.iter().find_map(|entry| self.pages.check(*entry).err());
+            if let Some(fault) = stale {
+                self.retire(at, Ending::Fault(SequenceFault::KvIntegrity(fault)));
+            }
+        }
+    }
+
+    fn audit(&mut self) {
+        let tables = self.running.iter().map(|sequence| sequence.pages.as_slice());
+        if let Err(fault) = self.pages.audit(tables) {
+            self.rebuild_books(fault);
+        }
+    }
+
+    /// After a failed audit nobody knows whose page is whose: fail all, start anew.
+    fn rebuild_books(&mut self, fault: PageFault) {
+        self.gauges.count(Traffic::User, Total::KvFaults, 1);
+        let running = std::mem::take(&mut self.running);
+        self.pages.reset();
+        self.publish();
+        for sequence in running {
+            self.gauges.count(sequence.traffic, Total::Failed, 1);
+            sequence.end(Ending::Fault(SequenceFault::KvIntegrity(fault.clone())));
+        }
+    }
+
+    fn fail_all(&mut self, fault: &SequenceFault) {
+        for at in (0..self.running.len()).rev() {
+            self.retire(at, Ending::Fault(fault.clone()));
+        }
+        for waiting in std::mem::take(&mut self.waiting) {
+            self.gauges.leave_queue();
+            self.gauges.count(waiting.traffic, Total::Failed, 1);
+            waiting.end(Ending::Fault(fault.clone()));
+        }
+    }
+
+    fn publish(&self) {
+        self.gauges.set_pages_free(self.pages.free());
+        self.gauges.set_running(self.running.len());
+    }
+}
+
+fn row_index(row: usize) -> u32 {
+    u32::try_from(row).expect("a batch has at most prefill_chunk + max_sequences rows")
+}
+
+fn panic_message(panic: &(dyn std::any::Any + Send)) -> String {
+    if let Some(message) = panic.downcast_ref::<&str>() {
+        return (*message).to_owned();
+    }
+    panic.downcast_ref::<String>().cloned().unwrap_or_else(|| "no message".to_owned())
+}

@@ -1,0 +1,248 @@
+//! What goes wrong stays with the sequence it belongs to, and every page comes back.
+
+use std::time::{Duration, Instant};
+
+use crate::support::{
+    NAN_TOKEN, PANIC_TOKEN, assert_all_pages_return, collect, generate, greedy, options, prompt,
+    start,
+};
+use exrail_engine::{
+    EngineOptions, EngineState, Event, Finish, Generation, SequenceFault, SubmitError,
+};
+use proptest::prelude::*;
+
+/// Blocks until the sequence has its pages.
+fn wait_started(generation: &Generation) {
+    let event = generation.events.recv_timeout(Duration::from_secs(30)).unwrap();
+    assert!(matches!(event, Event::Started { .. }), "{event:?}");
+}
+
+#[test]
+fn non_finite_logits_fail_only_their_sequence() {
+    let engine = start(options());
+    let clean: Vec<_> =
+        (0..3).map(|n| generate(&engine, greedy(prompt(n, 30), 20)).ids()).collect();
+    for _ in 0..5 {
+        let mut poisoned = prompt(9, 30);
+        poisoned[20] = NAN_TOKEN;
+        let before = engine.submit(greedy(prompt(0, 30), 20)).unwrap();
+        let faulty = engine.submit(greedy(poisoned, 20)).unwrap();
+        let after: Vec<_> =
+            (1..3).map(|n| engine.submit(greedy(prompt(n, 30), 20)).unwrap()).collect();
+        assert_eq!(*collect(&faulty).fault(), SequenceFault::NumericFault { step: 0 });
+        assert_eq!(collect(&before).ids(), clean[0]);
+        assert_eq!(collect(&after[0]).ids(), clean[1]);
+        assert_eq!(collect(&after[1]).ids(), clean[2]);
+    }
+    assert_all_pages_return(&engine);
+    // The pages that held NaN are in use again by now; nothing of it is read.
+    assert_eq!(generate(&engine, greedy(prompt(1, 30), 20)).ids(), clean[1]);
+    assert_eq!(engine.counters().failed, 5);
+}
+
+#[test]
+fn a_panicking_step_fails_its_batch_and_the_engine_goes_on() {
+    let engine = start(options());
+    let clean = generate(&engine, greedy(prompt(1, 30), 20)).ids();
+    for _ in 0..5 {
+        let faulty = engine.submit(greedy(vec![5, PANIC_TOKEN], 4)).unwrap();
+        let fault = collect(&faulty).fault().clone();
+        assert!(
+            matches!(&fault, SequenceFault::StepPanicked { message, .. } if message == "injected panic"),
+            "{fault:?}"
+        );
+        assert_eq!(generate(&engine, greedy(prompt(1, 30), 20)).ids(), clean);
+    }
+    let counters = engine.counters();
+    assert_eq!((counters.panics, counters.failed), (5, 5));
+    assert_eq!(counters.state, EngineState::Running);
+    assert_all_pages_return(&engine);
+}
+
+#[test]
+fn an_engine_that_only_panics_stops_and_says_so() {
+    let engine = start(options());
+    for _ in 0..3 {
+        let faulty = engine.submit(greedy(vec![PANIC_TOKEN], 4)).unwrap();
+        assert!(collect(&faulty).end.is_some());
+    }
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while engine.counters().state == EngineState::Running {
+        assert!(Instant::now() < deadline);
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    assert_eq!(engine.counters().state, EngineState::Faulted);
+    assert_eq!(engine.submit(greedy(vec![5], 1)).unwrap_err(), SubmitError::Stopped);
+    engine.shutdown();
+    assert_all_pages_return(&engine);
+}
+
+#[test]
+fn cancel_frees_pages_in_every_state() {
+    let engine = start(EngineOptions { max_sequences: 2, prefill_chunk: 1, ..options() });
+    let decoding = engine.submit(greedy(prompt(0, 1), 2000)).unwrap();
+    let prefilling = engine.submit(greedy(prompt(1, 1500), 10)).unwrap();
+    let queued = engine.submit(greedy(prompt(2, 10), 10)).unwrap();
+    wait_started(&decoding);
+    wait_started(&prefilling);
+    assert_eq!(engine.counters().pages_free, 16 - 8 - 6);
+    queued.cancel();
+    assert_eq!(collect(&queued).finished().finish, Finish::Cancelled);
+    prefilling.cancel();
+    let answer = collect(&prefilling);
+    assert_eq!(answer.finished().finish, Finish::Cancelled);
+    assert!(answer.tokens.is_empty(), "cancelled in the prompt");
+    // Published before the event: whoever knows of the end sees the pages free.
+    assert_eq!(engine.counters().pages_free, 16 - 8);
+    drop(decoding);
+    assert_all_pages_return(&engine);
+    assert_eq!(engine.counters().cancelled, 3);
+}
+
+#[test]
+fn two_hundred_dropped_streams_leave_a_working_engine() {
+    let engine = start(options());
+    let clean = generate(&engine, greedy(prompt(1, 20), 10)).ids();
+    for n in 0..200 {
+        let generation = engine.submit(greedy(prompt(n, 10), 1000)).unwrap();
+        if n % 3 > 0 {
+            wait_started(&generation);
+        }
+        if n % 3 == 2 {
+            generation.events.recv_timeout(Duration::from_secs(30)).unwrap();
+        }
+    }
+    assert_eq!(generate(&engine, greedy(prompt(1, 20), 10)).ids(), clean);
+    assert_all_pages_return(&engine);
+}
+
+#[test]
+fn a_full_queue_refuses_and_recovers() {
+    let engine =
+        start(EngineOptions { max_sequences: 1, queue_limit: 2, prefill_chunk: 1, ..options() });
+    let running = engine.submit(greedy(prompt(0, 1000), 1000)).unwrap();
+    wait_started(&running);
+    let waiting: Vec<_> = (0..2).map(|n| engine.submit(greedy(prompt(n, 5), 5)).unwrap()).collect();
+    let refused = engine.submit(greedy(prompt(7, 5), 5)).unwrap_err();
+    assert_eq!(refused, SubmitError::QueueFull { limit: 2 });
+    drop(running);
+    for generation in &waiting {
+        assert_eq!(collect(generation).tokens.len(), 5);
+    }
+    assert_eq!(generate(&engine, greedy(prompt(7, 5), 5)).tokens.len(), 5);
+}
+
+#[test]
+fn sequences_that_need_the_whole_pool_take_turns() {
+    let engine = start(EngineOptions { kv_pages: Some(2), ..options() });
+    assert_eq!(engine.facts().context, 512);
+    let generations: Vec<_> = (0..6)
+        .map(|n| engine.submit(greedy(prompt(n, if n % 2 == 0 { 480 } else { 8 }), 30)).unwrap())
+        .collect();
+    for generation in &generations {
+        assert_eq!(collect(generation).tokens.len(), 30);
+    }
+    assert_all_pages_return(&engine);
+}
+
+#[test]
+fn a_receiver_that_never_reads_blocks_nobody() {
+    let engine = start(options());
+    let deaf = engine.submit(greedy(prompt(0, 5), 500)).unwrap();
+    let answer = generate(&engine, greedy(prompt(1, 5), 50));
+    assert_eq!(answer.tokens.len(), 50);
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while engine.counters().sequences_running > 0 {
+        assert!(Instant::now() < deadline);
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    assert_eq!(deaf.events.len(), 502, "Started, 500 tokens, Finished wait for the reader");
+}
+
+#[test]
+fn shutdown_fails_everybody_by_name() {
+    let engine = start(EngineOptions { max_sequences: 1, ..options() });
+    let running = engine.submit(greedy(prompt(0, 5), 2000)).unwrap();
+    let queued = engine.submit(greedy(prompt(1, 5), 5)).unwrap();
+    wait_started(&running);
+    engine.shutdown();
+    assert_eq!(*collect(&running).fault(), SequenceFault::Stopped);
+    assert_eq!(*collect(&queued).fault(), SequenceFault::Stopped);
+    assert_eq!(engine.submit(greedy(prompt(1, 5), 5)).unwrap_err(), SubmitError::Stopped);
+    assert!(engine.forward_logits(prompt(1, 5)).is_err());
+    assert_eq!(engine.counters().state, EngineState::Stopped);
+    engine.shutdown();
+    assert_all_pages_return(&engine);
+}
+
+#[test]
+fn scoring_shares_the_engine_and_returns_its_pages() {
+    let engine = start(options());
+    let clean = generate(&engine, greedy(prompt(1, 30), 40)).ids();
+    let generation = engine.submit(greedy(prompt(1, 30), 40)).unwrap();
+    let rows = engine.forward_logits(prompt(2, 100)).unwrap();
+    assert_eq!((rows.len(), rows[0].len()), (100, engine.facts().vocab_len));
+    assert_eq!(collect(&generation).ids(), clean);
+    assert_all_pages_return(&engine);
+}
+
+/// What a random client does.
+#[derive(Clone, Debug)]
+enum Action {
+    Submit { n: u32, len: u32, max_tokens: usize },
+    Cancel(usize),
+    Drop(usize),
+    Read(usize),
+}
+
+fn actions() -> impl Strategy<Value = Vec<Action>> {
+    let action = prop_oneof![
+        3 => (0..50_u32, 1..400_u32, 1..40_usize)
+            .prop_map(|(n, len, max_tokens)| Action::Submit { n, len, max_tokens }),
+        1 => any::<usize>().prop_map(Action::Cancel),
+        1 => any::<usize>().prop_map(Action::Drop),
+        1 => any::<usize>().prop_map(Action::Read),
+    ];
+    prop::collection::vec(action, 1..40)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 24, failure_persistence: None, ..ProptestConfig::default() })]
+    /// Random submit, cancel, drop and read against a naive map of live generations. In debug
+    /// builds the worker audits the page books after every step of it.
+    #[test]
+    fn every_page_returns_and_every_sequence_ends_once(actions in actions()) {
+        let engine = start(EngineOptions { max_sequences: 4, kv_pages: Some(5), ..options() });
+        let mut live: Vec<(Generation, usize)> = Vec::new();
+        let mut submitted = 0;
+        for action in actions {
+            match action {
+                Action::Submit { n, len, max_tokens } => {
+                    let request = greedy(prompt(n, len), max_tokens);
+                    live.push((engine.submit(request).unwrap(), max_tokens));
+                    submitted += 1;
+                }
+                Action::Cancel(at) if !live.is_empty() => live[at % live.len()].0.cancel(),
+                Action::Drop(at) if !live.is_empty() => drop(live.swap_remove(at % live.len())),
+                Action::Read(at) if !live.is_empty() => {
+                    let (generation, max_tokens) = live.swap_remove(at % live.len());
+                    let answer = collect(&generation);
+                    match answer.finished().finish {
+                        Finish::Length => prop_assert_eq!(answer.tokens.len(), max_tokens),
+                        Finish::Cancelled => prop_assert!(answer.tokens.len() <= max_tokens),
+                        Finish::Stop => prop_assert!(false, "nothing stops these"),
+                    }
+                }
+                Action::Cancel(_) | Action::Drop(_) | Action::Read(_) => {}
+            }
+        }
+        for (generation, _) in &live {
+            prop_assert!(collect(generation).end.is_some());
+        }
+        drop(live);
+        assert_all_pages_return(&engine);
+        let counters = engine.counters();
+        prop_assert_eq!(counters.submitted, submitted);
+        prop_assert_eq!(counters.finished + counters.cancelled, submitted);
+    }
+}

@@ -1,0 +1,5 @@
+//! The engine on tiny seeded models.
+
+mod faults;
+mod generation;
+mod support;

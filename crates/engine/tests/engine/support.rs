@@ -1,0 +1,204 @@
+//! Tiny engines for tests: a seeded model on the reference backend, with faults on demand.
+
+use std::time::{Duration, Instant};
+
+use exrail_checkpoint::Gguf;
+use exrail_engine::{
+    Engine, EngineHandle, EngineOptions, Event, Finished, GenerateRequest, Generation, Loaded,
+    Sampling, SequenceFault, TokenEvent, prepare_generator,
+};
+use exrail_kernels::reference::Reference;
+use exrail_kernels::{
+    AttentionShape, AttentionSpan, Backend, KernelError, KvDtype, KvShape, KvSlot, PageId, Rope,
+    Span, TokenId, WeightView,
+};
+use exrail_testkit::{TinyLlama, tiny_llama};
+
+/// Embedding this token gives NaN. A sequence that must stay healthy bans it, see [`greedy`].
+pub const NAN_TOKEN: u32 = 300;
+/// Embedding this token panics.
+pub const PANIC_TOKEN: u32 = 301;
+
+/// A backend that computes what the inner one does and fails on two tokens.
+#[derive(Clone, Debug)]
+pub struct Faulty<B>(pub B);
+
+macro_rules! forward {
+    ($($name:ident(&self $(, $argument:ident: $kind:ty)*);)*) => {
+        $(fn $name(&self $(, $argument: $kind)*) { self.0.$name($($argument),*) })*
+    };
+}
+
+impl<B: Backend> Backend for Faulty<B> {
+    type Weight = B::Weight;
+    type Buffer = B::Buffer;
+    type KvPool = B::KvPool;
+
+    fn name(&self) -> String {
+        format!("faulty {}", self.0.name())
+    }
+    fn weight(&self, view: &WeightView<'_>) -> Result<B::Weight, KernelError> {
+        self.0.weight(view)
+    }
+    fn weight_shape(&self, weight: &B::Weight) -> (usize, usize) {
+        self.0.weight_shape(weight)
+    }
+    fn buffer(&self, len: usize) -> Result<B::Buffer, KernelError> {
+        self.0.buffer(len)
+    }
+    fn kv_pool(&self, shape: KvShape) -> Result<B::KvPool, KernelError> {
+        self.0.kv_pool(shape)
+    }
+
+    fn embed(&self, table: &B::Weight, ids: &[TokenId], out: &mut B::Buffer) {
+        assert!(!ids.contains(&TokenId(PANIC_TOKEN)), "injected panic");
+        self.0.embed(table, ids, out);
+        let width = self.0.weight_shape(table).1;
+        let mut values = vec![0.0; ids.len() * width];
+        self.0.read(out, &mut values);
+        for (row, id) in values.chunks_mut(width).zip(ids) {
+            if id.0 == NAN_TOKEN {
+                row.fill(f32::NAN);
+            }
+        }
+        self.0.write(out, &values);
+    }
+
+    forward! {
+        write(&self, buffer: &mut B::Buffer, values: &[f32]);
+        read(&self, buffer: &B::Buffer, values: &mut [f32]);
+        kv_copy_page(&self, pool: &mut B::KvPool, from: PageId, to: PageId);
+        rms_norm(&self, x: &B::Buffer, n_rows: usize, weight: &B::Buffer, eps: f32,
+            out: &mut B::Buffer);
+        layer_norm(&self, x: &mut B::Buffer, n_rows: usize, weight: &B::Buffer, bias: &B::Buffer,
+            eps: f32);
+        linear(&self, x: &B::Buffer, n_rows: usize, weight: &B::Weight, bias: Option<&B::Buffer>,
+            out: &mut B::Buffer);
+        linear_qkv(&self, x: &B::Buffer, n_rows: usize, weights: [&B::Weight; 3],
+            biases: Option<[&B::Buffer; 3]>, outs: [&mut B::Buffer; 3]);
+        linear_add(&self, x: &B::Buffer, n_rows: usize, weight: &B::Weight,
+            bias: Option<&B::Buffer>, y: &mut B::Buffer);
+        linear_silu_gate(&self, x: &B::Buffer, n_rows: usize, gate: &B::Weight, up: &B::Weight,
+            out: &mut B::Buffer);
+        linear_gelu(&self, x: &B::Buffer, n_rows: usize, weight: &B::Weight, bias: &B::Buffer,
+            out: &mut B::Buffer);
+        rope(&self, x: &mut B::Buffer, n_heads: usize, head_dim: usize, positions: &[u32],
+            rope: &Rope);
+        kv_write(&self, pool: &mut B::KvPool, layer: usize, k: &B::Buffer, v: &B::Buffer,
+            slots: &[KvSlot]);
+        attention(&self, q: &B::Buffer, pool: &B::KvPool, layer: usize, shape: AttentionShape,
+            spans: &[AttentionSpan<'_>], out: &mut B::Buffer);
+        attention_full(&self, q: &B::Buffer, k: &B::Buffer, v: &B::Buffer, shape: AttentionShape,
+            spans: &[Span], out: &mut B::Buffer);
+        gather_rows(&self, x: &B::Buffer, width: usize, rows: &[u32], out: &mut B::Buffer);
+        add(&self, x: &mut B::Buffer, y: &B::Buffer, len: usize);
+        mean_rows(&self, x: &B::Buffer, width: usize, spans: &[Span], out: &mut B::Buffer);
+    }
+}
+
+pub fn gguf() -> Gguf {
+    Gguf::parse(tiny_llama(7, TinyLlama::default())).unwrap()
+}
+
+pub fn load<B: Backend>(backend: B) -> Loaded<B> {
+    prepare_generator(backend, &gguf(), "tiny", "0".repeat(64), &mut |_| {}).unwrap()
+}
+
+/// f32 cache, so that nothing but the order of sums can differ between schedules.
+pub fn options() -> EngineOptions {
+    EngineOptions {
+        max_sequences: 8,
+        kv_pages: Some(16),
+        prefill_chunk: 32,
+        kv_dtype: KvDtype::F32,
+        ..EngineOptions::default()
+    }
+}
+
+pub fn start(options: EngineOptions) -> EngineHandle {
+    Engine::start(load(Faulty(Reference)), options).unwrap()
+}
+
+/// Greedy, never sampling the faulty tokens, running to `max_tokens`.
+pub fn greedy(prompt: Vec<u32>, max_tokens: usize) -> GenerateRequest {
+    let mut request = GenerateRequest::new(prompt, max_tokens);
+    request.sampling = Sampling::greedy();
+    request.sampling.logit_bias = healthy();
+    request.stop_at_eos = false;
+    request
+}
+
+pub fn healthy() -> Vec<(u32, f32)> {
+    vec![(NAN_TOKEN, -100.0), (PANIC_TOKEN, -100.0)]
+}
+
+/// Ordinary tokens, different for each `n`.
+pub fn prompt(n: u32, len: u32) -> Vec<u32> {
+    (0..len).map(|i| 3 + (n * 37 + i * 11 + i * i) % 250).collect()
+}
+
+/// Everything one generation said.
+#[derive(Clone, Debug, Default)]
+pub struct Answer {
+    pub tokens: Vec<TokenEvent>,
+    pub tail: String,
+    pub end: Option<Result<Finished, SequenceFault>>,
+}
+
+impl Answer {
+    pub fn ids(&self) -> Vec<u32> {
+        self.tokens.iter().map(|token| token.id).collect()
+    }
+
+    pub fn text(&self) -> String {
+        self.tokens.iter().map(|token| token.text.as_str()).collect::<String>() + &self.tail
+    }
+
+    pub fn finished(&self) -> &Finished {
+        match &self.end {
+            Some(Ok(finished)) => finished,
+            other => panic!("expected a finished answer, found {other:?}"),
+        }
+    }
+
+    pub fn fault(&self) -> &SequenceFault {
+        match &self.end {
+            Some(Err(fault)) => fault,
+            other => panic!("expected a fault, found {other:?}"),
+        }
+    }
+}
+
+/// Reads to the end; a silent end shows as `end: None`.
+pub fn collect(generation: &Generation) -> Answer {
+    let mut answer = Answer::default();
+    while let Ok(event) = generation.events.recv_timeout(Duration::from_secs(60)) {
+        match event {
+            Event::Started { .. } => {}
+            Event::Token(token) => answer.tokens.push(token),
+            Event::Tail(tail) => answer.tail = tail,
+            Event::Finished(finished) => answer.end = Some(Ok(finished)),
+            Event::Failed(fault) => answer.end = Some(Err(fault)),
+        }
+    }
+    answer
+}
+
+pub fn generate(engine: &EngineHandle, request: GenerateRequest) -> Answer {
+    collect(&engine.submit(request).unwrap())
+}
+
+/// Waits until the engine holds nothing, and shows that every page is free then.
+pub fn assert_all_pages_return(engine: &EngineHandle) {
+    let deadline = Instant::now() + Duration::from_secs(30);
+    loop {
+        let counters = engine.counters();
+        let busy = counters.sequences_running + counters.sequences_waiting;
+        if busy == 0 && counters.pages_free == counters.pages_total {
+            assert_eq!(counters.kv_faults, 0);
+            return;
+        }
+        assert!(Instant::now() < deadline, "{counters:?}");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
