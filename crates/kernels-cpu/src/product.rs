@@ -13,7 +13,7 @@
 
 use crate::activation::QuantBlock;
 use crate::lanes::Lanes;
-use crate::tile::{BLOCK, Group, SUPER};
+use crate::tile::{BLOCK, Group};
 use std::marker::PhantomData;
 
 /// Bytes ahead of the current block to prefetch: DRAM latency times one core's bandwidth.
@@ -65,16 +65,11 @@ pub(crate) trait Scales<'a>: Copy + Send + Sync {
     fn of(group: Group<'a>) -> Self;
     fn scale<L: Lanes>(self, lanes: L, block: usize, half: usize) -> L::V;
     fn minimum<L: Lanes>(self, lanes: L, block: usize) -> L::V;
-    /// Asks for what this block has `offset` bytes further, in the next group.
-    fn prefetch<L: Lanes>(self, lanes: L, block: usize, offset: usize);
 }
 
 /// f16 scales, one a block.
 #[derive(Clone, Copy)]
-pub(crate) struct HalfScales<'a, const MINIMA: bool> {
-    scales: &'a [[u8; 32]],
-    minima: &'a [[u8; 32]],
-}
+pub(crate) struct HalfScales<'a, const MINIMA: bool>(Group<'a>);
 
 impl<'a, const MINIMA: bool> Scales<'a> for HalfScales<'a, MINIMA> {
     const MINIMA: bool = MINIMA;
@@ -82,35 +77,22 @@ impl<'a, const MINIMA: bool> Scales<'a> for HalfScales<'a, MINIMA> {
 
     #[inline(always)]
     fn of(group: Group<'a>) -> Self {
-        let minima = if MINIMA { group.minima() } else { &[] };
-        HalfScales { scales: group.scales(), minima }
+        HalfScales(group)
     }
     #[inline(always)]
     fn scale<L: Lanes>(self, lanes: L, block: usize, _half: usize) -> L::V {
-        lanes.load_f16(&self.scales[block])
+        lanes.load_f16(self.0.scales(block))
     }
     #[inline(always)]
     fn minimum<L: Lanes>(self, lanes: L, block: usize) -> L::V {
-        lanes.load_f16(&self.minima[block])
-    }
-    #[inline(always)]
-    fn prefetch<L: Lanes>(self, lanes: L, block: usize, offset: usize) {
-        lanes.prefetch(&self.scales[block], offset);
-        if MINIMA {
-            lanes.prefetch(&self.minima[block], offset);
-        }
+        lanes.load_f16(self.0.minima(block))
     }
 }
 
 /// f16 scales a superblock times byte scales a sub-block: unsigned with minima (Q4_K, Q5_K), signed
 /// without (Q6_K).
 #[derive(Clone, Copy)]
-pub(crate) struct SuperScales<'a, const MINIMA: bool, const PER_BLOCK: usize> {
-    scales: &'a [[u8; 32]],
-    minima: &'a [[u8; 32]],
-    sub_scales: &'a [[u8; 16]],
-    sub_minima: &'a [[u8; 16]],
-}
+pub(crate) struct SuperScales<'a, const MINIMA: bool, const PER_BLOCK: usize>(Group<'a>);
 
 impl<'a, const MINIMA: bool, const PER_BLOCK: usize> Scales<'a>
     for SuperScales<'a, MINIMA, PER_BLOCK>
@@ -120,32 +102,18 @@ impl<'a, const MINIMA: bool, const PER_BLOCK: usize> Scales<'a>
 
     #[inline(always)]
     fn of(group: Group<'a>) -> Self {
-        let (minima, sub_minima): (&[[u8; 32]], &[[u8; 16]]) =
-            if MINIMA { (group.super_minima(), group.sub_minima()) } else { (&[], &[]) };
-        SuperScales {
-            scales: group.super_scales(),
-            minima,
-            sub_scales: group.sub_scales(PER_BLOCK),
-            sub_minima,
-        }
+        SuperScales(group)
     }
     #[inline(always)]
     fn scale<L: Lanes>(self, lanes: L, block: usize, half: usize) -> L::V {
-        let sub = &self.sub_scales[block * PER_BLOCK + half];
+        let sub = self.0.sub_scales(block, half);
         let sub = if MINIMA { lanes.load_u8(sub) } else { lanes.load_i8(sub) };
-        lanes.mul(lanes.load_f16(&self.scales[block / SUPER]), sub)
+        lanes.mul(lanes.load_f16(self.0.super_scales(block)), sub)
     }
     #[inline(always)]
     fn minimum<L: Lanes>(self, lanes: L, block: usize) -> L::V {
-        let d = lanes.load_f16(&self.minima[block / SUPER]);
-        lanes.mul(d, lanes.sub(lanes.splat(0.0), lanes.load_u8(&self.sub_minima[block])))
-    }
-    #[inline(always)]
-    fn prefetch<L: Lanes>(self, lanes: L, block: usize, offset: usize) {
-        lanes.prefetch(&self.sub_scales[block * PER_BLOCK], offset);
-        if MINIMA {
-            lanes.prefetch(&self.sub_minima[block], offset);
-        }
+        let d = lanes.load_f16(self.0.super_minima(block));
+        lanes.mul(d, lanes.sub(lanes.splat(0.0), lanes.load_u8(self.0.sub_minima(block))))
     }
 }
 
@@ -188,11 +156,11 @@ impl<S: ScaleFamily> Format for NibblesInt8<S> {
             *blocks = input.blocks(row + n);
         }
         let mut acc = [lanes.splat(0.0); N];
-        for (b, tile) in group.weights::<256>().iter().enumerate() {
-            for line in 0..4 {
+        for b in 0..group.layout.n_blocks {
+            let tile = group.weights::<256>(b);
+            for line in 0..5 {
                 lanes.prefetch(tile, PREFETCH + 64 * line);
             }
-            scales.prefetch(lanes, b, group.layout.len_bytes);
             let w = lanes.nibbles(tile);
             let scale = scales.scale(lanes, b, 0);
             for n in 0..N {
@@ -232,11 +200,11 @@ impl<S: ScaleFamily> Format for BytesInt8<S> {
             *blocks = input.blocks(row + n);
         }
         let mut acc = [lanes.splat(0.0); N];
-        for (b, tile) in group.weights::<512>().iter().enumerate() {
-            for line in 0..8 {
+        for b in 0..group.layout.n_blocks {
+            let tile = group.weights::<512>(b);
+            for line in 0..9 {
                 lanes.prefetch(tile, PREFETCH + 64 * line);
             }
-            scales.prefetch(lanes, b, group.layout.len_bytes);
             let w = lanes.bytes(tile);
             let (first, second) = ([w[0], w[1], w[2], w[3]], [w[4], w[5], w[6], w[7]]);
             let scale = scales.scale(lanes, b, 0);
@@ -325,7 +293,8 @@ impl<S: ScaleFamily> Format for NibblesFloat<S> {
         let scales = S::Of::of(group);
         let mut sums = FloatSums([[lanes.splat(0.0); 2]; N]);
         let zero = lanes.splat(if S::Of::MINIMA { 0.0 } else { 8.0 });
-        for (b, tile) in group.weights::<256>().iter().enumerate() {
+        for b in 0..group.layout.n_blocks {
+            let tile = group.weights::<256>(b);
             let x = float_blocks::<N>(input, row, b);
             let scale = scales.scale(lanes, b, 0);
             let minimum = if S::Of::MINIMA { scales.minimum(lanes, b) } else { lanes.splat(0.0) };
@@ -362,7 +331,8 @@ impl<S: ScaleFamily> Format for BytesFloat<S> {
         let scales = S::Of::of(group);
         let mut sums = FloatSums([[lanes.splat(0.0); 2]; N]);
         let bias = lanes.splat(128.0);
-        for (b, tile) in group.weights::<512>().iter().enumerate() {
+        for b in 0..group.layout.n_blocks {
+            let tile = group.weights::<512>(b);
             let x = float_blocks::<N>(input, row, b);
             let first = scales.scale(lanes, b, 0);
             let second = if S::Of::PER_BLOCK == 2 { scales.scale(lanes, b, 1) } else { first };

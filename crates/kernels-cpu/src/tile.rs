@@ -1,7 +1,8 @@
 //! How a weight lies in memory: groups of sixteen rows, so that one vector holds one k of every row.
 //!
-//! A group is a run of bytes that starts on a cache line and holds, for all its blocks of 32 k,
-//! first the scales, then the minima, then the weights:
+//! A group is a run of bytes that starts on a cache line: first what superblocks of 256 k share,
+//! then a record a block of 32 k with its scales, its minima and its weights. A product thus reads
+//! one stream from the first byte to the last.
 //!
 //! | format | scales | minima | weights of a block | bits a weight |
 //! |---|---|---|---|---|
@@ -27,19 +28,22 @@ pub(crate) const BLOCK: usize = 32;
 /// Blocks that share a superblock's f16 scale.
 pub(crate) const SUPER: usize = 8;
 
-/// Where the parts of a group are, in bytes from its start.
+/// Where the parts of a group are, in bytes from its start. Superblock parts have 32 bytes each;
+/// the parts of block b are `b * stride` further.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct GroupLayout {
     /// Blocks of 32 k, the last one possibly partial (F32, F16, BF16 only).
     pub(crate) n_blocks: usize,
-    /// f16 scales, or the superblocks' f16 `d`.
+    /// Bytes of a block's record.
+    pub(crate) stride: usize,
+    /// K-quants: the superblocks' f16 `d`.
+    pub(crate) super_scales: usize,
+    /// K-quants with minima: the superblocks' f16 `dmin`.
+    pub(crate) super_minima: usize,
+    /// f16 scales; K-quants: one byte a row and sub-block.
     pub(crate) scales: usize,
-    /// f16 minima, or the superblocks' f16 `dmin`.
+    /// f16 minima; K-quants: one byte a row.
     pub(crate) minima: usize,
-    /// K-quants: one byte a row and sub-block.
-    pub(crate) sub_scales: usize,
-    /// K-quants with minima: one byte a row and sub-block.
-    pub(crate) sub_minima: usize,
     /// The weights.
     pub(crate) weights: usize,
     /// All of it, a multiple of 64.
@@ -93,24 +97,24 @@ impl TileKind {
     /// The layout of a group; `None` when the size overflows.
     pub(crate) fn layout(self, columns: usize) -> Option<GroupLayout> {
         let n_blocks = columns.div_ceil(BLOCK);
-        let (halves, subs) = match self.scales {
+        let (n_super, part) = match self.scales {
             ScaleKind::None => (0, 0),
-            ScaleKind::Half => (n_blocks, 0),
-            ScaleKind::Super { per_block } => (n_blocks / SUPER, n_blocks.checked_mul(per_block)?),
+            ScaleKind::Half => (0, 2 * ROWS),
+            ScaleKind::Super { per_block } => (n_blocks / SUPER, per_block * ROWS),
         };
-        let halves = halves.checked_mul(2 * ROWS)?;
-        let subs = subs.checked_mul(ROWS)?;
-        let twice = if self.minima { 2 } else { 1 };
-        let weights =
-            (halves.checked_add(subs)?.checked_mul(twice)?).checked_next_multiple_of(64)?;
-        let len_bytes = n_blocks.checked_mul(self.block_bytes)?.checked_add(weights)?;
+        let n_parts = if self.minima { 2 } else { 1 };
+        let super_bytes = n_super.checked_mul(2 * ROWS)?;
+        let scales = super_bytes.checked_mul(n_parts)?.checked_next_multiple_of(64)?;
+        let stride = n_parts * part + self.block_bytes;
+        let len_bytes = n_blocks.checked_mul(stride)?.checked_add(scales)?;
         Some(GroupLayout {
             n_blocks,
-            scales: 0,
-            minima: halves,
-            sub_scales: twice * halves,
-            sub_minima: twice * halves + subs,
-            weights,
+            stride,
+            super_scales: 0,
+            super_minima: super_bytes,
+            scales,
+            minima: scales + part,
+            weights: scales + n_parts * part,
             len_bytes: len_bytes.checked_next_multiple_of(64)?,
         })
     }
@@ -125,49 +129,49 @@ pub(crate) struct Group<'a> {
 
 impl<'a> Group<'a> {
     #[inline(always)]
-    fn part<const B: usize>(self, start: usize, count: usize) -> &'a [[u8; B]] {
-        self.bytes[start..start + count * B].as_chunks::<B>().0
+    fn part<const B: usize>(self, start: usize) -> &'a [u8; B] {
+        self.bytes[start..].first_chunk().expect("the layout lies inside the group")
     }
 
-    /// f16 scales of sixteen rows, a block each.
+    /// f16 scales of sixteen rows.
     #[inline(always)]
-    pub(crate) fn scales(self) -> &'a [[u8; 32]] {
-        self.part(self.layout.scales, self.layout.n_blocks)
+    pub(crate) fn scales(self, block: usize) -> &'a [u8; 32] {
+        self.part(self.layout.scales + block * self.layout.stride)
     }
 
-    /// f16 minima of sixteen rows, a block each.
+    /// f16 minima of sixteen rows.
     #[inline(always)]
-    pub(crate) fn minima(self) -> &'a [[u8; 32]] {
-        self.part(self.layout.minima, self.layout.n_blocks)
+    pub(crate) fn minima(self, block: usize) -> &'a [u8; 32] {
+        self.part(self.layout.minima + block * self.layout.stride)
     }
 
-    /// f16 `d` of sixteen rows, a superblock each.
+    /// f16 `d` of sixteen rows.
     #[inline(always)]
-    pub(crate) fn super_scales(self) -> &'a [[u8; 32]] {
-        self.part(self.layout.scales, self.layout.n_blocks / SUPER)
+    pub(crate) fn super_scales(self, block: usize) -> &'a [u8; 32] {
+        self.part(self.layout.super_scales + block / SUPER * 2 * ROWS)
     }
 
-    /// f16 `dmin` of sixteen rows, a superblock each.
+    /// f16 `dmin` of sixteen rows.
     #[inline(always)]
-    pub(crate) fn super_minima(self) -> &'a [[u8; 32]] {
-        self.part(self.layout.minima, self.layout.n_blocks / SUPER)
+    pub(crate) fn super_minima(self, block: usize) -> &'a [u8; 32] {
+        self.part(self.layout.super_minima + block / SUPER * 2 * ROWS)
     }
 
-    /// Byte scales of sixteen rows, `per_block` entries a block.
+    /// Byte scales of sixteen rows, of the first or second half of a block.
     #[inline(always)]
-    pub(crate) fn sub_scales(self, per_block: usize) -> &'a [[u8; 16]] {
-        self.part(self.layout.sub_scales, self.layout.n_blocks * per_block)
+    pub(crate) fn sub_scales(self, block: usize, half: usize) -> &'a [u8; 16] {
+        self.part(self.layout.scales + block * self.layout.stride + half * ROWS)
     }
 
-    /// Byte minima of sixteen rows, a block each.
+    /// Byte minima of sixteen rows.
     #[inline(always)]
-    pub(crate) fn sub_minima(self) -> &'a [[u8; 16]] {
-        self.part(self.layout.sub_minima, self.layout.n_blocks)
+    pub(crate) fn sub_minima(self, block: usize) -> &'a [u8; 16] {
+        self.part(self.layout.minima + block * self.layout.stride)
     }
 
     /// The weights, `B` bytes a block.
     #[inline(always)]
-    pub(crate) fn weights<const B: usize>(self) -> &'a [[u8; B]] {
-        self.part(self.layout.weights, self.layout.n_blocks)
+    pub(crate) fn weights<const B: usize>(self, block: usize) -> &'a [u8; B] {
+        self.part(self.layout.weights + block * self.layout.stride)
     }
 }

@@ -91,23 +91,22 @@ impl CpuWeight {
         let half = |entry: &[u8; 32]| f16::from_le_bytes([entry[2 * r], entry[2 * r + 1]]).to_f32();
         let weights = &group.bytes[group.layout.weights..];
         for (b, out) in out[..self.columns].chunks_mut(BLOCK).enumerate() {
-            let tile = &weights[b * kind.block_bytes..(b + 1) * kind.block_bytes];
+            let tile = &weights[b * group.layout.stride..][..kind.block_bytes];
             match kind.scales {
                 ScaleKind::None => float_block(self.dtype, tile, r, out),
                 ScaleKind::Half => {
-                    let minimum = if kind.minima { half(&group.minima()[b]) } else { 0.0 };
-                    let scale = half(&group.scales()[b]);
+                    let minimum = if kind.minima { half(group.minima(b)) } else { 0.0 };
+                    let scale = half(group.scales(b));
                     quant_block(kind, tile, r, |_, q| scale * q + minimum, out);
                 }
                 ScaleKind::Super { per_block } => {
-                    let d = half(&group.super_scales()[b / SUPER]);
+                    let d = half(group.super_scales(b));
                     let scale = |k: usize| {
-                        let sub =
-                            group.sub_scales(per_block)[(b * BLOCK + k) * per_block / BLOCK][r];
+                        let sub = group.sub_scales(b, k * per_block / BLOCK)[r];
                         d * if kind.minima { f32::from(sub) } else { f32::from(sub.cast_signed()) }
                     };
                     let minimum = if kind.minima {
-                        half(&group.super_minima()[b / SUPER]) * f32::from(group.sub_minima()[b][r])
+                        half(group.super_minima(b)) * f32::from(group.sub_minima(b)[r])
                     } else {
                         0.0
                     };
@@ -188,7 +187,7 @@ impl Packer {
         let layout = &self.layout;
         for (b, block) in row.chunks_exact(self.dtype.block_bytes()).enumerate() {
             let plain = plain_block(self.dtype, block);
-            let at = (b * ROWS + r) * 2;
+            let at = b * layout.stride + r * 2;
             group[layout.scales + at..][..2].copy_from_slice(&plain.scale);
             if self.kind.minima {
                 group[layout.minima + at..][..2].copy_from_slice(&plain.minimum);
@@ -202,19 +201,20 @@ impl Packer {
         for (s, block) in row.chunks_exact(self.dtype.block_bytes()).enumerate() {
             let at = (s * ROWS + r) * 2;
             let q = if self.dtype == DType::Q6_K {
-                group[layout.scales + at..][..2].copy_from_slice(&block[208..210]);
+                group[layout.super_scales + at..][..2].copy_from_slice(&block[208..210]);
                 for (i, &scale) in block[192..208].iter().enumerate() {
-                    group[layout.sub_scales + (s * 16 + i) * ROWS + r] = scale;
+                    let record = layout.scales + (s * SUPER + i / 2) * layout.stride;
+                    group[record + i % 2 * ROWS + r] = scale;
                 }
                 q6_k(block)
             } else {
-                group[layout.scales + at..][..2].copy_from_slice(&block[0..2]);
-                group[layout.minima + at..][..2].copy_from_slice(&block[2..4]);
+                group[layout.super_scales + at..][..2].copy_from_slice(&block[0..2]);
+                group[layout.super_minima + at..][..2].copy_from_slice(&block[2..4]);
                 for i in 0..SUPER {
                     let (scale, minimum) = six_bits(&block[4..16], i);
-                    let at = (s * SUPER + i) * ROWS + r;
-                    group[layout.sub_scales + at] = scale;
-                    group[layout.sub_minima + at] = minimum;
+                    let at = (s * SUPER + i) * layout.stride + r;
+                    group[layout.scales + at] = scale;
+                    group[layout.minima + at] = minimum;
                 }
                 if self.dtype == DType::Q4_K { q4_k(block) } else { q5_k(block) }
             };
@@ -225,7 +225,7 @@ impl Packer {
     }
 
     fn pack_quants(&self, q: &[u8; BLOCK], block: usize, r: usize, group: &mut [u8]) {
-        let start = self.layout.weights + block * self.kind.block_bytes;
+        let start = self.layout.weights + block * self.layout.stride;
         let tile = &mut group[start..start + self.kind.block_bytes];
         if self.kind.block_bytes == ROWS * BLOCK {
             for (i, &q) in q.iter().enumerate() {
