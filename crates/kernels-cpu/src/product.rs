@@ -156,7 +156,7 @@ impl<S: ScaleFamily> Format for NibblesInt8<S> {
             *blocks = input.blocks(row + n);
         }
         let mut acc = [lanes.splat(0.0); N];
-        for b in 0..group.layout.n_blocks {
+        for b in group.blocks() {
             let tile = group.weights::<256>(b);
             for line in 0..5 {
                 lanes.prefetch(tile, PREFETCH + 64 * line);
@@ -200,7 +200,7 @@ impl<S: ScaleFamily> Format for BytesInt8<S> {
             *blocks = input.blocks(row + n);
         }
         let mut acc = [lanes.splat(0.0); N];
-        for b in 0..group.layout.n_blocks {
+        for b in group.blocks() {
             let tile = group.weights::<512>(b);
             for line in 0..9 {
                 lanes.prefetch(tile, PREFETCH + 64 * line);
@@ -293,7 +293,7 @@ impl<S: ScaleFamily> Format for NibblesFloat<S> {
         let scales = S::Of::of(group);
         let mut sums = FloatSums([[lanes.splat(0.0); 2]; N]);
         let zero = lanes.splat(if S::Of::MINIMA { 0.0 } else { 8.0 });
-        for b in 0..group.layout.n_blocks {
+        for b in group.blocks() {
             let tile = group.weights::<256>(b);
             let x = float_blocks::<N>(input, row, b);
             let scale = scales.scale(lanes, b, 0);
@@ -331,7 +331,7 @@ impl<S: ScaleFamily> Format for BytesFloat<S> {
         let scales = S::Of::of(group);
         let mut sums = FloatSums([[lanes.splat(0.0); 2]; N]);
         let bias = lanes.splat(128.0);
-        for b in 0..group.layout.n_blocks {
+        for b in group.blocks() {
             let tile = group.weights::<512>(b);
             let x = float_blocks::<N>(input, row, b);
             let first = scales.scale(lanes, b, 0);

@@ -20,6 +20,7 @@
 //! [`crate::lanes::Lanes::nibbles`] and [`crate::lanes::Lanes::bytes`].
 
 use exrail_tensor::DType;
+use std::ops::Range;
 
 /// Rows of a group.
 pub(crate) const ROWS: usize = 16;
@@ -131,6 +132,12 @@ impl<'a> Group<'a> {
     #[inline(always)]
     fn part<const B: usize>(self, start: usize) -> &'a [u8; B] {
         self.bytes[start..].first_chunk().expect("the layout lies inside the group")
+    }
+
+    /// Indices of the blocks.
+    #[inline(always)]
+    pub(crate) fn blocks(self) -> Range<usize> {
+        0..self.layout.n_blocks
     }
 
     /// f16 scales of sixteen rows.
