@@ -1,6 +1,9 @@
 //! The boot: every phase from a name to services that have proved themselves, for all commands.
 
-use std::{path::PathBuf, sync::Arc};
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use anyhow::{Context, Result, anyhow, bail};
 use exrail_engine::{
@@ -12,11 +15,11 @@ use exrail_kernels_cpu::CpuBackend;
 use exrail_retrieval::{Collection, Encode};
 use exrail_server::{
     BootBoard, Phase, ServedEncoder, Services,
-    pipeline::{ASK_K, Asker, CollectionIndex},
+    pipeline::{ASK_K, Asker},
     sentinel,
 };
 use exrail_text::{Specials, Tokenizer};
-use exrail_verify::{CorpusCalibration, DeltaSGate};
+use exrail_verify::{CollectionIndex, CorpusCalibration, DeltaSGate, Retrieve};
 
 use crate::{
     options::{EncoderArgs, EngineArgs, Sources},
@@ -55,21 +58,26 @@ pub(crate) struct Boot<'a> {
     /// None: no encoder, no collections.
     pub(crate) encoder: Option<&'a EncoderArgs>,
     pub(crate) collections: Vec<CollectionSpec>,
-    /// Runs when the encoder is loaded and before the collections are opened.
-    pub(crate) before_index: &'a dyn Fn(&Arc<dyn Encode>, &mut Bars) -> Result<String>,
-    /// Runs when a collection is open and before its gate is set.
-    pub(crate) before_policy: &'a dyn Fn(&CollectionIndex, &PathBuf, &mut Bars) -> Result<()>,
+    pub(crate) prepare: &'a dyn Prepare,
 }
 
-/// Nothing to prepare.
-pub(crate) fn nothing(_: &Arc<dyn Encode>, _: &mut Bars) -> Result<String> {
-    Ok(String::new())
+/// What a command does between the phases.
+pub(crate) trait Prepare {
+    /// When the encoder is loaded, before the collections are opened; returns a line for people.
+    fn corpus(&self, _encoder: &dyn Encode, _bars: &mut Bars) -> Result<String> {
+        Ok(String::new())
+    }
+
+    /// When a collection is open, before its gate is set.
+    fn calibration(&self, _index: &CollectionIndex, _dir: &Path, _bars: &mut Bars) -> Result<()> {
+        Ok(())
+    }
 }
 
-/// No calibration to make.
-pub(crate) fn keep(_: &CollectionIndex, _: &PathBuf, _: &mut Bars) -> Result<()> {
-    Ok(())
-}
+/// Takes everything as it lies on disk.
+pub(crate) struct AsItIs;
+
+impl Prepare for AsItIs {}
 
 impl Boot<'_> {
     /// Runs every phase; the services have answered the sentinel when this returns.
@@ -149,7 +157,7 @@ impl Boot<'_> {
                 bail!("warm-up: expected the same greedy tokens on every run, found others");
             }
             let detail = format!(
-                "{} buckets, {} tokens, cold ratio {:.2}",
+                "{} buckets, {} tokens; cold start {:.1}x a warm one, paid here",
                 report.buckets.len(),
                 report.n_tokens,
                 report.cold_ratio
@@ -174,14 +182,14 @@ impl Boot<'_> {
         bars: &mut Bars,
     ) -> Result<std::collections::BTreeMap<String, Arc<Asker>>> {
         let indexes = self.board.run(Phase::Index, || {
-            let prepared = (self.before_index)(encoder, bars)?;
+            let prepared = self.prepare.corpus(&**encoder, bars)?;
             let mut indexes = Vec::new();
             let mut detail = prepared;
             for spec in &self.collections {
                 let collection = open(spec, &**encoder)?;
                 detail = format!("{detail} {}: {} chunks;", spec.name, collection.len());
-                let encoder = Arc::clone(encoder);
-                indexes.push((spec.clone(), CollectionIndex { collection, encoder }));
+                let index = CollectionIndex::new(collection, Arc::clone(encoder));
+                indexes.push((spec.clone(), index));
             }
             anyhow::Ok((indexes, detail.trim().to_owned()))
         })?;
@@ -189,10 +197,10 @@ impl Boot<'_> {
             let mut askers = std::collections::BTreeMap::new();
             let mut details = Vec::new();
             for (spec, index) in indexes {
-                (self.before_policy)(&index, &spec.dir, bars)?;
+                self.prepare.calibration(&index, &spec.dir, bars)?;
                 let (gate, note) = gate(&spec, &index);
                 details.push(format!("{}: ΔS gate {note}", spec.name));
-                let asker = Asker::new(engine.clone(), index, gate, note);
+                let asker = Asker::new(engine.clone(), index, gate, note)?;
                 if askers.insert(spec.name.clone(), Arc::new(asker)).is_some() {
                     return Err(anyhow!("collection `{}`: given twice", spec.name));
                 }
@@ -234,7 +242,7 @@ fn gate(spec: &CollectionSpec, index: &CollectionIndex) -> (DeltaSGate, String) 
         Ok(calibration) => calibration,
         Err(error) => return not_calibrated(format!("not calibrated: {error}")),
     };
-    let (encoder_fp, hash) = (index.encoder.fingerprint(), index.collection.index_hash());
+    let (encoder_fp, hash) = (index.encoder_fp(), index.index_hash());
     if let Err(error) = calibration.check(encoder_fp, hash, ASK_K) {
         return not_calibrated(format!("not calibrated: {error}"));
     }

@@ -109,6 +109,9 @@ pub enum ApiError {
     /// A collection could not be searched.
     #[error("search: {0}")]
     Search(String),
+    /// A grounded answer could not be generated.
+    #[error("answer: {0}")]
+    Ask(String),
     /// The encoder failed.
     #[error("encoder: {0}")]
     Encode(String),
@@ -186,7 +189,7 @@ impl ApiError {
             Self::Sequence(SequenceFault::NumericFault { .. }) => {
                 told(StatusCode::INTERNAL_SERVER_ERROR, SERVER, "numeric_fault")
             }
-            Self::Sequence(_) | Self::Lost => {
+            Self::Sequence(_) | Self::Lost | Self::Ask(_) => {
                 told(StatusCode::INTERNAL_SERVER_ERROR, SERVER, "generation_failed")
             }
             Self::Search(_) => told(StatusCode::INTERNAL_SERVER_ERROR, SERVER, "search_failed"),

@@ -3,10 +3,10 @@
 
 use exrail_engine::{EngineHandle, Event, Finish, GenerateRequest, Sampling};
 use exrail_text::ChatMessage;
-use exrail_verify::{Begun, DeltaSGate, Nonce, REFUSAL_TOKEN, Retrieve, begin};
+use exrail_verify::{Begun, CollectionIndex, DeltaSGate, Nonce, REFUSAL_TOKEN, Retrieve, begin};
 use thiserror::Error;
 
-use crate::{pipeline::CollectionIndex, state::Services, translate};
+use crate::{state::Services, translate};
 
 /// Tokens of the sentinel's generation (G-05 P).
 const TOKENS: usize = 10;
@@ -101,7 +101,7 @@ fn refuse() -> Result<(), SentinelError> {
 
 /// The first chunk must be found by its own text (hit@k on a known pair, G-06).
 fn search(name: &str, index: &CollectionIndex) -> Result<(), SentinelError> {
-    let Some(chunk) = index.collection.chunks().first() else { return Ok(()) };
+    let Some(chunk) = index.collection().chunks().first() else { return Ok(()) };
     let hits = index.search(&chunk.text, &exrail_retrieval::SearchOptions::default()).map_err(
         |error| SentinelError::SearchFailed { collection: name.into(), reason: error.to_string() },
     )?;

@@ -8,7 +8,7 @@ use exrail_retrieval::{Hit, SearchOptions};
 use serde::{Deserialize, Serialize};
 
 use crate::answer::{CitationSource, ParsedAnswer, Segment, UnknownCitation, parse_answer};
-use crate::attribution::attribute;
+use crate::attribution::{attribute, containment};
 use crate::error::VerifyError;
 use crate::prompt::{Live, Nonce, PromptFrame, REFUSAL_TOKEN};
 use crate::system::{Generate, GenerateError, Generated, GeneratedEnd, Retrieve};
@@ -20,6 +20,8 @@ pub struct AskPolicy {
     pub search: SearchOptions,
     /// Least share of a sentence's content words that a snippet must hold to be attributed to it.
     pub min_containment: f64,
+    /// The same for a snippet that the model named itself: its label adds evidence of its own.
+    pub min_label_containment: f64,
     /// Least share of the sentences that must have a valid citation for the answer to leave.
     pub min_cited_share: f64,
     /// Whether replies are checked for citations.
@@ -30,8 +32,9 @@ impl Default for AskPolicy {
     fn default() -> AskPolicy {
         AskPolicy {
             search: SearchOptions::default(),
-            // Both are our priors, not measured: see the guardrail specification, mark [N].
+            // These are our priors, not measured: see the guardrail specification, mark [N].
             min_containment: 0.6,
+            min_label_containment: 0.4,
             min_cited_share: 0.5,
             check: AnswerCheck::Enforce,
         }
@@ -357,6 +360,9 @@ pub fn conclude(
 ) -> AskOutcome {
     let mut parsed = parse_answer(&reply.text, frame.live());
     drop_cut_sentence(&mut parsed, reply.end);
+    if policy.check == AnswerCheck::Enforce {
+        drop_unsupported_labels(&mut parsed, frame.live(), policy.min_label_containment);
+    }
     attribute_uncited(&mut parsed, frame.live(), policy.min_containment);
     let refusal = match policy.check {
         AnswerCheck::Enforce => refusal_of(&parsed, policy),
@@ -412,6 +418,23 @@ fn drop_cut_sentence(parsed: &mut ParsedAnswer, end: GeneratedEnd) {
         if let Some(last) = parsed.segments.last() {
             parsed.text.truncate(last.text_span.end);
         }
+    }
+}
+
+/// A label is a claim of the model. It stays only on a snippet that holds the sentence's numbers and
+/// enough of its words; otherwise the sentence counts as uncited.
+fn drop_unsupported_labels(parsed: &mut ParsedAnswer, live: &Live, min_containment: f64) {
+    for segment in &mut parsed.segments {
+        let sentence = &parsed.text[segment.text_span.clone()];
+        let holds = |id: &String| {
+            let chunk = live.iter().find(|chunk| chunk.snippet_id == *id);
+            chunk.is_some_and(|chunk| containment(sentence, &chunk.text) >= min_containment)
+        };
+        segment.snippet_ids.retain(holds);
+        let first = segment.snippet_ids.first();
+        let chunk = first.and_then(|id| live.iter().find(|chunk| chunk.snippet_id == *id));
+        segment.section_id = chunk.map(|chunk| chunk.section_id.clone());
+        segment.citation_source = chunk.map(|_| CitationSource::Model);
     }
 }
 

@@ -8,25 +8,37 @@ use exrail_retrieval::{Collection, Document, Encode, Hit, SearchOptions};
 use crate::system::{Retrieve, RetrieveError};
 
 /// A collection with the encoder of its questions. The documents are shared, not copied per call.
-pub struct CollectionIndex<'a> {
-    collection: &'a Collection,
-    encoder: &'a dyn Encode,
+pub struct CollectionIndex {
+    collection: Collection,
+    encoder: Arc<dyn Encode>,
     documents: BTreeMap<String, Arc<Document>>,
 }
 
-impl<'a> CollectionIndex<'a> {
-    /// Looks at the collection as it is now.
+impl CollectionIndex {
+    /// Takes the collection as it is now.
     #[must_use]
-    pub fn new(collection: &'a Collection, encoder: &'a dyn Encode) -> CollectionIndex<'a> {
+    pub fn new(collection: Collection, encoder: Arc<dyn Encode>) -> CollectionIndex {
         let shared = |document: &Document| (document.doc_id.clone(), Arc::new(document.clone()));
         let documents = collection.documents().map(shared).collect();
         CollectionIndex { collection, encoder, documents }
     }
+
+    /// The collection.
+    #[must_use]
+    pub fn collection(&self) -> &Collection {
+        &self.collection
+    }
+
+    /// The encoder that made its vectors.
+    #[must_use]
+    pub fn encoder(&self) -> &Arc<dyn Encode> {
+        &self.encoder
+    }
 }
 
-impl Retrieve for CollectionIndex<'_> {
+impl Retrieve for CollectionIndex {
     fn search(&self, question: &str, options: &SearchOptions) -> Result<Vec<Hit>, RetrieveError> {
-        let found = self.collection.search(question, self.encoder, options);
+        let found = self.collection.search(question, &*self.encoder, options);
         found.map_err(|error| RetrieveError(Box::new(error)))
     }
 

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 
 use crate::{
     Ended,
-    load::{self, Boot, CollectionSpec},
+    load::{AsItIs, Boot, CollectionSpec},
     options::{EncoderArgs, EngineArgs, Sources},
     output::Output,
 };
@@ -52,8 +52,7 @@ impl Ask {
             engine: &self.engine,
             encoder: Some(&self.encoder),
             collections: vec![spec],
-            before_index: &load::nothing,
-            before_policy: &load::keep,
+            prepare: &AsItIs,
         }
         .run()?;
         let mut sampling = ask_sampling();

@@ -11,7 +11,7 @@ use serde_json::json;
 
 use crate::{
     Ended,
-    load::{self, Boot},
+    load::{AsItIs, Boot},
     options::{EngineArgs, Sources},
     output::Output,
 };
@@ -56,8 +56,7 @@ impl Chat {
             engine: &self.engine,
             encoder: None,
             collections: Vec::new(),
-            before_index: &load::nothing,
-            before_policy: &load::keep,
+            prepare: &AsItIs,
         }
         .run()?;
         let mut messages: Vec<ChatMessage> = self.opening();

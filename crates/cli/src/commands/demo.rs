@@ -9,9 +9,9 @@ use std::{
 
 use anyhow::{Context, Result};
 use clap::Args;
-use exrail_retrieval::{ChunkOptions, read_folder};
+use exrail_retrieval::{ChunkOptions, Encode, read_folder};
 use exrail_server::{AppState, Limits, Phase, Services, TraceLog};
-use exrail_verify::{GoldKind, GoldSet};
+use exrail_verify::{CollectionIndex, GoldKind, GoldSet};
 use include_dir::{Dir, include_dir};
 use serde_json::{Value, json};
 use tokio::runtime::Runtime;
@@ -23,10 +23,11 @@ use super::{
 };
 use crate::{
     Ended,
-    load::{Boot, CollectionSpec},
+    load::{Boot, CollectionSpec, Prepare},
     options::{Access, EncoderArgs, EngineArgs, Sources},
     output::Output,
     paths,
+    progress::Bars,
 };
 
 static PACK: Dir<'_> = include_dir!("$CARGO_MANIFEST_DIR/../../packs/stability");
@@ -95,7 +96,6 @@ impl Demo {
         let board = state.board();
         board.run(Phase::Config, || anyhow::Ok(((), "frozen".into())))?;
         board.run(Phase::Secrets, || anyhow::Ok(((), "loopback".into())))?;
-        let documents = pack.join("docs");
         let services = Boot {
             board,
             output,
@@ -103,19 +103,31 @@ impl Demo {
             engine: &self.engine,
             encoder: Some(&self.encoder),
             collections: vec![spec.clone()],
-            before_index: &|encoder, bars| {
-                let documents = read_folder(&documents)?;
-                let chunking = ChunkOptions::for_encoder(&**encoder);
-                let report = ingest::ingest(spec, documents, &**encoder, chunking, bars)?;
-                bars.clear();
-                Ok(format!("{} chunks embedded now;", report.n_embedded))
-            },
-            before_policy: &|index, dir, bars| {
-                verify::ensure_calibration(index, dir, gold, false, bars)
-            },
+            prepare: &Corpus { documents: pack.join("docs"), gold, spec },
         }
         .run()?;
         Ok(state.open(services)?)
+    }
+}
+
+/// The sample corpus and its scale of ΔS.
+struct Corpus<'a> {
+    documents: PathBuf,
+    gold: &'a GoldSet,
+    spec: &'a CollectionSpec,
+}
+
+impl Prepare for Corpus<'_> {
+    fn corpus(&self, encoder: &dyn Encode, bars: &mut Bars) -> Result<String> {
+        let documents = read_folder(&self.documents)?;
+        let chunking = ChunkOptions::for_encoder(encoder);
+        let report = ingest::ingest(self.spec, documents, encoder, chunking, bars)?;
+        bars.clear();
+        Ok(format!("{} chunks embedded now;", report.n_embedded))
+    }
+
+    fn calibration(&self, index: &CollectionIndex, dir: &Path, bars: &mut Bars) -> Result<()> {
+        verify::ensure_calibration(index, dir, self.gold, false, bars)
     }
 }
 

@@ -14,7 +14,7 @@ use tokio::{net::TcpListener, runtime::Runtime};
 
 use crate::{
     Ended,
-    load::{self, Boot, CollectionSpec},
+    load::{AsItIs, Boot, CollectionSpec},
     options::{Access, EncoderArgs, EngineArgs, Sources},
     output::Output,
     paths,
@@ -107,8 +107,7 @@ impl Serve {
             engine: &self.engine,
             encoder: (!self.no_encoder).then_some(&self.encoder),
             collections: specs,
-            before_index: &load::nothing,
-            before_policy: &load::keep,
+            prepare: &AsItIs,
         }
         .run()?;
         state.open(services)?;

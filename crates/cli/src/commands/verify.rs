@@ -6,16 +6,16 @@ use anyhow::{Context, Result};
 use clap::Args;
 use exrail_server::{
     BootBoard, Services,
-    pipeline::{ASK_K, ASK_MAX_TOKENS, CollectionIndex, EngineGenerate, ask_sampling},
+    pipeline::{ASK_K, ASK_MAX_TOKENS, EngineGenerate, ask_sampling},
 };
 use exrail_verify::{
-    AskPolicy, Color, CorpusCalibration, GoldSet, Report, Retrieve, System, Verdict, VerifyOptions,
-    calibrate, verify,
+    AskPolicy, CollectionIndex, Color, CorpusCalibration, GoldSet, Report, Retrieve, System,
+    Verdict, VerifyOptions, calibrate, verify,
 };
 
 use crate::{
     Ended,
-    load::{self, Boot, CollectionSpec},
+    load::{Boot, CollectionSpec, Prepare},
     options::{EncoderArgs, EngineArgs, Sources},
     output::Output,
     paths,
@@ -68,7 +68,6 @@ impl Verify {
     pub(crate) fn run(&self, output: &Output) -> Result<Ended> {
         let gold = GoldSet::read(&self.gold)?;
         let spec = CollectionSpec::parse(&self.collection)?;
-        let anew = self.calibrate;
         let services = Boot {
             board: &BootBoard::new(),
             output: *output,
@@ -76,8 +75,7 @@ impl Verify {
             engine: &self.engine,
             encoder: Some(&self.encoder),
             collections: vec![spec.clone()],
-            before_index: &load::nothing,
-            before_policy: &|index, dir, bars| ensure_calibration(index, dir, &gold, anew, bars),
+            prepare: &Calibrate { gold: &gold, anew: self.calibrate },
         }
         .run()?;
         let report = measure(&services, &spec, &gold, self.sample, *output)?;
@@ -86,6 +84,18 @@ impl Verify {
             Verdict::Pass => Ended::Done,
             Verdict::Review | Verdict::Fail | Verdict::Inconclusive => Ended::NotPassed,
         })
+    }
+}
+
+/// Makes sure that the scale of ΔS is there.
+struct Calibrate<'a> {
+    gold: &'a GoldSet,
+    anew: bool,
+}
+
+impl Prepare for Calibrate<'_> {
+    fn calibration(&self, index: &CollectionIndex, dir: &Path, bars: &mut Bars) -> Result<()> {
+        ensure_calibration(index, dir, self.gold, self.anew, bars)
     }
 }
 
@@ -101,13 +111,13 @@ pub(crate) fn ensure_calibration(
     let valid = path.exists()
         && CorpusCalibration::load(&path).is_ok_and(|stored| {
             stored.gold_sha256 == gold.sha256()
-                && stored.check(index.encoder.fingerprint(), index.index_hash(), ASK_K).is_ok()
+                && stored.check(index.encoder_fp(), index.index_hash(), ASK_K).is_ok()
         });
     if valid && !anew {
         return Ok(());
     }
     let search = policy().search;
-    let fitted = calibrate(gold, index, &*index.encoder, &search, &mut |step| bars.probe(step))?;
+    let fitted = calibrate(gold, index, &**index.encoder(), &search, &mut |step| bars.probe(step))?;
     bars.clear();
     fitted.save(&path)?;
     Ok(())
@@ -129,7 +139,7 @@ pub(crate) fn measure(
 ) -> Result<Report> {
     let index = services.collections[&spec.name].index();
     let generator = EngineGenerate::new(&services.engine, ask_sampling(), ASK_MAX_TOKENS);
-    let system = System { generator: &generator, index, encoder: &*index.encoder };
+    let system = System { generator: &generator, index, encoder: &**index.encoder() };
     let calibration = CorpusCalibration::load(&paths::calibration(&spec.dir)).ok();
     let options = VerifyOptions {
         policy: policy(),
@@ -137,7 +147,7 @@ pub(crate) fn measure(
         n_answered: sample.answered,
         n_unanswerable: sample.unanswerable,
         n_lambda: sample.lambda,
-        max_chunk_tokens: index.collection.contract().chunking.max,
+        max_chunk_tokens: index.collection().contract().chunking.max,
         ..VerifyOptions::default()
     };
     let mut bars = Bars::new(output);

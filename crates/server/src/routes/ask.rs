@@ -208,7 +208,7 @@ fn sha256(text: &str) -> String {
 }
 
 fn query(question: &Question) -> QueryRecord {
-    let encoder = &question.asker.index().encoder;
+    let encoder = question.asker.index().encoder();
     QueryRecord {
         q_id: sha256(&question.text)[..16].into(),
         text: question.text.clone(),

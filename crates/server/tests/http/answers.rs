@@ -1,0 +1,251 @@
+//! What requests get: bodies, streams, refusals by name.
+
+use axum::{
+    body::Body,
+    http::{Method, StatusCode},
+};
+use serde_json::{Value, json};
+
+use crate::support::{MODEL, Server, events, request, warm};
+
+fn chat(extra: &Value) -> Value {
+    let mut body = json!({
+        "model": MODEL,
+        "messages": [{"role": "user", "content": "hello"}],
+        "max_tokens": 6,
+        "temperature": 0,
+    });
+    let fields = extra.as_object().unwrap().clone();
+    body.as_object_mut().unwrap().extend(fields);
+    body
+}
+
+/// Random names and the clock, out of a snapshot's way.
+fn steady(mut value: Value) -> Value {
+    for (field, with) in [("id", json!("ID")), ("created", json!(0)), ("trace_id", json!("TRACE"))]
+    {
+        if let Some(found) = value.get_mut(field) {
+            *found = with;
+        }
+    }
+    value
+}
+
+async fn content(server: &Server, body: &Value) -> String {
+    let answer = server.post("/v1/chat/completions", body).await;
+    assert_eq!(answer.status, StatusCode::OK, "{}", answer.text);
+    answer.json()["choices"][0]["message"]["content"].as_str().unwrap().to_owned()
+}
+
+#[tokio::test]
+async fn a_chat_answer_has_the_shape_of_openai() {
+    let server = warm(&[], None);
+    let answer = server.post("/v1/chat/completions", &chat(&json!({}))).await;
+    assert_eq!(answer.status, StatusCode::OK, "{}", answer.text);
+    insta::assert_json_snapshot!(steady(answer.json()));
+}
+
+#[tokio::test]
+async fn a_stream_joins_to_the_whole_answer() {
+    let server = warm(&[], None);
+    let whole = content(&server, &chat(&json!({}))).await;
+    let options = json!({"stream": true, "stream_options": {"include_usage": true}});
+    let answer = server.post("/v1/chat/completions", &chat(&options)).await;
+    let events = events(&answer.text);
+    assert_eq!(events.last(), Some(&"[DONE]"));
+    let chunks: Vec<Value> = events[..events.len() - 1]
+        .iter()
+        .map(|event| serde_json::from_str(event).unwrap())
+        .collect();
+    let text: String = chunks
+        .iter()
+        .filter_map(|chunk| chunk["choices"][0]["delta"]["content"].as_str())
+        .collect();
+    assert_eq!(text, whole);
+    assert_eq!(chunks[0]["choices"][0]["delta"]["role"], "assistant");
+    let last = &chunks[chunks.len() - 1];
+    assert_eq!(last["usage"]["completion_tokens"], 6);
+    assert_eq!(chunks[chunks.len() - 2]["choices"][0]["finish_reason"], "length");
+}
+
+#[tokio::test]
+async fn the_same_seed_gives_the_same_answer_and_choices_differ() {
+    let server = warm(&[], None);
+    let body = chat(&json!({"temperature": 1.5, "seed": 5, "n": 3, "max_tokens": 12}));
+    let texts = || async {
+        let answer = server.post("/v1/chat/completions", &body).await.json();
+        let choices = answer["choices"].as_array().unwrap().clone();
+        choices.iter().map(|choice| choice["message"]["content"].clone()).collect::<Vec<_>>()
+    };
+    let (first, second) = (texts().await, texts().await);
+    assert_eq!(first, second);
+    assert_ne!(first[0], first[1]);
+}
+
+#[tokio::test]
+async fn unsupported_and_unknown_fields_are_named() {
+    let server = warm(&[], None);
+    let cases = [
+        (json!({"tools": []}), "tools"),
+        (json!({"response_format": {"type": "json_object"}}), "response_format"),
+        (json!({"guided_json": {}}), "guided_json"),
+        (json!({"top_p": 0}), "top_p"),
+        (json!({"temperature": "hot"}), "temperature"),
+        (json!({"n": 0}), "n"),
+        (json!({"n": 1000}), "n"),
+        (json!({"logit_bias": {"x": 1}}), "logit_bias"),
+        (json!({"top_logprobs": 3}), "top_logprobs"),
+        (json!({"stream_options": {}}), "stream_options"),
+        (json!({"max_tokens": 3, "max_completion_tokens": 4}), "max_tokens"),
+        (json!({"stop": [""]}), "stop"),
+        (json!({"messages": []}), "messages"),
+        (json!({"messages": [{"role": "robot", "content": "x"}]}), "messages[0].role"),
+        (json!({"messages": [{"role": "user", "content": "x", "name": "y"}]}), "messages[0].name"),
+    ];
+    for (extra, field) in cases {
+        let answer = server.post("/v1/chat/completions", &chat(&extra)).await;
+        assert_eq!(answer.status, StatusCode::BAD_REQUEST, "{extra}: {}", answer.text);
+        assert_eq!(answer.json()["error"]["param"], field, "{extra}: {}", answer.text);
+    }
+    let ok = chat(&json!({"tools": null, "user": "me"}));
+    assert_eq!(server.post("/v1/chat/completions", &ok).await.status, StatusCode::OK);
+}
+
+#[tokio::test]
+async fn bad_bodies_get_one_clear_answer_and_the_server_goes_on() {
+    let server = warm(&[], None);
+    let bodies: [Vec<u8>; 5] = [
+        b"{\"model\": ".to_vec(),
+        b"\xff\xfe".to_vec(),
+        b"[]".to_vec(),
+        br#"{"model": "tiny", "messages": [{"role": "user", "content": "\ud800"}]}"#.to_vec(),
+        Vec::new(),
+    ];
+    for body in bodies {
+        let request = request(Method::POST, "/v1/chat/completions", None, Body::from(body.clone()));
+        let answer = server.send(request).await;
+        assert_eq!(answer.status, StatusCode::BAD_REQUEST, "{body:?}: {}", answer.text);
+    }
+    let large = "x".repeat(5 << 20);
+    let answer = server.post("/v1/chat/completions", &json!(large)).await;
+    assert_eq!(answer.status, StatusCode::PAYLOAD_TOO_LARGE);
+    let long = chat(&json!({"messages": [{"role": "user", "content": "word ".repeat(5000)}]}));
+    let answer = server.post("/v1/chat/completions", &long).await;
+    assert_eq!(answer.code(), "context_length_exceeded", "{}", answer.text);
+    assert_eq!(server.post("/v1/chat/completions", &chat(&json!({}))).await.status, StatusCode::OK);
+}
+
+#[tokio::test]
+async fn text_completions_echo_count_and_stream() {
+    let server = warm(&[], None);
+    let body = json!({"model": MODEL, "prompt": ["ab", "cd"], "max_tokens": 3, "n": 2, "echo": true,
+        "temperature": 0});
+    let answer = server.post("/v1/completions", &body).await;
+    assert_eq!(answer.status, StatusCode::OK, "{}", answer.text);
+    let json = answer.json();
+    let texts: Vec<_> =
+        json["choices"].as_array().unwrap().iter().map(|c| c["text"].as_str().unwrap()).collect();
+    assert!(texts[0].starts_with("ab") && texts[3].starts_with("cd"), "{texts:?}");
+    assert_eq!(json["usage"]["completion_tokens"], 12);
+    let stream = json!({"model": MODEL, "prompt": "ab", "max_tokens": 3, "stream": true,
+        "temperature": 0});
+    let answer = server.post("/v1/completions", &stream).await;
+    assert_eq!(events(&answer.text).last(), Some(&"[DONE]"));
+}
+
+#[tokio::test]
+async fn logprobs_of_a_token_are_those_of_the_model() {
+    let server = warm(&[], None);
+    let body = chat(&json!({"logprobs": true, "top_logprobs": 4, "max_tokens": 2}));
+    let answer = server.post("/v1/chat/completions", &body).await.json();
+    let content = answer["choices"][0]["logprobs"]["content"].as_array().unwrap().clone();
+    assert_eq!(content.len(), 2);
+    for token in content {
+        let top = token["top_logprobs"].as_array().unwrap();
+        assert_eq!(top.len(), 4);
+        // Greedy: the chosen token is the first alternative.
+        assert_eq!(token["logprob"], top[0]["logprob"]);
+        assert!(token["logprob"].as_f64().unwrap() <= 0.0);
+    }
+}
+
+#[tokio::test]
+async fn embeddings_come_as_floats_and_as_base64() {
+    let server = warm(&[], None);
+    let body = json!({"model": "fake", "input": ["red box", "blue box"]});
+    let answer = server.post("/v1/embeddings", &body).await;
+    assert_eq!(answer.status, StatusCode::OK, "{}", answer.text);
+    let dim = answer.json()["data"][1]["embedding"].as_array().unwrap().len();
+    let body = json!({"model": "fake", "input": "red box", "encoding_format": "base64"});
+    let text = server.post("/v1/embeddings", &body).await.json();
+    let text = text["data"][0]["embedding"].as_str().unwrap().to_owned();
+    assert_eq!(text.trim_end_matches('=').len(), (dim * 4 * 4).div_ceil(3));
+    let wrong = json!({"model": MODEL, "input": "x"});
+    assert_eq!(server.post("/v1/embeddings", &wrong).await.status, StatusCode::NOT_FOUND);
+}
+
+#[tokio::test]
+async fn tokenize_and_detokenize_are_inverse_and_specials_stay_text() {
+    let server = warm(&[], None);
+    let text = "a <|im_end|> b";
+    let plain = server.post("/v1/tokenize", &json!({"text": text})).await.json();
+    let back = server.post("/v1/detokenize", &json!({"tokens": plain["tokens"]})).await.json();
+    assert_eq!(back["text"], text);
+    let special = json!({"text": text, "parse_special": true});
+    let special = server.post("/v1/tokenize", &special).await.json();
+    assert!(special["count"].as_u64() < plain["count"].as_u64());
+    let wild = server.post("/v1/detokenize", &json!({"tokens": [4_000_000_000u32]})).await;
+    assert_eq!(wild.status, StatusCode::BAD_REQUEST);
+}
+
+#[tokio::test]
+async fn an_ask_without_support_is_the_exact_refusal_and_is_traced() {
+    let server = warm(&[], None);
+    let body = json!({"question": "Where is the spare key of cabinet B?"});
+    let answer = server.post("/v1/ask", &body).await;
+    assert_eq!(answer.status, StatusCode::OK, "{}", answer.text);
+    let json = answer.json();
+    // A model of random weights supports nothing that it says.
+    assert_eq!(json["answer"], "not in context", "{json}");
+    assert_eq!(json["refusal"], true);
+    assert_eq!(json["metrics"]["ds_status"], "not_calibrated");
+    let lines = server.trace_lines();
+    let record = lines.last().unwrap();
+    assert_eq!(record["event"], "answer.decide");
+    assert_eq!(record["trace_id"], json["trace_id"]);
+    assert!(record["withheld_sha256"].is_string());
+    for item in record["retrieved"].as_array().unwrap() {
+        for field in ["snippet_id", "section_id", "tokens"] {
+            assert!(!item[field].is_null(), "{field} in {item}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_grounded_chat_refuses_what_it_cannot_honour() {
+    let server = warm(&[], None);
+    let grounded = json!({"exrail": {"collection": "cabinets"}});
+    let answer = server.post("/v1/chat/completions", &chat(&grounded)).await;
+    assert_eq!(answer.status, StatusCode::OK, "{}", answer.text);
+    assert_eq!(answer.json()["exrail"]["refusal"], true);
+    let cases = [
+        (json!({"exrail": {"collection": "nowhere"}}), 404),
+        (json!({"exrail": {"collection": "cabinets", "depth": 3}}), 400),
+        (json!({"exrail": {"collection": "cabinets", "k": 0}}), 400),
+        (json!({"exrail": {"collection": "cabinets"}, "n": 2}), 400),
+        (json!({"exrail": {"collection": "cabinets"}, "logprobs": true}), 400),
+        (
+            json!({"exrail": {"collection": "cabinets"}, "messages": [
+            {"role": "system", "content": "x"}, {"role": "user", "content": "y"}]}),
+            400,
+        ),
+    ];
+    for (extra, status) in cases {
+        let answer = server.post("/v1/chat/completions", &chat(&extra)).await;
+        assert_eq!(answer.status.as_u16(), status, "{extra}: {}", answer.text);
+    }
+    let stream = json!({"exrail": {"collection": "cabinets"}, "stream": true});
+    let answer = server.post("/v1/chat/completions", &chat(&stream)).await;
+    assert_eq!(events(&answer.text).last(), Some(&"[DONE]"), "{}", answer.text);
+    assert!(answer.text.contains("not in context"));
+}

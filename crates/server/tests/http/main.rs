@@ -1,0 +1,9 @@
+//! The router over a tiny seeded model: real engine, real index, real trace log, no socket.
+
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+mod access;
+mod answers;
+mod fence;
+mod support;
+mod traces;

@@ -1,0 +1,149 @@
+//! A server over a tiny model.
+
+use std::{path::Path, sync::Arc};
+
+use axum::{
+    body::{Body, to_bytes},
+    http::{HeaderMap, Method, Request, StatusCode, header},
+};
+use exrail_checkpoint::{Gguf, sha256_hex};
+use exrail_engine::{Engine, EngineHandle, EngineOptions, prepare_generator};
+use exrail_kernels::Activation;
+use exrail_kernels_cpu::{CpuBackend, CpuOptions};
+use exrail_retrieval::{
+    ChunkOptions, Collection, Contract, Encode, read_folder, testing::FakeEncoder,
+};
+use exrail_server::{
+    AppState, Keys, Limits, Phase, ServedEncoder, Services, TraceLog, pipeline::Asker, router,
+    sentinel,
+};
+use exrail_testkit::{TinyLlama, tiny_llama};
+use exrail_verify::{CollectionIndex, DeltaSGate};
+use serde_json::Value;
+use tempfile::TempDir;
+use tower::ServiceExt;
+
+pub(crate) const MODEL: &str = "tiny";
+pub(crate) const KEY: &str = "0123456789abcdef";
+
+/// A running server and the folder that it writes to.
+pub(crate) struct Server {
+    pub(crate) state: Arc<AppState>,
+    pub(crate) folder: TempDir,
+}
+
+/// What came back.
+pub(crate) struct Answer {
+    pub(crate) status: StatusCode,
+    pub(crate) headers: HeaderMap,
+    pub(crate) text: String,
+}
+
+impl Answer {
+    pub(crate) fn json(&self) -> Value {
+        serde_json::from_str(&self.text).unwrap_or_else(|error| panic!("{error}: {}", self.text))
+    }
+
+    pub(crate) fn code(&self) -> String {
+        self.json()["error"]["code"].as_str().unwrap_or_default().to_owned()
+    }
+}
+
+pub(crate) fn engine() -> EngineHandle {
+    let bytes = tiny_llama(7, TinyLlama::default());
+    let sha256 = sha256_hex(&bytes);
+    let gguf = Gguf::parse(bytes).unwrap();
+    let options = CpuOptions { threads: Some(1), activation: Activation::F32, isa: None };
+    let backend = CpuBackend::new(options).unwrap();
+    let loaded = prepare_generator(backend, &gguf, MODEL, sha256, &mut |_| {}).unwrap();
+    Engine::start(loaded, EngineOptions { max_sequences: 4, ..EngineOptions::default() }).unwrap()
+}
+
+const PAGE: &str = "# Cabinets\n\nThe spare key of cabinet B lies in the red box on the second shelf \
+of the store room, and only the guard may take it out during the day.\n\n## Fines\n\nA lost key costs \
+forty coins, which the finder may keep if nobody asks for them within thirty days of the loss.\n";
+
+fn asker(engine: &EngineHandle, folder: &Path) -> Asker {
+    let docs = folder.join("docs");
+    std::fs::create_dir_all(&docs).unwrap();
+    std::fs::write(docs.join("cabinets.md"), PAGE).unwrap();
+    let encoder: Arc<dyn Encode> = Arc::new(FakeEncoder::new(1));
+    let contract = Contract::new(&*encoder, ChunkOptions::for_encoder(&*encoder)).unwrap();
+    let mut collection = Collection::create(&folder.join("index"), contract).unwrap();
+    collection.ingest(read_folder(&docs).unwrap(), &*encoder, &mut |_| {}).unwrap();
+    let index = CollectionIndex::new(collection, encoder);
+    Asker::new(engine.clone(), index, DeltaSGate::NotCalibrated, "not calibrated".into()).unwrap()
+}
+
+/// A server whose boot has not begun.
+pub(crate) fn cold(keys: &[&str], trace_log: Option<&str>) -> Server {
+    let folder = tempfile::tempdir().unwrap();
+    let log = trace_log.map_or_else(|| folder.path().join("trace.jsonl"), Into::into);
+    let keys = Keys::new(keys.iter().copied()).unwrap();
+    let state = AppState::new(keys, TraceLog::open(&log).unwrap(), Limits::default());
+    Server { state, folder }
+}
+
+pub(crate) fn services(folder: &Path) -> Services {
+    let engine = engine();
+    let asker = Arc::new(asker(&engine, folder));
+    let encoder = Arc::clone(asker.index().encoder());
+    Services {
+        model_name: MODEL.into(),
+        engine,
+        encoder: Some(ServedEncoder { name: "fake".into(), encoder }),
+        collections: [("cabinets".to_owned(), asker)].into(),
+        loaded_at: 0,
+    }
+}
+
+/// Boots with a real sentinel.
+pub(crate) fn warm(keys: &[&str], trace_log: Option<&str>) -> Server {
+    let server = cold(keys, trace_log);
+    let services = services(server.folder.path());
+    let board = server.state.board();
+    board.run(Phase::WarmUp, || Ok::<_, std::io::Error>(((), String::new()))).unwrap();
+    board.run(Phase::Sentinel, || sentinel::run(&services).map(|detail| ((), detail))).unwrap();
+    server.state.open(services).unwrap();
+    server
+}
+
+impl Server {
+    pub(crate) async fn send(&self, request: Request<Body>) -> Answer {
+        let response = router(Arc::clone(&self.state)).oneshot(request).await.unwrap();
+        let (parts, body) = response.into_parts();
+        let bytes = to_bytes(body, 16 << 20).await.unwrap();
+        let text = String::from_utf8(bytes.to_vec()).unwrap();
+        Answer { status: parts.status, headers: parts.headers, text }
+    }
+
+    pub(crate) async fn get(&self, path: &str) -> Answer {
+        self.send(request(Method::GET, path, None, Body::empty())).await
+    }
+
+    pub(crate) async fn post(&self, path: &str, body: &Value) -> Answer {
+        self.send(request(Method::POST, path, None, Body::from(body.to_string()))).await
+    }
+
+    pub(crate) fn trace_lines(&self) -> Vec<Value> {
+        let text = std::fs::read_to_string(self.folder.path().join("trace.jsonl")).unwrap();
+        text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    }
+}
+
+pub(crate) fn request(method: Method, path: &str, key: Option<&str>, body: Body) -> Request<Body> {
+    let mut request = Request::builder()
+        .method(method)
+        .uri(path)
+        .header(header::HOST, "localhost")
+        .header(header::CONTENT_TYPE, "application/json");
+    if let Some(key) = key {
+        request = request.header(header::AUTHORIZATION, format!("Bearer {key}"));
+    }
+    request.body(body).unwrap()
+}
+
+/// The `data:` events of a stream.
+pub(crate) fn events(text: &str) -> Vec<&str> {
+    text.split("\n\n").filter_map(|block| block.strip_prefix("data: ")).collect()
+}
