@@ -271,7 +271,7 @@ impl EngineHandle {
 }
 
 /// Checks the options against the model and fills in what was left open.
-fn resolve<B: Backend>(
+pub(crate) fn resolve<B: Backend>(
     loaded: &Loaded<B>,
     options: EngineOptions,
 ) -> Result<EngineFacts, EngineError> {

@@ -159,15 +159,12 @@ struct Generating {
 }
 
 impl Running {
-    /// Admits a waiting sequence with the pages it was promised and reports the start.
+    /// Admits a waiting sequence with the pages it was promised.
     pub(crate) fn admit(waiting: Waiting, pages: Vec<PageRef>) -> Running {
         let page_table = pages.iter().map(|entry| entry.page).collect();
         let (tokens, purpose) = match waiting.job {
             Job::Score { ids, rows } => (ids, Purpose::Score(rows)),
             Job::Generate { request, events } => {
-                let admitted = Instant::now();
-                let queue_ms = milliseconds(waiting.submitted, admitted);
-                drop(events.send(Event::Started { queue_ms, cached_tokens: 0 }));
                 let generating = Generating {
                     prompt_tokens: request.prompt.len(),
                     max_tokens: request.max_tokens,
@@ -178,7 +175,7 @@ impl Running {
                     sampler: Sampler::new(request.sampling),
                     events,
                     submitted: waiting.submitted,
-                    admitted,
+                    admitted: Instant::now(),
                     first_token: None,
                     last_token: None,
                     n_sampled: 0,
@@ -191,6 +188,17 @@ impl Running {
         let Waiting { id, traffic, .. } = waiting;
         let prompt_tokens = tokens.len();
         Running { id, traffic, tokens, prompt_tokens, fed: 0, pages, page_table, purpose }
+    }
+
+    /// Tells the caller of the admission, once the counters show it.
+    pub(crate) fn announce(&self) {
+        match &self.purpose {
+            Purpose::Generate(generating) => {
+                let queue_ms = milliseconds(generating.submitted, generating.admitted);
+                drop(generating.events.send(Event::Started { queue_ms, cached_tokens: 0 }));
+            }
+            Purpose::Score(_) => {}
+        }
     }
 
     pub(crate) fn demand(&self) -> Demand {

@@ -172,8 +172,8 @@ impl<B: Backend> Worker<B> {
     fn cancel(&mut self, id: SequenceId) {
         if let Some(at) = self.waiting.iter().position(|waiting| waiting.id == id) {
             if let Some(waiting) = self.waiting.remove(at) {
-                self.gauges.leave_queue();
                 self.gauges.count(waiting.traffic, Total::Cancelled, 1);
+                self.gauges.leave_queue();
                 waiting.end(Ending::cancelled());
             }
         } else if let Some(at) = self.running.iter().position(|running| running.id == id) {
@@ -200,6 +200,9 @@ impl<B: Backend> Worker<B> {
             self.running.push(Running::admit(head, pages));
             self.publish();
             self.gauges.leave_queue();
+            if let Some(admitted) = self.running.last() {
+                admitted.announce();
+            }
         }
     }
 
@@ -347,8 +350,8 @@ impl<B: Backend> Worker<B> {
             self.retire(at, Ending::Fault(fault.clone()));
         }
         for waiting in std::mem::take(&mut self.waiting) {
-            self.gauges.leave_queue();
             self.gauges.count(waiting.traffic, Total::Failed, 1);
+            self.gauges.leave_queue();
             waiting.end(Ending::Fault(fault.clone()));
         }
     }
@@ -368,4 +371,164 @@ fn panic_message(panic: &(dyn std::any::Any + Send)) -> String {
         return (*message).to_owned();
     }
     panic.downcast_ref::<String>().cloned().unwrap_or_else(|| "no message".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Instant;
+
+    use exrail_checkpoint::Gguf;
+    use exrail_kernels::reference::Reference;
+    use exrail_testkit::{TinyLlama, tiny_llama};
+
+    use super::*;
+    use crate::event::Event;
+    use crate::handle::resolve;
+    use crate::load::prepare_generator;
+    use crate::request::{GenerateRequest, Sampling};
+    use crate::sequence::Job;
+
+    /// A worker whose turns the test drives by hand.
+    struct Bench {
+        worker: Worker<Reference>,
+        commands: flume::Sender<Command>,
+        gauges: Arc<Gauges>,
+        n_submitted: u64,
+    }
+
+    impl Bench {
+        fn new() -> Bench {
+            let gguf = Gguf::parse(tiny_llama(7, TinyLlama::default())).unwrap();
+            let loaded =
+                prepare_generator(Reference, &gguf, "tiny", String::new(), &mut |_| {}).unwrap();
+            let options = EngineOptions {
+                max_sequences: 4,
+                kv_pages: Some(8),
+                prefill_chunk: 16,
+                ..EngineOptions::default()
+            };
+            let facts = resolve(&loaded, options).unwrap();
+            let gauges = Arc::new(Gauges::new(8));
+            let (commands, receiver) = flume::unbounded();
+            let worker = Worker::new(loaded, &facts, receiver, Arc::clone(&gauges)).unwrap();
+            Bench { worker, commands, gauges, n_submitted: 0 }
+        }
+
+        fn submit(&mut self, n_prompt: u32, max_tokens: usize) -> flume::Receiver<Event> {
+            let (sender, events) = flume::unbounded();
+            let mut request = GenerateRequest::new((3..3 + n_prompt).collect(), max_tokens);
+            request.sampling = Sampling::greedy();
+            request.stop_at_eos = false;
+            let job = Job::Generate { request: Box::new(request), events: sender };
+            let id = SequenceId(self.n_submitted);
+            self.n_submitted += 1;
+            assert!(self.gauges.enter_queue(100));
+            let submitted = Instant::now();
+            let waiting = Waiting { id, traffic: Traffic::User, submitted, job };
+            self.commands.send(Command::Submit(waiting)).unwrap();
+            events
+        }
+
+        fn turn(&mut self) {
+            assert_eq!(self.worker.turn(), Turn::Next);
+        }
+    }
+
+    fn last(events: &flume::Receiver<Event>) -> Event {
+        events.drain().last().expect("an event")
+    }
+
+    #[test]
+    fn cancel_frees_pages_within_one_turn() {
+        let mut bench = Bench::new();
+        let decoding = bench.submit(4, 500); // 503 positions: 2 pages
+        let prefilling = bench.submit(200, 400); // 599 positions: 3 pages
+        bench.turn();
+        bench.turn();
+        assert_eq!(bench.gauges.snapshot().pages_free, 3);
+        bench.commands.send(Command::Cancel(SequenceId(1))).unwrap();
+        bench.turn();
+        assert_eq!(bench.gauges.snapshot().pages_free, 6);
+        assert!(matches!(last(&prefilling), Event::Finished(_)));
+        drop(decoding); // without a cancel: the closed channel is enough
+        bench.submit(1, 1);
+        bench.turn();
+        assert_eq!(bench.gauges.snapshot().pages_free, 8);
+    }
+
+    #[test]
+    fn a_decode_row_and_a_prompt_chunk_share_every_step() {
+        let mut bench = Bench::new();
+        let decoding = bench.submit(4, 100);
+        bench.turn();
+        assert_eq!(decoding.drain().count(), 2, "Started and the first token");
+        let prompt = bench.submit(100, 5);
+        for _ in 0..6 {
+            bench.turn();
+            assert_eq!(decoding.drain().count(), 1, "one token a step beside a long prompt");
+        }
+        assert_eq!(bench.worker.running[1].fed, 96);
+        assert_eq!(prompt.len(), 1, "Started");
+    }
+
+    #[test]
+    fn the_head_of_the_queue_is_never_passed() {
+        let mut bench = Bench::new();
+        let first = bench.submit(4, 1000); // 4 pages
+        let wide = bench.submit(4, 1500); // 6 pages: must wait
+        let narrow = bench.submit(4, 5); // 1 page: would fit, must not pass
+        bench.turn();
+        assert!(wide.is_empty() && narrow.is_empty());
+        bench.commands.send(Command::Cancel(SequenceId(0))).unwrap();
+        bench.turn();
+        assert!(!wide.is_empty() && !narrow.is_empty());
+        assert!(matches!(last(&first), Event::Finished(_)));
+    }
+
+    // Mutations: the test breaks one rule of the books by hand; the guard must catch it.
+
+    #[test]
+    fn a_stale_table_entry_fails_only_its_sequence() {
+        let mut bench = Bench::new();
+        let broken = bench.submit(4, 50);
+        let healthy = bench.submit(4, 50);
+        bench.turn();
+        // The page goes back early and to somebody else, as after a lost reference.
+        let entry = bench.worker.running[0].pages[0];
+        bench.worker.pages.release(entry).unwrap();
+        let reused = bench.worker.pages.allocate(1).unwrap();
+        bench.worker.pages.release(reused[0]).unwrap();
+        bench.turn();
+        assert!(matches!(last(&broken), Event::Failed(SequenceFault::KvIntegrity(_))));
+        assert!(matches!(last(&healthy), Event::Token(_)));
+        assert!(bench.gauges.snapshot().kv_faults > 0);
+        bench.worker.audit();
+        assert_eq!(bench.worker.running.len(), 1, "the books are whole again");
+    }
+
+    #[test]
+    fn a_lost_page_is_found_by_the_audit_and_the_books_start_anew() {
+        let mut bench = Bench::new();
+        let events = bench.submit(4, 50);
+        bench.turn();
+        drop(bench.worker.pages.allocate(1)); // nobody holds this table
+        bench.worker.audit();
+        assert!(matches!(last(&events), Event::Failed(SequenceFault::KvIntegrity(_))));
+        assert_eq!(bench.gauges.snapshot().pages_free, 8);
+        let events = bench.submit(4, 2);
+        bench.turn();
+        bench.turn();
+        assert!(matches!(last(&events), Event::Finished(_)));
+    }
+
+    #[test]
+    fn a_queue_behind_lost_pages_does_not_hang() {
+        let mut bench = Bench::new();
+        drop(bench.worker.pages.allocate(5));
+        let events = bench.submit(4, 1500); // 6 of 8 pages, 3 are left
+        bench.turn();
+        assert!(events.is_empty());
+        bench.turn();
+        assert!(!events.is_empty(), "admitted after the audit rebuilt the books");
+    }
 }

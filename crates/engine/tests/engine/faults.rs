@@ -63,8 +63,10 @@ fn a_panicking_step_fails_its_batch_and_the_engine_goes_on() {
 fn an_engine_that_only_panics_stops_and_says_so() {
     let engine = start(options());
     for _ in 0..3 {
-        let faulty = engine.submit(greedy(vec![PANIC_TOKEN], 4)).unwrap();
-        assert!(collect(&faulty).end.is_some());
+        // The last submit may see the engine stop already.
+        if let Ok(faulty) = engine.submit(greedy(vec![PANIC_TOKEN], 4)) {
+            assert!(collect(&faulty).end.is_some());
+        }
     }
     let deadline = Instant::now() + Duration::from_secs(30);
     while engine.counters().state == EngineState::Running {
@@ -152,11 +154,12 @@ fn a_receiver_that_never_reads_blocks_nobody() {
     let answer = generate(&engine, greedy(prompt(1, 5), 50));
     assert_eq!(answer.tokens.len(), 50);
     let deadline = Instant::now() + Duration::from_secs(60);
-    while engine.counters().sequences_running > 0 {
+    // Started, 500 tokens and Finished wait for the reader.
+    while deaf.events.len() < 502 {
         assert!(Instant::now() < deadline);
         std::thread::sleep(Duration::from_millis(1));
     }
-    assert_eq!(deaf.events.len(), 502, "Started, 500 tokens, Finished wait for the reader");
+    assert_all_pages_return(&engine);
 }
 
 #[test]

@@ -212,7 +212,9 @@ fn start_refuses_options_that_cannot_be_honoured() {
 
 #[test]
 fn warm_up_measures_and_leaves_no_trace() {
-    let engine = start(options());
+    // No injected faults here: the plan's prompts use the whole vocabulary.
+    let loaded = crate::support::load(exrail_kernels::reference::Reference);
+    let engine = exrail_engine::Engine::start(loaded, options()).unwrap();
     let report = warm_up(&engine, &WarmUpPlan::full(&engine)).unwrap();
     // Decode buckets 1, 2, 4, 8 and prefill buckets 1, 32 (the chunk), 64, 512.
     assert_eq!(report.buckets.len(), 8);
@@ -231,4 +233,45 @@ fn warm_up_measures_and_leaves_no_trace() {
         counters.failed,
     ];
     assert_eq!(totals, [0; 7]);
+}
+
+#[test]
+fn rows_beyond_the_tokenizer_are_never_sampled() {
+    use std::sync::Arc;
+
+    use exrail_checkpoint::VocabularyTable;
+    use exrail_engine::Engine;
+    use exrail_kernels::reference::Reference;
+    use exrail_text::{Tokenizer, Vocabulary};
+    // The model keeps its rows, the tokenizer forgets the last token and the merge that makes it.
+    let table = VocabularyTable::from_gguf(&crate::support::gguf()).unwrap();
+    let vocab_len = table.tokens.len() - 1;
+    let tokenizer = Tokenizer::from_vocabulary(Vocabulary {
+        model: table.model,
+        pre: table.pre,
+        tokens: table.tokens[..vocab_len].to_vec(),
+        kinds: table.kinds[..vocab_len].to_vec(),
+        merges: table.merges[..table.merges.len() - 1].to_vec(),
+        eos: table.eos,
+        bos: table.bos,
+        ..Vocabulary::default()
+    });
+    let mut loaded = crate::support::load(Reference);
+    loaded.tokenizer = Arc::new(tokenizer.unwrap());
+    let engine = Engine::start(loaded, options()).unwrap();
+    assert_eq!(engine.facts().vocab_len, vocab_len);
+    for seed in 0..4 {
+        let mut request = GenerateRequest::new(prompt(0, 4), 500);
+        request.sampling = Sampling { temperature: 5.0, seed, ..Sampling::default() };
+        request.stop_at_eos = false;
+        request.logprobs = Some(20);
+        let answer = generate(&engine, request);
+        assert_eq!(answer.tokens.len(), 500);
+        assert!(answer.ids().iter().all(|&id| (id as usize) < vocab_len));
+        let alternatives = answer.tokens.iter().flat_map(|t| &t.logprob.as_ref().unwrap().top);
+        assert!(alternatives.map(|a| a.id as usize).all(|id| id < vocab_len));
+    }
+    let beyond = u32::try_from(vocab_len).unwrap();
+    let refused = engine.submit(greedy(vec![beyond], 1)).unwrap_err();
+    assert_eq!(refused, SubmitError::UnknownToken { id: beyond, vocab_len });
 }

@@ -1,5 +1,7 @@
 //! The engine on tiny seeded models.
 
+mod cpu;
+mod encoder;
 mod faults;
 mod generation;
 mod support;
