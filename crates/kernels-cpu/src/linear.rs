@@ -1,7 +1,7 @@
 //! The `linear` operations: which thread computes which row groups, and what happens to the sums.
 #![expect(unsafe_code, reason = "threads write disjoint columns of one output")]
 
-use crate::activation::{QuantBlock, Quantise};
+use crate::activation::{QuantBlock, Quantise, Rounding};
 use crate::disjoint::{MatrixBlock, MatrixBlocks};
 use crate::lanes::{Kernel, Lanes};
 use crate::math;
@@ -55,8 +55,10 @@ impl Engine<'_> {
     pub(crate) fn products(&mut self, x: &[f32], n_rows: usize, products: &mut [Product<'_>]) {
         let columns = products[0].weight.columns();
         let wants_integers = products.iter().any(|p| self.is_integer(p.weight));
-        self.quantise(&x[..n_rows * columns], columns, wants_integers);
-        let input = Input { x: &x[..n_rows * columns], columns, quantised: self.quantised };
+        let rounding = Rounding::Twice;
+        let x = &x[..n_rows * columns];
+        self.quantise(x, columns, rounding, wants_integers);
+        let input = Input { x, columns, quantised: self.quantised, rounding };
         let mut parts = Vec::with_capacity(products.len());
         let mut n_groups = 0;
         for product in products.iter_mut() {
@@ -102,8 +104,11 @@ impl Engine<'_> {
         assert_eq!((gate.rows(), gate.columns()), (up.rows(), up.columns()), "gate and up");
         let columns = gate.columns();
         let wants_integers = self.is_integer(gate) || self.is_integer(up);
-        self.quantise(&x[..n_rows * columns], columns, wants_integers);
-        let input = Input { x: &x[..n_rows * columns], columns, quantised: self.quantised };
+        // Half of a layer's weights are here, and they tolerate the single rounding best.
+        let rounding = Rounding::Once;
+        let x = &x[..n_rows * columns];
+        self.quantise(x, columns, rounding, wants_integers);
+        let input = Input { x, columns, quantised: self.quantised, rounding };
         let out = MatrixBlocks::new(out, n_rows, gate.rows());
         let (processor, activation) = (self.processor, self.activation);
         self.share(gate.n_groups(), 2 * n_rows * columns, &|groups| {
@@ -119,20 +124,21 @@ impl Engine<'_> {
         self.activation == Activation::Int8 && !float
     }
 
-    fn quantise(&mut self, x: &[f32], columns: usize, wanted: bool) {
+    fn quantise(&mut self, x: &[f32], columns: usize, rounding: Rounding, wanted: bool) {
         self.quantised.clear();
         if !wanted {
             return;
         }
-        self.quantised.resize(x.len() / BLOCK, QuantBlock::default());
+        let n_blocks = rounding.n_blocks();
+        self.quantised.resize(n_blocks * x.len() / BLOCK, QuantBlock::default());
         let processor = self.processor;
         // Eight thousand values are about 2 µs: one row is never worth a second thread.
         let rows_per_chunk = (8192 / columns).max(1);
-        let blocks_per_chunk = rows_per_chunk * columns / BLOCK;
+        let blocks_per_chunk = n_blocks * rows_per_chunk * columns / BLOCK;
         self.pool.run_chunks(self.quantised, blocks_per_chunk, &|i, blocks| {
             let start = i * rows_per_chunk * columns;
-            let x = &x[start..start + blocks.len() * BLOCK];
-            processor.run(Quantise { x, blocks });
+            let x = &x[start..start + blocks.len() / n_blocks * BLOCK];
+            processor.run(Quantise { x, rounding, blocks });
         });
     }
 
@@ -176,7 +182,8 @@ impl Chunk<'_> {
     /// Activation rows by panels that stay in L2, inside them weight groups. The sums of a group go
     /// to a small buffer first, so that what follows does not depend on the weight format.
     fn run(mut self, weights: &[&CpuWeight], finish: &Finish<'_>) {
-        let row_bytes = size_of::<QuantBlock>() * self.input.columns.div_ceil(BLOCK);
+        let n_blocks = self.input.columns.div_ceil(BLOCK) * self.input.rounding.n_blocks();
+        let row_bytes = size_of::<QuantBlock>() * n_blocks;
         let panel = (PANEL_BYTES / row_bytes.max(1)).next_multiple_of(8).min(self.n_rows);
         let mut sums = vec![[0.0; ROWS]; weights.len() * panel];
         for start in (0..self.n_rows).step_by(panel.max(1)) {
@@ -216,21 +223,24 @@ impl Sums<'_> {
             (DType::F32, _) => self.with::<Floats<SingleElement>>(processor),
             (DType::F16, _) => self.with::<Floats<HalfElement>>(processor),
             (DType::BF16, _) => self.with::<Floats<BrainElement>>(processor),
-            (quantised, Activation::Int8) => self.integers(quantised, processor),
+            (quantised, Activation::Int8) => match self.input.rounding {
+                Rounding::Once => self.integers::<1>(quantised, processor),
+                Rounding::Twice => self.integers::<2>(quantised, processor),
+            },
             (quantised, Activation::F32) => self.floats(quantised, processor),
         }
     }
 
-    fn integers(self, dtype: DType, processor: Processor) {
+    fn integers<const P: usize>(self, dtype: DType, processor: Processor) {
         match dtype {
-            DType::Q4_0 => self.with::<NibblesInt8<Halves<false>>>(processor),
-            DType::Q4_1 => self.with::<NibblesInt8<Halves<true>>>(processor),
-            DType::Q5_1 => self.with::<BytesInt8<Halves<true>>>(processor),
-            DType::Q4_K => self.with::<NibblesInt8<Supers<true, 1>>>(processor),
-            DType::Q5_K => self.with::<BytesInt8<Supers<true, 1>>>(processor),
-            DType::Q6_K => self.with::<BytesInt8<Supers<false, 2>>>(processor),
+            DType::Q4_0 => self.with::<NibblesInt8<Halves<false>, P>>(processor),
+            DType::Q4_1 => self.with::<NibblesInt8<Halves<true>, P>>(processor),
+            DType::Q5_1 => self.with::<BytesInt8<Halves<true>, P>>(processor),
+            DType::Q4_K => self.with::<NibblesInt8<Supers<true, 1>, P>>(processor),
+            DType::Q5_K => self.with::<BytesInt8<Supers<true, 1>, P>>(processor),
+            DType::Q6_K => self.with::<BytesInt8<Supers<false, 2>, P>>(processor),
             DType::Q5_0 | DType::Q8_0 | DType::F32 | DType::F16 | DType::BF16 => {
-                self.with::<BytesInt8<Halves<false>>>(processor);
+                self.with::<BytesInt8<Halves<false>, P>>(processor);
             }
         }
     }

@@ -11,7 +11,7 @@
 //! The arithmetic of one output does not depend on the tile it is in: a row alone and the same row
 //! in a batch give the same bits. No horizontal sums: lane r belongs to weight row r throughout.
 
-use crate::activation::QuantBlock;
+use crate::activation::{QuantBlock, Rounding};
 use crate::lanes::Lanes;
 use crate::tile::{BLOCK, Group};
 use std::marker::PhantomData;
@@ -25,8 +25,9 @@ pub(crate) struct Input<'a> {
     /// `(T, columns)`.
     pub(crate) x: &'a [f32],
     pub(crate) columns: usize,
-    /// `(T, columns / 32)`, empty unless the format wants integers.
+    /// `(T, columns / 32, 1 or 2)`, empty unless the format wants integers.
     pub(crate) quantised: &'a [QuantBlock],
+    pub(crate) rounding: Rounding,
 }
 
 impl<'a> Input<'a> {
@@ -37,7 +38,7 @@ impl<'a> Input<'a> {
 
     #[inline(always)]
     fn blocks(self, row: usize) -> &'a [QuantBlock] {
-        let n_blocks = self.columns / BLOCK;
+        let n_blocks = self.columns / BLOCK * self.rounding.n_blocks();
         &self.quantised[row * n_blocks..(row + 1) * n_blocks]
     }
 }
@@ -136,11 +137,17 @@ impl<const MINIMA: bool, const PER_BLOCK: usize> ScaleFamily for Supers<MINIMA, 
     type Of<'a> = SuperScales<'a, MINIMA, PER_BLOCK>;
 }
 
-/// Nibble tiles with int8 activations.
-#[derive(Clone, Copy)]
-pub(crate) struct NibblesInt8<S>(PhantomData<S>);
+/// Each of `N` rows with each of its `P` roundings.
+#[inline(always)]
+fn passes<const N: usize, const P: usize>() -> impl Iterator<Item = (usize, usize)> {
+    (0..N).flat_map(|n| (0..P).map(move |p| (n, p)))
+}
 
-impl<S: ScaleFamily> Format for NibblesInt8<S> {
+/// Nibble tiles with activations of `P` int8 each.
+#[derive(Clone, Copy)]
+pub(crate) struct NibblesInt8<S, const P: usize>(PhantomData<S>);
+
+impl<S: ScaleFamily, const P: usize> Format for NibblesInt8<S, P> {
     const WIDEST: usize = 8;
 
     #[inline(always)]
@@ -163,16 +170,17 @@ impl<S: ScaleFamily> Format for NibblesInt8<S> {
             }
             let w = lanes.nibbles(tile);
             let scale = scales.scale(lanes, b, 0);
-            for n in 0..N {
-                let x = &rows[n][b];
+            for (n, p) in passes::<N, P>() {
+                let x = &rows[n][P * b + p];
                 let start = if S::Of::MINIMA { 0 } else { -8 * (x.sums[0] + x.sums[1]) };
                 let dot = lanes.to_f32(lanes.dot_nibbles(&w, &x.quants, start));
                 acc[n] = lanes.fma(dot, lanes.mul(scale, lanes.splat(x.scale)), acc[n]);
             }
             if S::Of::MINIMA {
                 let minimum = scales.minimum(lanes, b);
-                for n in 0..N {
-                    acc[n] = lanes.fma(minimum, lanes.splat(rows[n][b].scaled_sum), acc[n]);
+                for (n, p) in passes::<N, P>() {
+                    let sum = lanes.splat(rows[n][P * b + p].scaled_sum);
+                    acc[n] = lanes.fma(minimum, sum, acc[n]);
                 }
             }
         }
@@ -180,11 +188,11 @@ impl<S: ScaleFamily> Format for NibblesInt8<S> {
     }
 }
 
-/// Byte tiles with int8 activations.
+/// Byte tiles with activations of `P` int8 each.
 #[derive(Clone, Copy)]
-pub(crate) struct BytesInt8<S>(PhantomData<S>);
+pub(crate) struct BytesInt8<S, const P: usize>(PhantomData<S>);
 
-impl<S: ScaleFamily> Format for BytesInt8<S> {
+impl<S: ScaleFamily, const P: usize> Format for BytesInt8<S, P> {
     const WIDEST: usize = 8;
 
     #[inline(always)]
@@ -208,8 +216,8 @@ impl<S: ScaleFamily> Format for BytesInt8<S> {
             let w = lanes.bytes(tile);
             let (first, second) = ([w[0], w[1], w[2], w[3]], [w[4], w[5], w[6], w[7]]);
             let scale = scales.scale(lanes, b, 0);
-            for n in 0..N {
-                let x = &rows[n][b];
+            for (n, p) in passes::<N, P>() {
+                let x = &rows[n][P * b + p];
                 let (halves, _) = x.quants.as_chunks::<16>();
                 let low = lanes.dot_bytes(first, &halves[0], x.sums[0]);
                 let high = lanes.dot_bytes(second, &halves[1], x.sums[1]);
@@ -227,8 +235,9 @@ impl<S: ScaleFamily> Format for BytesInt8<S> {
             }
             if S::Of::MINIMA {
                 let minimum = scales.minimum(lanes, b);
-                for n in 0..N {
-                    acc[n] = lanes.fma(minimum, lanes.splat(rows[n][b].scaled_sum), acc[n]);
+                for (n, p) in passes::<N, P>() {
+                    let sum = lanes.splat(rows[n][P * b + p].scaled_sum);
+                    acc[n] = lanes.fma(minimum, sum, acc[n]);
                 }
             }
         }
