@@ -20,8 +20,8 @@ pub struct Document {
     pub lang: String,
     /// What the original was.
     pub format: DocumentFormat,
-    /// Canonical text: NFC, `\n` line ends, no U+00AD, no byte order mark. For HTML the extracted
-    /// plain text.
+    /// Canonical text: NFC, `\n` line ends, no U+00AD, no byte order mark, no control characters but
+    /// tab and line end. For HTML the extracted plain text.
     pub text: String,
     /// In order, disjoint; together they cover `text`.
     pub sections: Vec<Section>,

@@ -55,7 +55,7 @@ pub struct UnknownCitation {
 /// Takes a reply apart. `[S1]`, `[s1]`, `[1]`, `(S1)`, `[S1, S2]` and `[` at least eight digits of
 /// a snippet id `]` are labels. A bare number is a label only if no snippet contains the same
 /// bracket, because then it may be copied text. Labels belong to the sentence that they stand in
-/// or directly follow.
+/// or directly follow. A sentence that repeats an earlier one word for word is dropped.
 #[must_use]
 pub fn parse_answer(reply: &str, live: &Live) -> ParsedAnswer {
     let mut unknown_citations = Vec::new();
@@ -76,6 +76,12 @@ pub fn parse_answer(reply: &str, live: &Live) -> ParsedAnswer {
             if let Some(last) = segments.last_mut() {
                 cite(last, snippet_ids, live);
             }
+            continue;
+        }
+        let said = |segment: &&mut Segment| text[segment.text_span.clone()] == plain;
+        if let Some(same) = segments.iter_mut().find(said) {
+            // A small model that falls into a loop says nothing new: once is enough.
+            cite(same, snippet_ids, live);
             continue;
         }
         if !text.is_empty() {
@@ -241,6 +247,15 @@ mod tests {
 
     fn ids(live: &Live) -> Vec<String> {
         live.iter().map(|chunk| chunk.snippet_id.clone()).collect()
+    }
+
+    #[test]
+    fn a_repeated_sentence_is_said_once_and_keeps_its_labels() {
+        let (live, ids) = (live(), ids(&live()));
+        let reply = "A page has 256 tokens. [S1] A page has 256 tokens. [S2] Rotate it.";
+        let parsed = parse_answer(reply, &live);
+        assert_eq!(parsed.text, "A page has 256 tokens. Rotate it.");
+        assert_eq!(parsed.segments[0].snippet_ids, ids);
     }
 
     #[test]

@@ -358,7 +358,7 @@ pub fn conclude(
     reply: Generated,
     policy: &AskPolicy,
 ) -> AskOutcome {
-    let mut parsed = parse_answer(&reply.text, frame.live());
+    let mut parsed = parse_answer(&frame.without_fence(&reply.text), frame.live());
     drop_cut_sentence(&mut parsed, reply.end);
     if policy.check == AnswerCheck::Enforce {
         drop_unsupported_labels(&mut parsed, frame.live(), policy.min_label_containment);

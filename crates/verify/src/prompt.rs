@@ -142,6 +142,7 @@ pub struct PromptFrame {
     slots: Vec<(Slot, usize, Range<usize>)>,
     live: Live,
     question: String,
+    nonce: Nonce,
 }
 
 impl PromptFrame {
@@ -169,6 +170,7 @@ impl PromptFrame {
             slots: Vec::with_capacity(6),
             live,
             question: question.trim().to_owned(),
+            nonce: nonce.clone(),
         };
         frame.push("system", &system);
         frame.push("user", &user);
@@ -186,6 +188,14 @@ impl PromptFrame {
             self.slots.push((*slot, self.messages.len(), start..content.len()));
         }
         self.messages.push(FrameMessage { role, content });
+    }
+
+    /// A reply without the marks of the fence, which a small model tends to copy.
+    #[must_use]
+    pub fn without_fence(&self, reply: &str) -> String {
+        let nonce = self.nonce.as_str();
+        let marks = [format!("</{nonce}>"), format!("<{nonce}>"), nonce.to_owned()];
+        marks.iter().fold(reply.to_owned(), |text, mark| text.replace(mark.as_str(), ""))
     }
 
     /// The messages, for the chat template.
@@ -255,6 +265,14 @@ mod tests {
     fn frame(question: &str, texts: &[&str]) -> Result<PromptFrame, FenceBroken> {
         let hits: Vec<Hit> = texts.iter().map(|text| hit("a.md", 0, text, 0.9)).collect();
         PromptFrame::new(question, Live::new(&hits), &Nonce::derive(&[b"x"]))
+    }
+
+    #[test]
+    fn the_marks_of_the_fence_do_not_reach_the_user() {
+        let nonce = Nonce::derive(&[b"x"]);
+        let reply = format!("<{0}>\nA page has 256 tokens. [S1]\n</{0}>", nonce.as_str());
+        let plain = frame("q", &["A page has 256 tokens."]).unwrap().without_fence(&reply);
+        assert_eq!(plain.trim(), "A page has 256 tokens. [S1]");
     }
 
     #[test]
