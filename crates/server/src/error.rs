@@ -243,10 +243,18 @@ fn submit_told(
     }
 }
 
+/// Rides along with the response of a failure, for the layer that traces it.
+#[derive(Clone, Debug)]
+pub(crate) struct Failure {
+    pub(crate) code: &'static str,
+    pub(crate) message: String,
+}
+
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
         let told = self.told();
         let mut response = (told.status, Json(self.body())).into_response();
+        response.extensions_mut().insert(Failure { code: told.code, message: self.to_string() });
         if let Some(seconds) = told.retry_after_s {
             response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds));
         }

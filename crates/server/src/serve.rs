@@ -12,7 +12,14 @@ use axum::{
 use thiserror::Error;
 use tokio::net::TcpListener;
 
-use crate::{AppState, KeyError, auth, error::ApiError, routes};
+use exrail_wire::TraceBody;
+
+use crate::{
+    AppState, KeyError, TraceIdentity, auth,
+    auth::Caller,
+    error::{ApiError, Failure},
+    ids, routes,
+};
 
 /// Why the server could not be started.
 #[derive(Debug, Error)]
@@ -85,6 +92,7 @@ pub fn router(state: Arc<AppState>) -> Router {
         .route("/metrics", get(routes::health::metrics))
         .fallback(no_route)
         .method_not_allowed_fallback(no_route)
+        .layer(middleware::from_fn_with_state(Arc::clone(&state), trace_failure))
         .layer(middleware::from_fn_with_state(Arc::clone(&state), auth::guard));
     let open = Router::new()
         .route("/livez", get(routes::health::livez))
@@ -100,6 +108,30 @@ async fn no_route(request: Request) -> ApiError {
         method: request.method().to_string(),
         path: request.uri().path().to_owned(),
     }
+}
+
+/// A request that got no answer leaves a record too (G-14). Only those with a key get this far, so
+/// that strangers cannot fill the log.
+async fn trace_failure(
+    State(state): State<Arc<AppState>>,
+    request: Request,
+    next: Next,
+) -> Response {
+    let caller = request.extensions().get::<Caller>().cloned();
+    let response = next.run(request).await;
+    let Some(failure) = response.extensions().get::<Failure>().cloned() else { return response };
+    let named = ids::name("request").and_then(|id| Ok((id, ids::name("trace")?)));
+    let Ok((request_id, trace_id)) = named else { return response };
+    let agent_id = caller.and_then(|caller| caller.0);
+    let identity = TraceIdentity { trace_id, request_id, session_id: None, agent_id };
+    let pins = state.services().map(|services| services.pins()).unwrap_or_default();
+    let body = TraceBody::Guard { guard: failure.code.into(), detail: failure.message };
+    if let Err(error) = state.traces.append(&identity, &pins, body).await {
+        // Nothing is released by this response, so the failure may still be told.
+        tracing::error!(%error, "a failed request could not be traced");
+    }
+    state.metrics.count_guard(failure.code);
+    response
 }
 
 async fn count(State(state): State<Arc<AppState>>, request: Request, next: Next) -> Response {

@@ -1,9 +1,12 @@
 //! G-14: what is not in the trace is not released. `/dev/full` is a disk without room.
 
-use axum::http::StatusCode;
+use axum::{
+    body::Body,
+    http::{Method, StatusCode},
+};
 use serde_json::json;
 
-use crate::support::{MODEL, events, warm};
+use crate::support::{KEY, MODEL, events, request, warm};
 
 #[tokio::test]
 async fn an_answer_whose_trace_cannot_be_written_is_withheld() {
@@ -49,4 +52,19 @@ async fn every_kind_of_request_leaves_a_record_with_its_pins() {
         assert_eq!(line["pins"]["model_fp"].as_str().unwrap().len(), 64);
     }
     assert!(lines[2]["pins"]["index_hash"].is_string());
+}
+
+#[tokio::test]
+async fn a_request_that_is_turned_away_leaves_a_record_and_a_stranger_does_not() {
+    let server = warm(&[KEY], None);
+    let body = json!({"model": MODEL, "prompt": "ab", "tools": []}).to_string();
+    for key in [None, Some(KEY)] {
+        server.send(request(Method::POST, "/v1/completions", key, Body::from(body.clone()))).await;
+    }
+    let lines = server.trace_lines();
+    assert_eq!(lines.len(), 1);
+    assert_eq!(lines[0]["event"], "guard.fire");
+    assert_eq!(lines[0]["guard"], "unsupported_field");
+    assert_eq!(lines[0]["agent_id"], "key-1");
+    assert!(lines[0]["detail"].as_str().unwrap().contains("tools"));
 }
