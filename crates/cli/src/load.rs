@@ -134,8 +134,7 @@ impl Boot<'_> {
     ) -> Result<Loaded<CpuBackend>> {
         let loaded = self.board.run(Phase::Weights, || {
             let path = &model.path;
-            let loaded = load_generator(backend.clone(), path, &mut |step| bars.load(&step))
-                .with_context(|| format!("model {}", path.display()))?;
+            let loaded = load_generator(backend.clone(), path, &mut |step| bars.load(&step))?;
             let detail = format!("{}, {}", loaded.model_name, loaded.quant);
             anyhow::Ok((loaded, detail))
         })?;

@@ -58,9 +58,34 @@ impl Output {
 
     /// The end of a command that failed.
     pub(crate) fn error(self, error: &anyhow::Error) {
+        let text = explain(error);
         if self.json {
-            println!("{}", json!({ "error": format!("{error:#}") }));
+            println!("{}", json!({ "error": text }));
         }
-        eprintln!("error: {error:#}");
+        eprintln!("error: {text}");
+    }
+}
+
+/// The chain of causes, without those that an outer message has already told.
+fn explain(error: &anyhow::Error) -> String {
+    error.chain().fold(String::new(), |told, cause| {
+        let cause = cause.to_string();
+        match told.as_str() {
+            "" => cause,
+            outer if outer.contains(&cause) => told,
+            outer => format!("{outer}: {cause}"),
+        }
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_cause_is_told_once() {
+        let error =
+            anyhow::anyhow!("x.gguf: truncated").context("x.gguf: truncated").context("model");
+        assert_eq!(explain(&error), "model: x.gguf: truncated");
     }
 }

@@ -1,0 +1,128 @@
+//! Whole runs of the binary that need no model: every failure is one clear line and an exit code.
+
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::{
+    net::TcpListener,
+    path::Path,
+    process::{Command, Output},
+};
+
+use exrail_testkit::{TinyLlama, tiny_llama};
+
+fn exrail(home: &Path, arguments: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_exrail"))
+        .args(arguments)
+        .env("EXRAIL_HOME", home)
+        .env("EXRAIL_OFFLINE", "true")
+        .output()
+        .unwrap()
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8(bytes.to_vec()).unwrap()
+}
+
+/// Exit code 1 and a message on standard error that holds every part.
+fn fails(output: &Output, parts: &[&str]) {
+    let message = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{message}");
+    for part in parts {
+        assert!(message.contains(part), "expected `{part}` in: {message}");
+    }
+    assert!(!message.contains("panicked"), "{message}");
+}
+
+#[test]
+fn every_command_explains_itself_and_wrong_usage_is_2() {
+    let home = tempfile::tempdir().unwrap();
+    let commands = ["serve", "chat", "ask", "ingest", "verify", "embed", "pull", "inspect", "demo"];
+    for command in commands {
+        let output = exrail(home.path(), &[command, "--help"]);
+        assert!(output.status.success(), "{command}");
+        assert!(text(&output.stdout).contains("--json"), "{command} has --json");
+    }
+    assert_eq!(exrail(home.path(), &["ask", "q", "--depth", "3"]).status.code(), Some(2));
+    assert_eq!(exrail(home.path(), &["fly"]).status.code(), Some(2));
+}
+
+#[test]
+fn a_missing_model_is_named_with_what_there_is() {
+    let home = tempfile::tempdir().unwrap();
+    let output = exrail(home.path(), &["chat", "hi", "--model", "nowhere.gguf"]);
+    fails(&output, &["nowhere.gguf", "no such file", "smollm2-135m-instruct"]);
+    let output = exrail(home.path(), &["chat", "hi"]);
+    fails(&output, &["smollm2-135m-instruct", "not in the cache", "exrail pull"]);
+}
+
+#[test]
+fn a_damaged_model_is_one_line_that_names_it_once() {
+    let home = tempfile::tempdir().unwrap();
+    let file = home.path().join("cut.gguf");
+    let whole = tiny_llama(1, TinyLlama::default());
+    std::fs::write(&file, &whole[..whole.len() / 2]).unwrap();
+    let path = file.to_str().unwrap();
+    let output = exrail(home.path(), &["chat", "hi", "--model", path]);
+    fails(&output, &["cut.gguf", "truncated"]);
+    let message = text(&output.stderr);
+    assert_eq!(message.lines().count(), 1, "{message}");
+    assert_eq!(message.matches("cut.gguf").count(), 1, "{message}");
+    fails(&exrail(home.path(), &["inspect", path]), &["cut.gguf", "truncated"]);
+}
+
+#[test]
+fn inspect_prints_header_tensors_and_template() {
+    let home = tempfile::tempdir().unwrap();
+    let file = home.path().join("tiny.gguf");
+    std::fs::write(&file, tiny_llama(1, TinyLlama::default())).unwrap();
+    let output = exrail(home.path(), &["inspect", file.to_str().unwrap(), "--json"]);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    let json: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(json["format"], "GGUF");
+    assert_eq!(json["metadata"]["general.architecture"], "llama");
+    assert!(json["chat_template"].as_str().unwrap().contains("im_start"));
+    assert!(json["tensors"].as_array().unwrap().len() > 10);
+}
+
+#[test]
+fn a_tiny_model_chats_and_the_same_seed_says_the_same() {
+    let home = tempfile::tempdir().unwrap();
+    let file = home.path().join("tiny.gguf");
+    std::fs::write(&file, tiny_llama(1, TinyLlama::default())).unwrap();
+    let path = file.to_str().unwrap();
+    let say =
+        || exrail(home.path(), &["chat", "hi", "--model", path, "--max-tokens", "5", "--json"]);
+    let (first, second) = (say(), say());
+    assert!(first.status.success(), "{}", text(&first.stderr));
+    let answer =
+        |output: &Output| -> serde_json::Value { serde_json::from_slice(&output.stdout).unwrap() };
+    assert_eq!(answer(&first)["answer"], answer(&second)["answer"]);
+    assert_eq!(answer(&first)["completion_tokens"], 5);
+}
+
+#[test]
+fn serve_refuses_a_taken_port_a_public_address_and_bad_keys() {
+    let home = tempfile::tempdir().unwrap();
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = taken.local_addr().unwrap().port().to_string();
+    let output = exrail(home.path(), &["serve", "--port", &port]);
+    fails(&output, &["already in use", "--port"]);
+    let output = exrail(home.path(), &["serve", "--host", "0.0.0.0", "--port", "0"]);
+    fails(&output, &["0.0.0.0", "API key", "--api-key-file"]);
+    let keys = home.path().join("keys");
+    for (content, part) in [("# none\n", "found none"), ("short\n", "at least 16 characters")] {
+        std::fs::write(&keys, content).unwrap();
+        let arguments = ["serve", "--port", "0", "--api-key-file", keys.to_str().unwrap()];
+        fails(&exrail(home.path(), &arguments), &[part]);
+    }
+}
+
+#[test]
+fn a_collection_that_is_not_there_says_how_to_make_one() {
+    let home = tempfile::tempdir().unwrap();
+    let output = exrail(home.path(), &["ingest", "no/such/page.md"]);
+    fails(&output, &["no/such/page.md"]);
+    let empty = home.path().join("empty");
+    std::fs::create_dir(&empty).unwrap();
+    fails(&exrail(home.path(), &["ingest", empty.to_str().unwrap()]), &["expected .md", "none"]);
+}

@@ -1,0 +1,118 @@
+//! Whole runs of the binary on the default models.
+
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::{
+    path::{Path, PathBuf},
+    process::{Command, Output},
+};
+
+use serde_json::Value;
+
+fn model(variable: &str) -> String {
+    std::env::var(variable).expect("run through make test")
+}
+
+fn exrail(home: &Path, arguments: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_exrail"))
+        .args(arguments)
+        .env("EXRAIL_HOME", home)
+        .env("EXRAIL_ENCODER", model("EXRAIL_TEST_ENCODER"))
+        .env("EXRAIL_MODEL", model("EXRAIL_TEST_GENERATOR"))
+        .env("EXRAIL_OFFLINE", "true")
+        .output()
+        .unwrap()
+}
+
+fn lines(output: &Output) -> Vec<String> {
+    let text = String::from_utf8(output.stdout.clone()).unwrap();
+    text.lines().map(str::to_owned).collect()
+}
+
+fn last_json(output: &Output) -> Value {
+    serde_json::from_str(lines(output).last().unwrap()).unwrap()
+}
+
+fn pack() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../packs/stability")
+}
+
+#[test]
+fn ingest_ask_and_verify_work_on_the_sample_pack() {
+    let home = tempfile::tempdir().unwrap();
+    let docs = pack().join("docs");
+    let ingest = ["ingest", docs.to_str().unwrap(), "--collection", "pages", "--json"];
+    let output = exrail(home.path(), &ingest);
+    assert!(output.status.success(), "{output:?}");
+    let first = last_json(&output);
+    assert!(first["documents"].as_u64().unwrap() >= 25, "{first}");
+    let again = last_json(&exrail(home.path(), &ingest));
+    assert_eq!(again["embedded"], 0, "unchanged documents are passed over");
+    assert_eq!(again["index_hash"], first["index_hash"]);
+
+    let question = "How many tokens does one page of the KV cache hold?";
+    let ask = ["ask", question, "--collection", "pages", "--json"];
+    let answer = last_json(&exrail(home.path(), &ask));
+    assert_eq!(answer["gate"]["status"], "not_calibrated");
+    let texts = answer["retrieved"].to_string();
+    assert!(texts.contains("256 tokens"), "{texts}");
+
+    let gold = pack().join("gold.jsonl");
+    let verify = [
+        "verify",
+        "--gold",
+        gold.to_str().unwrap(),
+        "--collection",
+        "pages",
+        "--answered",
+        "2",
+        "--unanswerable",
+        "1",
+        "--lambda",
+        "0",
+        "--json",
+    ];
+    let output = exrail(home.path(), &verify);
+    let report = last_json(&output);
+    // The default models cannot pass: two answers are too few to.
+    assert_eq!(output.status.code(), Some(3), "{report}");
+    assert_eq!(report["pins"]["index_hash"], first["index_hash"]);
+    assert_ne!(report["verdict"], "pass");
+    for section in ["quantisation", "cache"] {
+        assert_eq!(report[section]["status"], "not_available", "{section}");
+    }
+    // Now there is a scale, and the gate uses it.
+    let answer = last_json(&exrail(home.path(), &ask));
+    assert_ne!(answer["gate"]["status"], "not_calibrated");
+    let off_topic = ["ask", "How long should I boil an egg?", "--collection", "pages", "--json"];
+    assert_eq!(last_json(&exrail(home.path(), &off_topic))["answer"], "not in context");
+}
+
+#[test]
+fn the_demo_completes_and_its_last_line_is_the_verdict() {
+    let home = tempfile::tempdir().unwrap();
+    let output = exrail(
+        home.path(),
+        &["demo", "--port", "0", "--answered", "1", "--unanswerable", "1", "--lambda", "0"],
+    );
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    let lines = lines(&output);
+    assert!(lines.last().unwrap().starts_with("verdict: "), "{lines:?}");
+    let traces = std::fs::read_to_string(home.path().join("traces/trace.jsonl")).unwrap();
+    let events: Vec<Value> =
+        traces.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let count = |event| events.iter().filter(|line| line["event"] == event).count();
+    assert_eq!(count("answer.decide"), 4);
+    assert_eq!(count("probe.run"), 1);
+}
+
+#[test]
+fn embeddings_of_near_texts_are_near() {
+    let home = tempfile::tempdir().unwrap();
+    let output = exrail(home.path(), &["embed", "a cat", "a kitten", "a stock exchange", "--json"]);
+    let cosines: Vec<f64> = lines(&output)
+        .iter()
+        .map(|line| serde_json::from_str::<Value>(line).unwrap()["cosine"].as_f64().unwrap())
+        .collect();
+    assert!(cosines[1] > cosines[2] + 0.3, "{cosines:?}");
+}
