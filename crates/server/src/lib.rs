@@ -11,6 +11,7 @@ mod generation;
 mod ids;
 mod observe;
 pub mod pipeline;
+mod relay;
 mod routes;
 pub mod sentinel;
 mod serve;

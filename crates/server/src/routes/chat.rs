@@ -7,12 +7,11 @@ use axum::{
     extract::State,
     response::{IntoResponse, Response},
 };
-use exrail_engine::{Event, GenerateRequest, Generation, Sampling};
+use exrail_engine::{GenerateRequest, Sampling};
 use exrail_wire::{
     AssistantMessage, ChatChoice, ChatChunk, ChatChunkChoice, ChatLogprobs, ChatRequest,
     ChatResponse, Delta, SamplingFields, StreamOptions, TokenLogprob, TopLogprob,
 };
-use futures_util::StreamExt;
 
 use super::ask;
 use crate::{
@@ -22,7 +21,8 @@ use crate::{
     extract::{Body, Ready, refuse_unknown},
     generation::{self, Choice, LogprobAt},
     ids,
-    sse::{self, EventSink, Gone},
+    relay::{self, Job, News, Wording},
+    sse,
     state::Services,
     trace::TraceIdentity,
     translate,
@@ -37,14 +37,10 @@ pub(crate) struct Header {
     pub(crate) system_fingerprint: String,
 }
 
-/// A chat request that was accepted.
-struct Accepted {
-    generations: Vec<Generation>,
-    seed: u64,
-    include_usage: bool,
+/// A chat's events.
+struct ChatWording {
     header: Header,
-    identity: TraceIdentity,
-    received: Instant,
+    include_usage: bool,
 }
 
 pub(crate) async fn complete(
@@ -53,7 +49,6 @@ pub(crate) async fn complete(
     Ready(services): Ready,
     Body(mut request): Body<ChatRequest>,
 ) -> Result<Response, ApiError> {
-    let received = Instant::now();
     let sampling = SamplingFields::take(&mut request.unknown)?;
     refuse_unknown("", &request.unknown)?;
     services.expect_generator(&request.model)?;
@@ -61,13 +56,14 @@ pub(crate) async fn complete(
         return ask::grounded_chat(state, caller, services, request, sampling).await;
     }
     let stream = request.stream.unwrap_or(false);
-    let accepted = accept(&state, &caller, &services, request, &sampling, received)?;
+    let (job, wording) = accept(&state, &caller, &services, request, &sampling)?;
     if stream {
         let (sink, response) = sse::channel();
-        tokio::spawn(stream_answer(state, services, accepted, sink));
+        tokio::spawn(relay::stream(state, services, job, wording, sink));
         return Ok(response);
     }
-    whole_answer(&state, &services, accepted).await
+    let choices = relay::whole(&state, &services, job).await?;
+    Ok(Json(whole_answer(wording.header, choices)).into_response())
 }
 
 fn accept(
@@ -76,8 +72,8 @@ fn accept(
     services: &Services,
     request: ChatRequest,
     sampling: &SamplingFields,
-    received: Instant,
-) -> Result<Accepted, ApiError> {
+) -> Result<(Job, ChatWording), ApiError> {
+    let received = Instant::now();
     let include_usage = include_usage(request.stream, request.stream_options)?;
     let choices = translate::choices(request.n, state.limits.choices)?;
     let messages = translate::messages(request.messages)?;
@@ -98,7 +94,9 @@ fn accept(
     let generations = generation::submit(&services.engine, &generate, choices)?;
     let header = header(services, "chatcmpl")?;
     let identity = identity(&header, caller, request.user)?;
-    Ok(Accepted { generations, seed, include_usage, header, identity, received })
+    let route = "/v1/chat/completions";
+    let job = Job { route, generations, seed, identity, received };
+    Ok((job, ChatWording { header, include_usage }))
 }
 
 /// Names and times of a response.
@@ -163,16 +161,7 @@ fn logprobs(wanted: Option<bool>, top: Option<usize>) -> Result<Option<usize>, A
     }
 }
 
-async fn whole_answer(
-    state: &AppState,
-    services: &Services,
-    accepted: Accepted,
-) -> Result<Response, ApiError> {
-    let Accepted { generations, seed, header, identity, received, .. } = accepted;
-    let first_token = || state.metrics.first_token.observe(received.elapsed());
-    let choices = generation::collect(generations, first_token).await?;
-    let record = generation::trace_body("/v1/chat/completions", seed, &choices);
-    state.traces.append(&identity, &services.pins(), record).await?;
+fn whole_answer(header: Header, choices: Vec<Choice>) -> ChatResponse {
     let usage = generation::usage(&choices);
     let choices = choices.into_iter().enumerate().map(|(index, choice)| {
         let finish = choice.finished.map_or("stop", |f| generation::finish_reason(f.finish));
@@ -184,7 +173,7 @@ async fn whole_answer(
             message: AssistantMessage { role: "assistant", content: choice.text, refusal: None },
         }
     });
-    let response = ChatResponse {
+    ChatResponse {
         id: header.id,
         object: "chat.completion",
         created: header.created,
@@ -193,8 +182,7 @@ async fn whole_answer(
         usage,
         system_fingerprint: header.system_fingerprint,
         exrail: None,
-    };
-    Ok(Json(response).into_response())
+    }
 }
 
 impl Header {
@@ -218,102 +206,39 @@ pub(crate) fn piece(index: usize, delta: Delta) -> ChatChunkChoice {
     ChatChunkChoice { index, delta, finish_reason: None, logprobs: None }
 }
 
-/// Why a stream ended early.
-enum Cut {
-    Gone,
-    Failed(ApiError),
-}
+impl Wording for ChatWording {
+    type Event = ChatChunk;
 
-impl From<Gone> for Cut {
-    fn from(_: Gone) -> Self {
-        Self::Gone
-    }
-}
-
-async fn stream_answer(
-    state: Arc<AppState>,
-    services: Arc<Services>,
-    mut accepted: Accepted,
-    sink: EventSink,
-) {
-    let generations = std::mem::take(&mut accepted.generations);
-    let mut choices = vec![Choice::default(); generations.len()];
-    let streamed = stream_events(&state, &accepted, generations, &mut choices, &sink).await;
-    let mut record = generation::trace_body("/v1/chat/completions", accepted.seed, &choices);
-    if let exrail_wire::TraceBody::Infer { finish_reason, .. } = &mut record {
-        match &streamed {
-            Ok(()) => {}
-            Err(Cut::Gone) => *finish_reason = "cancelled".into(),
-            Err(Cut::Failed(error)) => *finish_reason = error.to_string(),
-        }
-    }
-    let traced = state.traces.append(&accepted.identity, &services.pins(), record).await;
-    match (streamed, traced) {
-        (Ok(()), Ok(())) => drop(finish_stream(&accepted, &choices, &sink).await),
-        (Ok(()), Err(error)) => sink.fail(&error.into()).await,
-        (Err(Cut::Failed(error)), _) => sink.fail(&error).await,
-        (Err(Cut::Gone), _) => {}
-    }
-}
-
-async fn stream_events(
-    state: &AppState,
-    accepted: &Accepted,
-    generations: Vec<Generation>,
-    choices: &mut [Choice],
-    sink: &EventSink,
-) -> Result<(), Cut> {
-    let role = |index| {
-        let content = Some(String::new());
-        piece(index, Delta { role: Some("assistant"), content })
-    };
-    sink.send(&accepted.header.chunk((0..choices.len()).map(role).collect())).await?;
-    let mut events = std::pin::pin!(generation::events(generations));
-    let mut saw_token = false;
-    loop {
-        let next = tokio::select! {
-            next = events.next() => next,
-            () = sink.closed() => return Err(Cut::Gone),
+    fn opening(&self, n_choices: usize) -> Vec<ChatChunk> {
+        let role = |index| {
+            let content = Some(String::new());
+            piece(index, Delta { role: Some("assistant"), content })
         };
-        let Some((index, event)) = next else { break };
-        if matches!(event, Event::Token(_)) && !saw_token {
-            saw_token = true;
-            state.metrics.first_token.observe(accepted.received.elapsed());
-        }
-        let (text_from, logprobs_from) = (choices[index].text.len(), choices[index].logprobs.len());
-        choices[index].take(event).map_err(Cut::Failed)?;
-        let text = &choices[index].text[text_from..];
-        let logprobs = &choices[index].logprobs[logprobs_from..];
-        if text.is_empty() && logprobs.is_empty() {
-            continue;
-        }
-        let mut news = piece(index, Delta { role: None, content: Some(text.into()) });
-        news.logprobs = (!logprobs.is_empty()).then(|| chat_logprobs(logprobs));
-        sink.send(&accepted.header.chunk(vec![news])).await?;
+        vec![self.header.chunk((0..n_choices).map(role).collect())]
     }
-    if choices.iter().any(|choice| choice.finished.is_none()) {
-        return Err(Cut::Failed(ApiError::Lost));
-    }
-    Ok(())
-}
 
-async fn finish_stream(
-    accepted: &Accepted,
-    choices: &[Choice],
-    sink: &EventSink,
-) -> Result<(), Gone> {
-    for (index, choice) in choices.iter().enumerate() {
-        let mut last = piece(index, Delta::default());
-        last.finish_reason =
-            choice.finished.as_ref().map(|finished| generation::finish_reason(finished.finish));
-        sink.send(&accepted.header.chunk(vec![last])).await?;
+    fn news(&self, news: &News<'_>) -> ChatChunk {
+        let delta = Delta { role: None, content: Some(news.text.into()) };
+        let mut piece = piece(news.index, delta);
+        piece.logprobs = (!news.logprobs.is_empty()).then(|| chat_logprobs(news.logprobs));
+        self.header.chunk(vec![piece])
     }
-    if accepted.include_usage {
-        let mut chunk = accepted.header.chunk(Vec::new());
-        chunk.usage = Some(generation::usage(choices));
-        sink.send(&chunk).await?;
+
+    fn closing(&self, choices: &[Choice]) -> Vec<ChatChunk> {
+        let last = |(index, choice): (usize, &Choice)| {
+            let mut last = piece(index, Delta::default());
+            last.finish_reason =
+                choice.finished.as_ref().map(|finished| generation::finish_reason(finished.finish));
+            self.header.chunk(vec![last])
+        };
+        let mut events: Vec<ChatChunk> = choices.iter().enumerate().map(last).collect();
+        if self.include_usage {
+            let mut chunk = self.header.chunk(Vec::new());
+            chunk.usage = Some(generation::usage(choices));
+            events.push(chunk);
+        }
+        events
     }
-    sink.done().await
 }
 
 fn chat_logprobs(logprobs: &[LogprobAt]) -> ChatLogprobs {

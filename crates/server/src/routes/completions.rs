@@ -8,13 +8,12 @@ use axum::{
     extract::State,
     response::{IntoResponse, Response},
 };
-use exrail_engine::{Event, GenerateRequest, Generation, Sampling};
+use exrail_engine::{GenerateRequest, Sampling};
 use exrail_text::Specials;
 use exrail_wire::{
     CompletionChoice, CompletionLogprobs, CompletionRequest, CompletionResponse, Prompt,
-    SamplingFields, TraceBody, Usage,
+    SamplingFields, Usage,
 };
-use futures_util::StreamExt;
 use serde_json::Value;
 
 use super::chat::{self, Header};
@@ -24,9 +23,9 @@ use crate::{
     error::ApiError,
     extract::{Body, Ready, refuse_unknown},
     generation::{self, Choice, LogprobAt},
-    sse::{self, EventSink, Gone},
+    relay::{self, Job, News, Wording},
+    sse,
     state::Services,
-    trace::TraceIdentity,
     translate,
 };
 
@@ -34,16 +33,12 @@ const ROUTE: &str = "/v1/completions";
 /// Tokens generated when the request names no limit: the original API's default.
 const DEFAULT_MAX_TOKENS: usize = 16;
 
-/// A request that was accepted. Choice i belongs to prompt `i / per_prompt`.
-struct Accepted {
-    generations: Vec<Generation>,
+/// The events of text completions. Choice i belongs to prompt `i / per_prompt`.
+struct TextWording {
+    header: Header,
     per_prompt: usize,
     echo: Option<Vec<String>>,
-    seed: u64,
     include_usage: bool,
-    header: Header,
-    identity: TraceIdentity,
-    received: Instant,
 }
 
 pub(crate) async fn complete(
@@ -52,18 +47,18 @@ pub(crate) async fn complete(
     Ready(services): Ready,
     Body(mut request): Body<CompletionRequest>,
 ) -> Result<Response, ApiError> {
-    let received = Instant::now();
     let sampling = SamplingFields::take(&mut request.unknown)?;
     refuse_unknown("", &request.unknown)?;
     services.expect_generator(&request.model)?;
     let stream = request.stream.unwrap_or(false);
-    let accepted = accept(&state, &caller, &services, request, &sampling, received)?;
+    let (job, wording) = accept(&state, &caller, &services, request, &sampling)?;
     if stream {
         let (sink, response) = sse::channel();
-        tokio::spawn(stream_text(state, services, accepted, sink));
+        tokio::spawn(relay::stream(state, services, job, wording, sink));
         return Ok(response);
     }
-    whole_text(&state, &services, accepted).await
+    let choices = relay::whole(&state, &services, job).await?;
+    Ok(Json(wording.whole(&choices)).into_response())
 }
 
 fn accept(
@@ -72,8 +67,8 @@ fn accept(
     services: &Services,
     request: CompletionRequest,
     sampling: &SamplingFields,
-    received: Instant,
-) -> Result<Accepted, ApiError> {
+) -> Result<(Job, TextWording), ApiError> {
+    let received = Instant::now();
     let include_usage = chat::include_usage(request.stream, request.stream_options)?;
     let engine = &services.engine;
     let prompts = prompts(services, request.prompt)?;
@@ -105,7 +100,8 @@ fn accept(
     }
     let header = chat::header(services, "cmpl")?;
     let identity = chat::identity(&header, caller, request.user)?;
-    Ok(Accepted { generations, per_prompt, echo, seed, include_usage, header, identity, received })
+    let job = Job { route: ROUTE, generations, seed, identity, received };
+    Ok((job, TextWording { header, per_prompt, echo, include_usage }))
 }
 
 fn prompts(services: &Services, prompt: Prompt) -> Result<Vec<Vec<u32>>, ApiError> {
@@ -130,7 +126,7 @@ fn bad_prompt(problem: String) -> ApiError {
     ApiError::BadField { field: "prompt".into(), problem }
 }
 
-impl Accepted {
+impl TextWording {
     fn echo_of(&self, choice: usize) -> &str {
         self.echo.as_ref().map_or("", |prompts| prompts[choice / self.per_prompt].as_str())
     }
@@ -147,6 +143,16 @@ impl Accepted {
         }
     }
 
+    fn whole(&self, choices: &[Choice]) -> CompletionResponse {
+        let wire = choices.iter().enumerate().map(|(index, choice)| CompletionChoice {
+            index,
+            text: format!("{}{}", self.echo_of(index), choice.text),
+            finish_reason: finish_reason(choice),
+            logprobs: text_logprobs(&choice.logprobs),
+        });
+        self.response(wire.collect(), Some(self.usage(choices)))
+    }
+
     fn usage(&self, choices: &[Choice]) -> Usage {
         let per_prompt = choices.chunks(self.per_prompt).map(generation::usage);
         per_prompt.fold(Usage::default(), |sum, one| {
@@ -159,125 +165,41 @@ impl Accepted {
     }
 }
 
-async fn whole_text(
-    state: &AppState,
-    services: &Services,
-    mut accepted: Accepted,
-) -> Result<Response, ApiError> {
-    let generations = std::mem::take(&mut accepted.generations);
-    let first_token = || state.metrics.first_token.observe(accepted.received.elapsed());
-    let choices = generation::collect(generations, first_token).await?;
-    let record = generation::trace_body(ROUTE, accepted.seed, &choices);
-    state.traces.append(&accepted.identity, &services.pins(), record).await?;
-    let usage = accepted.usage(&choices);
-    let wire = choices.iter().enumerate().map(|(index, choice)| CompletionChoice {
-        index,
-        text: format!("{}{}", accepted.echo_of(index), choice.text),
-        finish_reason: finish_reason(choice),
-        logprobs: text_logprobs(&choice.logprobs),
-    });
-    Ok(Json(accepted.response(wire.collect(), Some(usage))).into_response())
-}
-
 fn finish_reason(choice: &Choice) -> Option<&'static str> {
     choice.finished.as_ref().map(|finished| generation::finish_reason(finished.finish))
 }
 
-enum Cut {
-    Gone,
-    Failed(ApiError),
-}
+impl Wording for TextWording {
+    type Event = CompletionResponse;
 
-impl From<Gone> for Cut {
-    fn from(_: Gone) -> Self {
-        Self::Gone
+    fn opening(&self, n_choices: usize) -> Vec<CompletionResponse> {
+        let echoed = (0..n_choices).filter(|&index| !self.echo_of(index).is_empty());
+        echoed
+            .map(|index| self.response(vec![piece(index, self.echo_of(index), &[])], None))
+            .collect()
     }
-}
 
-async fn stream_text(
-    state: Arc<AppState>,
-    services: Arc<Services>,
-    mut accepted: Accepted,
-    sink: EventSink,
-) {
-    let generations = std::mem::take(&mut accepted.generations);
-    let mut choices = vec![Choice::default(); generations.len()];
-    let streamed = stream_events(&state, &accepted, generations, &mut choices, &sink).await;
-    let mut record = generation::trace_body(ROUTE, accepted.seed, &choices);
-    if let TraceBody::Infer { finish_reason, .. } = &mut record {
-        match &streamed {
-            Ok(()) => {}
-            Err(Cut::Gone) => *finish_reason = "cancelled".into(),
-            Err(Cut::Failed(error)) => *finish_reason = error.to_string(),
-        }
+    fn news(&self, news: &News<'_>) -> CompletionResponse {
+        self.response(vec![piece(news.index, news.text, news.logprobs)], None)
     }
-    let traced = state.traces.append(&accepted.identity, &services.pins(), record).await;
-    match (streamed, traced) {
-        (Ok(()), Ok(())) => drop(finish_stream(&accepted, &choices, &sink).await),
-        (Ok(()), Err(error)) => sink.fail(&error.into()).await,
-        (Err(Cut::Failed(error)), _) => sink.fail(&error).await,
-        (Err(Cut::Gone), _) => {}
-    }
-}
 
-async fn stream_events(
-    state: &AppState,
-    accepted: &Accepted,
-    generations: Vec<Generation>,
-    choices: &mut [Choice],
-    sink: &EventSink,
-) -> Result<(), Cut> {
-    for index in 0..choices.len() {
-        let echo = accepted.echo_of(index);
-        if !echo.is_empty() {
-            sink.send(&accepted.response(vec![news(index, echo, &[])], None)).await?;
-        }
-    }
-    let mut events = std::pin::pin!(generation::events(generations));
-    let mut saw_token = false;
-    loop {
-        let next = tokio::select! {
-            next = events.next() => next,
-            () = sink.closed() => return Err(Cut::Gone),
+    fn closing(&self, choices: &[Choice]) -> Vec<CompletionResponse> {
+        let last = |(index, choice): (usize, &Choice)| {
+            let mut last = piece(index, "", &[]);
+            last.finish_reason = finish_reason(choice);
+            self.response(vec![last], None)
         };
-        let Some((index, event)) = next else { break };
-        if matches!(event, Event::Token(_)) && !saw_token {
-            saw_token = true;
-            state.metrics.first_token.observe(accepted.received.elapsed());
+        let mut events: Vec<_> = choices.iter().enumerate().map(last).collect();
+        if self.include_usage {
+            events.push(self.response(Vec::new(), Some(self.usage(choices))));
         }
-        let (text_from, logprobs_from) = (choices[index].text.len(), choices[index].logprobs.len());
-        choices[index].take(event).map_err(Cut::Failed)?;
-        let text = &choices[index].text[text_from..];
-        let logprobs = &choices[index].logprobs[logprobs_from..];
-        if !text.is_empty() || !logprobs.is_empty() {
-            sink.send(&accepted.response(vec![news(index, text, logprobs)], None)).await?;
-        }
+        events
     }
-    if choices.iter().any(|choice| choice.finished.is_none()) {
-        return Err(Cut::Failed(ApiError::Lost));
-    }
-    Ok(())
 }
 
-fn news(index: usize, text: &str, logprobs: &[LogprobAt]) -> CompletionChoice {
+fn piece(index: usize, text: &str, logprobs: &[LogprobAt]) -> CompletionChoice {
     let logprobs = text_logprobs(logprobs);
     CompletionChoice { index, text: text.into(), finish_reason: None, logprobs }
-}
-
-async fn finish_stream(
-    accepted: &Accepted,
-    choices: &[Choice],
-    sink: &EventSink,
-) -> Result<(), Gone> {
-    for (index, choice) in choices.iter().enumerate() {
-        let mut last = news(index, "", &[]);
-        last.finish_reason = finish_reason(choice);
-        sink.send(&accepted.response(vec![last], None)).await?;
-    }
-    if accepted.include_usage {
-        sink.send(&accepted.response(Vec::new(), Some(accepted.usage(choices)))).await?;
-    }
-    sink.done().await
 }
 
 fn text_logprobs(logprobs: &[LogprobAt]) -> Option<CompletionLogprobs> {

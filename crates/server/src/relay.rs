@@ -1,0 +1,144 @@
+//! From running sequences to a response, for every route that generates: one way for a whole answer,
+//! one for a stream. Both write the trace before they end (G-14).
+
+use std::{sync::Arc, time::Instant};
+
+use exrail_engine::{Event, Generation};
+use exrail_wire::TraceBody;
+use futures_util::StreamExt;
+use serde::Serialize;
+
+use crate::{
+    AppState,
+    error::ApiError,
+    generation::{self, Choice, LogprobAt},
+    sse::{EventSink, Gone},
+    state::Services,
+    trace::TraceIdentity,
+};
+
+/// A request that was accepted.
+pub(crate) struct Job {
+    pub(crate) route: &'static str,
+    pub(crate) generations: Vec<Generation>,
+    pub(crate) seed: u64,
+    pub(crate) identity: TraceIdentity,
+    pub(crate) received: Instant,
+}
+
+/// What is new in one choice.
+pub(crate) struct News<'a> {
+    pub(crate) index: usize,
+    pub(crate) text: &'a str,
+    pub(crate) logprobs: &'a [LogprobAt],
+}
+
+/// How a route words its events.
+pub(crate) trait Wording: Send + Sync + 'static {
+    type Event: Serialize + Send;
+
+    /// Before the first token.
+    fn opening(&self, n_choices: usize) -> Vec<Self::Event>;
+    /// New text or log-probabilities.
+    fn news(&self, news: &News<'_>) -> Self::Event;
+    /// Finish reasons and, if asked for, the usage.
+    fn closing(&self, choices: &[Choice]) -> Vec<Self::Event>;
+}
+
+/// Waits for all choices and writes the trace.
+pub(crate) async fn whole(
+    state: &AppState,
+    services: &Services,
+    job: Job,
+) -> Result<Vec<Choice>, ApiError> {
+    let first_token = || state.metrics.first_token.observe(job.received.elapsed());
+    let choices = generation::collect(job.generations, first_token).await?;
+    let record = generation::trace_body(job.route, job.seed, &choices);
+    state.traces.append(&job.identity, &services.pins(), record).await?;
+    Ok(choices)
+}
+
+/// Why a stream ended early.
+enum Cut {
+    Gone,
+    Failed(ApiError),
+}
+
+impl From<Gone> for Cut {
+    fn from(_: Gone) -> Self {
+        Self::Gone
+    }
+}
+
+/// Sends tokens as they come. The end is told only after the trace is written.
+pub(crate) async fn stream(
+    state: Arc<AppState>,
+    services: Arc<Services>,
+    mut job: Job,
+    wording: impl Wording,
+    sink: EventSink,
+) {
+    let generations = std::mem::take(&mut job.generations);
+    let mut choices = vec![Choice::default(); generations.len()];
+    let streamed = pass_on(&state, &job, generations, &mut choices, &wording, &sink).await;
+    let mut record = generation::trace_body(job.route, job.seed, &choices);
+    if let TraceBody::Infer { finish_reason, .. } = &mut record {
+        match &streamed {
+            Ok(()) => {}
+            Err(Cut::Gone) => *finish_reason = "cancelled".into(),
+            Err(Cut::Failed(error)) => *finish_reason = error.to_string(),
+        }
+    }
+    let traced = state.traces.append(&job.identity, &services.pins(), record).await;
+    match (streamed, traced) {
+        (Ok(()), Ok(())) => drop(close(&choices, &wording, &sink).await),
+        (Ok(()), Err(error)) => sink.fail(&error.into()).await,
+        (Err(Cut::Failed(error)), _) => sink.fail(&error).await,
+        (Err(Cut::Gone), _) => {}
+    }
+}
+
+async fn pass_on(
+    state: &AppState,
+    job: &Job,
+    generations: Vec<Generation>,
+    choices: &mut [Choice],
+    wording: &impl Wording,
+    sink: &EventSink,
+) -> Result<(), Cut> {
+    for event in wording.opening(choices.len()) {
+        sink.send(&event).await?;
+    }
+    let mut events = std::pin::pin!(generation::events(generations));
+    let mut saw_token = false;
+    loop {
+        let next = tokio::select! {
+            next = events.next() => next,
+            () = sink.closed() => return Err(Cut::Gone),
+        };
+        let Some((index, event)) = next else { break };
+        if matches!(event, Event::Token(_)) && !saw_token {
+            saw_token = true;
+            state.metrics.first_token.observe(job.received.elapsed());
+        }
+        let choice = &mut choices[index];
+        let (text_from, logprobs_from) = (choice.text.len(), choice.logprobs.len());
+        choice.take(event).map_err(Cut::Failed)?;
+        let text = &choice.text[text_from..];
+        let logprobs = &choice.logprobs[logprobs_from..];
+        if !text.is_empty() || !logprobs.is_empty() {
+            sink.send(&wording.news(&News { index, text, logprobs })).await?;
+        }
+    }
+    if choices.iter().any(|choice| choice.finished.is_none()) {
+        return Err(Cut::Failed(ApiError::Lost));
+    }
+    Ok(())
+}
+
+async fn close(choices: &[Choice], wording: &impl Wording, sink: &EventSink) -> Result<(), Gone> {
+    for event in wording.closing(choices) {
+        sink.send(&event).await?;
+    }
+    sink.done().await
+}
