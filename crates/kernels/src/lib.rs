@@ -1,4 +1,4 @@
-//! The device contract: trait [`Backend`] names about twenty fused operations, [`reference`] defines
+//! The device contract: trait [`Backend`] names about twenty fused operations, [`mod@reference`] defines
 //! each of them in plain scalar f32, and the conformance suite holds every other implementation to
 //! that definition. Nothing here knows a model or a device.
 
