@@ -45,6 +45,9 @@ pub(crate) struct SoakArguments {
     /// Requests in 100 that are given up midway
     #[arg(long, default_value_t = 30)]
     cancel_percent: u64,
+    /// Pages of the server's KV pool: few enough that all are in use before memory is judged
+    #[arg(long, default_value_t = 64)]
+    kv_pages: usize,
     /// Seed of the requests
     #[arg(long, default_value_t = 1)]
     seed: u64,
@@ -57,8 +60,10 @@ pub(crate) fn run(arguments: &SoakArguments) -> Result<()> {
     ensure!(arguments.clients > 0, "--clients: expected at least 1, found 0");
     ensure!(arguments.seconds >= 10, "--seconds: expected at least 10 for a slope of memory");
     let traces = own_trace_log()?;
-    let options = ["--model", &arguments.model, "--no-encoder", "--trace-log", &traces];
-    let server = Server::start(&arguments.exrail, &options)?;
+    let kv_pages = arguments.kv_pages.to_string();
+    let options =
+        [["--model", &arguments.model], ["--kv-pages", &kv_pages], ["--trace-log", &traces]];
+    let server = Server::start(&arguments.exrail, options.as_flattened())?;
     let model = served_model(&server)?;
     let (counts, samples) = drive(arguments, &server, &model)?;
     let end = drain(&server)?;
@@ -70,6 +75,7 @@ pub(crate) fn run(arguments: &SoakArguments) -> Result<()> {
     record["model"] = model.into();
     record["clients"] = arguments.clients.into();
     record["seconds"] = arguments.seconds.into();
+    record["kv_pages"] = arguments.kv_pages.into();
     record["cancel_percent"] = arguments.cancel_percent.into();
     record["checks"] = json!(checks);
     record["by_client"] = json!(counts);

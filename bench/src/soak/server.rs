@@ -46,7 +46,7 @@ impl Server {
         let mut child = Command::new(program)
             .arg("serve")
             .args(options)
-            .args(["--host", "127.0.0.1", "--port", "0", "--json"])
+            .args(["--no-encoder", "--host", "127.0.0.1", "--port", "0", "--json"])
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .spawn()
