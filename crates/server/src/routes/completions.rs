@@ -72,7 +72,11 @@ fn accept(
     let include_usage = chat::include_usage(request.stream, request.stream_options)?;
     let engine = &services.engine;
     let prompts = prompts(services, request.prompt)?;
-    let per_prompt = translate::choices(request.n, state.limits.choices / prompts.len().max(1))?;
+    let limit = state.limits.choices;
+    if prompts.len() > limit {
+        return Err(bad_prompt(format!("expected at most {limit}, found {}", prompts.len())));
+    }
+    let per_prompt = translate::choices(request.n, limit / prompts.len())?;
     let sampling = translate::sampling(sampling, Sampling::default())?;
     let seed = sampling.seed;
     let echo = request.echo.unwrap_or(false);

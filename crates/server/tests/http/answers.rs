@@ -148,6 +148,9 @@ async fn text_completions_echo_count_and_stream() {
         json["choices"].as_array().unwrap().iter().map(|c| c["text"].as_str().unwrap()).collect();
     assert!(texts[0].starts_with("ab") && texts[3].starts_with("cd"), "{texts:?}");
     assert_eq!(json["usage"]["completion_tokens"], 12);
+    let many = json!({"model": MODEL, "prompt": vec!["ab"; 17]});
+    let answer = server.post("/v1/completions", &many).await;
+    assert!(answer.text.contains("expected at most 16, found 17"), "{}", answer.text);
     let stream = json!({"model": MODEL, "prompt": "ab", "max_tokens": 3, "stream": true,
         "temperature": 0});
     let answer = server.post("/v1/completions", &stream).await;
