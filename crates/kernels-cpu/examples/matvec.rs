@@ -1,5 +1,5 @@
 //! Speed of the matrix products: GB/s of weights, and the share of the read bandwidth that this
-//! machine measures in the same run. Then one decode step of SmolLM2-135M Q4_1, matrices only.
+//! machine measures in the same run. Before that one decode step of SmolLM2-135M, matrices only.
 //!
 //! `cargo run --release -p exrail-kernels-cpu --example matvec -- [threads]`. Every result is checked
 //! against f64 before it is timed. Times are the best of several runs.
@@ -20,6 +20,9 @@ fn main() {
     let backend = CpuBackend::new(options).expect("the best instruction set is available");
     let peak = read_bandwidth(backend.n_threads());
     println!("{}; reads {peak:.1} GB/s", backend.name());
+    for dtype in [DType::Q4_0, DType::Q4_1, DType::Q8_0] {
+        decode_step(&backend, dtype);
+    }
     println!(
         "{:>5} {:>9} {:>9} {:>7} {:>12} {:>12}",
         "", "f32 GB/s", "int8 GB/s", "share", "T=8 GMAC/s", "T=64 GMAC/s"
@@ -27,7 +30,6 @@ fn main() {
     for dtype in DType::ALL {
         format_speed(&backend, dtype, peak);
     }
-    decode_step(&backend);
 }
 
 /// Deterministic values in -1..1.
@@ -161,15 +163,15 @@ struct Layer {
 }
 
 /// The matrices of one token: 30 layers and the head, and of a 256-token prompt.
-fn decode_step(backend: &CpuBackend) {
-    let q4 = |rows, columns| weight(backend, DType::Q4_1, rows, columns).0;
+fn decode_step(backend: &CpuBackend, dtype: DType) {
+    let new = |rows, columns| weight(backend, dtype, rows, columns).0;
     let layers: Vec<Layer> = (0..30)
         .map(|_| Layer {
-            qkv: [q4(576, 576), q4(192, 576), q4(192, 576)],
-            o: q4(576, 576),
-            gate: q4(1536, 576),
-            up: q4(1536, 576),
-            down: q4(576, 1536),
+            qkv: [new(576, 576), new(192, 576), new(192, 576)],
+            o: new(576, 576),
+            gate: new(1536, 576),
+            up: new(1536, 576),
+            down: new(576, 1536),
         })
         .collect();
     let head = weight(backend, DType::Q8_0, 49152, 576).0;
@@ -179,22 +181,67 @@ fn decode_step(backend: &CpuBackend) {
         let (mut q, mut k, mut v) = (new(576), new(192), new(192));
         let (mut hidden, mut y) = (new(1536), new(576));
         let mut logits = backend.buffer(n_rows.min(8) * 49152).expect("memory");
+        let mut parts = Parts::default();
         let seconds = best_of(|| {
+            parts.begin();
             for layer in &layers {
                 let [wq, wk, wv] = &layer.qkv;
                 backend.linear_qkv(&x, n_rows, [wq, wk, wv], None, [&mut q, &mut k, &mut v]);
+                parts.end_of(0);
                 backend.linear_add(&q, n_rows, &layer.o, None, &mut y);
+                parts.end_of(1);
                 backend.linear_silu_gate(&x, n_rows, &layer.gate, &layer.up, &mut hidden);
+                parts.end_of(2);
                 backend.linear_add(&hidden, n_rows, &layer.down, None, &mut y);
+                parts.end_of(3);
             }
             // A prompt needs the logits of its last row only.
             let logit_rows = if n_rows <= 8 { n_rows } else { 1 };
             backend.linear(&x, logit_rows, &head, None, &mut logits);
+            parts.end_of(4);
         });
         println!(
-            "SmolLM2-135M Q4_1 matrices, {n_rows:>3} rows: {:>7.2} ms, {:>7.0} rows/s",
+            "SmolLM2-135M {dtype} matrices, {n_rows:>3} rows: {:>7.2} ms, {:>7.0} rows/s; {parts}",
             1e3 * seconds,
             n_rows as f64 / seconds
         );
+    }
+}
+
+/// The fastest time of each part of a step, in seconds.
+struct Parts {
+    last: Instant,
+    now: [f64; 5],
+    best: [f64; 5],
+}
+
+impl Default for Parts {
+    fn default() -> Parts {
+        Parts { last: Instant::now(), now: [0.0; 5], best: [f64::INFINITY; 5] }
+    }
+}
+
+impl Parts {
+    fn begin(&mut self) {
+        self.last = Instant::now();
+        self.now = [0.0; 5];
+    }
+
+    fn end_of(&mut self, part: usize) {
+        let now = Instant::now();
+        self.now[part] += (now - self.last).as_secs_f64();
+        self.last = now;
+        if part == 4 {
+            for (best, now) in self.best.iter_mut().zip(self.now) {
+                *best = best.min(now);
+            }
+        }
+    }
+}
+
+impl std::fmt::Display for Parts {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let [qkv, o, gate, down, head] = self.best.map(|seconds| 1e3 * seconds);
+        write!(f, "qkv {qkv:.2} o {o:.2} gate/up {gate:.2} down {down:.2} head {head:.2} ms")
     }
 }

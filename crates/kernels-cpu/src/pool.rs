@@ -1,7 +1,9 @@
 //! The thread pool: named, pinned workers that share one job's chunks with the calling thread.
 //!
-//! A job is a number of chunks and a closure; chunks are handed out by one atomic counter, so a
-//! slow core takes fewer. The gate is one word: `epoch << 32 | open << 31 | workers inside`.
+//! A job is a number of chunks and a closure. Every thread has a home range of consecutive chunks,
+//! so that it reads weights as one stream and prefetches for itself; when its own are done it takes
+//! those that the others have left, so that a slow core does fewer. The gate is one word:
+//! `epoch << 32 | open << 31 | workers inside`.
 //!
 //! ```text
 //! caller: write job; gate := (epoch+1, open, 0); wake sleepers; take chunks until none is left;
@@ -16,6 +18,7 @@
 
 use crate::affinity::{self, Core};
 use std::cell::{Cell, UnsafeCell};
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
@@ -53,7 +56,8 @@ struct Line<T>(T);
 
 struct State {
     gate: Line<AtomicU64>,
-    next: Line<AtomicUsize>,
+    /// The next chunk of each thread's home range, the caller's first.
+    next: Vec<Line<AtomicUsize>>,
     job: UnsafeCell<Option<Job>>,
     sleepers: Vec<Sleeper>,
     panicked: AtomicBool,
@@ -86,7 +90,7 @@ impl Pool {
         let n_workers = n_threads.saturating_sub(1);
         let state = Arc::new(State {
             gate: Line(AtomicU64::new(0)),
-            next: Line(AtomicUsize::new(0)),
+            next: (0..=n_workers).map(|_| Line::default()).collect(),
             job: UnsafeCell::new(None),
             sleepers: (0..n_workers).map(|_| Sleeper::default()).collect(),
             panicked: AtomicBool::new(false),
@@ -140,14 +144,16 @@ impl Pool {
         };
         // SAFETY: `turn` is held, and the last holder left the gate closed and empty.
         unsafe { *state.job.get() = Some(Job { run: run_unbound, n_chunks }) };
-        state.next.0.store(0, Ordering::Relaxed);
+        for (thread, next) in state.next.iter().enumerate() {
+            next.0.store(state.home(thread, n_chunks).start, Ordering::Relaxed);
+        }
         let epoch = (state.gate.0.load(Ordering::Relaxed) >> 32).wrapping_add(1);
         // Sequentially consistent against `asleep`: either the worker sees the new gate before it
         // sleeps, or this thread sees that it sleeps.
         state.gate.0.store((epoch << 32) | OPEN, Ordering::SeqCst);
         state.wake();
         IN_JOB.set(true);
-        let own = catch_unwind(AssertUnwindSafe(|| state.take_chunks(run, n_chunks)));
+        let own = catch_unwind(AssertUnwindSafe(|| state.take_chunks(0, run, n_chunks)));
         IN_JOB.set(false);
         state.close();
         let worker_panicked = state.panicked.swap(false, Ordering::Relaxed);
@@ -189,13 +195,25 @@ impl Drop for Pool {
 }
 
 impl State {
-    fn take_chunks(&self, run: &(dyn Fn(usize) + Sync), n_chunks: usize) {
-        loop {
-            let chunk = self.next.0.fetch_add(1, Ordering::Relaxed);
-            if chunk >= n_chunks {
-                return;
+    /// The chunks of a thread, 0 the caller.
+    fn home(&self, thread: usize, n_chunks: usize) -> Range<usize> {
+        let n_threads = self.next.len();
+        thread * n_chunks / n_threads..(thread + 1) * n_chunks / n_threads
+    }
+
+    /// Its own chunks, then what is left of the next thread's, and so on.
+    fn take_chunks(&self, thread: usize, run: &(dyn Fn(usize) + Sync), n_chunks: usize) {
+        let n_threads = self.next.len();
+        for home in (thread..n_threads).chain(0..thread) {
+            let end = self.home(home, n_chunks).end;
+            let next = &self.next[home].0;
+            // Reading first keeps the line shared once a range is used up.
+            while next.load(Ordering::Relaxed) < end {
+                let chunk = next.fetch_add(1, Ordering::Relaxed);
+                if chunk < end {
+                    run(chunk);
+                }
             }
-            run(chunk);
         }
     }
 
@@ -238,7 +256,8 @@ impl State {
                 let job = unsafe { *self.job.get() }.expect("an open gate has a job");
                 // SAFETY: the closure outlives the time this thread is counted inside.
                 let run = unsafe { &*job.run };
-                let result = catch_unwind(AssertUnwindSafe(|| self.take_chunks(run, job.n_chunks)));
+                let take = || self.take_chunks(index + 1, run, job.n_chunks);
+                let result = catch_unwind(AssertUnwindSafe(take));
                 if result.is_err() {
                     self.panicked.store(true, Ordering::Relaxed);
                 }
