@@ -30,7 +30,14 @@ FORMATS = {
     "Q4_K": (144, [0, 2]),
     "Q5_K": (176, [0, 2]),
     "Q6_K": (210, [208]),
+    "Q2_K": (84, [80, 82]),
+    "Q3_K": (110, [108]),
+    "IQ4_NL": (18, [0]),
+    "IQ4_XS": (136, [0]),
+    "MXFP4": (17, []),
 }
+# Formats added with a block of extreme scales; the blocks of the older ones stay as they were.
+EXTREME = {"Q2_K", "Q3_K", "IQ4_NL", "IQ4_XS"}
 
 
 def random_blocks(rng, name, size, halves):
@@ -44,7 +51,13 @@ def random_blocks(rng, name, size, halves):
         # The last block's scales are subnormal halves: flushing them to zero must be noticed.
         scales = rng.standard_normal(BLOCKS) * 0.05
         scales[-1] = 3e-6
+        if name in EXTREME:
+            # The largest half: products with the largest group scales exceed the halves' range.
+            scales[0] = 65504.0
         blocks[:, offset : offset + 2] = scales.astype("<f2").view(np.uint8).reshape(BLOCKS, 2)
+    if name == "MXFP4":
+        # Both subnormal scales and the largest that leaves every value finite.
+        blocks[:, 0] = [0, 1, 252]
     return blocks
 
 

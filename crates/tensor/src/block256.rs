@@ -113,7 +113,7 @@ impl Block<144, 256> for BlockQ4_K {
     }
 
     fn nearest(values: &[f32; 256]) -> Self {
-        let affine = Affine::nearest(values, 15);
+        let affine = Affine::<8>::nearest(values, 15, 63);
         BlockQ4_K {
             d: affine.d,
             dmin: affine.dmin,
@@ -153,7 +153,7 @@ impl Block<176, 256> for BlockQ5_K {
     }
 
     fn nearest(values: &[f32; 256]) -> Self {
-        let affine = Affine::nearest(values, 31);
+        let affine = Affine::<8>::nearest(values, 31, 63);
         let mut qh = [0; 32];
         for (i, index) in affine.indices.iter().enumerate() {
             qh[i % 32] |= ((index >> 4) & 1) << (i / 32);
@@ -206,7 +206,7 @@ impl Block<210, 256> for BlockQ6_K {
         let d = f32_to_half(signed_extreme(&wanted) / -128.0);
         let step = half_to_f32(d);
         let scales: [i8; 16] =
-            std::array::from_fn(|g| nearest_signed_scale(&groups[g], wanted[g], step));
+            std::array::from_fn(|g| nearest_signed_scale(&groups[g], wanted[g], step, -128, -32));
         let (mut ql, mut qh) = ([0; 128], [0; 64]);
         for (i, &value) in values.iter().enumerate() {
             let scale = step * f32::from(scales[i / 16]);
@@ -241,47 +241,61 @@ impl SixBits {
 }
 
 /// The representable scale next to `wanted` with the least squared error over `group`.
-fn nearest_signed_scale(group: &[f32; 16], wanted: f32, step: f32) -> i8 {
-    let near = grid_index(wanted, step, -128, 127);
-    let candidates = [near, (near - 1).max(-128), (near + 1).min(127)];
+///
+/// Scales and grid indices are signed and given by their lowest values: `low..=-low - 1`.
+pub(crate) fn nearest_signed_scale(
+    group: &[f32],
+    wanted: f32,
+    step: f32,
+    low_scale: i16,
+    low_index: i16,
+) -> i8 {
+    let high_scale = -low_scale - 1;
+    let near = grid_index(wanted, step, low_scale, high_scale);
+    let candidates = [near, (near - 1).max(low_scale), (near + 1).min(high_scale)];
     let error = |&candidate: &i16| {
         let scale = step * f32::from(candidate);
-        squared_error(group, |x| scale * f32::from(grid_index(x, scale, -32, 31)))
+        let rounded = |x| scale * f32::from(grid_index(x, scale, low_index, -low_index - 1));
+        squared_error(group, rounded)
     };
     let best = candidates.into_iter().min_by(|a, b| error(a).total_cmp(&error(b)));
     index_byte(best.unwrap_or(near)).cast_signed()
 }
 
-/// Scales, minima and grid indices of a `Q4_K` or `Q5_K` block before packing.
-struct Affine {
-    d: u16,
-    dmin: u16,
-    scales: [u8; 8],
-    minima: [u8; 8],
-    indices: [u8; 256],
+/// Scales, minima and grid indices of a block of `GROUPS` groups with minima, before packing.
+pub(crate) struct Affine<const GROUPS: usize> {
+    pub(crate) d: u16,
+    pub(crate) dmin: u16,
+    pub(crate) scales: [u8; GROUPS],
+    pub(crate) minima: [u8; GROUPS],
+    pub(crate) indices: [u8; 256],
 }
 
-impl Affine {
-    /// Quantises with indices in `0..=top`.
-    fn nearest(values: &[f32; 256], top: i16) -> Affine {
-        let (groups, _) = values.as_chunks::<32>();
+impl<const GROUPS: usize> Affine<GROUPS> {
+    /// Quantises with indices in `0..=top` and with scales and minima in `0..=most`.
+    pub(crate) fn nearest(values: &[f32; 256], top: i16, most: i16) -> Affine<GROUPS> {
+        let len = const { 256 / GROUPS };
+        let group = |g: usize| &values[g * len..(g + 1) * len];
         // A minimum is stored as a magnitude to subtract, so a group above zero starts at zero.
-        let wanted: [(f32, f32); 8] = std::array::from_fn(|g| {
-            let (low, high) = extremes(&groups[g]);
+        let wanted: [(f32, f32); GROUPS] = std::array::from_fn(|g| {
+            let (low, high) = extremes(group(g));
             let low = low.min(0.0);
             ((high - low) / f32::from(top), -low)
         });
         let largest = |pick: fn(&(f32, f32)) -> f32| wanted.iter().map(pick).fold(0.0, f32::max);
-        let (d, dmin) =
-            (f32_to_half(largest(|w| w.0) / 63.0), f32_to_half(largest(|w| w.1) / 63.0));
+        let most_value = f32::from(most);
+        let (d, dmin) = (
+            f32_to_half(largest(|w| w.0) / most_value),
+            f32_to_half(largest(|w| w.1) / most_value),
+        );
         let steps = (half_to_f32(d), half_to_f32(dmin));
-        let (mut scales, mut minima, mut indices) = ([0; 8], [0; 8], [0; 256]);
-        for (g, group) in groups.iter().enumerate() {
-            let (scale, minimum) = nearest_group(group, wanted[g], steps, top);
+        let (mut scales, mut minima, mut indices) = ([0; GROUPS], [0; GROUPS], [0; 256]);
+        for g in 0..GROUPS {
+            let (scale, minimum) = nearest_group(group(g), wanted[g], steps, top, most);
             scales[g] = index_byte(scale);
             minima[g] = index_byte(minimum);
             let (step, start) = (steps.0 * f32::from(scale), steps.1 * f32::from(minimum));
-            for (index, &x) in indices[32 * g..].iter_mut().zip(group) {
+            for (index, &x) in indices[len * g..].iter_mut().zip(group(g)) {
                 *index = index_byte(grid_index(x + start, step, 0, top));
             }
         }
@@ -290,14 +304,20 @@ impl Affine {
 }
 
 /// The representable (scale, minimum) next to `wanted` with the least squared error over `group`.
-fn nearest_group(group: &[f32; 32], wanted: (f32, f32), steps: (f32, f32), top: i16) -> (i16, i16) {
-    let near = (grid_index(wanted.0, steps.0, 0, 63), grid_index(wanted.1, steps.1, 0, 63));
+fn nearest_group(
+    group: &[f32],
+    wanted: (f32, f32),
+    steps: (f32, f32),
+    top: i16,
+    most: i16,
+) -> (i16, i16) {
+    let near = (grid_index(wanted.0, steps.0, 0, most), grid_index(wanted.1, steps.1, 0, most));
     let mut best = (f32::INFINITY, near);
     for (scale_shift, minimum_shift) in
         [(0, 0), (0, 1), (0, -1), (1, 0), (-1, 0), (1, 1), (1, -1), (-1, 1), (-1, -1)]
     {
         let candidate =
-            ((near.0 + scale_shift).clamp(0, 63), (near.1 + minimum_shift).clamp(0, 63));
+            ((near.0 + scale_shift).clamp(0, most), (near.1 + minimum_shift).clamp(0, most));
         let (step, start) = (steps.0 * f32::from(candidate.0), steps.1 * f32::from(candidate.1));
         let error =
             squared_error(group, |x| step * f32::from(grid_index(x + start, step, 0, top)) - start);
@@ -308,7 +328,7 @@ fn nearest_group(group: &[f32; 32], wanted: (f32, f32), steps: (f32, f32), top: 
     best.1
 }
 
-fn squared_error(group: &[f32], rounded: impl Fn(f32) -> f32) -> f32 {
+pub(crate) fn squared_error(group: &[f32], rounded: impl Fn(f32) -> f32) -> f32 {
     group.iter().map(|&x| (x - rounded(x)).powi(2)).sum()
 }
 

@@ -214,7 +214,7 @@ fn fifth_bits(indices: &[u8; 32]) -> [u8; 4] {
 }
 
 /// Concatenates the fields of a block; their lengths must add up to `BYTES`.
-fn join<const BYTES: usize>(fields: &[&[u8]]) -> [u8; BYTES] {
+pub(crate) fn join<const BYTES: usize>(fields: &[&[u8]]) -> [u8; BYTES] {
     let mut bytes = [0; BYTES];
     let mut at = 0;
     for field in fields {

@@ -25,17 +25,29 @@ pub enum DType {
     Q5_1,
     /// 32 weights of 8 bits, one scale: 8.5 bits per weight.
     Q8_0,
+    /// 256 weights of 2 bits in 16 groups with 4-bit scales and minima: 2.625 bits per weight.
+    Q2_K,
+    /// 256 weights of 3 bits in 16 groups with 6-bit scales: 3.4375 bits per weight.
+    Q3_K,
     /// 256 weights of 4 bits in 8 groups with 6-bit scales and minima: 4.5 bits per weight.
     Q4_K,
     /// 256 weights of 5 bits in 8 groups with 6-bit scales and minima: 5.5 bits per weight.
     Q5_K,
     /// 256 weights of 6 bits in 16 groups with 8-bit scales: 6.5625 bits per weight.
     Q6_K,
+    /// 32 indices of 4 bits into an uneven table, one scale: 4.5 bits per weight.
+    IQ4_NL,
+    /// 256 indices of 4 bits into the same table in 8 groups with 6-bit scales: 4.25 bits per
+    /// weight.
+    IQ4_XS,
+    /// 32 four-bit floats (E2M1), one power of two as scale: 4.25 bits per weight. The format of
+    /// the OCP Microscaling specification.
+    MXFP4,
 }
 
 impl DType {
     /// Every format, in declaration order.
-    pub const ALL: [DType; 11] = [
+    pub const ALL: [DType; 16] = [
         DType::F32,
         DType::F16,
         DType::BF16,
@@ -44,9 +56,14 @@ impl DType {
         DType::Q5_0,
         DType::Q5_1,
         DType::Q8_0,
+        DType::Q2_K,
+        DType::Q3_K,
         DType::Q4_K,
         DType::Q5_K,
         DType::Q6_K,
+        DType::IQ4_NL,
+        DType::IQ4_XS,
+        DType::MXFP4,
     ];
 
     /// Elements in one block: 1, 32 or 256. A row is a whole number of blocks.
@@ -54,8 +71,16 @@ impl DType {
     pub const fn block_len(self) -> usize {
         match self {
             DType::F32 | DType::F16 | DType::BF16 => 1,
-            DType::Q4_0 | DType::Q4_1 | DType::Q5_0 | DType::Q5_1 | DType::Q8_0 => 32,
-            DType::Q4_K | DType::Q5_K | DType::Q6_K => 256,
+            DType::Q4_0
+            | DType::Q4_1
+            | DType::Q5_0
+            | DType::Q5_1
+            | DType::Q8_0
+            | DType::IQ4_NL
+            | DType::MXFP4 => 32,
+            DType::Q2_K | DType::Q3_K | DType::Q4_K | DType::Q5_K | DType::Q6_K | DType::IQ4_XS => {
+                256
+            }
         }
     }
 
@@ -65,11 +90,15 @@ impl DType {
         match self {
             DType::F32 => 4,
             DType::F16 | DType::BF16 => 2,
-            DType::Q4_0 => 18,
+            DType::MXFP4 => 17,
+            DType::Q4_0 | DType::IQ4_NL => 18,
             DType::Q4_1 => 20,
             DType::Q5_0 => 22,
             DType::Q5_1 => 24,
             DType::Q8_0 => 34,
+            DType::Q2_K => 84,
+            DType::Q3_K => 110,
+            DType::IQ4_XS => 136,
             DType::Q4_K => 144,
             DType::Q5_K => 176,
             DType::Q6_K => 210,
@@ -104,10 +133,15 @@ impl DType {
             6 => Some(DType::Q5_0),
             7 => Some(DType::Q5_1),
             8 => Some(DType::Q8_0),
+            10 => Some(DType::Q2_K),
+            11 => Some(DType::Q3_K),
             12 => Some(DType::Q4_K),
             13 => Some(DType::Q5_K),
             14 => Some(DType::Q6_K),
+            20 => Some(DType::IQ4_NL),
+            23 => Some(DType::IQ4_XS),
             30 => Some(DType::BF16),
+            39 => Some(DType::MXFP4),
             _ => None,
         }
     }
@@ -123,10 +157,15 @@ impl DType {
             DType::Q5_0 => 6,
             DType::Q5_1 => 7,
             DType::Q8_0 => 8,
+            DType::Q2_K => 10,
+            DType::Q3_K => 11,
             DType::Q4_K => 12,
             DType::Q5_K => 13,
             DType::Q6_K => 14,
+            DType::IQ4_NL => 20,
+            DType::IQ4_XS => 23,
             DType::BF16 => 30,
+            DType::MXFP4 => 39,
         }
     }
 }
@@ -142,15 +181,20 @@ impl fmt::Display for DType {
             DType::Q5_0 => "Q5_0",
             DType::Q5_1 => "Q5_1",
             DType::Q8_0 => "Q8_0",
+            DType::Q2_K => "Q2_K",
+            DType::Q3_K => "Q3_K",
             DType::Q4_K => "Q4_K",
             DType::Q5_K => "Q5_K",
             DType::Q6_K => "Q6_K",
+            DType::IQ4_NL => "IQ4_NL",
+            DType::IQ4_XS => "IQ4_XS",
+            DType::MXFP4 => "MXFP4",
         })
     }
 }
 
 /// ggml's name of a type number, also for the types that [`DType`] does not cover, so that an
-/// error can say `IQ4_XS` instead of 23. `None` for numbers that ggml does not define or has
+/// error can say `IQ3_S` instead of 21. `None` for numbers that ggml does not define or has
 /// removed.
 #[must_use]
 pub const fn ggml_type_name(type_id: u32) -> Option<&'static str> {
@@ -203,7 +247,7 @@ mod tests {
             assert_eq!(ggml_type_name(dtype.to_ggml()), Some(dtype.to_string().as_str()));
         }
         assert_eq!(DType::from_ggml(u32::MAX), None);
-        assert_eq!(DType::from_ggml(23), None);
+        assert_eq!(DType::from_ggml(21), None);
     }
 
     #[test]

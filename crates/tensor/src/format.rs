@@ -5,7 +5,8 @@ use thiserror::Error;
 
 use crate::block::Block;
 use crate::{
-    BlockQ4_0, BlockQ4_1, BlockQ4_K, BlockQ5_0, BlockQ5_1, BlockQ5_K, BlockQ6_K, BlockQ8_0, DType,
+    BlockIQ4_NL, BlockIQ4_XS, BlockMXFP4, BlockQ2_K, BlockQ3_K, BlockQ4_0, BlockQ4_1, BlockQ4_K,
+    BlockQ5_0, BlockQ5_1, BlockQ5_K, BlockQ6_K, BlockQ8_0, DType,
 };
 
 /// Why bytes or values do not fit a format.
@@ -55,9 +56,14 @@ pub fn dequantize(dtype: DType, bytes: &[u8], out: &mut [f32]) -> Result<(), For
         DType::Q5_0 => read_blocks::<BlockQ5_0, 22, 32>(bytes, out),
         DType::Q5_1 => read_blocks::<BlockQ5_1, 24, 32>(bytes, out),
         DType::Q8_0 => read_blocks::<BlockQ8_0, 34, 32>(bytes, out),
+        DType::Q2_K => read_blocks::<BlockQ2_K, 84, 256>(bytes, out),
+        DType::Q3_K => read_blocks::<BlockQ3_K, 110, 256>(bytes, out),
         DType::Q4_K => read_blocks::<BlockQ4_K, 144, 256>(bytes, out),
         DType::Q5_K => read_blocks::<BlockQ5_K, 176, 256>(bytes, out),
         DType::Q6_K => read_blocks::<BlockQ6_K, 210, 256>(bytes, out),
+        DType::IQ4_NL => read_blocks::<BlockIQ4_NL, 18, 32>(bytes, out),
+        DType::IQ4_XS => read_blocks::<BlockIQ4_XS, 136, 256>(bytes, out),
+        DType::MXFP4 => read_blocks::<BlockMXFP4, 17, 32>(bytes, out),
     }
     Ok(())
 }
@@ -79,9 +85,14 @@ pub fn quantize(dtype: DType, values: &[f32]) -> Result<Vec<u8>, FormatError> {
         DType::Q5_0 => write_blocks::<BlockQ5_0, 22, 32>(values),
         DType::Q5_1 => write_blocks::<BlockQ5_1, 24, 32>(values),
         DType::Q8_0 => write_blocks::<BlockQ8_0, 34, 32>(values),
+        DType::Q2_K => write_blocks::<BlockQ2_K, 84, 256>(values),
+        DType::Q3_K => write_blocks::<BlockQ3_K, 110, 256>(values),
         DType::Q4_K => write_blocks::<BlockQ4_K, 144, 256>(values),
         DType::Q5_K => write_blocks::<BlockQ5_K, 176, 256>(values),
         DType::Q6_K => write_blocks::<BlockQ6_K, 210, 256>(values),
+        DType::IQ4_NL => write_blocks::<BlockIQ4_NL, 18, 32>(values),
+        DType::IQ4_XS => write_blocks::<BlockIQ4_XS, 136, 256>(values),
+        DType::MXFP4 => write_blocks::<BlockMXFP4, 17, 32>(values),
     };
     debug_assert_eq!(bytes.len(), n_bytes);
     Ok(bytes)

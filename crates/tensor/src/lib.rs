@@ -8,10 +8,14 @@
 mod block;
 mod block256;
 mod block32;
+mod block_few_bits;
+mod block_table;
 mod dtype;
 mod format;
 
 pub use block::Block;
+pub use block_few_bits::{BlockQ2_K, BlockQ3_K, pack_signed_scales, unpack_signed_scales};
+pub use block_table::{BlockIQ4_NL, BlockIQ4_XS, BlockMXFP4, E2M1_TABLE, IQ4_TABLE, e8m0_half};
 pub use block32::{BlockQ4_0, BlockQ4_1, BlockQ5_0, BlockQ5_1, BlockQ8_0};
 pub use block256::{BlockQ4_K, BlockQ5_K, BlockQ6_K, pack_scales, unpack_scales};
 pub use dtype::{DType, ggml_type_name};

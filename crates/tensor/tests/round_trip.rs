@@ -1,8 +1,10 @@
 //! Quantise and dequantise: error bounds, exactness on the grid, hostile values.
 
 use exrail_tensor::{
-    Block, BlockQ4_0, BlockQ4_1, BlockQ4_K, BlockQ5_0, BlockQ5_1, BlockQ5_K, BlockQ6_K, BlockQ8_0,
-    DType, FormatError, dequantize, pack_scales, quantize, unpack_scales,
+    Block, BlockIQ4_NL, BlockIQ4_XS, BlockMXFP4, BlockQ2_K, BlockQ3_K, BlockQ4_0, BlockQ4_1,
+    BlockQ4_K, BlockQ5_0, BlockQ5_1, BlockQ5_K, BlockQ6_K, BlockQ8_0, DType, E2M1_TABLE,
+    FormatError, IQ4_TABLE, dequantize, e8m0_half, pack_scales, pack_signed_scales, quantize,
+    unpack_scales, unpack_signed_scales,
 };
 use proptest::prelude::*;
 
@@ -47,6 +49,15 @@ fn bound(dtype: DType, block: &[f32]) -> f32 {
             32.0_f32.sqrt() * (largest * (2.0 / 31.0 / 2.0 + 3.0 / 126.0) + half_epsilon)
         }
         DType::Q6_K => 16.0_f32.sqrt() * (largest * (1.0 / 32.0 + 1.0 / 256.0) + half_epsilon),
+        DType::Q2_K => 16.0_f32.sqrt() * (largest * (2.0 / 3.0 / 2.0 + 3.0 / 30.0) + half_epsilon),
+        DType::Q3_K => 16.0_f32.sqrt() * (largest * (1.0 / 4.0 + 1.0 / 64.0) + half_epsilon),
+        // The table ends at -127 and 113, so a value opposite in sign to the extreme may miss it by
+        // 14; its widest gap is 24.
+        DType::IQ4_NL => largest * 14.0 / 127.0 + half_epsilon,
+        DType::IQ4_XS => 32.0_f32.sqrt() * (largest * (14.0 / 127.0 + 1.0 / 64.0) + half_epsilon),
+        // The largest value of the grid is 1.5 times the extreme's power of two, and its widest gap
+        // half of that power.
+        DType::MXFP4 => largest / 4.0,
     }
 }
 
@@ -83,6 +94,11 @@ proptest! {
         check::<BlockQ4_K, 144, 256>(&bytes);
         check::<BlockQ5_K, 176, 256>(&bytes);
         check::<BlockQ6_K, 210, 256>(&bytes);
+        check::<BlockQ2_K, 84, 256>(&bytes);
+        check::<BlockQ3_K, 110, 256>(&bytes);
+        check::<BlockIQ4_NL, 18, 32>(&bytes);
+        check::<BlockIQ4_XS, 136, 256>(&bytes);
+        check::<BlockMXFP4, 17, 32>(&bytes);
     }
 
     #[test]
@@ -91,6 +107,40 @@ proptest! {
         minima in prop::array::uniform8(0_u8..64),
     ) {
         prop_assert_eq!(unpack_scales(&pack_scales(&scales, &minima)), (scales, minima));
+    }
+
+    #[test]
+    fn signed_group_scales_survive_packing(scales in prop::array::uniform16(-32_i8..32)) {
+        prop_assert_eq!(unpack_signed_scales(&pack_signed_scales(&scales)), scales);
+    }
+
+    #[test]
+    fn table_values_with_their_extremes_are_exact(
+        seed in prop::collection::vec(0_usize..16, 256),
+        group_scales in prop::array::uniform8(-32_i16..32),
+        mantissa in 1024_u16..2048,
+        e in 0_u8..=252,
+    ) {
+        let d = f32::from(mantissa) / 1024.0;
+        let mut indices = seed.clone();
+        for group in indices.chunks_mut(32) {
+            group[7] = 0;
+        }
+        let table = |i: usize| f32::from(IQ4_TABLE[indices[i]]);
+        let values: Vec<f32> = (0..256).map(|i| d * table(i)).collect();
+        prop_assert_eq!(&round_trip(DType::IQ4_NL, &values), &values);
+        // Group 0 has the largest scale, so that d is recovered.
+        let scale = |g: usize| f32::from(if g == 0 { -32 } else { group_scales[g] });
+        let values: Vec<f32> = (0..256).map(|i| d * scale(i / 32) * table(i)).collect();
+        prop_assert_eq!(&round_trip(DType::IQ4_XS, &values), &values);
+        // The largest magnitude of E2M1 shows the exponent.
+        let mut indices = seed;
+        for group in indices.chunks_mut(32) {
+            group[7] = 15;
+        }
+        let values: Vec<f32> =
+            indices.iter().map(|&q| e8m0_half(e) * f32::from(E2M1_TABLE[q])).collect();
+        prop_assert_eq!(&round_trip(DType::MXFP4, &values), &values);
     }
 
     #[test]
@@ -143,6 +193,29 @@ proptest! {
             })
             .collect();
         prop_assert_eq!(&round_trip(DType::Q6_K, &values), &values);
+    }
+
+    #[test]
+    fn grid_values_of_few_bits_are_exact(seed in prop::collection::vec(any::<u8>(), 256)) {
+        let (d, dmin) = (0.015625_f32, 0.25_f32);
+        let values: Vec<f32> = (0..256)
+            .map(|i| {
+                let g = i / 16;
+                let q = match i % 16 { 0 => 0, 1 => 3, _ => seed[i] % 4 };
+                let (sc, m) = if g == 0 { (15, 15_u8) } else { (8 + seed[g] % 8, 0) };
+                d * f32::from(sc) * f32::from(q) - dmin * f32::from(m)
+            })
+            .collect();
+        prop_assert_eq!(&round_trip(DType::Q2_K, &values), &values);
+        let values: Vec<f32> = (0..256)
+            .map(|i| {
+                let g = i / 16;
+                let q = if i % 16 == 0 { -4 } else { i16::from(seed[i] % 8) - 4 };
+                let sc = if g == 0 { -32 } else { i16::from(seed[g] % 64) - 32 };
+                d * f32::from(sc) * f32::from(q)
+            })
+            .collect();
+        prop_assert_eq!(&round_trip(DType::Q3_K, &values), &values);
     }
 
     #[test]
