@@ -79,6 +79,21 @@ fn a_file_with_another_content_is_named_removed_and_never_loaded() {
     assert!(!file.exists());
 }
 
+/// The mutation: with the hash of the damaged bytes in the registry, nothing else holds them back.
+#[test]
+fn mutation_a_forged_hash_lets_a_damaged_file_be_loaded() {
+    let folder = tempfile::tempdir().unwrap();
+    let cache = Cache::at(folder.path());
+    let file = folder.path().join("models/tiny/tiny.gguf");
+    fs::create_dir_all(file.parent().unwrap()).unwrap();
+    fs::write(&file, b"weightz").unwrap();
+    let forged = registry(folder.path(), b"weightz");
+    let path = resolve(&cache, &forged, Fetch::Never).unwrap();
+    assert_eq!(fs::read(path).unwrap(), b"weightz");
+    let honest = registry(folder.path(), b"weights");
+    assert!(matches!(resolve(&cache, &honest, Fetch::Never), Err(HubError::WrongHash { .. })));
+}
+
 #[test]
 fn a_source_that_fails_is_reported_and_leaves_nothing_behind() {
     struct Notes(Vec<String>);
