@@ -18,10 +18,10 @@ fuzz_target!(|bytes: &[u8]| {
     let Ok(template) = ChatTemplate::compile_with_limits(source, "<s>", "</s>", limits) else {
         return;
     };
-    let message = |role: &str, content: &str| ChatMessage { role: role.into(), content: content.into() };
+    let message = |role: &str, content: &str| ChatMessage::new(role, content);
     let messages = [message("user", " a<|x|> "), message("assistant", ""), message("user", "{{ é }}")];
-    let options = RenderOptions { add_generation_prompt: true, now: None };
-    if let Ok(prompt) = template.render(&messages, options) {
+    let options = RenderOptions { add_generation_prompt: true, ..RenderOptions::default() };
+    if let Ok(prompt) = template.render(&messages, &options) {
         assert!(prompt.text().len() <= limits.output_bytes);
         assert!(prompt.segments.iter().all(|segment| !segment.text.is_empty()));
     }

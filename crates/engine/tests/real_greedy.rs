@@ -68,12 +68,9 @@ fn greedy(prompt: Vec<u32>, max_tokens: usize) -> GenerateRequest {
 fn smollm2_answers_a_question() {
     let engine = start(Activation::Int8, KvDtype::F16);
     let template = engine.template().expect("the file has a chat template");
-    let message = ChatMessage {
-        role: "user".to_owned(),
-        content: "What is the capital of France?".to_owned(),
-    };
+    let message = ChatMessage::new("user", "What is the capital of France?");
     let options = RenderOptions { add_generation_prompt: true, ..RenderOptions::default() };
-    let prompt = template.render(&[message], options).expect("the template renders");
+    let prompt = template.render(&[message], &options).expect("the template renders");
     let ids = encode_prompt(engine.tokenizer(), &prompt).expect("the prompt encodes");
     let (_, text, finish) = run(&engine, greedy(ids, 64));
     assert!(text.contains("Paris"), "{text}");

@@ -82,7 +82,7 @@ impl<'a> EngineGenerate<'a> {
     fn prompt(&self, messages: &[FrameMessage]) -> Result<Vec<u32>, GenerateError> {
         let messages: Vec<_> = messages
             .iter()
-            .map(|m| ChatMessage { role: m.role.into(), content: m.content.clone() })
+            .map(|m| ChatMessage::new(m.role, m.content.clone()))
             .collect();
         translate::chat_prompt(self.engine, &messages).map_err(engine_error)
     }

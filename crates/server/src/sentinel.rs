@@ -60,7 +60,7 @@ pub fn run(services: &Services) -> Result<String, SentinelError> {
 fn generate(engine: &EngineHandle) -> Result<usize, SentinelError> {
     let prompt = match engine.template() {
         Some(_) => {
-            let hello = ChatMessage { role: "user".into(), content: "Say hello.".into() };
+            let hello = ChatMessage::new("user", "Say hello.");
             translate::chat_prompt(engine, &[hello])
                 .map_err(|error| SentinelError::Prompt(error.to_string()))?
         }

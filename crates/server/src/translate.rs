@@ -96,7 +96,7 @@ pub(crate) fn messages(wire: Vec<RequestMessage>) -> Result<Vec<ChatMessage>, Ap
             });
         }
         let content = content(index, message.content)?;
-        Ok(ChatMessage { role: role.into(), content })
+        Ok(ChatMessage::new(role, content))
     };
     wire.into_iter().enumerate().map(message).collect()
 }
@@ -134,7 +134,7 @@ pub fn chat_prompt(engine: &EngineHandle, messages: &[ChatMessage]) -> Result<Ve
     };
     let options = RenderOptions { add_generation_prompt: true, ..RenderOptions::default() };
     let prompt = template
-        .render(messages, options)
+        .render(messages, &options)
         .map_err(|error| ApiError::Template(error.to_string()))?;
     encode_prompt(engine.tokenizer(), &prompt)
         .map_err(|error| ApiError::Template(error.to_string()))

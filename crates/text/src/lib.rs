@@ -11,6 +11,7 @@
 //! therefore untrusted code, runs with bounded work, output and time ([`TemplateLimits`]).
 //! This crate knows no devices, no files and no model; ids are plain `u32`.
 
+mod chat;
 mod detokenizer;
 mod pre_tokenizer;
 mod prompt;
@@ -23,10 +24,11 @@ mod template_functions;
 mod tokenizer;
 mod vocabulary;
 
+pub use chat::{ChatMessage, RenderOptions, ToolCall};
 pub use detokenizer::Detokenizer;
 pub use prompt::{Prompt, PromptError, Segment, encode_completion, encode_prompt};
 pub use specials::Specials;
 pub use stop::{Released, StopMatcher};
-pub use template::{ChatMessage, ChatTemplate, RenderOptions, TemplateError, TemplateLimits};
+pub use template::{ChatTemplate, TemplateError, TemplateLimits};
 pub use tokenizer::{Tokenizer, TokenizerError};
 pub use vocabulary::Vocabulary;

@@ -19,8 +19,10 @@ pub struct Segment {
 pub struct Prompt {
     /// In order; their concatenation is the prompt.
     pub segments: Vec<Segment>,
-    /// Contents of the messages, for the test whether anything needs proof.
+    /// Untrusted texts, for the test whether anything needs proof.
     contents: Vec<String>,
+    /// Untrusted keys and words, which stand in the prompt as if the template had written them.
+    fixed: Vec<String>,
     proof: Proof,
 }
 
@@ -46,6 +48,13 @@ pub enum PromptError {
         /// The literal in the message.
         literal: String,
     },
+    /// A key or an identifier contains a control literal; neither can be told from the template's
+    /// own text.
+    #[error("a key or identifier of a tool or call contains the control literal `{literal}`")]
+    ControlInKey {
+        /// The literal.
+        literal: String,
+    },
     /// The tokenizer refused the text.
     #[error(transparent)]
     Tokenizer(#[from] TokenizerError),
@@ -58,6 +67,7 @@ impl Prompt {
         untrusted: &[Range<usize>],
         masked: String,
         contents: Vec<String>,
+        fixed: Vec<String>,
     ) -> Prompt {
         let mut segments = Vec::new();
         let mut at = 0;
@@ -72,13 +82,13 @@ impl Prompt {
             at = range.end;
         }
         push(at..plain.len(), true);
-        Prompt { segments, contents, proof: Proof::Marked { masked } }
+        Prompt { segments, contents, fixed, proof: Proof::Marked { masked } }
     }
 
     /// A prompt that nothing is known about.
-    pub(crate) fn unproven(plain: String, contents: Vec<String>) -> Prompt {
+    pub(crate) fn unproven(plain: String, contents: Vec<String>, fixed: Vec<String>) -> Prompt {
         let segments = vec![Segment { text: plain, trusted: true }];
-        Prompt { segments, contents, proof: Proof::None }
+        Prompt { segments, contents, fixed, proof: Proof::None }
     }
 
     /// The whole prompt.
@@ -109,9 +119,12 @@ impl Prompt {
 /// where every byte of it was written by the template.
 ///
 /// # Errors
-/// [`PromptError::UnprovenContent`] if a message contains a control literal and its place in the
+/// [`PromptError::ControlInKey`]; [`PromptError::UnprovenContent`] if a message contains a control literal and its place in the
 /// prompt cannot be proven; [`PromptError::Tokenizer`] as [`Tokenizer::encode`].
 pub fn encode_prompt(tokenizer: &Tokenizer, prompt: &Prompt) -> Result<Vec<u32>, PromptError> {
+    if let Some(literal) = prompt.fixed.iter().find_map(|it| tokenizer.control_literal_in(it)) {
+        return Err(PromptError::ControlInKey { literal: literal.to_owned() });
+    }
     let text = prompt.text();
     let untrusted = prompt.untrusted();
     let permitted = |literal: Range<usize>| {

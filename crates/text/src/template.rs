@@ -6,12 +6,13 @@
 
 use std::io;
 use std::sync::mpsc::RecvTimeoutError;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime};
 
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::Value;
 use minijinja::{AutoEscape, Environment, Error, ErrorKind, UndefinedBehavior};
 
+use crate::chat::{ChatMessage, RenderOptions, ToolCall, Walk, check};
 use crate::prompt::Prompt;
 use crate::provenance::{Marks, masked};
 use crate::sha256::sha256_hex;
@@ -37,24 +38,6 @@ const UNKNOWN_NAME: [ErrorKind; 5] = [
 /// and prints and drops nested lists, by recursion of unbounded depth. Source length and fuel
 /// allow some 10⁵ levels, which need about 1 kB each. Only pages that are touched take memory.
 const STACK_BYTES: usize = 256 * 1024 * 1024;
-
-/// One message of a chat.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ChatMessage {
-    /// `system`, `user`, `assistant`, `tool`: ASCII letters, digits, `_` and `-`.
-    pub role: String,
-    /// What the message says. Never trusted.
-    pub content: String,
-}
-
-/// How to render a chat.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct RenderOptions {
-    /// End with the beginning of an assistant turn, so that the model answers.
-    pub add_generation_prompt: bool,
-    /// What `strftime_now` shows, in UTC; `None` is the present.
-    pub now: Option<SystemTime>,
-}
 
 /// What a render may cost before it is given up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -114,6 +97,12 @@ pub enum TemplateError {
         index: usize,
         /// The role, at most its first 64 characters.
         found: String,
+    },
+    /// An extra variable with the name of one that is given anyway.
+    #[error("chat template: expected an extra with a name of its own, found `{name}`")]
+    ReservedName {
+        /// The name.
+        name: String,
     },
     /// Rendering needs more work than allowed.
     #[error("chat template: rendering exceeds {fuel} units of work")]
@@ -237,14 +226,14 @@ impl ChatTemplate {
     /// Renders `messages` and finds out which bytes of the prompt came from them.
     ///
     /// # Errors
-    /// [`TemplateError::Raised`] with the template's own message, [`TemplateError::BadRole`], a
-    /// limit of [`TemplateLimits`], or [`TemplateError::Render`].
+    /// [`TemplateError::Raised`] with the template's own message, [`TemplateError::BadRole`],
+    /// [`TemplateError::ReservedName`], a limit of [`TemplateLimits`], or [`TemplateError::Render`].
     pub fn render(
         &self,
         messages: &[ChatMessage],
-        options: RenderOptions,
+        options: &RenderOptions,
     ) -> Result<Prompt, TemplateError> {
-        check_roles(messages)?;
+        check(messages, options)?;
         on_large_stack(|| self.render_thrice(messages, options))?
     }
 
@@ -252,53 +241,41 @@ impl ChatTemplate {
     fn render_thrice(
         &self,
         messages: &[ChatMessage],
-        options: RenderOptions,
+        options: &RenderOptions,
     ) -> Result<Prompt, TemplateError> {
         let deadline = Instant::now() + self.limits.wall_clock;
-        let contents: Vec<&str> = messages.iter().map(|it| it.content.as_str()).collect();
-        let owned = || contents.iter().map(|&content| content.to_owned()).collect();
-        let roles: Vec<&str> = messages.iter().map(|it| it.role.as_str()).collect();
-        let render_with = |contents: Vec<String>| {
-            let turns = roles.iter().copied().zip(contents);
-            self.render_text(turns, options, deadline)
+        // All three show one time, also where a second ends between them.
+        let now = Some(options.now.unwrap_or_else(SystemTime::now));
+        let options = RenderOptions { now, ..options.clone() };
+        let render_with = |walk: &mut Walk| {
+            let variables = walk.context(messages, &options);
+            self.render_text(variables, deadline)
         };
 
-        let plain = render_with(owned())?;
-        let marks = Marks::draw(contents.iter().copied());
-        let marked = render_with(contents.iter().map(|content| marks.around(content)).collect());
-        let veiled = render_with(contents.iter().map(|content| masked(content)).collect());
-        // Only the plain prompt has to succeed: a template may refuse the altered contents, and
+        let mut walk = Walk::new(&str::to_owned);
+        let plain = render_with(&mut walk)?;
+        let Walk { texts, fixed, .. } = walk;
+        let marks = Marks::draw(texts.iter().chain(&fixed).map(String::as_str));
+        let marked = render_with(&mut Walk::new(&|text| marks.around(text)));
+        let veiled = render_with(&mut Walk::new(&masked));
+        // Only the plain prompt has to succeed: a template may refuse the altered texts, and
         // then there is no proof, which `encode_prompt` deals with.
         if let (Ok(marked), Ok(veiled)) = (marked, veiled)
             && let Some(untrusted) = marks.locate(&marked, &plain)
         {
-            return Ok(Prompt::marked(&plain, &untrusted, veiled, owned()));
+            return Ok(Prompt::marked(&plain, &untrusted, veiled, texts, fixed));
         }
-        Ok(Prompt::unproven(plain, owned()))
+        Ok(Prompt::unproven(plain, texts, fixed))
     }
 
-    fn render_text<'a>(
+    fn render_text(
         &self,
-        turns: impl Iterator<Item = (&'a str, String)>,
-        options: RenderOptions,
+        mut variables: Vec<(String, Value)>,
         deadline: Instant,
     ) -> Result<String, TemplateError> {
-        let messages: Vec<Value> = turns
-            .map(|(role, content)| {
-                Value::from_pairs([("role", Value::from(role)), ("content", Value::from(content))])
-            })
-            .collect();
-        let now = options.now.unwrap_or_else(SystemTime::now);
-        let now = now.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
-        let context = Value::from_pairs([
-            ("messages", Value::from(messages)),
-            ("tools", Value::from(())),
-            ("documents", Value::from(())),
-            ("add_generation_prompt", Value::from(options.add_generation_prompt)),
-            ("bos_token", Value::from(self.bos.as_str())),
-            ("eos_token", Value::from(self.eos.as_str())),
-            ("__now", Value::from(now)),
-        ]);
+        variables.push(("bos_token".to_owned(), Value::from(self.bos.as_str())));
+        variables.push(("eos_token".to_owned(), Value::from(self.eos.as_str())));
+        let context = Value::from_pairs(variables);
         let template =
             self.environment.get_template(NAME).map_err(|error| self.render_error(&error))?;
         let mut output = BoundedOutput { bytes: Vec::new(), limits: self.limits, deadline };
@@ -317,17 +294,22 @@ impl ChatTemplate {
     /// (field-faults B19: first-turn chats worked, every later one gave status 500.)
     fn refuse_at_once(&self) -> Result<(), TemplateError> {
         let deadline = Instant::now() + self.limits.wall_clock;
-        let chats: [&[&str]; 4] = [
-            &["user"],
-            &["system", "user"],
-            &["user", "assistant", "user"],
-            &["system", "user", "assistant", "user"],
+        let options = RenderOptions::default();
+        let with_tools = RenderOptions { tools: Some(vec![probe_tool()]), ..options.clone() };
+        let chats: [(&[&str], &RenderOptions); 6] = [
+            (&["user"], &options),
+            (&["system", "user"], &options),
+            (&["user", "assistant", "user"], &options),
+            (&["system", "user", "assistant", "user"], &options),
+            (&["user"], &with_tools),
+            (&["user", "assistant", "tool", "assistant", "user"], &with_tools),
         ];
-        for roles in chats {
-            let turns = || roles.iter().map(|&role| (role, "text".to_owned()));
+        for (roles, options) in chats {
+            let messages = probe_chat(roles);
             for add_generation_prompt in [false, true] {
-                let options = RenderOptions { add_generation_prompt, now: None };
-                match self.render_text(turns(), options, deadline) {
+                let options = RenderOptions { add_generation_prompt, ..options.clone() };
+                let variables = Walk::new(&str::to_owned).context(&messages, &options);
+                match self.render_text(variables, deadline) {
                     // It may well raise: a chat of these roles need not be one that it takes.
                     Ok(_) | Err(TemplateError::Raised { .. } | TemplateError::Render { .. }) => {}
                     Err(refused) => return Err(refused),
@@ -414,16 +396,32 @@ fn reason(error: &Error) -> String {
     }
 }
 
-fn check_roles(messages: &[ChatMessage]) -> Result<(), TemplateError> {
-    for (index, message) in messages.iter().enumerate() {
-        let role = &message.role;
-        let plain = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'_' || byte == b'-';
-        if role.is_empty() || role.len() > 64 || !role.bytes().all(plain) {
-            let found = role.chars().take(64).collect();
-            return Err(TemplateError::BadRole { index, found });
+/// A chat of `roles`, in which the message before a `tool` one calls the probe tool.
+fn probe_chat(roles: &[&str]) -> Vec<ChatMessage> {
+    let mut messages: Vec<_> = roles.iter().map(|&it| ChatMessage::new(it, "text")).collect();
+    for at in 1..messages.len() {
+        if messages[at].role == "tool" {
+            let id = Some("probe0000".to_owned());
+            let arguments = serde_json::Map::from_iter([("key".to_owned(), "value".into())]);
+            messages[at].tool_call_id.clone_from(&id);
+            messages[at].name = Some("probe".to_owned());
+            // Not `None`, on which many templates call string methods, and so fail in Python too.
+            messages[at - 1].content = Some(String::new());
+            messages[at - 1].tool_calls = vec![ToolCall { id, name: "probe".into(), arguments }];
         }
     }
-    Ok(())
+    messages
+}
+
+fn probe_tool() -> serde_json::Value {
+    let key = serde_json::json!({ "type": "string", "description": "text" });
+    let parameters = serde_json::json!({
+        "type": "object", "properties": { "key": key }, "required": ["key"]
+    });
+    serde_json::json!({
+        "type": "function",
+        "function": { "name": "probe", "description": "text", "parameters": parameters }
+    })
 }
 
 /// Replaces the `generation` block, which marks assistant tokens for training, by a block that is

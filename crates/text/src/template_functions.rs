@@ -21,8 +21,14 @@ pub(crate) fn register(environment: &mut Environment<'static>) {
     environment.add_filter("tojson", to_json);
     environment.add_filter("fromjson", from_json);
     environment.add_filter("from_json", from_json);
+    environment.add_test("iterable", is_iterable);
     environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
     environment.set_formatter(python_formatter);
+}
+
+/// As `iter(value)` decides in Python: unlike minijinja's test, `None` is not iterable.
+fn is_iterable(value: &Value) -> bool {
+    !value.is_none() && value.try_iter().is_ok()
 }
 
 fn raise_exception(message: String) -> Result<Value, Error> {
@@ -56,10 +62,23 @@ fn to_json(value: &Value, indent: Option<usize>, options: Kwargs) -> Result<Valu
         Some(indent) => Some(indent),
         None => options.get::<Option<usize>>("indent")?,
     };
-    let _: Option<Value> = options.get("ensure_ascii")?;
+    if options.get::<Option<bool>>("ensure_ascii")?.unwrap_or(false) {
+        let reason = "tojson: expected `ensure_ascii` false, found true";
+        return Err(Error::new(ErrorKind::InvalidOperation, reason));
+    }
+    let separators = options.get::<Option<Vec<String>>>("separators")?;
+    let (item, colon) = match separators.as_deref() {
+        None if indent.is_some() => (",".to_owned(), ": ".to_owned()),
+        None => (", ".to_owned(), ": ".to_owned()),
+        Some([item, colon]) => (item.clone(), colon.clone()),
+        Some(other) => {
+            let reason = format!("tojson: expected 2 separators, found {}", other.len());
+            return Err(Error::new(ErrorKind::InvalidOperation, reason));
+        }
+    };
     let sort_keys = options.get::<Option<bool>>("sort_keys")?.unwrap_or(false);
     options.assert_all_used()?;
-    let mut writer = JsonWriter { text: String::new(), indent, sort_keys };
+    let mut writer = JsonWriter { text: String::new(), indent, item, colon, sort_keys };
     writer.value(value, 0)?;
     Ok(Value::from(writer.text))
 }
@@ -67,6 +86,10 @@ fn to_json(value: &Value, indent: Option<usize>, options: Kwargs) -> Result<Valu
 struct JsonWriter {
     text: String,
     indent: Option<usize>,
+    /// Between two items.
+    item: String,
+    /// Between key and value.
+    colon: String,
     sort_keys: bool,
 }
 
@@ -92,7 +115,7 @@ impl JsonWriter {
                 }
                 self.list('{', '}', keys, depth, |writer, key| {
                     writer.string(&key.to_string());
-                    writer.text.push_str(": ");
+                    writer.text.push_str(&writer.colon);
                     writer.value(&value.get_item(&key)?, depth + 1)
                 })?;
             }
@@ -120,7 +143,7 @@ impl JsonWriter {
         let empty = items.is_empty();
         for (at, item) in items.into_iter().enumerate() {
             if at > 0 {
-                self.text.push_str(if self.indent.is_some() { "," } else { ", " });
+                self.text.push_str(&self.item);
             }
             self.line(depth + 1);
             write(self, item)?;
@@ -161,11 +184,7 @@ fn to_template_value(json: &serde_json::Value) -> Value {
     match json {
         serde_json::Value::Null => Value::from(()),
         serde_json::Value::Bool(value) => Value::from(*value),
-        serde_json::Value::Number(number) => match (number.as_i64(), number.as_u64()) {
-            (Some(value), _) => Value::from(value),
-            (None, Some(value)) => Value::from(value),
-            (None, None) => Value::from(number.as_f64().unwrap_or(f64::NAN)),
-        },
+        serde_json::Value::Number(value) => number(value),
         serde_json::Value::String(text) => Value::from(text.as_str()),
         serde_json::Value::Array(items) => {
             Value::from(items.iter().map(to_template_value).collect::<Vec<_>>())
@@ -173,5 +192,14 @@ fn to_template_value(json: &serde_json::Value) -> Value {
         serde_json::Value::Object(map) => {
             Value::from_pairs(map.iter().map(|(key, item)| (key.as_str(), to_template_value(item))))
         }
+    }
+}
+
+/// A JSON number as templates calculate with it.
+pub(crate) fn number(number: &serde_json::Number) -> Value {
+    match (number.as_i64(), number.as_u64()) {
+        (Some(value), _) => Value::from(value),
+        (None, Some(value)) => Value::from(value),
+        (None, None) => Value::from(number.as_f64().unwrap_or(f64::NAN)),
     }
 }

@@ -44,7 +44,7 @@ fn tokenizer(pre: &str) -> Tokenizer {
 }
 
 fn user(content: &str) -> [ChatMessage; 1] {
-    [ChatMessage { role: "user".into(), content: content.into() }]
+    [ChatMessage::new("user", content)]
 }
 
 fn controls(tokenizer: &Tokenizer, ids: &[u32]) -> Vec<String> {
@@ -58,7 +58,7 @@ fn encode_chat(
     content: &str,
 ) -> Result<Vec<u32>, PromptError> {
     let template = ChatTemplate::compile(template, "<s>", "").expect("a template");
-    let prompt = template.render(&user(content), RenderOptions::default()).expect("it renders");
+    let prompt = template.render(&user(content), &RenderOptions::default()).expect("it renders");
     encode_prompt(tokenizer, &prompt)
 }
 

@@ -79,9 +79,9 @@ fn smollm2_chat_keeps_injected_turns_as_text() {
     let source = gguf.chat_template().expect("the model has a chat template");
     let template = ChatTemplate::compile(source, "<|im_start|>", "<|im_end|>").unwrap();
     let chat = |content: &str| {
-        let messages = [ChatMessage { role: "user".into(), content: content.into() }];
+        let messages = [ChatMessage::new("user", content)];
         let options = RenderOptions { add_generation_prompt: true, now: None };
-        let prompt = template.render(&messages, options).unwrap();
+        let prompt = template.render(&messages, &options).unwrap();
         (prompt.text(), encode_prompt(&tokenizer, &prompt).unwrap())
     };
     let controls = |ids: &[u32]| ids.iter().filter(|&&id| tokenizer.is_control(id)).count();

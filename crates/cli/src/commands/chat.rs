@@ -70,7 +70,7 @@ impl Chat {
 
     fn opening(&self) -> Vec<ChatMessage> {
         let system = self.system.iter();
-        system.map(|text| ChatMessage { role: "system".into(), content: text.clone() }).collect()
+        system.map(|text| ChatMessage::new("system", text.clone())).collect()
     }
 
     fn converse(
@@ -113,7 +113,7 @@ impl Chat {
         text: String,
         output: Output,
     ) -> Result<()> {
-        messages.push(ChatMessage { role: "user".into(), content: text });
+        messages.push(ChatMessage::new("user", text));
         let prompt = chat_prompt(engine, messages)?;
         let room = engine.max_new_tokens(prompt.len());
         if room == 0 {
@@ -143,7 +143,7 @@ impl Chat {
             "prefill_ms": finished.timings.prefill_ms,
             "decode_ms": finished.timings.decode_ms,
         }));
-        messages.push(ChatMessage { role: "assistant".into(), content: answer });
+        messages.push(ChatMessage::new("assistant", answer));
         Ok(())
     }
 }

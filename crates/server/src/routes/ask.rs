@@ -367,7 +367,7 @@ fn refuse_with_grounding(request: &ChatRequest) -> Result<(), ApiError> {
 fn single_question(messages: Vec<exrail_wire::RequestMessage>) -> Result<String, ApiError> {
     let mut messages = translate::messages(messages)?;
     match (messages.pop(), messages.is_empty()) {
-        (Some(last), true) if last.role == "user" => Ok(last.content),
+        (Some(last), true) if last.role == "user" => Ok(last.content.unwrap_or_default()),
         _ => Err(ApiError::BadField {
             field: "messages".into(),
             problem:
