@@ -62,6 +62,16 @@ pub(crate) trait Lanes: Copy + Send + Sync {
     /// A nibble tile: lane r of `bytes[64 j ..]` holds row r, its low nibbles are k = 4j..4j+4 and
     /// its high nibbles k = 16+4j..16+4j+4. Returns one byte a weight: entry j has k = 4j..4j+4.
     fn nibbles(self, tile: &[u8; 256]) -> [Self::I; 8];
+    /// One byte of each k, four a row: 64 bytes as they are.
+    fn load_codes(self, line: &[u8; 64]) -> Self::I;
+    /// Every byte shifted left (right where negative) by at most 7 bits, then `& mask`. Bits that
+    /// `mask` lets through must come from the same byte.
+    fn shift_mask(self, v: Self::I, left: i32, mask: u8) -> Self::I;
+    fn or(self, a: Self::I, b: Self::I) -> Self::I;
+    /// Adds to every byte, wrapping.
+    fn add_bytes(self, v: Self::I, addend: u8) -> Self::I;
+    /// `table[i]` for every byte i, which is below 16.
+    fn lookup(self, v: Self::I, table: &[u8; 16]) -> Self::I;
     /// A byte tile: lane r of `tile[64 j ..]` holds k = 4j..4j+4 of row r.
     fn bytes(self, tile: &[u8; 512]) -> [Self::I; 8];
     /// `start + Σ w x` over 32 k, w unsigned and at most 15, x in -127..=127.

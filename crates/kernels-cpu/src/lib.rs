@@ -13,6 +13,7 @@ mod affinity;
 mod arch;
 mod attention;
 mod backend;
+mod codes;
 mod disjoint;
 mod kv;
 mod lanes;

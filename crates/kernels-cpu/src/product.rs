@@ -12,6 +12,7 @@
 //! in a batch give the same bits. No horizontal sums: lane r belongs to weight row r throughout.
 
 use crate::activation::{QuantBlock, Rounding};
+use crate::codes::Codes;
 use crate::lanes::Lanes;
 use crate::tile::{BLOCK, Group};
 use std::marker::PhantomData;
@@ -65,7 +66,7 @@ pub(crate) trait Scales<'a>: Copy + Send + Sync {
     const PER_BLOCK: usize;
     fn of(group: Group<'a>) -> Self;
     fn scale<L: Lanes>(self, lanes: L, block: usize, half: usize) -> L::V;
-    fn minimum<L: Lanes>(self, lanes: L, block: usize) -> L::V;
+    fn minimum<L: Lanes>(self, lanes: L, block: usize, half: usize) -> L::V;
 }
 
 /// f16 scales, one a block.
@@ -85,13 +86,13 @@ impl<'a, const MINIMA: bool> Scales<'a> for HalfScales<'a, MINIMA> {
         lanes.load_f16(self.0.scales(block))
     }
     #[inline(always)]
-    fn minimum<L: Lanes>(self, lanes: L, block: usize) -> L::V {
+    fn minimum<L: Lanes>(self, lanes: L, block: usize, _half: usize) -> L::V {
         lanes.load_f16(self.0.minima(block))
     }
 }
 
-/// f16 scales a superblock times byte scales a sub-block: unsigned with minima (Q4_K, Q5_K), signed
-/// without (Q6_K).
+/// f16 scales a superblock times byte scales a sub-block: unsigned with minima (Q2_K, Q4_K,
+/// Q5_K), signed without (Q3_K, Q6_K, IQ4_XS).
 #[derive(Clone, Copy)]
 pub(crate) struct SuperScales<'a, const MINIMA: bool, const PER_BLOCK: usize>(Group<'a>);
 
@@ -112,9 +113,32 @@ impl<'a, const MINIMA: bool, const PER_BLOCK: usize> Scales<'a>
         lanes.mul(lanes.load_f16(self.0.super_scales(block)), sub)
     }
     #[inline(always)]
-    fn minimum<L: Lanes>(self, lanes: L, block: usize) -> L::V {
+    fn minimum<L: Lanes>(self, lanes: L, block: usize, half: usize) -> L::V {
         let d = lanes.load_f16(self.0.super_minima(block));
-        lanes.mul(d, lanes.sub(lanes.splat(0.0), lanes.load_u8(self.0.sub_minima(block))))
+        let sub = lanes.load_u8(self.0.sub_minima(block, half));
+        lanes.mul(d, lanes.sub(lanes.splat(0.0), sub))
+    }
+}
+
+/// bfloat16 scales, one a block: powers of two beyond f16.
+#[derive(Clone, Copy)]
+pub(crate) struct BrainScales<'a>(Group<'a>);
+
+impl<'a> Scales<'a> for BrainScales<'a> {
+    const MINIMA: bool = false;
+    const PER_BLOCK: usize = 1;
+
+    #[inline(always)]
+    fn of(group: Group<'a>) -> Self {
+        BrainScales(group)
+    }
+    #[inline(always)]
+    fn scale<L: Lanes>(self, lanes: L, block: usize, _half: usize) -> L::V {
+        lanes.load_bf16(self.0.scales(block))
+    }
+    #[inline(always)]
+    fn minimum<L: Lanes>(self, lanes: L, _block: usize, _half: usize) -> L::V {
+        lanes.splat(0.0)
     }
 }
 
@@ -135,6 +159,13 @@ impl<const MINIMA: bool> ScaleFamily for Halves<MINIMA> {
 pub(crate) struct Supers<const MINIMA: bool, const PER_BLOCK: usize>;
 impl<const MINIMA: bool, const PER_BLOCK: usize> ScaleFamily for Supers<MINIMA, PER_BLOCK> {
     type Of<'a> = SuperScales<'a, MINIMA, PER_BLOCK>;
+}
+
+/// [`BrainScales`].
+#[derive(Clone, Copy)]
+pub(crate) struct Brains;
+impl ScaleFamily for Brains {
+    type Of<'a> = BrainScales<'a>;
 }
 
 /// Each of `N` rows with each of its `P` roundings.
@@ -177,7 +208,7 @@ impl<S: ScaleFamily, const P: usize> Format for NibblesInt8<S, P> {
                 acc[n] = lanes.fma(dot, lanes.mul(scale, lanes.splat(x.scale)), acc[n]);
             }
             if S::Of::MINIMA {
-                let minimum = scales.minimum(lanes, b);
+                let minimum = scales.minimum(lanes, b, 0);
                 for (n, p) in passes::<N, P>() {
                     let sum = lanes.splat(rows[n][P * b + p].scaled_sum);
                     acc[n] = lanes.fma(minimum, sum, acc[n]);
@@ -188,11 +219,11 @@ impl<S: ScaleFamily, const P: usize> Format for NibblesInt8<S, P> {
     }
 }
 
-/// Byte tiles with activations of `P` int8 each.
+/// Tiles of codes `C` with activations of `P` int8 each.
 #[derive(Clone, Copy)]
-pub(crate) struct BytesInt8<S, const P: usize>(PhantomData<S>);
+pub(crate) struct CodesInt8<C, S, const P: usize>(PhantomData<(C, S)>);
 
-impl<S: ScaleFamily, const P: usize> Format for BytesInt8<S, P> {
+impl<C: Codes, S: ScaleFamily, const P: usize> Format for CodesInt8<C, S, P> {
     const WIDEST: usize = 8;
 
     #[inline(always)]
@@ -209,11 +240,11 @@ impl<S: ScaleFamily, const P: usize> Format for BytesInt8<S, P> {
         }
         let mut acc = [lanes.splat(0.0); N];
         for b in group.blocks() {
-            let tile = group.weights::<512>(b);
-            for line in 0..9 {
+            let tile = group.block(b);
+            for line in 0..=C::LINES {
                 lanes.prefetch(tile, PREFETCH + 64 * line);
             }
-            let w = lanes.bytes(tile);
+            let w = C::bytes(lanes, tile);
             let (first, second) = ([w[0], w[1], w[2], w[3]], [w[4], w[5], w[6], w[7]]);
             let scale = scales.scale(lanes, b, 0);
             for (n, p) in passes::<N, P>() {
@@ -234,15 +265,30 @@ impl<S: ScaleFamily, const P: usize> Format for BytesInt8<S, P> {
                 }
             }
             if S::Of::MINIMA {
-                let minimum = scales.minimum(lanes, b);
+                let halves =
+                    [scales.minimum(lanes, b, 0), scales.minimum(lanes, b, S::Of::PER_BLOCK - 1)];
                 for (n, p) in passes::<N, P>() {
-                    let sum = lanes.splat(rows[n][P * b + p].scaled_sum);
-                    acc[n] = lanes.fma(minimum, sum, acc[n]);
+                    acc[n] = add_minima::<L, S>(lanes, halves, &rows[n][P * b + p], acc[n]);
                 }
             }
         }
         acc
     }
+}
+
+/// Adds what the minima of a block contribute.
+#[inline(always)]
+fn add_minima<L: Lanes, S: ScaleFamily>(
+    lanes: L,
+    [first, second]: [L::V; 2],
+    x: &QuantBlock,
+    acc: L::V,
+) -> L::V {
+    if S::Of::PER_BLOCK == 1 {
+        return lanes.fma(first, lanes.splat(x.scaled_sum), acc);
+    }
+    let sums = x.sums.map(|sum| lanes.splat(x.scale * sum as f32));
+    lanes.fma(second, sums[1], lanes.fma(first, sums[0], acc))
 }
 
 /// f32 products: even and odd k in two accumulators.
@@ -306,7 +352,8 @@ impl<S: ScaleFamily> Format for NibblesFloat<S> {
             let tile = group.weights::<256>(b);
             let x = float_blocks::<N>(input, row, b);
             let scale = scales.scale(lanes, b, 0);
-            let minimum = if S::Of::MINIMA { scales.minimum(lanes, b) } else { lanes.splat(0.0) };
+            let minimum =
+                if S::Of::MINIMA { scales.minimum(lanes, b, 0) } else { lanes.splat(0.0) };
             for (j, &q) in lanes.nibbles(tile).iter().enumerate() {
                 let mut w = lanes.unpack_bytes(q);
                 for w in &mut w {
@@ -323,11 +370,11 @@ impl<S: ScaleFamily> Format for NibblesFloat<S> {
     }
 }
 
-/// Byte tiles with f32 activations.
+/// Tiles of codes `C` with f32 activations.
 #[derive(Clone, Copy)]
-pub(crate) struct BytesFloat<S>(PhantomData<S>);
+pub(crate) struct CodesFloat<C, S>(PhantomData<(C, S)>);
 
-impl<S: ScaleFamily> Format for BytesFloat<S> {
+impl<C: Codes, S: ScaleFamily> Format for CodesFloat<C, S> {
     const WIDEST: usize = 4;
 
     #[inline(always)]
@@ -341,20 +388,24 @@ impl<S: ScaleFamily> Format for BytesFloat<S> {
         let mut sums = FloatSums([[lanes.splat(0.0); 2]; N]);
         let bias = lanes.splat(128.0);
         for b in group.blocks() {
-            let tile = group.weights::<512>(b);
+            let tile = group.block(b);
             let x = float_blocks::<N>(input, row, b);
-            let first = scales.scale(lanes, b, 0);
-            let second = if S::Of::PER_BLOCK == 2 { scales.scale(lanes, b, 1) } else { first };
-            let minimum = if S::Of::MINIMA { scales.minimum(lanes, b) } else { lanes.splat(0.0) };
-            for (j, &q) in lanes.bytes(tile).iter().enumerate() {
-                let scale = if j < 4 { first } else { second };
+            let last = S::Of::PER_BLOCK - 1;
+            let scale = [scales.scale(lanes, b, 0), scales.scale(lanes, b, last)];
+            let minimum = if S::Of::MINIMA {
+                [scales.minimum(lanes, b, 0), scales.minimum(lanes, b, last)]
+            } else {
+                [lanes.splat(0.0); 2]
+            };
+            for (j, &q) in C::bytes(lanes, tile).iter().enumerate() {
+                let half = j / 4;
                 let mut w = lanes.unpack_bytes(q);
                 for w in &mut w {
                     let q = lanes.sub(*w, bias);
                     *w = if S::Of::MINIMA {
-                        lanes.fma(q, scale, minimum)
+                        lanes.fma(q, scale[half], minimum[half])
                     } else {
-                        lanes.mul(q, scale)
+                        lanes.mul(q, scale[half])
                     };
                 }
                 sums.add(lanes, w, &x, j);

@@ -6,20 +6,25 @@
 //!
 //! | format | scales | minima | weights of a block | bits a weight |
 //! |---|---|---|---|---|
-//! | Q4_0 | f16 x 16 | - | nibbles, 256 B | 4.5 |
-//! | Q4_1 | f16 x 16 | f16 x 16 | nibbles, 256 B | 5 |
-//! | Q5_0, Q8_0 | f16 x 16 | - | bytes, 512 B | 8.5 |
-//! | Q5_1 | f16 x 16 | f16 x 16 | bytes, 512 B | 9 |
-//! | Q4_K | u8 x 16, f16 x 16 a 256 k | the same | nibbles, 256 B | 4.6 |
-//! | Q5_K | u8 x 16, f16 x 16 a 256 k | the same | bytes, 512 B | 8.6 |
-//! | Q6_K | i8 x 16 a 16 k, f16 x 16 a 256 k | - | bytes, 512 B | 9.1 |
+//! | Q4_0, IQ4_NL | f16 x 16 | - | 4 bits, 256 B | 4.5 |
+//! | Q4_1 | f16 x 16 | f16 x 16 | 4 bits, 256 B | 5 |
+//! | Q5_0 | f16 x 16 | - | 4 + 1 bits, 320 B | 5.5 |
+//! | Q5_1 | f16 x 16 | f16 x 16 | 4 + 1 bits, 320 B | 6 |
+//! | Q8_0 | f16 x 16 | - | bytes, 512 B | 8.5 |
+//! | MXFP4 | bf16 x 16 | - | 4 bits, 256 B | 4.5 |
+//! | Q2_K | u8 x 16 a 16 k, f16 x 16 a 256 k | the same | 2 bits, 128 B | 3.1 |
+//! | Q3_K | i8 x 16 a 16 k, f16 x 16 a 256 k | - | 2 + 1 bits, 192 B | 3.6 |
+//! | Q4_K | u8 x 16, f16 x 16 a 256 k | the same | 4 bits, 256 B | 4.6 |
+//! | Q5_K | u8 x 16, f16 x 16 a 256 k | the same | 4 + 1 bits, 320 B | 5.6 |
+//! | Q6_K | i8 x 16 a 16 k, f16 x 16 a 256 k | - | 4 + 2 bits, 384 B | 6.6 |
+//! | IQ4_XS | i8 x 16, f16 x 16 a 256 k | - | 4 bits, 256 B | 4.3 |
 //! | F32, F16, BF16 | - | - | the values, k-major | 32, 16, 16 |
 //!
 //! Nothing is rounded: dequantising a tile gives the same f32 as dequantising the checkpoint's
-//! block. A byte holds the signed weight plus 128. Nibble and byte order: see
-//! [`crate::lanes::Lanes::nibbles`] and [`crate::lanes::Lanes::bytes`].
+//! block. The order of the bits: see [`crate::codes`].
 
-use exrail_tensor::DType;
+use crate::codes::LINE;
+use exrail_tensor::{DType, E2M1_TABLE, IQ4_TABLE};
 use std::ops::Range;
 
 /// Rows of a group.
@@ -54,12 +59,25 @@ pub(crate) struct GroupLayout {
 /// What a format's tiles are made of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct TileKind {
-    /// Bytes of one block's weights, all sixteen rows.
-    pub(crate) block_bytes: usize,
+    /// Bits a weight of the low and of the high plane; see [`crate::codes`].
+    pub(crate) planes: [usize; 2],
+    /// What a code stands for.
+    pub(crate) meaning: Meaning,
     /// `w = scale q + minimum` rather than `w = scale q`.
     pub(crate) minima: bool,
     /// Scales.
     pub(crate) scales: ScaleKind,
+}
+
+/// What the code of a weight stands for, before its scale.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Meaning {
+    /// Itself: a float.
+    Float,
+    /// The code minus this.
+    Minus(u8),
+    /// An entry of a table.
+    Table(&'static [i8; 16]),
 }
 
 /// How scales are stored.
@@ -69,6 +87,8 @@ pub(crate) enum ScaleKind {
     None,
     /// One f16 a block.
     Half,
+    /// One bfloat16 a block.
+    Brain,
     /// One f16 a superblock and this many bytes a block.
     Super {
         /// 1 (a scale for 32 k) or 2 (a scale for 16 k).
@@ -79,20 +99,31 @@ pub(crate) enum ScaleKind {
 impl TileKind {
     /// The tiles of a checkpoint format.
     pub(crate) fn of(dtype: DType) -> TileKind {
-        let kind = |block_bytes, minima, scales| TileKind { block_bytes, minima, scales };
-        let nibbles = ROWS * BLOCK / 2;
-        let bytes = ROWS * BLOCK;
+        let kind = |planes, meaning, minima, scales| TileKind { planes, meaning, minima, scales };
+        let (half, plain) = (ScaleKind::Half, Meaning::Minus);
+        let sub = |per_block| ScaleKind::Super { per_block };
         match dtype {
-            DType::F32 => kind(4 * bytes, false, ScaleKind::None),
-            DType::F16 | DType::BF16 => kind(2 * bytes, false, ScaleKind::None),
-            DType::Q4_0 => kind(nibbles, false, ScaleKind::Half),
-            DType::Q4_1 => kind(nibbles, true, ScaleKind::Half),
-            DType::Q5_0 | DType::Q8_0 => kind(bytes, false, ScaleKind::Half),
-            DType::Q5_1 => kind(bytes, true, ScaleKind::Half),
-            DType::Q4_K => kind(nibbles, true, ScaleKind::Super { per_block: 1 }),
-            DType::Q5_K => kind(bytes, true, ScaleKind::Super { per_block: 1 }),
-            DType::Q6_K => kind(bytes, false, ScaleKind::Super { per_block: 2 }),
+            DType::F32 => kind([32, 0], Meaning::Float, false, ScaleKind::None),
+            DType::F16 | DType::BF16 => kind([16, 0], Meaning::Float, false, ScaleKind::None),
+            DType::Q4_0 => kind([4, 0], plain(8), false, half),
+            DType::Q4_1 => kind([4, 0], plain(0), true, half),
+            DType::Q5_0 => kind([4, 1], plain(16), false, half),
+            DType::Q5_1 => kind([4, 1], plain(0), true, half),
+            DType::Q8_0 => kind([8, 0], plain(128), false, half),
+            DType::Q2_K => kind([2, 0], plain(0), true, sub(2)),
+            DType::Q3_K => kind([2, 1], plain(4), false, sub(2)),
+            DType::Q4_K => kind([4, 0], plain(0), true, sub(1)),
+            DType::Q5_K => kind([4, 1], plain(0), true, sub(1)),
+            DType::Q6_K => kind([4, 2], plain(32), false, sub(2)),
+            DType::IQ4_NL => kind([4, 0], Meaning::Table(&IQ4_TABLE), false, half),
+            DType::IQ4_XS => kind([4, 0], Meaning::Table(&IQ4_TABLE), false, sub(1)),
+            DType::MXFP4 => kind([4, 0], Meaning::Table(&E2M1_TABLE), false, ScaleKind::Brain),
         }
+    }
+
+    /// Bytes of one block's weights, all sixteen rows.
+    pub(crate) fn block_bytes(self) -> usize {
+        (self.planes[0] + self.planes[1]) * LINE
     }
 
     /// The layout of a group; `None` when the size overflows.
@@ -100,13 +131,13 @@ impl TileKind {
         let n_blocks = columns.div_ceil(BLOCK);
         let (n_super, part) = match self.scales {
             ScaleKind::None => (0, 0),
-            ScaleKind::Half => (0, 2 * ROWS),
+            ScaleKind::Half | ScaleKind::Brain => (0, 2 * ROWS),
             ScaleKind::Super { per_block } => (n_blocks / SUPER, per_block * ROWS),
         };
         let n_parts = if self.minima { 2 } else { 1 };
         let super_bytes = n_super.checked_mul(2 * ROWS)?;
         let scales = super_bytes.checked_mul(n_parts)?.checked_next_multiple_of(64)?;
-        let stride = n_parts * part + self.block_bytes;
+        let stride = n_parts * part + self.block_bytes();
         let len_bytes = n_blocks.checked_mul(stride)?.checked_add(scales)?;
         Some(GroupLayout {
             n_blocks,
@@ -170,10 +201,16 @@ impl<'a> Group<'a> {
         self.part(self.layout.scales + block * self.layout.stride + half * ROWS)
     }
 
-    /// Byte minima of sixteen rows.
+    /// Byte minima of sixteen rows, of the first or second half of a block.
     #[inline(always)]
-    pub(crate) fn sub_minima(self, block: usize) -> &'a [u8; 16] {
-        self.part(self.layout.minima + block * self.layout.stride)
+    pub(crate) fn sub_minima(self, block: usize, half: usize) -> &'a [u8; 16] {
+        self.part(self.layout.minima + block * self.layout.stride + half * ROWS)
+    }
+
+    /// The weights of a block, and whatever follows.
+    #[inline(always)]
+    pub(crate) fn block(self, block: usize) -> &'a [u8] {
+        &self.bytes[self.layout.weights + block * self.layout.stride..]
     }
 
     /// The weights, `B` bytes a block.

@@ -1,10 +1,11 @@
 //! [`CpuWeight`]: a checkpoint matrix repacked into the tiles of [`crate::tile`] when it is loaded.
 
+use crate::codes::LINE;
 use crate::memory::{Arena, Bytes};
 use crate::pool::Pool;
-use crate::tile::{BLOCK, Group, GroupLayout, ROWS, SUPER, ScaleKind, TileKind};
+use crate::tile::{BLOCK, Group, GroupLayout, Meaning, ROWS, SUPER, ScaleKind, TileKind};
 use exrail_kernels::{KernelError, WeightView};
-use exrail_tensor::DType;
+use exrail_tensor::{DType, e8m0_half, unpack_signed_scales};
 use half::{bf16, f16};
 use std::sync::{Mutex, PoisonError};
 
@@ -91,7 +92,7 @@ impl CpuWeight {
         let half = |entry: &[u8; 32]| f16::from_le_bytes([entry[2 * r], entry[2 * r + 1]]).to_f32();
         let weights = &group.bytes[group.layout.weights..];
         for (b, out) in out[..self.columns].chunks_mut(BLOCK).enumerate() {
-            let tile = &weights[b * group.layout.stride..][..kind.block_bytes];
+            let tile = &weights[b * group.layout.stride..][..kind.block_bytes()];
             match kind.scales {
                 ScaleKind::None => float_block(self.dtype, tile, r, out),
                 ScaleKind::Half => {
@@ -99,18 +100,25 @@ impl CpuWeight {
                     let scale = half(group.scales(b));
                     quant_block(kind, tile, r, |_, q| scale * q + minimum, out);
                 }
+                ScaleKind::Brain => {
+                    let entry = group.scales(b);
+                    let scale = bf16::from_le_bytes([entry[2 * r], entry[2 * r + 1]]).to_f32();
+                    quant_block(kind, tile, r, |_, q| scale * q, out);
+                }
                 ScaleKind::Super { per_block } => {
                     let d = half(group.super_scales(b));
                     let scale = |k: usize| {
                         let sub = group.sub_scales(b, k * per_block / BLOCK)[r];
                         d * if kind.minima { f32::from(sub) } else { f32::from(sub.cast_signed()) }
                     };
-                    let minimum = if kind.minima {
-                        half(group.super_minima(b)) * f32::from(group.sub_minima(b)[r])
-                    } else {
-                        0.0
+                    let minimum = |k: usize| {
+                        if !kind.minima {
+                            return 0.0;
+                        }
+                        let sub = group.sub_minima(b, k * per_block / BLOCK)[r];
+                        half(group.super_minima(b)) * f32::from(sub)
                     };
-                    quant_block(kind, tile, r, |k, q| scale(k) * q - minimum, out);
+                    quant_block(kind, tile, r, |k, q| scale(k) * q - minimum(k), out);
                 }
             }
         }
@@ -132,7 +140,7 @@ fn float_block(dtype: DType, tile: &[u8], r: usize, out: &mut [f32]) {
     }
 }
 
-/// `out[k] = value(k, q)`, q the signed weight (nibbles without minima mean `q - 8`).
+/// `out[k] = value(k, q)`, q the weight before its scale.
 fn quant_block(
     kind: TileKind,
     tile: &[u8],
@@ -140,16 +148,32 @@ fn quant_block(
     value: impl Fn(usize, f32) -> f32,
     out: &mut [f32],
 ) {
+    let [low_bits, high_bits] = kind.planes;
+    let (low, high) = tile.split_at(low_bits * LINE);
     for (k, out) in out.iter_mut().enumerate() {
-        let q = if kind.block_bytes == ROWS * BLOCK {
-            f32::from(tile[k / 4 * 64 + r * 4 + k % 4]) - 128.0
-        } else {
-            let packed = tile[k % 16 / 4 * 64 + r * 4 + k % 4];
-            let q = if k < 16 { packed & 15 } else { packed >> 4 };
-            f32::from(q) - if kind.minima { 0.0 } else { 8.0 }
+        let mut code = code(low, low_bits, r, k);
+        if high_bits > 0 {
+            code |= self::code(high, high_bits, r, k) << low_bits;
+        }
+        let q = match kind.meaning {
+            Meaning::Float => 0.0,
+            Meaning::Minus(bias) => f32::from(code) - f32::from(bias),
+            Meaning::Table(table) => f32::from(table[usize::from(code)]),
         };
         *out = value(k, q);
     }
+}
+
+/// Where a plane of `bits` bits has weight k of row r: byte and shift.
+fn place(bits: usize, r: usize, k: usize) -> (usize, usize) {
+    let (entry, within) = (k / 4, k % 4);
+    (entry % bits * LINE + r * 4 + within, entry / bits * bits)
+}
+
+fn code(plane: &[u8], bits: usize, r: usize, k: usize) -> u8 {
+    let (at, shift) = place(bits, r, k);
+    // Eight bits are the whole byte.
+    plane[at] >> shift & (0xff >> (8 - bits))
 }
 
 /// What [`Packer::pack_row`] needs to know of the matrix.
@@ -170,13 +194,13 @@ impl Packer {
     fn pack_row(&self, row: &[u8], r: usize, group: &mut [u8]) {
         match self.kind.scales {
             ScaleKind::None => self.pack_floats(row, r, group),
-            ScaleKind::Half => self.pack_halves(row, r, group),
+            ScaleKind::Half | ScaleKind::Brain => self.pack_halves(row, r, group),
             ScaleKind::Super { .. } => self.pack_super(row, r, group),
         }
     }
 
     fn pack_floats(&self, row: &[u8], r: usize, group: &mut [u8]) {
-        let width = self.kind.block_bytes / (ROWS * BLOCK);
+        let width = self.kind.planes[0] / 8;
         for (k, value) in row.chunks_exact(width).enumerate() {
             let at = self.layout.weights + (k * ROWS + r) * width;
             group[at..at + width].copy_from_slice(value);
@@ -198,27 +222,23 @@ impl Packer {
 
     fn pack_super(&self, row: &[u8], r: usize, group: &mut [u8]) {
         let layout = &self.layout;
+        let ScaleKind::Super { per_block } = self.kind.scales else { return };
         for (s, block) in row.chunks_exact(self.dtype.block_bytes()).enumerate() {
+            let plain = super_block(self.dtype, block);
             let at = (s * ROWS + r) * 2;
-            let q = if self.dtype == DType::Q6_K {
-                group[layout.super_scales + at..][..2].copy_from_slice(&block[208..210]);
-                for (i, &scale) in block[192..208].iter().enumerate() {
-                    let record = layout.scales + (s * SUPER + i / 2) * layout.stride;
-                    group[record + i % 2 * ROWS + r] = scale;
+            group[layout.super_scales + at..][..2].copy_from_slice(&plain.d);
+            if self.kind.minima {
+                group[layout.super_minima + at..][..2].copy_from_slice(&plain.d_min);
+            }
+            for i in 0..SUPER * per_block {
+                let record = (s * SUPER + i / per_block) * layout.stride;
+                let at = record + i % per_block * ROWS + r;
+                group[layout.scales + at] = plain.scales[i];
+                if self.kind.minima {
+                    group[layout.minima + at] = plain.minima[i];
                 }
-                q6_k(block)
-            } else {
-                group[layout.super_scales + at..][..2].copy_from_slice(&block[0..2]);
-                group[layout.super_minima + at..][..2].copy_from_slice(&block[2..4]);
-                for i in 0..SUPER {
-                    let (scale, minimum) = six_bits(&block[4..16], i);
-                    let at = (s * SUPER + i) * layout.stride + r;
-                    group[layout.scales + at] = scale;
-                    group[layout.minima + at] = minimum;
-                }
-                if self.dtype == DType::Q4_K { q4_k(block) } else { q5_k(block) }
-            };
-            for (i, q) in q.as_chunks::<BLOCK>().0.iter().enumerate() {
+            }
+            for (i, q) in plain.q.as_chunks::<BLOCK>().0.iter().enumerate() {
                 self.pack_quants(q, s * SUPER + i, r, group);
             }
         }
@@ -226,20 +246,95 @@ impl Packer {
 
     fn pack_quants(&self, q: &[u8; BLOCK], block: usize, r: usize, group: &mut [u8]) {
         let start = self.layout.weights + block * self.layout.stride;
-        let tile = &mut group[start..start + self.kind.block_bytes];
-        if self.kind.block_bytes == ROWS * BLOCK {
-            for (i, &q) in q.iter().enumerate() {
-                tile[i / 4 * 64 + r * 4 + i % 4] = q;
-            }
-        } else {
-            for i in 0..BLOCK / 2 {
-                tile[i / 4 * 64 + r * 4 + i % 4] = q[i] | q[i + 16] << 4;
+        let tile = &mut group[start..start + self.kind.block_bytes()];
+        let [low_bits, high_bits] = self.kind.planes;
+        let (low, high) = tile.split_at_mut(low_bits * LINE);
+        for (k, &q) in q.iter().enumerate() {
+            let (at, shift) = place(low_bits, r, k);
+            low[at] |= (q & (0xff >> (8 - low_bits))) << shift;
+            if high_bits > 0 {
+                let (at, shift) = place(high_bits, r, k);
+                high[at] |= q >> low_bits << shift;
             }
         }
     }
 }
 
-/// Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0; the five-bit and eight-bit ones as signed weight plus 128.
+/// 256 weights as tiles store them.
+struct SuperBlock {
+    d: [u8; 2],
+    d_min: [u8; 2],
+    /// Eight or sixteen, the rest zero.
+    scales: [u8; 16],
+    minima: [u8; 16],
+    q: [u8; 256],
+}
+
+/// The formats of 256 weights a block.
+fn super_block(dtype: DType, block: &[u8]) -> SuperBlock {
+    let two = |at: usize| [block[at], block[at + 1]];
+    let mut plain =
+        SuperBlock { d: two(0), d_min: two(2), scales: [0; 16], minima: [0; 16], q: [0; 256] };
+    match dtype {
+        DType::Q2_K => {
+            (plain.d, plain.d_min) = (two(80), two(82));
+            plain.scales = std::array::from_fn(|i| block[i] & 15);
+            plain.minima = std::array::from_fn(|i| block[i] >> 4);
+            plain.q = std::array::from_fn(|i| two_bits(&block[16..80], i));
+        }
+        DType::Q3_K => {
+            plain.d = two(108);
+            let packed = block[96..108].first_chunk().expect("twelve bytes of scales");
+            plain.scales = unpack_signed_scales(packed).map(i8::cast_unsigned);
+            plain.q = std::array::from_fn(|i| {
+                two_bits(&block[32..96], i) | (block[i % 32] >> (i / 32) & 1) << 2
+            });
+        }
+        DType::Q6_K => {
+            plain.d = two(208);
+            plain.scales = std::array::from_fn(|i| block[192 + i]);
+            plain.q = q6_k(block);
+        }
+        DType::IQ4_XS => {
+            plain.scales = std::array::from_fn(|i| iq4_xs_scale(block, i % SUPER));
+            plain.q = std::array::from_fn(|i| {
+                let byte = block[8 + i / 32 * 16 + i % 16];
+                if i % 32 < 16 { byte & 15 } else { byte >> 4 }
+            });
+        }
+        DType::Q4_K | DType::Q5_K => {
+            for i in 0..SUPER {
+                (plain.scales[i], plain.minima[i]) = six_bits(&block[4..16], i);
+            }
+            plain.q = if dtype == DType::Q4_K { q4_k(block) } else { q5_k(block) };
+        }
+        DType::Q4_0
+        | DType::Q4_1
+        | DType::Q5_0
+        | DType::Q5_1
+        | DType::Q8_0
+        | DType::IQ4_NL
+        | DType::MXFP4
+        | DType::F32
+        | DType::F16
+        | DType::BF16 => {}
+    }
+    plain
+}
+
+/// Scale of a group of 32, minus 32, as a signed byte.
+fn iq4_xs_scale(block: &[u8], group: usize) -> u8 {
+    let high = u16::from_le_bytes([block[2], block[3]]) >> (2 * group) & 3;
+    let low = block[4 + group / 2] >> (4 * (group % 2)) & 15;
+    (low | (high as u8) << 4).wrapping_sub(32)
+}
+
+/// Weight i of two-bit weights, 32 bytes for 128.
+fn two_bits(qs: &[u8], i: usize) -> u8 {
+    qs[i / 128 * 32 + i % 32] >> (i % 128 / 32 * 2) & 3
+}
+
+/// The formats of 32 weights a block; Q8_0 as signed weight plus 128.
 fn plain_block(dtype: DType, block: &[u8]) -> PlainBlock {
     let two = |at: usize| [block[at], block[at + 1]];
     let nibbles = |at: usize, i: usize| {
@@ -247,20 +342,29 @@ fn plain_block(dtype: DType, block: &[u8]) -> PlainBlock {
     };
     let fifth = |at: usize, i: usize| (block[at + i / 8] >> (i % 8) & 1) << 4;
     let has_minimum = matches!(dtype, DType::Q4_1 | DType::Q5_1);
+    let mut scale = two(0);
     let q = match dtype {
-        DType::Q4_0 => std::array::from_fn(|i| nibbles(2, i)),
+        DType::Q4_0 | DType::IQ4_NL => std::array::from_fn(|i| nibbles(2, i)),
         DType::Q4_1 => std::array::from_fn(|i| nibbles(4, i)),
-        DType::Q5_0 => std::array::from_fn(|i| 128 - 16 + (nibbles(6, i) | fifth(2, i))),
-        DType::Q5_1 => std::array::from_fn(|i| 128 + (nibbles(8, i) | fifth(4, i))),
+        DType::Q5_0 => std::array::from_fn(|i| nibbles(6, i) | fifth(2, i)),
+        DType::Q5_1 => std::array::from_fn(|i| nibbles(8, i) | fifth(4, i)),
+        DType::MXFP4 => {
+            // A power of two, which bfloat16 holds exactly, subnormal ones too.
+            scale = bf16::from_f32(e8m0_half(block[0])).to_le_bytes();
+            std::array::from_fn(|i| nibbles(1, i))
+        }
         DType::Q8_0
+        | DType::Q2_K
+        | DType::Q3_K
         | DType::Q4_K
         | DType::Q5_K
         | DType::Q6_K
+        | DType::IQ4_XS
         | DType::F32
         | DType::F16
         | DType::BF16 => std::array::from_fn(|i| block[2 + i] ^ 0x80),
     };
-    PlainBlock { scale: two(0), minimum: if has_minimum { two(2) } else { [0; 2] }, q }
+    PlainBlock { scale, minimum: if has_minimum { two(2) } else { [0; 2] }, q }
 }
 
 /// Scale and minimum i of the eight 6-bit pairs in 12 bytes.
@@ -283,7 +387,7 @@ fn q5_k(block: &[u8]) -> [u8; 256] {
     std::array::from_fn(|i| {
         let byte = block[48 + i / 64 * 32 + i % 32];
         let low = if i % 64 < 32 { byte & 15 } else { byte >> 4 };
-        128 + (low | (block[16 + i % 32] >> (i / 32) & 1) << 4)
+        low | (block[16 + i % 32] >> (i / 32) & 1) << 4
     })
 }
 
@@ -293,6 +397,6 @@ fn q6_k(block: &[u8]) -> [u8; 256] {
         let byte = block[half * 64 + quarter % 2 * 32 + l];
         let low = if quarter < 2 { byte & 15 } else { byte >> 4 };
         let high = block[128 + half * 32 + l] >> (2 * quarter) & 3;
-        128 - 32 + (low | high << 4)
+        low | high << 4
     })
 }

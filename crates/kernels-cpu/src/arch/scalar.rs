@@ -23,6 +23,10 @@ fn zip(a: [f32; 16], b: [f32; 16], f: impl Fn(f32, f32) -> f32) -> [f32; 16] {
     std::array::from_fn(|i| f(a[i], b[i]))
 }
 
+fn map_bytes(v: [i32; 16], f: impl Fn(u8) -> u8) -> [i32; 16] {
+    v.map(|lane| i32::from_le_bytes(lane.to_le_bytes().map(&f)))
+}
+
 fn dot_lane(w: i32, x: &[i8], bias: i32) -> i32 {
     let bytes = w.to_le_bytes();
     (0..4).map(|c| (i32::from(bytes[c]) - bias) * i32::from(x[c])).sum()
@@ -155,6 +159,28 @@ impl Lanes for Scalar {
                 (packed >> if j < 4 { 0 } else { 4 } & 0x0f0f_0f0f).cast_signed()
             })
         })
+    }
+    #[inline(never)]
+    fn load_codes(self, line: &[u8; 64]) -> [i32; 16] {
+        let (lanes, _) = line.as_chunks::<4>();
+        std::array::from_fn(|r| i32::from_le_bytes(lanes[r]))
+    }
+    #[inline(never)]
+    fn shift_mask(self, v: [i32; 16], left: i32, mask: u8) -> [i32; 16] {
+        let shift = |byte: u8| if left < 0 { byte >> -left } else { byte << left };
+        map_bytes(v, |byte| shift(byte) & mask)
+    }
+    #[inline(always)]
+    fn or(self, a: [i32; 16], b: [i32; 16]) -> [i32; 16] {
+        std::array::from_fn(|i| a[i] | b[i])
+    }
+    #[inline(never)]
+    fn add_bytes(self, v: [i32; 16], addend: u8) -> [i32; 16] {
+        map_bytes(v, |byte| byte.wrapping_add(addend))
+    }
+    #[inline(never)]
+    fn lookup(self, v: [i32; 16], table: &[u8; 16]) -> [i32; 16] {
+        map_bytes(v, |byte| table[usize::from(byte & 15)])
     }
     #[inline(never)]
     fn bytes(self, tile: &[u8; 512]) -> [[i32; 16]; 8] {

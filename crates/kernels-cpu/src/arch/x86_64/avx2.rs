@@ -280,6 +280,50 @@ fn nibbles(tile: &[u8; 256]) -> [[__m256i; 2]; 8] {
 
 #[inline]
 #[target_feature(enable = "avx2")]
+fn load_codes(line: &[u8; 64]) -> [__m256i; 2] {
+    let (halves, _) = line.as_chunks::<32>();
+    [load_32(&halves[0]), load_32(&halves[1])]
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn shift_mask_half(v: __m256i, left: i32, mask: u8) -> __m256i {
+    let shifted = if left < 0 {
+        _mm256_srl_epi16(v, _mm_cvtsi32_si128(-left))
+    } else {
+        _mm256_sll_epi16(v, _mm_cvtsi32_si128(left))
+    };
+    _mm256_and_si256(shifted, _mm256_set1_epi8(mask.cast_signed()))
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn shift_mask(v: [__m256i; 2], left: i32, mask: u8) -> [__m256i; 2] {
+    [shift_mask_half(v[0], left, mask), shift_mask_half(v[1], left, mask)]
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn or(a: [__m256i; 2], b: [__m256i; 2]) -> [__m256i; 2] {
+    [_mm256_or_si256(a[0], b[0]), _mm256_or_si256(a[1], b[1])]
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn add_bytes(v: [__m256i; 2], addend: u8) -> [__m256i; 2] {
+    let addend = _mm256_set1_epi8(addend.cast_signed());
+    [_mm256_add_epi8(v[0], addend), _mm256_add_epi8(v[1], addend)]
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn lookup(v: [__m256i; 2], table: &[u8; 16]) -> [__m256i; 2] {
+    let table = _mm256_broadcastsi128_si256(load_16(table));
+    [_mm256_shuffle_epi8(table, v[0]), _mm256_shuffle_epi8(table, v[1])]
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
 fn bytes(tile: &[u8; 512]) -> [[__m256i; 2]; 8] {
     let (parts, _) = tile.as_chunks::<32>();
     let mut out = [[_mm256_setzero_si256(); 2]; 8];
@@ -502,6 +546,31 @@ impl Lanes for Avx2 {
     fn nibbles(self, tile: &[u8; 256]) -> [Self::I; 8] {
         // SAFETY: `self` proves that the instruction set of this function is present.
         unsafe { nibbles(tile) }
+    }
+    #[inline(always)]
+    fn load_codes(self, line: &[u8; 64]) -> Self::I {
+        // SAFETY: `self` proves that the instruction set of this function is present.
+        unsafe { load_codes(line) }
+    }
+    #[inline(always)]
+    fn shift_mask(self, v: Self::I, left: i32, mask: u8) -> Self::I {
+        // SAFETY: `self` proves that the instruction set of this function is present.
+        unsafe { shift_mask(v, left, mask) }
+    }
+    #[inline(always)]
+    fn or(self, a: Self::I, b: Self::I) -> Self::I {
+        // SAFETY: `self` proves that the instruction set of this function is present.
+        unsafe { or(a, b) }
+    }
+    #[inline(always)]
+    fn add_bytes(self, v: Self::I, addend: u8) -> Self::I {
+        // SAFETY: `self` proves that the instruction set of this function is present.
+        unsafe { add_bytes(v, addend) }
+    }
+    #[inline(always)]
+    fn lookup(self, v: Self::I, table: &[u8; 16]) -> Self::I {
+        // SAFETY: `self` proves that the instruction set of this function is present.
+        unsafe { lookup(v, table) }
     }
     #[inline(always)]
     fn bytes(self, tile: &[u8; 512]) -> [Self::I; 8] {

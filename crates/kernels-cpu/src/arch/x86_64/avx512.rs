@@ -112,6 +112,29 @@ fn nibbles(tile: &[u8; 256]) -> [__m512i; 8] {
 }
 
 #[inline]
+#[target_feature(enable = "avx512f,avx512bw")]
+fn shift_mask(v: __m512i, left: i32, mask: u8) -> __m512i {
+    let shifted = if left < 0 {
+        _mm512_srl_epi16(v, _mm_cvtsi32_si128(-left))
+    } else {
+        _mm512_sll_epi16(v, _mm_cvtsi32_si128(left))
+    };
+    _mm512_and_si512(shifted, _mm512_set1_epi8(mask.cast_signed()))
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw")]
+fn add_bytes(v: __m512i, addend: u8) -> __m512i {
+    _mm512_add_epi8(v, _mm512_set1_epi8(addend.cast_signed()))
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw")]
+fn lookup(v: __m512i, table: &[u8; 16]) -> __m512i {
+    _mm512_shuffle_epi8(_mm512_broadcast_i32x4(load_16(table)), v)
+}
+
+#[inline]
 #[target_feature(enable = "avx512f,avx512vnni")]
 fn dot_nibbles(w: &[__m512i; 8], x: &[i8; 32], start: i32) -> __m512i {
     // Two chains hide half of the four-cycle latency of VPDPBUSD.
@@ -358,6 +381,31 @@ impl Lanes for Avx512Vnni {
     fn nibbles(self, tile: &[u8; 256]) -> [Self::I; 8] {
         // SAFETY: `self` proves that the instruction set of this function is present.
         unsafe { nibbles(tile) }
+    }
+    #[inline(always)]
+    fn load_codes(self, line: &[u8; 64]) -> Self::I {
+        // SAFETY: `self` proves that the instruction set of this function is present.
+        unsafe { load_lanes(line) }
+    }
+    #[inline(always)]
+    fn shift_mask(self, v: Self::I, left: i32, mask: u8) -> Self::I {
+        // SAFETY: `self` proves that the instruction set of this function is present.
+        unsafe { shift_mask(v, left, mask) }
+    }
+    #[inline(always)]
+    fn or(self, a: Self::I, b: Self::I) -> Self::I {
+        // SAFETY: `self` proves that the instruction set of this function is present.
+        unsafe { _mm512_or_si512(a, b) }
+    }
+    #[inline(always)]
+    fn add_bytes(self, v: Self::I, addend: u8) -> Self::I {
+        // SAFETY: `self` proves that the instruction set of this function is present.
+        unsafe { add_bytes(v, addend) }
+    }
+    #[inline(always)]
+    fn lookup(self, v: Self::I, table: &[u8; 16]) -> Self::I {
+        // SAFETY: `self` proves that the instruction set of this function is present.
+        unsafe { lookup(v, table) }
     }
     #[inline(always)]
     fn bytes(self, tile: &[u8; 512]) -> [Self::I; 8] {
