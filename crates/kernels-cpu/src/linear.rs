@@ -6,7 +6,7 @@ use crate::codes::{E2m1, Indices, Iq4, Planes, Whole};
 use crate::disjoint::{MatrixBlock, MatrixBlocks};
 use crate::lanes::{Kernel, Lanes};
 use crate::math;
-use crate::pool::Pool;
+use crate::pool::{Pool, Streams};
 use crate::processor::Processor;
 use crate::product::{
     BrainElement, Brains, CodesFloat, CodesInt8, Floats, Format, HalfElement, Halves, Input,
@@ -79,7 +79,21 @@ impl Engine<'_> {
             });
         }
         let (processor, activation) = (self.processor, self.activation);
-        self.share(n_groups, n_rows * columns, &|groups| {
+        let reads = |groups: Range<usize>| {
+            let mut streams = Streams::default();
+            let shared = parts.iter().map(|part| {
+                let own = part.first..part.first + part.weight.n_groups();
+                let shared = groups.start.max(own.start)..groups.end.min(own.end);
+                (part, shared)
+            });
+            let shared = shared.filter(|(_, shared)| !shared.is_empty());
+            for (stream, (part, shared)) in streams.iter_mut().zip(shared) {
+                let local = shared.start - part.first..shared.end - part.first;
+                *stream = part.weight.addresses(local);
+            }
+            streams
+        };
+        self.share((n_groups, n_rows * columns), &reads, &|groups| {
             for part in &parts {
                 let own = part.first..part.first + part.weight.n_groups();
                 let shared = groups.start.max(own.start)..groups.end.min(own.end);
@@ -115,7 +129,9 @@ impl Engine<'_> {
         let input = Input { x, columns, quantised: self.quantised, rounding };
         let out = MatrixBlocks::new(out, n_rows, gate.rows());
         let (processor, activation) = (self.processor, self.activation);
-        self.share(gate.n_groups(), 2 * n_rows * columns, &|groups| {
+        let reads =
+            |groups: Range<usize>| [gate.addresses(groups.clone()), up.addresses(groups), 0..0];
+        self.share((gate.n_groups(), 2 * n_rows * columns), &reads, &|groups| {
             // SAFETY: every group index is in one chunk, and the pool runs each chunk once.
             let out = unsafe { out.block(0..n_rows, groups.start * ROWS..groups.end * ROWS) };
             let chunk = Chunk { processor, activation, input, n_rows, groups, out };
@@ -149,17 +165,18 @@ impl Engine<'_> {
     /// Splits groups into chunks: eight a thread, so that a disturbed core can take fewer.
     fn share(
         &self,
-        n_groups: usize,
-        work_per_weight_row: usize,
+        (n_groups, work_per_weight_row): (usize, usize),
+        reads: &dyn Fn(Range<usize>) -> Streams,
         run: &(dyn Fn(Range<usize>) + Sync),
     ) {
         if n_groups * ROWS * work_per_weight_row < ALONE {
             return run(0..n_groups);
         }
         let per_chunk = (n_groups / (8 * self.pool.n_threads())).max(1);
-        self.pool.run(n_groups.div_ceil(per_chunk), &|i| {
-            run(i * per_chunk..n_groups.min((i + 1) * per_chunk));
-        });
+        let groups =
+            |chunks: Range<usize>| chunks.start * per_chunk..n_groups.min(chunks.end * per_chunk);
+        let reads = |chunks| reads(groups(chunks));
+        self.pool.run_reading(n_groups.div_ceil(per_chunk), &reads, &|i| run(groups(i..i + 1)));
     }
 }
 

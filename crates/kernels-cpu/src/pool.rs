@@ -17,7 +17,9 @@
 #![expect(unsafe_code, reason = "the job borrows from the caller's stack")]
 
 use crate::affinity::{self, Core};
+use crate::arch;
 use std::cell::{Cell, UnsafeCell};
+use std::collections::HashMap;
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -30,6 +32,18 @@ const SPIN_ROUNDS: u32 = 1000;
 const OPEN: u64 = 1 << 31;
 const INSIDE: u64 = OPEN - 1;
 
+/// Streams that a job reads side by side at most.
+const STREAMS: usize = 3;
+/// Bytes of each stream that a waiting worker fetches: they must stay in its L2.
+const AHEAD_BYTES: usize = 192 << 10;
+/// Bytes between two looks at the gate.
+const AHEAD_STEP: usize = 256;
+/// Jobs that the pool remembers: more than any model has matrices.
+const MOST_JOBS: usize = 1 << 14;
+
+/// Addresses of what some chunks read, empty ranges for nothing.
+pub(crate) type Streams = [Range<usize>; STREAMS];
+
 thread_local! {
     static IN_JOB: Cell<bool> = const { Cell::new(false) };
 }
@@ -39,7 +53,7 @@ thread_local! {
 pub(crate) struct Pool {
     state: Arc<State>,
     // Held for one job: callers on several threads take turns.
-    turn: Mutex<()>,
+    turn: Mutex<Trail>,
     workers: Vec<JoinHandle<()>>,
 }
 
@@ -59,6 +73,8 @@ struct State {
     /// The next chunk of each thread's home range, the caller's first.
     next: Vec<Line<AtomicUsize>>,
     job: UnsafeCell<Option<Job>>,
+    /// What each worker fetches while it waits for the next job.
+    ahead: Vec<Line<[AtomicUsize; 2 * STREAMS]>>,
     sleepers: Vec<Sleeper>,
     panicked: AtomicBool,
     stop: AtomicBool,
@@ -92,6 +108,7 @@ impl Pool {
             gate: Line(AtomicU64::new(0)),
             next: (0..=n_workers).map(|_| Line::default()).collect(),
             job: UnsafeCell::new(None),
+            ahead: (0..n_workers).map(|_| Line::default()).collect(),
             sleepers: (0..n_workers).map(|_| Sleeper::default()).collect(),
             panicked: AtomicBool::new(false),
             stop: AtomicBool::new(false),
@@ -113,7 +130,7 @@ impl Pool {
                 Err(_) => break,
             }
         }
-        Pool { state, turn: Mutex::new(()), workers }
+        Pool { state, turn: Mutex::default(), workers }
     }
 
     /// Workers and the caller.
@@ -127,11 +144,23 @@ impl Pool {
     /// # Panics
     /// When a call panicked; the pool stays usable.
     pub(crate) fn run(&self, n_chunks: usize, run: &(dyn Fn(usize) + Sync)) {
+        self.run_reading(n_chunks, &|_| Streams::default(), run);
+    }
+
+    /// [`Pool::run`], where `reads` says which memory some chunks read. Jobs come in the same order
+    /// step after step, so the pool remembers which job followed which, and a worker that waits
+    /// for a job fetches the start of what it will read there.
+    pub(crate) fn run_reading(
+        &self,
+        n_chunks: usize,
+        reads: &dyn Fn(Range<usize>) -> Streams,
+        run: &(dyn Fn(usize) + Sync),
+    ) {
         if n_chunks <= 1 || self.workers.is_empty() || IN_JOB.get() {
             (0..n_chunks).for_each(run);
             return;
         }
-        let turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
         let state = &*self.state;
         let pointer: *const (dyn Fn(usize) + Sync + '_) = run;
         // SAFETY: only the lifetime changes. The pointer is followed by workers inside the gate, and
@@ -144,6 +173,9 @@ impl Pool {
         };
         // SAFETY: `turn` is held, and the last holder left the gate closed and empty.
         unsafe { *state.job.get() = Some(Job { run: run_unbound, n_chunks }) };
+        if let Some(following) = turn.step(n_chunks, state, reads) {
+            state.plan(following);
+        }
         for (thread, next) in state.next.iter().enumerate() {
             next.0.store(state.home(thread, n_chunks).start, Ordering::Relaxed);
         }
@@ -194,7 +226,57 @@ impl Drop for Pool {
     }
 }
 
+/// Which job follows which, told apart by where their weights start.
+#[derive(Debug, Default)]
+struct Trail {
+    last: usize,
+    following: HashMap<usize, Following>,
+}
+
+/// A job and what each worker reads at its start.
+#[derive(Debug)]
+struct Following {
+    job: usize,
+    streams: Vec<Streams>,
+}
+
+impl Trail {
+    /// Notes a job, and returns what the one after it will read, if that is known. Addresses of
+    /// weights that are gone do no harm: they are only hints.
+    fn step(
+        &mut self,
+        n_chunks: usize,
+        state: &State,
+        reads: &dyn Fn(Range<usize>) -> Streams,
+    ) -> Option<&Following> {
+        let job = reads(0..n_chunks)[0].start;
+        if job == 0 {
+            return None;
+        }
+        if self.following.len() > MOST_JOBS {
+            self.following.clear();
+        }
+        if self.following.get(&self.last).is_none_or(|known| known.job != job) {
+            let homes = (1..state.next.len()).map(|thread| state.home(thread, n_chunks));
+            let streams = homes.map(reads).collect();
+            self.following.insert(self.last, Following { job, streams });
+        }
+        self.last = job;
+        self.following.get(&job)
+    }
+}
+
 impl State {
+    /// Tells the workers what they will read after the job that is about to start.
+    fn plan(&self, following: &Following) {
+        for (ahead, streams) in self.ahead.iter().zip(&following.streams) {
+            for (pair, stream) in ahead.0.as_chunks::<2>().0.iter().zip(streams) {
+                pair[0].store(stream.start, Ordering::Relaxed);
+                pair[1].store(stream.end, Ordering::Relaxed);
+            }
+        }
+    }
+
     /// The chunks of a thread, 0 the caller.
     fn home(&self, thread: usize, n_chunks: usize) -> Range<usize> {
         let n_threads = self.next.len();
@@ -248,7 +330,8 @@ impl State {
         self.sleepers[index].thread.get_or_init(std::thread::current);
         IN_JOB.set(true);
         let mut seen = 0;
-        while let Some(gate) = self.wait(index, seen) {
+        let mut fetch = Fetch::default();
+        while let Some(gate) = self.wait(index, seen, &mut fetch) {
             if self.enter(gate) {
                 seen = gate >> 32;
                 // SAFETY: this thread is counted inside, so the caller waits for it and nobody
@@ -284,9 +367,16 @@ impl State {
     }
 
     /// The gate when it is open in an epoch other than `seen`; `None` when the pool stops.
-    fn wait(&self, index: usize, seen: u64) -> Option<u64> {
+    fn wait(&self, index: usize, seen: u64, fetch: &mut Fetch) -> Option<u64> {
         let ready = |gate: u64| gate & OPEN != 0 && gate >> 32 != seen;
+        fetch.aim(&self.ahead[index].0);
         loop {
+            while fetch.step() {
+                let gate = self.gate.0.load(Ordering::Acquire);
+                if ready(gate) {
+                    return Some(gate);
+                }
+            }
             for _ in 0..SPIN_ROUNDS {
                 let gate = self.gate.0.load(Ordering::Acquire);
                 if ready(gate) {
@@ -305,6 +395,44 @@ impl State {
             }
             sleeper.asleep.store(false, Ordering::SeqCst);
         }
+    }
+}
+
+/// How far a worker has fetched ahead.
+#[derive(Default)]
+struct Fetch {
+    streams: Streams,
+    done_bytes: usize,
+}
+
+impl Fetch {
+    /// Starts anew unless the streams are those of the last time.
+    fn aim(&mut self, ahead: &[AtomicUsize; 2 * STREAMS]) {
+        let mut streams = Streams::default();
+        for (stream, pair) in streams.iter_mut().zip(ahead.as_chunks::<2>().0) {
+            *stream = pair[0].load(Ordering::Relaxed)..pair[1].load(Ordering::Relaxed);
+        }
+        if streams != self.streams {
+            *self = Fetch { streams, done_bytes: 0 };
+        }
+    }
+
+    /// Asks for the next lines of each stream; whether there were any.
+    fn step(&mut self) -> bool {
+        let from = self.done_bytes;
+        if from >= AHEAD_BYTES {
+            return false;
+        }
+        let mut any = false;
+        for stream in &self.streams {
+            let end = stream.end.min(stream.start + from + AHEAD_STEP);
+            for address in (stream.start + from..end).step_by(64) {
+                any = true;
+                arch::prefetch(address);
+            }
+        }
+        self.done_bytes = if any { from + AHEAD_STEP } else { AHEAD_BYTES };
+        any
     }
 }
 

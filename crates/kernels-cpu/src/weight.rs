@@ -7,6 +7,7 @@ use crate::tile::{BLOCK, Group, GroupLayout, Meaning, ROWS, SUPER, ScaleKind, Ti
 use exrail_kernels::{KernelError, WeightView};
 use exrail_tensor::{DType, e8m0_half, unpack_signed_scales};
 use half::{bf16, f16};
+use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
 /// A matrix in tiles. Its last group is padded with zero rows.
@@ -73,6 +74,12 @@ impl CpuWeight {
     /// Groups of sixteen rows.
     pub(crate) fn n_groups(&self) -> usize {
         self.rows.div_ceil(ROWS)
+    }
+
+    /// Where some groups lie.
+    pub(crate) fn addresses(&self, groups: Range<usize>) -> Range<usize> {
+        let (start, len) = (self.bytes.as_ptr().addr(), self.layout.len_bytes);
+        start + groups.start * len..start + groups.end * len
     }
 
     /// One group of rows.
