@@ -338,7 +338,10 @@ impl ChatTemplate {
                 if inner.kind() == ErrorKind::OutOfFuel {
                     return TemplateError::OutOfFuel { fuel: self.limits.fuel };
                 }
-                if UNKNOWN_NAME.contains(&inner.kind()) {
+                // A string method on something else fails in Python too, and says nothing about us.
+                let misplaced = inner.kind() == ErrorKind::UnknownMethod
+                    && inner.detail().is_some_and(|it| !it.starts_with("string has"));
+                if UNKNOWN_NAME.contains(&inner.kind()) && !misplaced {
                     return unsupported(inner);
                 }
             }
