@@ -490,6 +490,28 @@ mod tests {
     }
 
     #[test]
+    fn a_worker_is_told_what_it_reads_in_the_job_that_followed_last_time() {
+        let pool = pool(2);
+        let data = vec![0_u8; 8000];
+        let (one, two) = (data.as_ptr().addr(), data[4000..].as_ptr().addr());
+        let job = |start: usize| {
+            let reads = |chunks: Range<usize>| {
+                [start + chunks.start * 1000..start + chunks.end * 1000, 0..0, 0..0]
+            };
+            pool.run_reading(4, &reads, &|_| {});
+            // A job that names no memory changes no plan.
+            pool.run(4, &|_| {});
+            let ahead = &pool.state.ahead[0].0;
+            [0, 1].map(|i| ahead[i].load(Ordering::Relaxed))
+        };
+        assert_eq!(job(one), [0, 0]);
+        assert_eq!(job(two), [0, 0]);
+        // The second of two workers has the last two chunks.
+        assert_eq!(job(one), [two + 2000, two + 4000]);
+        assert_eq!(job(two), [one + 2000, one + 4000]);
+    }
+
+    #[test]
     fn submitters_on_two_threads_take_turns() {
         let pool = pool(3);
         let total = AtomicUsize::new(0);
