@@ -5,13 +5,18 @@
 //! file and have the shapes that the configuration says. Nothing here knows kernels or tokenizing.
 //! No input makes this crate panic, or allocate more than a small multiple of the file's size.
 
+mod awq;
 mod bert;
 mod bytes;
 mod digest;
 mod error;
+mod exl2;
+mod exl3;
 mod gguf;
+mod gptq;
 mod llama;
 mod metadata;
+mod quantised;
 mod reader;
 mod safetensors_file;
 mod tensors;
@@ -23,6 +28,10 @@ pub use error::LoadError;
 pub use gguf::Gguf;
 pub use llama::LlamaConfig;
 pub use metadata::{Array, Metadata, Value};
+pub use quantised::{
+    AwqConfig, AwqPacking, Dense, GptqConfig, GptqZeros, Lookup, QuantMethod, RawTensor, RawType,
+    dequantise_layer, layer_shape,
+};
 pub use safetensors_file::SafetensorsFile;
 pub use tensors::{TensorView, Tensors};
 pub use vocabulary::VocabularyTable;
