@@ -8,13 +8,13 @@
 mod awq;
 mod bert;
 mod bytes;
+mod decoder;
 mod digest;
 mod error;
 mod exl2;
 mod exl3;
 mod gguf;
 mod gptq;
-mod llama;
 mod metadata;
 mod quantised;
 mod reader;
@@ -23,15 +23,18 @@ mod tensors;
 mod vocabulary;
 
 pub use bert::{BertConfig, BertFiles, Pooling};
+pub use decoder::{
+    BlockNorms, DecoderConfig, Experts, GateKind, LayerConfig, LayerTensor, NormConfig, NormKind,
+    QkNorm, RopeConfig, RopePairs, RopeScaling, Storage, tensor_name,
+};
 pub use digest::{sha256_file, sha256_hex};
 pub use error::LoadError;
 pub use gguf::Gguf;
-pub use llama::LlamaConfig;
 pub use metadata::{Array, Metadata, Value};
 pub use quantised::{
     AwqConfig, AwqPacking, Dense, GptqConfig, GptqZeros, Lookup, QuantMethod, RawTensor, RawType,
     dequantise_layer, layer_shape,
 };
 pub use safetensors_file::SafetensorsFile;
-pub use tensors::{TensorView, Tensors};
+pub use tensors::{TensorInfo, TensorView, Tensors};
 pub use vocabulary::VocabularyTable;

@@ -3,6 +3,7 @@
 //! The header is parsed by the crate `safetensors`, which checks offsets, overlaps and holes; this
 //! module bounds what that parser may allocate and maps its types.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::fmt;
 use std::ops::Range;
@@ -13,7 +14,8 @@ use exrail_tensor::DType;
 use safetensors::{Dtype, SafeTensors};
 
 use crate::bytes::FileBytes;
-use crate::{LoadError, TensorView, Tensors};
+use crate::tensors::found;
+use crate::{LoadError, TensorInfo, TensorView, Tensors};
 
 /// The header of a single file with some thousand tensors has a few hundred kilobytes. Parsed, a
 /// hostile header grows about eightfold.
@@ -97,7 +99,7 @@ impl SafetensorsFile {
             name,
             dtype: entry.dtype,
             shape: &entry.shape,
-            bytes: &self.bytes[entry.place.clone()],
+            bytes: Cow::Borrowed(&self.bytes[entry.place.clone()]),
         })
     }
 
@@ -109,8 +111,16 @@ impl SafetensorsFile {
 }
 
 impl Tensors for SafetensorsFile {
-    fn tensor(&self, name: &str) -> Option<TensorView<'_>> {
-        SafetensorsFile::tensor(self, name)
+    fn info(&self, name: &str) -> Option<TensorInfo<'_>> {
+        SafetensorsFile::tensor(self, name).as_ref().map(TensorInfo::from)
+    }
+
+    fn tensor(&self, name: &str) -> Result<TensorView<'_>, LoadError> {
+        found(name, SafetensorsFile::tensor(self, name))
+    }
+
+    fn names(&self) -> Box<dyn Iterator<Item = &str> + '_> {
+        Box::new(SafetensorsFile::names(self))
     }
 }
 

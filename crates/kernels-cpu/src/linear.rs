@@ -14,7 +14,7 @@ use crate::product::{
 };
 use crate::tile::{BLOCK, Group, ROWS};
 use crate::weight::CpuWeight;
-use exrail_kernels::Activation;
+use exrail_kernels::{Activation, GateActivation};
 use exrail_tensor::DType;
 use std::marker::PhantomData;
 use std::ops::Range;
@@ -25,21 +25,44 @@ const ALONE: usize = 1 << 17;
 const PANEL_BYTES: usize = 384 << 10;
 
 /// What happens to a dot product after the bias.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Epilogue {
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Epilogue<'a> {
     /// Overwrites.
     Store,
-    /// Adds to what is there: the residual.
-    Add,
+    /// Adds it times `scale` to what is there: the residual.
+    Add { scale: f32 },
+    /// Adds row i times `scales[i]` to row `rows[i]` of the output.
+    AddRows { rows: &'a [u32], scales: &'a [f32] },
     /// Overwrites with the exact gelu.
     Gelu,
+}
+
+impl Epilogue<'_> {
+    /// Row of the output that belongs to row i of the input.
+    #[inline(always)]
+    fn target(&self, i: usize) -> usize {
+        match self {
+            Epilogue::AddRows { rows, .. } => rows[i] as usize,
+            Epilogue::Store | Epilogue::Add { .. } | Epilogue::Gelu => i,
+        }
+    }
+
+    /// Rows that the output has for `n_rows` of the input.
+    fn n_targets(&self, n_rows: usize) -> usize {
+        match self {
+            Epilogue::AddRows { rows, .. } => {
+                rows.iter().max().map_or(0, |&row| row as usize + 1)
+            }
+            Epilogue::Store | Epilogue::Add { .. } | Epilogue::Gelu => n_rows,
+        }
+    }
 }
 
 /// One matrix of a product and where its results go, `(T, N)`.
 pub(crate) struct Product<'a> {
     pub(crate) weight: &'a CpuWeight,
     pub(crate) bias: Option<&'a [f32]>,
-    pub(crate) epilogue: Epilogue,
+    pub(crate) epilogue: Epilogue<'a>,
     pub(crate) out: &'a mut [f32],
 }
 
@@ -69,13 +92,15 @@ impl Engine<'_> {
             assert_eq!(product.weight.columns(), columns, "products share their input");
             let n_columns = product.weight.rows();
             let first = n_groups;
+            let n_targets = product.epilogue.n_targets(n_rows);
             n_groups += product.weight.n_groups();
             parts.push(Part {
                 first,
                 weight: product.weight,
                 bias: product.bias.map(|bias| &bias[..n_columns]),
                 epilogue: product.epilogue,
-                out: MatrixBlocks::new(product.out, n_rows, n_columns),
+                n_targets,
+                out: MatrixBlocks::new(product.out, n_targets, n_columns),
             });
         }
         let (processor, activation) = (self.processor, self.activation);
@@ -103,7 +128,7 @@ impl Engine<'_> {
                 let local = shared.start - own.start..shared.end - own.start;
                 // SAFETY: every group index is in one chunk, and the pool runs each chunk once.
                 let out =
-                    unsafe { part.out.block(0..n_rows, local.start * ROWS..local.end * ROWS) };
+                    unsafe { part.out.block(0..part.n_targets, local.start * ROWS..local.end * ROWS) };
                 let chunk = Chunk { processor, activation, input, n_rows, groups: local, out };
                 let finish = Finish::One { bias: part.bias, epilogue: part.epilogue };
                 chunk.run(&[part.weight], &finish);
@@ -111,12 +136,13 @@ impl Engine<'_> {
         });
     }
 
-    /// `out = silu(x Gᵀ) * (x Uᵀ)`.
+    /// `out = activation(x Gᵀ) * (x Uᵀ)`.
     pub(crate) fn gate(
         &mut self,
         x: &[f32],
         n_rows: usize,
         [gate, up]: [&CpuWeight; 2],
+        gate_activation: GateActivation,
         out: &mut [f32],
     ) {
         assert_eq!((gate.rows(), gate.columns()), (up.rows(), up.columns()), "gate and up");
@@ -135,7 +161,7 @@ impl Engine<'_> {
             // SAFETY: every group index is in one chunk, and the pool runs each chunk once.
             let out = unsafe { out.block(0..n_rows, groups.start * ROWS..groups.end * ROWS) };
             let chunk = Chunk { processor, activation, input, n_rows, groups, out };
-            chunk.run(&[gate, up], &Finish::Gate);
+            chunk.run(&[gate, up], &Finish::Gate(gate_activation));
         });
     }
 
@@ -185,7 +211,8 @@ struct Part<'a> {
     first: usize,
     weight: &'a CpuWeight,
     bias: Option<&'a [f32]>,
-    epilogue: Epilogue,
+    epilogue: Epilogue<'a>,
+    n_targets: usize,
     out: MatrixBlocks<'a>,
 }
 
@@ -342,9 +369,9 @@ fn tile<L: Lanes, F: Format, const N: usize>(
 /// What happens to the sums.
 enum Finish<'a> {
     /// Bias and epilogue.
-    One { bias: Option<&'a [f32]>, epilogue: Epilogue },
-    /// `silu(gate) * up`; the sums of the gate come first.
-    Gate,
+    One { bias: Option<&'a [f32]>, epilogue: Epilogue<'a> },
+    /// `activation(gate) * up`; the sums of the gate come first.
+    Gate(GateActivation),
 }
 
 /// Finishes one group's sums.
@@ -364,12 +391,20 @@ impl Kernel for FinishGroup<'_, '_> {
     #[inline(always)]
     fn run<L: Lanes>(self, lanes: L) {
         for (i, row) in self.rows.clone().enumerate() {
-            let target = sixteen(self.out.row(row), self.column);
+            let target_row = match self.finish {
+                Finish::One { epilogue, .. } => epilogue.target(row),
+                Finish::Gate(_) => row,
+            };
+            let target = sixteen(self.out.row(target_row), self.column);
             let sum = lanes.load(&self.sums[i]);
             let value = match *self.finish {
-                Finish::Gate => {
+                Finish::Gate(activation) => {
                     let up = lanes.load(&self.sums[self.rows.len() + i]);
-                    lanes.mul(math::silu(lanes, sum), up)
+                    let gate = match activation {
+                        GateActivation::Silu => math::silu(lanes, sum),
+                        GateActivation::GeluTanh => math::gelu_tanh(lanes, sum),
+                    };
+                    lanes.mul(gate, up)
                 }
                 Finish::One { bias, epilogue } => {
                     let value = match bias {
@@ -381,7 +416,12 @@ impl Kernel for FinishGroup<'_, '_> {
                     };
                     match epilogue {
                         Epilogue::Store => value,
-                        Epilogue::Add => lanes.add(load_part(lanes, target), value),
+                        Epilogue::Add { scale } => {
+                            lanes.fma(value, lanes.splat(scale), load_part(lanes, target))
+                        }
+                        Epilogue::AddRows { scales, .. } => {
+                            lanes.fma(value, lanes.splat(scales[row]), load_part(lanes, target))
+                        }
                         Epilogue::Gelu => math::gelu(lanes, value),
                     }
                 }
