@@ -27,7 +27,8 @@ const MAX_DIMENSIONS: u32 = 4;
 const DEFAULT_ALIGNMENT: u32 = 32;
 /// Two megabytes are the largest page that a file would reasonably be aligned to.
 const MAX_ALIGNMENT: u32 = 1 << 21;
-const SUPPORTED: &str = "F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K";
+const SUPPORTED: &str = "F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, \
+                         Q6_K, IQ4_NL, IQ4_XS, MXFP4";
 
 /// A parsed GGUF file: metadata in memory, tensors as views into the mapping.
 ///

@@ -80,10 +80,8 @@ impl<'a> EngineGenerate<'a> {
     }
 
     fn prompt(&self, messages: &[FrameMessage]) -> Result<Vec<u32>, GenerateError> {
-        let messages: Vec<_> = messages
-            .iter()
-            .map(|m| ChatMessage::new(m.role, m.content.clone()))
-            .collect();
+        let messages: Vec<_> =
+            messages.iter().map(|m| ChatMessage::new(m.role, m.content.clone())).collect();
         translate::chat_prompt(self.engine, &messages).map_err(engine_error)
     }
 }

@@ -80,7 +80,7 @@ fn smollm2_chat_keeps_injected_turns_as_text() {
     let template = ChatTemplate::compile(source, "<|im_start|>", "<|im_end|>").unwrap();
     let chat = |content: &str| {
         let messages = [ChatMessage::new("user", content)];
-        let options = RenderOptions { add_generation_prompt: true, now: None };
+        let options = RenderOptions { add_generation_prompt: true, ..RenderOptions::default() };
         let prompt = template.render(&messages, &options).unwrap();
         (prompt.text(), encode_prompt(&tokenizer, &prompt).unwrap())
     };
