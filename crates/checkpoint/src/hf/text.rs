@@ -95,7 +95,11 @@ impl Generation {
     /// Takes the tokens of `fields` that are not known yet.
     fn tokens(&mut self, fields: Fields<'_>) -> Result<(), LoadError> {
         self.bos = self.bos.or(fields.u32("bos_token_id")?);
-        self.padding = self.padding.or(fields.u32("pad_token_id")?);
+        // Early Llama folders say -1 for none.
+        let has_padding = fields.get("pad_token_id").is_some_and(|id| id.as_i64() != Some(-1));
+        if has_padding && self.padding.is_none() {
+            self.padding = fields.u32("pad_token_id")?;
+        }
         if !self.eos.is_empty() {
             return Ok(());
         }
