@@ -463,10 +463,11 @@ impl Source<'_> {
             return Ok((0..n_layers).map(|i| !(i + 1).is_multiple_of(period)).collect());
         };
         let flags: Option<Vec<bool>> = list.iter().map(flag).collect();
-        match flags.filter(|flags| flags.len() == n_layers) {
-            Some(flags) => Ok(flags),
+        // The list may be longer than the model.
+        match flags.filter(|flags| flags.len() >= n_layers) {
+            Some(flags) => Ok(flags[..n_layers].to_vec()),
             None => {
-                let expected = format!("a list of {n_layers} zeros and ones");
+                let expected = format!("a list of at least {n_layers} zeros and ones");
                 Err(self.fields.bad(key, expected, format!("{} entries", list.len())))
             }
         }

@@ -4,5 +4,6 @@
 mod families;
 mod folder;
 mod hostile;
+mod mutations;
 mod quantised;
 mod settings;

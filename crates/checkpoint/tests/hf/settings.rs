@@ -215,6 +215,10 @@ fn absent_fields_mean_what_they_mean_to_transformers() {
     let ropes: Vec<Option<usize>> =
         without("smollm3", "no_rope_layers").layers.iter().map(|layer| layer.rope).collect();
     assert_eq!(ropes, [Some(0), Some(0), Some(0), None]);
+    let longer = with("smollm3", "no_rope_layers", json!([0, 1, 1, 1, 7])).expect_err("a seven");
+    assert!(longer.to_string().contains("no_rope_layers"), "{longer}");
+    let longer = with("smollm3", "no_rope_layers", json!([0, 1, 1, 1, 0])).unwrap();
+    assert_eq!((longer.layers[0].rope, longer.layers[3].rope), (None, Some(0)));
 }
 
 #[test]
