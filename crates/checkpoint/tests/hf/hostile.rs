@@ -251,13 +251,22 @@ fn json_files_that_are_none_or_too_large_are_named() {
 }
 
 #[test]
-fn a_folder_on_disk_is_named_too() {
+fn a_folder_on_disk_equals_one_in_memory_and_is_named_in_errors() {
     let dir = tempfile::tempdir().unwrap();
     for (name, bytes) in &Folder::family("llama").config("vocab_size", json!(7)).0 {
         std::fs::write(dir.path().join(name), bytes).unwrap();
     }
     let message = HfFolder::open(dir.path()).unwrap_err().to_string();
     assert_names(&message, &[&dir.path().display().to_string(), "model.embed_tokens.weight"]);
+    let templates = dir.path().join("additional_chat_templates");
+    std::fs::create_dir(&templates).unwrap();
+    std::fs::write(templates.join("rag.jinja"), "documents").unwrap();
+    std::fs::write(dir.path().join("config.json"), &Folder::family("llama").0["config.json"])
+        .unwrap();
+    let folder = HfFolder::open(dir.path()).unwrap();
+    assert_eq!(folder.text().template("rag"), Some("documents"));
+    assert_eq!(folder.weight_files(), [dir.path().join("model.safetensors")]);
+    drop(folder);
     std::fs::remove_file(dir.path().join("model.safetensors")).unwrap();
     let message = HfFolder::open(dir.path()).unwrap_err().to_string();
     assert_names(&message, &[&dir.path().join("model.safetensors").display().to_string()]);

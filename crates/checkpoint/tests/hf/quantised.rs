@@ -59,7 +59,7 @@ fn packing_does_not_change_the_configuration() {
         let folder = packed(method).load().unwrap();
         let config = DecoderConfig::from_config_json(&packed(method).0["config.json"]).unwrap();
         assert_eq!(folder.config(), &config);
-        assert!(folder.quant_method().is_some());
+        assert_eq!(folder.quant_method().unwrap().name(), method);
     }
     let Some(QuantMethod::Gptq(gptq)) = packed("gptq").load().unwrap().quant_method() else {
         panic!("quantize_config.json")

@@ -282,6 +282,10 @@ fn chat_templates_are_found_in_every_place() {
     assert_eq!(both.load().unwrap().text().chat_template(), Some("newer"));
     let all = both.with("chat_template.jinja", "newest");
     assert_eq!(all.load().unwrap().text().chat_template(), Some("newest"));
+    let more = all.with("additional_chat_templates/tool_use.jinja", "tools");
+    let more = more.load().unwrap();
+    assert_eq!(more.text().chat_template(), Some("newest"));
+    assert_eq!(more.text().template("tool_use"), Some("tools"));
 
     for (wrong, part) in [
         (json!({"chat_template": 1}), "chat_template"),
