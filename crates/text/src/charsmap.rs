@@ -57,6 +57,11 @@ impl CharsMap {
         Ok(CharsMap { units, replacements })
     }
 
+    /// Bytes of the longest replacement.
+    pub(crate) fn longest_replacement(&self) -> usize {
+        self.replacements.split('\0').map(str::len).max().unwrap_or(0)
+    }
+
     /// The replacement for the longest start of `text` that has one, and the bytes that it takes.
     pub(crate) fn longest(&self, text: &str) -> Option<(&str, usize)> {
         let mut at = offset(self.units[0]);
