@@ -50,7 +50,7 @@ impl Tokenizer {
         let kinds = vocabulary.checked_kinds()?;
         let fingerprint = fingerprint_of(&vocabulary);
         let spelling = match vocabulary.model.as_str() {
-            "gpt2" => Spelling::Bytes(ByteAlphabet::new()),
+            "gpt2" => Spelling::Bytes(Box::new(ByteAlphabet::new())),
             "llama" | "t5" => Spelling::Spaces,
             "bert" => Spelling::Words,
             _ => return Err(TokenizerError::UnknownModel { found: vocabulary.model }),
@@ -89,7 +89,7 @@ impl Tokenizer {
 /// How a vocabulary writes its tokens.
 enum Spelling {
     /// In the byte alphabet.
-    Bytes(ByteAlphabet),
+    Bytes(Box<ByteAlphabet>),
     /// With U+2581 for a space.
     Spaces,
     /// With U+2581 before what starts a word.

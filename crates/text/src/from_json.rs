@@ -438,24 +438,24 @@ fn add_steps(value: Value, steps: &mut Vec<Step>) -> Result<(), TokenizerError> 
             Ok(())
         }
         (Some(name), value) if STEPS.contains(&name) => {
-            match from_value::<PreTokenizerWrapper>(value)? {
-                PreTokenizerWrapper::ByteLevel(ByteLevel {
-                    add_prefix_space, use_regex, ..
-                }) => {
-                    if add_prefix_space {
-                        steps.push(Step::Prefix);
-                    }
-                    if use_regex {
-                        steps.push(Step::isolate(Splitter::new(GPT2)?));
-                    }
-                    steps.push(Step::bytes());
+            let step: PreTokenizerWrapper = from_value(value)?;
+            if let PreTokenizerWrapper::ByteLevel(ByteLevel {
+                add_prefix_space, use_regex, ..
+            }) = step
+            {
+                if add_prefix_space {
+                    steps.push(Step::Prefix);
                 }
-                PreTokenizerWrapper::Metaspace(step)
-                    if step.prepend_scheme == PrependScheme::First =>
-                {
-                    steps.push(Step::FirstSpace(step));
+                if use_regex {
+                    steps.push(Step::isolate(Splitter::new(GPT2)?));
                 }
-                other => steps.push(Step::Other(other)),
+                steps.push(Step::bytes());
+            } else if let PreTokenizerWrapper::Metaspace(step) = &step
+                && step.prepend_scheme == PrependScheme::First
+            {
+                steps.push(Step::FirstSpace(step.clone()));
+            } else {
+                steps.push(Step::Other(step));
             }
             Ok(())
         }
