@@ -10,7 +10,7 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 use clap::Args;
-use exrail_checkpoint::{Gguf, LlamaConfig};
+use exrail_checkpoint::{DecoderConfig, Gguf};
 use exrail_kernels::{Activation, AttentionSpan, Backend, KvDtype, PAGE_TOKENS, PageId, TokenId};
 use exrail_kernels_cpu::{CpuBackend, CpuOptions};
 use exrail_model::{Batch, Decoder, Scratch};
@@ -66,7 +66,7 @@ pub(crate) fn run(arguments: &OnceArguments) -> Result<()> {
     let longest = arguments.prompt_tokens.max(arguments.generated_tokens).max(CHECKED_TOKENS);
     ensure!(arguments.prompt_tokens > 0 && arguments.generated_tokens > 0, "nothing to measure");
     let file = Gguf::open(&arguments.model)?;
-    let config = LlamaConfig::from_gguf(&file)?;
+    let config = DecoderConfig::from_gguf(&file)?;
     ensure!(
         longest <= config.context_len,
         "model: expected a context of {longest} tokens, found {}",
@@ -99,7 +99,7 @@ pub(crate) fn run(arguments: &OnceArguments) -> Result<()> {
 }
 
 /// All tensors are read once a token; the embedding table only as the head of a tied model.
-fn weight_bytes(file: &Gguf, config: &LlamaConfig) -> u64 {
+fn weight_bytes(file: &Gguf, config: &DecoderConfig) -> u64 {
     file.tensors()
         .filter(|tensor| config.tied_head || tensor.name != "token_embd.weight")
         .map(|tensor| tensor.bytes.len() as u64)

@@ -4,7 +4,7 @@
 //! ```text
 //! for each tile of 4 or fewer queries of one KV head (parallel)
 //!   for each 16 tokens
-//!     scores = scale * K q, one lane a token            K is read once for all queries
+//!     scores = cap(scale * K q), one lane a token       K is read once for all queries
 //!     if a score exceeds the maximum so far: shrink sum and accumulators
 //!     p = exp(scores - maximum); sum += p; accumulators += p V
 //!   out = accumulators / sum
@@ -90,13 +90,14 @@ impl<'a> Queries<'a> {
     }
 
     /// Row of the batch, head, and visible tokens of a query.
-    fn locate(&self, query: usize) -> (usize, usize, usize) {
+    fn locate(&self, query: usize) -> (usize, usize, Range<usize>) {
         let row = query / self.group();
-        let n_visible = match self.visible {
+        let end = match self.visible {
             Visible::Causal(first) => first + row + 1,
             Visible::All(n) => n,
         };
-        (self.first_row + row, self.kv_head * self.group() + query % self.group(), n_visible)
+        let start = self.shape.window.map_or(0, |window| end.saturating_sub(window));
+        (self.first_row + row, self.kv_head * self.group() + query % self.group(), start..end)
     }
 
     fn vector(&self, query: usize) -> &'a [f32] {
@@ -125,12 +126,16 @@ pub(crate) fn attention(
     shape: AttentionShape,
     spans: &[AttentionSpan<'_>],
 ) {
+    assert!(shape.window != Some(0), "a window holds at least one key");
     let n_rows = spans.iter().map(|s| s.first_row + s.n_rows).max().unwrap_or(0);
     let out = MatrixBlocks::new(out, n_rows, shape.n_heads * shape.head_dim);
     let group = shape.n_heads / shape.n_kv_heads;
     let work: usize = spans
         .iter()
-        .map(|s| s.n_rows * (s.first_position + s.n_rows) * shape.n_heads * shape.head_dim)
+        .map(|s| {
+            let n_seen = (s.first_position + s.n_rows).min(shape.window.unwrap_or(usize::MAX));
+            s.n_rows * n_seen * shape.n_heads * shape.head_dim
+        })
         .sum();
     let n_queries: usize = spans.iter().map(|s| s.n_rows * group).sum::<usize>() * shape.n_kv_heads;
     let alone = work < ALONE;
@@ -172,6 +177,7 @@ pub(crate) fn attention_full(
     shape: AttentionShape,
     spans: &[Span],
 ) {
+    assert!(shape.window.is_none(), "only causal attention has a window");
     let n_rows = spans.iter().map(|s| s.first_row + s.n_rows).max().unwrap_or(0);
     let out = MatrixBlocks::new(out, n_rows, shape.n_heads * shape.head_dim);
     let run = |i: usize| {
@@ -269,7 +275,8 @@ struct Softmax<V, const N: usize> {
     sums: [V; N],
     /// This tile's probabilities.
     p: [[f32; TOKENS]; N],
-    /// How many of this tile's tokens each query sees.
+    /// Which of this tile's tokens each query sees, from and to.
+    first_token: [usize; N],
     n_tokens: [usize; N],
 }
 
@@ -278,7 +285,7 @@ impl<S: Source, E: Element> Attend<'_, S, E> {
     fn tile<L: Lanes, const N: usize>(&self, lanes: L, first: usize, acc: &mut [[f32; 16]]) {
         let queries = &self.queries;
         let mut q: [&[f32]; N] = [&[]; N];
-        let mut visible = [0; N];
+        let mut visible: [Range<usize>; N] = std::array::from_fn(|_| 0..0);
         for n in 0..N {
             q[n] = queries.vector(first + n);
             visible[n] = queries.locate(first + n).2;
@@ -287,17 +294,25 @@ impl<S: Source, E: Element> Attend<'_, S, E> {
             maxima: [f32::NEG_INFINITY; N],
             sums: [lanes.splat(0.0); N],
             p: [[0.0; TOKENS]; N],
+            first_token: [0; N],
             n_tokens: [0; N],
         };
         let width = padded_head(queries.shape.head_dim) / 16;
         let acc = &mut acc[..N * width];
         acc.fill([0.0; 16]);
-        let most = visible.iter().copied().max().unwrap_or(0);
-        for tile in 0..most.div_ceil(TOKENS) {
+        // Tiles before the first window are not read.
+        let least = visible.iter().map(|v| v.start).min().unwrap_or(0);
+        let most = visible.iter().map(|v| v.end).max().unwrap_or(0);
+        for tile in least / TOKENS..most.div_ceil(TOKENS) {
             let scores = scores::<L, E, N>(lanes, self.source.keys(tile), &q);
             for n in 0..N {
-                softmax.n_tokens[n] = visible[n].saturating_sub(tile * TOKENS).min(TOKENS);
-                let scores = lanes.mul(scores[n], lanes.splat(queries.shape.scale));
+                let in_tile = |end: usize| end.saturating_sub(tile * TOKENS).min(TOKENS);
+                softmax.first_token[n] = in_tile(visible[n].start);
+                softmax.n_tokens[n] = in_tile(visible[n].end);
+                let mut scores = lanes.mul(scores[n], lanes.splat(queries.shape.scale));
+                if let Some(cap) = queries.shape.soft_cap {
+                    scores = math::soft_cap(lanes, scores, cap);
+                }
                 softmax.step(lanes, n, scores, &mut acc[n * width..(n + 1) * width]);
             }
             softmax.add_values::<L, E>(lanes, self.source.values(tile), width, acc);
@@ -352,8 +367,8 @@ impl<V: Copy, const N: usize> Softmax<V, N> {
     /// Takes sixteen scores of query n in; `acc` is its row of accumulators.
     #[inline(always)]
     fn step<L: Lanes<V = V>>(&mut self, lanes: L, n: usize, scores: V, acc: &mut [[f32; 16]]) {
-        let n_tokens = self.n_tokens[n];
-        if n_tokens == 0 {
+        let (first, n_tokens) = (self.first_token[n], self.n_tokens[n]);
+        if first >= n_tokens {
             return;
         }
         let mut scores = scores;
@@ -362,6 +377,11 @@ impl<V: Copy, const N: usize> Softmax<V, N> {
             let bound = lanes.splat(n_tokens as f32);
             let unseen = lanes.splat(f32::NEG_INFINITY);
             scores = lanes.select_less(lanes.load(&LANES), bound, scores, unseen);
+        }
+        if first > 0 {
+            let bound = lanes.splat(first as f32);
+            let unseen = lanes.splat(f32::NEG_INFINITY);
+            scores = lanes.select_less(lanes.load(&LANES), bound, unseen, scores);
         }
         let largest = lanes.maximum(scores);
         if largest > self.maxima[n] {
@@ -388,7 +408,9 @@ impl<V: Copy, const N: usize> Softmax<V, N> {
         width: usize,
         acc: &mut [[f32; 16]],
     ) {
-        let all = self.n_tokens.iter().all(|&n| n == TOKENS);
+        let all = self.n_tokens.iter().all(|&n| n == TOKENS)
+            && self.first_token.iter().all(|&first| first == 0);
+        let least = self.first_token.iter().copied().min().unwrap_or(0);
         let most = self.n_tokens.iter().copied().max().unwrap_or(0);
         let row_bytes = width * E::LANE_BYTES;
         for d in 0..width {
@@ -396,11 +418,11 @@ impl<V: Copy, const N: usize> Softmax<V, N> {
             for (n, sum) in sums.iter_mut().enumerate() {
                 *sum = lanes.load(&acc[n * width + d]);
             }
-            for t in 0..most {
+            for t in least..most {
                 let at = t * row_bytes + d * E::LANE_BYTES;
                 let v = E::load(lanes, &values[at..at + E::LANE_BYTES]);
                 for (n, sum) in sums.iter_mut().enumerate() {
-                    if all || t < self.n_tokens[n] {
+                    if all || (self.first_token[n]..self.n_tokens[n]).contains(&t) {
                         *sum = lanes.fma(v, lanes.splat(self.p[n][t]), *sum);
                     }
                 }

@@ -11,7 +11,10 @@ mod batch;
 mod decoder;
 mod encoder;
 mod error;
+mod experts;
+mod layer;
 mod load;
+mod rope;
 mod scratch;
 
 pub use batch::Batch;
