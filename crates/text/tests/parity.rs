@@ -1,6 +1,8 @@
 //! Small vocabularies with the properties of families whose own cannot be had, against the
 //! libraries that define them, on 10,200 lines. Goldens: `golden/tokenizer/parity`.
 
+#![expect(clippy::unwrap_used, reason = "in a test a failure here is a failure of the test")]
+
 mod corpus;
 
 use corpus::{BOTH, Back, compare, golden, json, vocabulary};

@@ -2,6 +2,8 @@
 //! to no model of the tests are put where EXRAIL_TEST_VOCABULARIES says by
 //! `golden/tokenizer/parity/fetch.py`.
 
+#![expect(clippy::unwrap_used, reason = "in a test a failure here is a failure of the test")]
+
 mod corpus;
 
 use std::path::{Path, PathBuf};

@@ -54,8 +54,8 @@ fn tokenizer(model: &str) -> Tokenizer {
 
 fn pieces(tokenizer: &Tokenizer, text: &str) -> Vec<String> {
     let ids = tokenizer.encode(text, Specials::Parse).expect("bytes are there for everything");
-    let text = |id: u32| String::from_utf8_lossy(tokenizer.token_bytes(id).unwrap()).into_owned();
-    ids.into_iter().map(text).collect()
+    let bytes = |id: u32| tokenizer.token_bytes(id).expect("an id of the vocabulary");
+    ids.into_iter().map(|id| String::from_utf8_lossy(bytes(id)).into_owned()).collect()
 }
 
 proptest! {

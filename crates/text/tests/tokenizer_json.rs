@@ -1,5 +1,7 @@
 //! `tokenizer.json` for generation: roles of tokens, added tokens, hostile and unsupported files.
 
+#![expect(clippy::unwrap_used, reason = "in a test a failure here is a failure of the test")]
+
 use exrail_text::{Specials, TokenRoles, Tokenizer, TokenizerError, encode_completion};
 use serde_json::{Value, json};
 

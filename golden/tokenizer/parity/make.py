@@ -1,6 +1,6 @@
 """Writes parity.json: what the reference tokenizers make of the 10,200 lines.
 
-    pip install gguf protobuf==7.36.0 sentencepiece==0.2.3 tiktoken==0.14.0 tokenizers==0.23.3
+    pip install gguf protobuf==7.36.2 sentencepiece==0.2.3 tiktoken==0.14.0 tokenizers==0.23.3
     python fetch.py VOCABULARIES && python make.py VOCABULARIES SMOLLM2.gguf GEMMA3.gguf MINILM_FOLDER
 
 Per family and way of reading special tokens: SHA-256 over all ids, the first 8 digits of one for

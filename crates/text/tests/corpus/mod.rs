@@ -14,12 +14,12 @@ const SEED: u64 = 20_240_229;
 const LINES_PER_BLOCK: usize = 100;
 
 /// The folder of the goldens.
-pub fn golden() -> PathBuf {
+pub(crate) fn golden() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../golden/tokenizer/parity")
 }
 
 /// A JSON file.
-pub fn json(path: &Path) -> Value {
+pub(crate) fn json(path: &Path) -> Value {
     let bytes = std::fs::read(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
     serde_json::from_slice(&bytes).unwrap()
 }
@@ -56,7 +56,7 @@ fn hex(digest: &[u8]) -> String {
 }
 
 /// A vocabulary that fetch.py or small.py wrote.
-pub fn vocabulary(table: &Value) -> Vocabulary {
+pub(crate) fn vocabulary(table: &Value) -> Vocabulary {
     let text = |key: &str| table[key].as_str().unwrap_or_default().to_owned();
     let flag = |key: &str| table[key].as_bool().unwrap_or_default();
     let id = |key: &str| table[key].as_u64().map(|id| u32::try_from(id).unwrap());
@@ -97,7 +97,7 @@ fn base64(text: &str) -> Vec<u8> {
 
 /// What decoding gives back of what was encoded.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub enum Back {
+pub(crate) enum Back {
     /// Every byte.
     Bytes,
     /// Every byte, but a space for each U+2581.
@@ -107,11 +107,12 @@ pub enum Back {
 }
 
 /// Ways of reading special tokens, as the golden names them.
-pub const BOTH: [(Specials, &str); 2] = [(Specials::AsText, "as_text"), (Specials::Parse, "parse")];
+pub(crate) const BOTH: [(Specials, &str); 2] =
+    [(Specials::AsText, "as_text"), (Specials::Parse, "parse")];
 
 /// Compares the ids of all lines with those of the reference. Whatever the vocabulary, a stream
 /// says the same as the whole, and what a lossless one decodes is the line.
-pub fn compare(family: &str, tokenizer: &Tokenizer, ways: &[(Specials, &str)], back: Back) {
+pub(crate) fn compare(family: &str, tokenizer: &Tokenizer, ways: &[(Specials, &str)], back: Back) {
     let golden = json(&golden().join("parity.json"));
     let lines = lines();
     assert_eq!(golden["corpus"], hex(&Sha256::digest(lines.join("\0").as_bytes())));
