@@ -89,7 +89,7 @@ fn a_length_beyond_the_model_is_refused_by_name() {
     let Err(error) = start(&families().join("llama"), Some(1 << 20)) else {
         panic!("a context of a million tokens was accepted");
     };
-    assert!(error.to_string().contains("context length: expected 1 to"), "{error}");
+    assert!(error.to_string().contains("`context length`: expected 1 to"), "{error}");
 }
 
 #[test]
