@@ -240,7 +240,9 @@ fn tokens(
             let found = token.len();
             return Err(TokenizerError::TokenTooLong { id, limit: MAX_LITERAL_BYTES, found });
         }
-        tokens.push(token, token.as_bytes(), added.special);
+        // Gemma has tokens that are both: a run of U+2581 is written by merges and listed as added.
+        let bytes = if added.special { token.as_bytes().to_vec() } else { spelling.bytes(token) };
+        tokens.push(token, &bytes, added.special);
         if added.special {
             literals.push(Literal {
                 id,
