@@ -16,6 +16,7 @@
 //! threads: the segments of a sequence are always the same, and so is the order of their sum.
 #![expect(unsafe_code, reason = "threads write disjoint heads of one output")]
 
+mod source;
 mod tasks;
 
 use crate::disjoint::MatrixBlocks;
@@ -25,47 +26,15 @@ use crate::linear::store_part;
 use crate::math;
 use crate::pool::Pool;
 use crate::processor::Processor;
-use crate::product::{Element, HalfElement, SingleElement};
-use exrail_kernels::{AttentionShape, AttentionSpan, KvDtype, PAGE_TOKENS, PageId, Span};
+use crate::product::{ByteElement, Element, HalfElement, SingleElement};
+use exrail_kernels::{AttentionShape, AttentionSpan, KvDtype, Span};
+use source::{Packed, Paged, Source};
 use std::marker::PhantomData;
 use std::ops::Range;
 use tasks::{Places, Task, Tasks};
 
 /// Tokens of a segment.
 const SEGMENT: usize = 128;
-
-/// Where the keys and values of one head are.
-trait Source: Copy {
-    /// A `(D, 16)` tile.
-    fn keys(&self, tile: usize) -> &[u8];
-    /// `(16, D')`.
-    fn values(&self, tile: usize) -> &[u8];
-}
-
-#[derive(Clone, Copy)]
-struct Paged<'a> {
-    pool: &'a CpuKvPool,
-    pages: &'a [PageId],
-    layer: usize,
-    head: usize,
-}
-
-impl Source for Paged<'_> {
-    #[inline(always)]
-    fn keys(&self, tile: usize) -> &[u8] {
-        let (keys, _) =
-            self.pool.head(self.pages[tile * TOKENS / PAGE_TOKENS], self.layer, self.head);
-        let len = keys.len() / (PAGE_TOKENS / TOKENS);
-        &keys[tile % (PAGE_TOKENS / TOKENS) * len..][..len]
-    }
-    #[inline(always)]
-    fn values(&self, tile: usize) -> &[u8] {
-        let (_, values) =
-            self.pool.head(self.pages[tile * TOKENS / PAGE_TOKENS], self.layer, self.head);
-        let len = values.len() / (PAGE_TOKENS / TOKENS);
-        &values[tile % (PAGE_TOKENS / TOKENS) * len..][..len]
-    }
-}
 
 /// The queries of one span that read one KV head: query i is row `i / group`, head
 /// `kv_head * group + i % group`.
@@ -167,6 +136,9 @@ pub(crate) fn attention(
             KvDtype::F16 => {
                 processor.run(Attend::<_, HalfElement>::new(queries, range, part, source));
             }
+            KvDtype::Int8 => {
+                processor.run(Attend::<_, ByteElement>::new(queries, range, part, source));
+            }
         }
     };
     if tasks.alone {
@@ -222,45 +194,6 @@ pub(crate) fn attention_full(
         processor.run(Attend::<_, SingleElement>::new(queries, range, Part::All, &packed));
     };
     pool.run(spans.len() * shape.n_kv_heads, &run);
-}
-
-/// Keys and values of one head of one text, in the layout of a page.
-struct Packed {
-    keys: Vec<u8>,
-    values: Vec<u8>,
-    head_dim: usize,
-}
-
-impl Packed {
-    fn new(k: &[f32], v: &[f32], shape: AttentionShape, span: Span, head: usize) -> Packed {
-        let width = shape.head_dim;
-        let n_tokens = span.n_rows.next_multiple_of(TOKENS);
-        let mut keys = vec![0; n_tokens * width * 4];
-        let mut values = vec![0; n_tokens * padded_head(width) * 4];
-        let (key_cells, value_cells) = (keys.as_chunks_mut::<4>().0, values.as_chunks_mut::<4>().0);
-        for t in 0..span.n_rows {
-            let start = ((span.first_row + t) * shape.n_kv_heads + head) * width;
-            for d in 0..width {
-                key_cells[t / TOKENS * TOKENS * width + d * TOKENS + t % TOKENS] =
-                    k[start + d].to_le_bytes();
-                value_cells[t * padded_head(width) + d] = v[start + d].to_le_bytes();
-            }
-        }
-        Packed { keys, values, head_dim: width }
-    }
-}
-
-impl Source for &Packed {
-    #[inline(always)]
-    fn keys(&self, tile: usize) -> &[u8] {
-        let len = self.head_dim * TOKENS * 4;
-        &self.keys[tile * len..][..len]
-    }
-    #[inline(always)]
-    fn values(&self, tile: usize) -> &[u8] {
-        let len = padded_head(self.head_dim) * TOKENS * 4;
-        &self.values[tile * len..][..len]
-    }
 }
 
 /// A range of queries over one head.
@@ -320,7 +253,7 @@ impl<S: Source, E: Element> Kernel for Attend<'_, S, E> {
 struct Softmax<V, const N: usize> {
     maxima: [f32; N],
     sums: [V; N],
-    /// This tile's probabilities.
+    /// This tile's probabilities, times the scales of its values.
     p: [[f32; TOKENS]; N],
     /// Which of this tile's tokens each query sees, from and to.
     first_token: [usize; N],
@@ -397,15 +330,23 @@ impl<S: Source, E: Element> Attend<'_, S, E> {
         acc.fill([0.0; 16]);
         for tile in tiles {
             let scores = scores::<L, E, N>(lanes, self.source.keys(tile), q);
+            let scales = self.source.scales(tile);
             for n in 0..N {
                 let in_tile = |end: usize| end.saturating_sub(tile * TOKENS).min(TOKENS);
                 softmax.first_token[n] = in_tile(visible[n].start);
                 softmax.n_tokens[n] = in_tile(visible[n].end);
                 let mut scores = lanes.mul(scores[n], lanes.splat(shape.scale));
+                if let Some([keys, _]) = scales {
+                    scores = lanes.mul(scores, lanes.load_f32(keys));
+                }
                 if let Some(cap) = shape.soft_cap {
                     scores = math::soft_cap(lanes, scores, cap);
                 }
                 softmax.step(lanes, n, scores, &mut acc[n * width..(n + 1) * width]);
+                if let Some([_, values]) = scales {
+                    let p = lanes.load(&softmax.p[n]);
+                    lanes.store(lanes.mul(p, lanes.load_f32(values)), &mut softmax.p[n]);
+                }
             }
             softmax.add_values::<L, E>(lanes, self.source.values(tile), width, acc);
         }
