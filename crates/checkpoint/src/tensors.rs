@@ -86,6 +86,10 @@ pub trait Tensors {
     /// The names of all tensors.
     fn names(&self) -> Box<dyn Iterator<Item = &str> + '_>;
 
+    /// The caller has what it needs of the tensor called `name`, so that memory may be given back
+    /// that only holds its stored elements. It can still be read.
+    fn release(&self, _name: &str) {}
+
     /// What the tensor called `name` is, which must have exactly `shape` (outermost first).
     ///
     /// # Errors

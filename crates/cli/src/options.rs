@@ -67,6 +67,8 @@ pub(crate) enum KvOption {
     F16,
     /// 32-bit floats.
     F32,
+    /// Eight bits, with a scale for each key and each value.
+    Int8,
 }
 
 /// The generator and the device.
@@ -116,6 +118,7 @@ impl EngineArgs {
             kv_dtype: match self.kv {
                 KvOption::F16 => KvDtype::F16,
                 KvOption::F32 => KvDtype::F32,
+                KvOption::Int8 => KvDtype::Int8,
             },
             queue_limit: self.queue_limit,
             ..EngineOptions::default()

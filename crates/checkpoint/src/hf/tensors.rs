@@ -318,6 +318,18 @@ impl Tensors for HfTensors {
     fn names(&self) -> Box<dyn Iterator<Item = &str> + '_> {
         Box::new(self.entries.keys().map(String::as_str))
     }
+
+    fn release(&self, name: &str) {
+        match self.entries.get(name).map(|entry| &entry.source) {
+            Some(Source::Stored(name) | Source::PlusOne(name)) => {
+                if let Some(file) = self.shards.file_of(name) {
+                    file.release(name);
+                }
+            }
+            // What packed layers share is read again by the next of them.
+            Some(Source::Packed(_)) | None => {}
+        }
+    }
 }
 
 /// Tensors that follow from the configuration, or belong to another modality.
