@@ -2,6 +2,7 @@
 
 use crate::lanes::{Kernel, Lanes};
 use crate::tile::BLOCK;
+use exrail_kernels::InputRounding;
 
 /// 32 activations: `x ≈ scale * quants`, `|x - scale * quants| <= scale / 2` with
 /// `scale = max|x| / 127`.
@@ -21,25 +22,15 @@ pub(crate) struct QuantBlock {
 
 const _: () = assert!(size_of::<QuantBlock>() == 48);
 
-/// How exactly activations are rounded.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Rounding {
-    /// One int8 a value.
-    Once,
-    /// An int8, and another for the remainder: `|x - Σ scale * quants| <= max|x| / 127 / 508`.
-    ///
-    /// Rounding every product once costs SmolLM2-135M a mean KL divergence of 4.2e-3 nats from the
-    /// exact mode; rounding all but the wide gate and up products twice costs a quarter of that.
-    Twice,
-}
-
-impl Rounding {
-    /// Blocks per 32 values.
-    pub(crate) fn n_blocks(self) -> usize {
-        match self {
-            Rounding::Once => 1,
-            Rounding::Twice => 2,
-        }
+/// Blocks per 32 values. Rounded twice, a value is an int8 and another for the remainder:
+/// `|x - Σ scale * quants| <= max|x| / 127 / 508`.
+///
+/// Rounding every product once costs SmolLM2-135M a mean KL divergence of 4.2e-3 nats from the exact
+/// mode; rounding all but the wide gate and up products twice costs a quarter of that.
+pub(crate) fn n_blocks(rounding: InputRounding) -> usize {
+    match rounding {
+        InputRounding::Once => 1,
+        InputRounding::Twice => 2,
     }
 }
 
@@ -47,7 +38,7 @@ impl Rounding {
 /// follows the block of the values.
 pub(crate) struct Quantise<'a> {
     pub(crate) x: &'a [f32],
-    pub(crate) rounding: Rounding,
+    pub(crate) rounding: InputRounding,
     pub(crate) blocks: &'a mut [QuantBlock],
 }
 
@@ -57,7 +48,7 @@ impl Kernel for Quantise<'_> {
     #[inline(always)]
     fn run<L: Lanes>(self, lanes: L) {
         let (x, rest) = self.x.as_chunks::<BLOCK>();
-        let n_blocks = self.rounding.n_blocks();
+        let n_blocks = n_blocks(self.rounding);
         assert!(rest.is_empty() && n_blocks * x.len() == self.blocks.len());
         for (x, blocks) in x.iter().zip(self.blocks.chunks_exact_mut(n_blocks)) {
             let (halves, _) = x.as_chunks::<16>();

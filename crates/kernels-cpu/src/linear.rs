@@ -1,7 +1,7 @@
 //! The `linear` operations: which thread computes which row groups, and what happens to the sums.
 #![expect(unsafe_code, reason = "threads write disjoint columns of one output")]
 
-use crate::activation::{QuantBlock, Quantise, Rounding};
+use crate::activation::{QuantBlock, Quantise, n_blocks};
 use crate::codes::{E2m1, Indices, Iq4, Planes, Whole};
 use crate::disjoint::{MatrixBlock, MatrixBlocks};
 use crate::lanes::{Kernel, Lanes};
@@ -14,7 +14,7 @@ use crate::product::{
 };
 use crate::tile::{BLOCK, Group, ROWS};
 use crate::weight::CpuWeight;
-use exrail_kernels::{Activation, GateActivation};
+use exrail_kernels::{Activation, GateActivation, InputRounding};
 use exrail_tensor::DType;
 use std::marker::PhantomData;
 use std::ops::Range;
@@ -82,11 +82,7 @@ impl Engine<'_> {
     pub(crate) fn products(&mut self, x: &[f32], n_rows: usize, products: &mut [Product<'_>]) {
         let columns = products[0].weight.columns();
         let wants_integers = products.iter().any(|p| self.is_integer(p.weight));
-        // One rounding of the attention's output costs 1e-4 nats, of the other inputs ten times that.
-        let once = products
-            .iter()
-            .all(|p| matches!(p.epilogue, Epilogue::Add { .. }) && p.weight.rows() >= columns);
-        let rounding = if once { Rounding::Once } else { Rounding::Twice };
+        let rounding = common_rounding(products.iter().map(|product| product.weight));
         let x = &x[..n_rows * columns];
         self.quantise(x, columns, rounding, wants_integers);
         let input = Input { x, columns, quantised: self.quantised, rounding };
@@ -155,8 +151,7 @@ impl Engine<'_> {
         assert_eq!((gate.rows(), gate.columns()), (up.rows(), up.columns()), "gate and up");
         let columns = gate.columns();
         let wants_integers = self.is_integer(gate) || self.is_integer(up);
-        // Half of a layer's weights are here, and they tolerate the single rounding best.
-        let rounding = Rounding::Once;
+        let rounding = common_rounding([gate, up]);
         let x = &x[..n_rows * columns];
         self.quantise(x, columns, rounding, wants_integers);
         let input = Input { x, columns, quantised: self.quantised, rounding };
@@ -179,12 +174,12 @@ impl Engine<'_> {
         self.activation == Activation::Int8 && !float
     }
 
-    fn quantise(&mut self, x: &[f32], columns: usize, rounding: Rounding, wanted: bool) {
+    fn quantise(&mut self, x: &[f32], columns: usize, rounding: InputRounding, wanted: bool) {
         self.quantised.clear();
         if !wanted {
             return;
         }
-        let n_blocks = rounding.n_blocks();
+        let n_blocks = n_blocks(rounding);
         self.quantised.resize(n_blocks * x.len() / BLOCK, QuantBlock::default());
         let processor = self.processor;
         // Eight thousand values are about 2 µs: one row is never worth a second thread.
@@ -217,6 +212,16 @@ impl Engine<'_> {
             |chunks: Range<usize>| chunks.start * per_chunk..n_groups.min(chunks.end * per_chunk);
         let reads = |chunks| reads(groups(chunks));
         self.pool.run_reading(n_groups.div_ceil(per_chunk), &reads, &|i| run(groups(i..i + 1)));
+    }
+}
+
+/// Once where all matrices tolerate it.
+fn common_rounding<'a>(weights: impl IntoIterator<Item = &'a CpuWeight>) -> InputRounding {
+    let mut roundings = weights.into_iter().map(CpuWeight::rounding);
+    if roundings.all(|rounding| rounding == InputRounding::Once) {
+        InputRounding::Once
+    } else {
+        InputRounding::Twice
     }
 }
 
@@ -253,7 +258,7 @@ impl Chunk<'_> {
     /// Activation rows by panels that stay in L2, inside them weight groups. The sums of a group go
     /// to a small buffer first, so that what follows does not depend on the weight format.
     fn run(mut self, weights: &[&CpuWeight], finish: &Finish<'_>) {
-        let n_blocks = self.input.columns.div_ceil(BLOCK) * self.input.rounding.n_blocks();
+        let n_blocks = self.input.columns.div_ceil(BLOCK) * n_blocks(self.input.rounding);
         let row_bytes = size_of::<QuantBlock>() * n_blocks;
         let panel = (PANEL_BYTES / row_bytes.max(1)).next_multiple_of(8).min(self.n_rows);
         // Decode runs a thousand chunks a token: no allocation for few rows.
@@ -304,8 +309,8 @@ impl Sums<'_> {
             (DType::F16, _) => self.with::<Floats<HalfElement>>(processor),
             (DType::BF16, _) => self.with::<Floats<BrainElement>>(processor),
             (quantised, Activation::Int8) => match self.input.rounding {
-                Rounding::Once => self.integers::<1>(quantised, processor),
-                Rounding::Twice => self.integers::<2>(quantised, processor),
+                InputRounding::Once => self.integers::<1>(quantised, processor),
+                InputRounding::Twice => self.integers::<2>(quantised, processor),
             },
             (quantised, Activation::F32) => self.floats(quantised, processor),
         }

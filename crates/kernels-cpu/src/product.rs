@@ -11,10 +11,11 @@
 //! The arithmetic of one output does not depend on the tile it is in: a row alone and the same row
 //! in a batch give the same bits. No horizontal sums: lane r belongs to weight row r throughout.
 
-use crate::activation::{QuantBlock, Rounding};
+use crate::activation::{QuantBlock, n_blocks};
 use crate::codes::Codes;
 use crate::lanes::Lanes;
 use crate::tile::{BLOCK, Group};
+use exrail_kernels::InputRounding;
 use std::marker::PhantomData;
 
 /// Bytes ahead of the current block to prefetch: DRAM latency times one core's bandwidth.
@@ -28,7 +29,7 @@ pub(crate) struct Input<'a> {
     pub(crate) columns: usize,
     /// `(T, columns / 32, 1 or 2)`, empty unless the format wants integers.
     pub(crate) quantised: &'a [QuantBlock],
-    pub(crate) rounding: Rounding,
+    pub(crate) rounding: InputRounding,
 }
 
 impl<'a> Input<'a> {
@@ -39,7 +40,7 @@ impl<'a> Input<'a> {
 
     #[inline(always)]
     fn blocks(self, row: usize) -> &'a [QuantBlock] {
-        let n_blocks = self.columns / BLOCK * self.rounding.n_blocks();
+        let n_blocks = self.columns / BLOCK * n_blocks(self.rounding);
         &self.quantised[row * n_blocks..(row + 1) * n_blocks]
     }
 }

@@ -81,6 +81,16 @@ pub enum KernelError {
     },
 }
 
+/// How exactly the activations that meet a matrix are rounded in [`Activation::Int8`]; the exact
+/// mode does not ask.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum InputRounding {
+    /// To one int8 a value: half the work, where the model tolerates it.
+    Once,
+    /// To at least 16 bits a value, such as an int8 and another for the remainder.
+    Twice,
+}
+
 /// One matrix as the checkpoint stores it: `rows` output features, each a run of `columns` weights.
 #[derive(Clone, Copy, Debug)]
 pub struct WeightView<'a> {
@@ -94,6 +104,9 @@ pub struct WeightView<'a> {
     pub columns: usize,
     /// Row-major blocks.
     pub bytes: &'a [u8],
+    /// What its activations tolerate. Matrices of one product are rounded as the one that tolerates
+    /// least.
+    pub rounding: InputRounding,
 }
 
 impl WeightView<'_> {

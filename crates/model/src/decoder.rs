@@ -3,7 +3,7 @@
 //! [`DecoderConfig`].
 
 use exrail_checkpoint::{BlockNorms, DecoderConfig, NormKind, QkNorm, Tensors};
-use exrail_kernels::{AttentionShape, Backend, KvDtype, KvShape, Rope};
+use exrail_kernels::{AttentionShape, Backend, InputRounding, KvDtype, KvShape, Rope};
 
 use crate::layer::{Layer, QkNorms};
 use crate::load::Loader;
@@ -43,7 +43,8 @@ impl<B: Backend> Decoder<B> {
         let progress_at_start = LoadProgress { n_total, ..LoadProgress::default() };
         let mut loader = Loader { backend, tensors, report: progress, progress: progress_at_start };
         let (vocab_size, width) = (config.vocab_size, config.width);
-        let embedding = loader.matrix("token_embd.weight", vocab_size, width)?;
+        let embedding =
+            loader.matrix("token_embd.weight", (vocab_size, width), InputRounding::Twice)?;
         let mut layers = Vec::with_capacity(config.n_layers());
         for layer_idx in 0..config.n_layers() {
             layers.push(Layer::load(&mut loader, config, layer_idx)?);
@@ -53,7 +54,7 @@ impl<B: Backend> Decoder<B> {
         let head = if config.tied_head {
             Head::Tied
         } else {
-            Head::Own(loader.matrix("output.weight", vocab_size, width)?)
+            Head::Own(loader.matrix("output.weight", (vocab_size, width), InputRounding::Twice)?)
         };
         Ok(Self { config: config.clone(), embedding, layers, norm, head, ropes })
     }

@@ -1,7 +1,7 @@
 //! [`Experts`]: a mixture of experts, each row through the few that its router picks.
 
 use exrail_checkpoint::{DecoderConfig, Experts as ExpertsConfig, tensor_name};
-use exrail_kernels::Backend;
+use exrail_kernels::{Backend, InputRounding};
 
 use crate::ModelError;
 use crate::layer::activation;
@@ -57,22 +57,26 @@ impl<B: Backend> Experts<B> {
     ) -> Result<Self, ModelError> {
         let (n, width, inner) = (experts.n_experts, config.width, experts.width);
         let name = |part: &str| tensor_name(layer_idx, part);
-        let router = loader.matrix(&name("ffn_gate_inp.weight"), n, width)?;
-        let mut role = |part: &str, rows: usize, columns: usize| {
+        let router =
+            loader.matrix(&name("ffn_gate_inp.weight"), (n, width), InputRounding::Twice)?;
+        let mut role = |part: &str, rows: usize, columns: usize, rounding: InputRounding| {
             if config.storage.stacked_experts {
                 return loader.parts(
                     &name(&format!("{part}_exps.weight")),
                     &vec![rows; n],
                     columns,
+                    rounding,
                 );
             }
-            let one =
-                |expert| loader.matrix(&name(&format!("{part}.{expert}.weight")), rows, columns);
+            let one = |expert| {
+                let name = name(&format!("{part}.{expert}.weight"));
+                loader.matrix(&name, (rows, columns), rounding)
+            };
             (0..n).map(one).collect()
         };
-        let gates = role("ffn_gate", inner, width)?;
-        let ups = role("ffn_up", inner, width)?;
-        let downs = role("ffn_down", width, inner)?;
+        let gates = role("ffn_gate", inner, width, InputRounding::Once)?;
+        let ups = role("ffn_up", inner, width, InputRounding::Once)?;
+        let downs = role("ffn_down", width, inner, InputRounding::Twice)?;
         let experts_of = gates.into_iter().zip(ups).zip(downs);
         let all = experts_of.map(|((gate, up), down)| Expert { gate, up, down }).collect();
         Ok(Self { config: experts, router, experts: all })

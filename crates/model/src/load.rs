@@ -1,7 +1,7 @@
 //! Tensors of a checkpoint onto a device, with progress.
 
 use exrail_checkpoint::Tensors;
-use exrail_kernels::{Backend, WeightView};
+use exrail_kernels::{Backend, InputRounding, WeightView};
 
 use crate::ModelError;
 
@@ -29,11 +29,11 @@ impl<B: Backend> Loader<'_, B> {
     pub(crate) fn matrix(
         &mut self,
         name: &str,
-        rows: usize,
-        columns: usize,
+        (rows, columns): (usize, usize),
+        rounding: InputRounding,
     ) -> Result<B::Weight, ModelError> {
         self.tensors.require_info(name, &[rows, columns])?;
-        let mut parts = self.parts(name, &[rows], columns)?;
+        let mut parts = self.parts(name, &[rows], columns, rounding)?;
         Ok(parts.pop().expect("one part was asked for"))
     }
 
@@ -44,6 +44,7 @@ impl<B: Backend> Loader<'_, B> {
         name: &str,
         rows: &[usize],
         columns: usize,
+        rounding: InputRounding,
     ) -> Result<Vec<B::Weight>, ModelError> {
         let view = self.tensors.tensor(name)?;
         let dtype = view.dtype;
@@ -53,7 +54,8 @@ impl<B: Backend> Loader<'_, B> {
         for &rows in rows {
             let (bytes, others) = rest.split_at(rows * row_bytes);
             rest = others;
-            weights.push(self.backend.weight(&WeightView { name, dtype, rows, columns, bytes })?);
+            let view = WeightView { name, dtype, rows, columns, bytes, rounding };
+            weights.push(self.backend.weight(&view)?);
         }
         self.advance(view.bytes.len());
         self.tensors.release(name);

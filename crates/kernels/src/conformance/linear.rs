@@ -18,7 +18,7 @@ use exrail_tensor::{DType, quantize};
 
 use super::{ConformanceError, ROW_COUNTS, Suite, U, accepted, defined};
 use crate::reference::{Reference, ReferenceWeight};
-use crate::{Activation, Backend, GateActivation, TokenId, WeightView};
+use crate::{Activation, Backend, GateActivation, InputRounding, TokenId, WeightView};
 
 /// Activations that share one int8 scale.
 const INT8_RUN: usize = 32;
@@ -304,7 +304,8 @@ impl<B: Backend> Suite<'_, B> {
             values[columns..2 * columns].fill(0.0);
         }
         let bytes = quantize(dtype, &values).expect("the sizes above are whole blocks");
-        let view = WeightView { name: &case, dtype, rows, columns, bytes: &bytes };
+        let rounding = self.next_rounding();
+        let view = WeightView { name: &case, dtype, rows, columns, bytes: &bytes, rounding };
         let tested = accepted(&case, self.backend.weight(&view))?;
         let found = self.backend.weight_shape(&tested);
         if found != (rows, columns) {
@@ -323,6 +324,15 @@ impl<B: Backend> Suite<'_, B> {
         let magnitudes = f32_weight(rows, columns, &magnitudes);
         let spreads = f32_weight(rows, columns, &spreads);
         Ok(Pair { case, rows, columns, tested, reference, magnitudes, spreads })
+    }
+
+    /// Each in turn, two cases long, so that both meet buffers with and without a tail.
+    fn next_rounding(&self) -> InputRounding {
+        if (self.n_cases / 2).is_multiple_of(2) {
+            InputRounding::Once
+        } else {
+            InputRounding::Twice
+        }
     }
 
     /// How far each value of `x Wᵀ` may lie from the reference, `(T, N)`.
@@ -357,7 +367,9 @@ impl<B: Backend> Suite<'_, B> {
 
 fn f32_weight(rows: usize, columns: usize, values: &[f32]) -> ReferenceWeight {
     let bytes = quantize(DType::F32, values).expect("f32 has no blocks");
-    let view = WeightView { name: "bound", dtype: DType::F32, rows, columns, bytes: &bytes };
+    let rounding = InputRounding::Twice;
+    let view =
+        WeightView { name: "bound", dtype: DType::F32, rows, columns, bytes: &bytes, rounding };
     Reference.weight(&view).expect("the bytes were made for this shape")
 }
 

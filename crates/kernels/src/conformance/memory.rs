@@ -5,7 +5,7 @@ use exrail_tensor::DType;
 
 use super::{ConformanceError, ROW_COUNTS, Suite, U, accepted, defined};
 use crate::reference::Reference;
-use crate::{Backend, KernelError, Span, WeightView};
+use crate::{Backend, InputRounding, KernelError, Span, WeightView};
 
 impl<B: Backend> Suite<'_, B> {
     /// Buffers start zeroed and keep what is written; malformed weights are refused.
@@ -53,7 +53,8 @@ impl<B: Backend> Suite<'_, B> {
         right: impl Fn(&KernelError) -> bool,
     ) -> Result<(), ConformanceError> {
         let bytes = vec![0; len_bytes];
-        let view = WeightView { name: case, dtype, rows, columns, bytes: &bytes };
+        let rounding = InputRounding::Once;
+        let view = WeightView { name: case, dtype, rows, columns, bytes: &bytes, rounding };
         match self.backend.weight(&view) {
             Ok(_) => Err(ConformanceError::Accepted {
                 case: case.to_owned(),
