@@ -1,0 +1,22 @@
+//! The offline quantiser: 16-bit checkpoints to groupwise int4 and int8, rounded to nearest or
+//! calibrated, written in the layout of GPTQ checkpoints.
+//!
+//! It works layer by layer and holds one layer at a time. It knows no tokenizer: calibration text
+//! comes as token ids. It names no device.
+//!
+//! Letters: N output features (rows), K input features (columns), G groups of a row, T tokens.
+
+mod calibrate;
+mod codes;
+mod error;
+mod factor;
+mod fidelity;
+mod hessian;
+mod pack;
+
+pub use calibrate::{Calibrated, calibrate};
+pub use codes::Codes;
+pub use error::QuantizeError;
+pub use fidelity::WeightError;
+pub use hessian::Hessian;
+pub use pack::GptqTensors;
