@@ -5,7 +5,7 @@
 //! against f64 before it is timed. Times are the best of several runs.
 #![expect(clippy::print_stdout, reason = "a bench prints")]
 
-use exrail_kernels::{Activation, Backend, WeightView};
+use exrail_kernels::{Activation, Backend, GateActivation, WeightView};
 use exrail_kernels_cpu::{CpuBackend, CpuBuffer, CpuOptions, CpuWeight};
 use exrail_tensor::DType;
 use std::hint::black_box;
@@ -188,11 +188,12 @@ fn decode_step(backend: &CpuBackend, dtype: DType) {
                 let [wq, wk, wv] = &layer.qkv;
                 backend.linear_qkv(&x, n_rows, [wq, wk, wv], None, [&mut q, &mut k, &mut v]);
                 parts.end_of(0);
-                backend.linear_add(&q, n_rows, &layer.o, None, &mut y);
+                backend.linear_add(&q, n_rows, &layer.o, None, 1.0, &mut y);
                 parts.end_of(1);
-                backend.linear_silu_gate(&x, n_rows, &layer.gate, &layer.up, &mut hidden);
+                let (gate, up) = (&layer.gate, &layer.up);
+                backend.linear_gate(&x, n_rows, gate, up, GateActivation::Silu, &mut hidden);
                 parts.end_of(2);
-                backend.linear_add(&hidden, n_rows, &layer.down, None, &mut y);
+                backend.linear_add(&hidden, n_rows, &layer.down, None, 1.0, &mut y);
                 parts.end_of(3);
             }
             // A prompt needs the logits of its last row only.

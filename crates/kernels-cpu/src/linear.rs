@@ -50,9 +50,7 @@ impl Epilogue<'_> {
     /// Rows that the output has for `n_rows` of the input.
     fn n_targets(&self, n_rows: usize) -> usize {
         match self {
-            Epilogue::AddRows { rows, .. } => {
-                rows.iter().max().map_or(0, |&row| row as usize + 1)
-            }
+            Epilogue::AddRows { rows, .. } => rows.iter().max().map_or(0, |&row| row as usize + 1),
             Epilogue::Store | Epilogue::Add { .. } | Epilogue::Gelu => n_rows,
         }
     }
@@ -80,8 +78,9 @@ impl Engine<'_> {
         let columns = products[0].weight.columns();
         let wants_integers = products.iter().any(|p| self.is_integer(p.weight));
         // One rounding of the attention's output costs 1e-4 nats, of the other inputs ten times that.
-        let once =
-            products.iter().all(|p| p.epilogue == Epilogue::Add && p.weight.rows() >= columns);
+        let once = products
+            .iter()
+            .all(|p| matches!(p.epilogue, Epilogue::Add { .. }) && p.weight.rows() >= columns);
         let rounding = if once { Rounding::Once } else { Rounding::Twice };
         let x = &x[..n_rows * columns];
         self.quantise(x, columns, rounding, wants_integers);
@@ -127,8 +126,9 @@ impl Engine<'_> {
                 }
                 let local = shared.start - own.start..shared.end - own.start;
                 // SAFETY: every group index is in one chunk, and the pool runs each chunk once.
-                let out =
-                    unsafe { part.out.block(0..part.n_targets, local.start * ROWS..local.end * ROWS) };
+                let out = unsafe {
+                    part.out.block(0..part.n_targets, local.start * ROWS..local.end * ROWS)
+                };
                 let chunk = Chunk { processor, activation, input, n_rows, groups: local, out };
                 let finish = Finish::One { bias: part.bias, epilogue: part.epilogue };
                 chunk.run(&[part.weight], &finish);

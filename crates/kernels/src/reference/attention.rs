@@ -25,16 +25,10 @@ pub(super) fn attention(
         for i in 0..span.n_rows {
             let end = span.first_position + i + 1;
             let first = shape.window.map_or(0, |window| end.saturating_sub(window));
-            attend(
-                (span.first_row + i, first..end),
-                shape,
-                q,
-                out,
-                |head, position| {
-                    let slot = slot(position);
-                    (pool.key(layer, slot, head), pool.value(layer, slot, head))
-                },
-            );
+            attend((span.first_row + i, first..end), shape, q, out, |head, position| {
+                let slot = slot(position);
+                (pool.key(layer, slot, head), pool.value(layer, slot, head))
+            });
         }
     }
 }
