@@ -32,8 +32,8 @@ pub use error::LoadError;
 pub use gguf::Gguf;
 pub use metadata::{Array, Metadata, Value};
 pub use quantised::{
-    AwqConfig, AwqPacking, Dense, GptqConfig, GptqZeros, Lookup, QuantMethod, RawTensor, RawType,
-    dequantise_layer, layer_shape,
+    AwqConfig, AwqPacking, Blocks, Dense, GptqConfig, GptqZeros, Lookup, QuantMethod, RawTensor,
+    RawType, dequantise_layer, layer_shape, native_blocks, native_type,
 };
 pub use safetensors_file::SafetensorsFile;
 pub use tensors::{TensorInfo, TensorView, Tensors};
