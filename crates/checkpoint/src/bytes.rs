@@ -1,7 +1,8 @@
-//! [`FileBytes`]: the bytes of a file, mapped or owned. The only `unsafe` of this crate.
+//! [`FileBytes`]: the bytes of a file, mapped or owned; and small files, read whole. The only `unsafe` of this crate.
 #![expect(unsafe_code, reason = "mapping a file into memory cannot be expressed safely")]
 
 use std::fs::File;
+use std::io::Read;
 use std::ops::Deref;
 use std::path::Path;
 use std::sync::Arc;
@@ -50,4 +51,17 @@ impl Deref for FileBytes {
             FileBytes::Owned(bytes) => bytes,
         }
     }
+}
+
+/// The whole file at `path`, which may have at most `limit` bytes.
+pub(crate) fn read_bounded(path: &Path, limit: u64) -> Result<Vec<u8>, LoadError> {
+    let io_error = |source| LoadError::Io { path: path.to_owned(), source };
+    let file = File::open(path).map_err(io_error)?;
+    let mut bytes = Vec::new();
+    file.take(limit + 1).read_to_end(&mut bytes).map_err(io_error)?;
+    if bytes.len() as u64 > limit {
+        let (what, found) = ("length of the file".to_owned(), bytes.len() as u64);
+        return Err(LoadError::LimitExceeded { what, limit, found }.in_file(path));
+    }
+    Ok(bytes)
 }

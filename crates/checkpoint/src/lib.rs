@@ -1,5 +1,5 @@
-//! Untrusted model files turned into checked views: GGUF, safetensors, and the configurations of
-//! the two model families.
+//! Untrusted model files turned into checked views: GGUF, Hugging Face folders, safetensors, and
+//! the configurations of decoders and encoders.
 //!
 //! Everything that comes out of a constructor here agrees with itself: tensors lie inside their
 //! file and have the shapes that the configuration says. Nothing here knows kernels or tokenizing.
@@ -15,6 +15,7 @@ mod exl2;
 mod exl3;
 mod gguf;
 mod gptq;
+mod hf;
 mod metadata;
 mod quantised;
 mod reader;
@@ -30,6 +31,7 @@ pub use decoder::{
 pub use digest::{sha256_file, sha256_hex};
 pub use error::LoadError;
 pub use gguf::Gguf;
+pub use hf::{Generation, HfFolder, NamedTemplate, Text};
 pub use metadata::{Array, Metadata, Value};
 pub use quantised::{
     AwqConfig, AwqPacking, Blocks, Dense, GptqConfig, GptqZeros, Lookup, QuantMethod, RawTensor,

@@ -1,5 +1,8 @@
 //! The plain types of [`DecoderConfig`].
 
+use super::MAX_CONTEXT;
+use crate::LoadError;
+
 /// Hyperparameters of a decoder. Families differ in these values only.
 ///
 /// A value of this type agrees with the tensors of the checkpoint that it came from: every tensor
@@ -23,8 +26,11 @@ pub struct DecoderConfig {
     pub experts: Option<Experts>,
     /// Rows of the embedding (V); the tokenizer may have fewer tokens.
     pub vocab_size: usize,
-    /// Positions that the model serves, see [`RopeConfig::context_len`].
+    /// Positions that the model serves; the rotary frequencies are those for this many. At first
+    /// the trained length, see [`DecoderConfig::with_context_len`].
     pub context_len: usize,
+    /// Positions that it can serve at most.
+    pub max_context_len: usize,
     /// Every normalisation of the model but the one of queries and keys, which is always RMS.
     pub norm: NormConfig,
     /// Where a block normalises.
@@ -74,6 +80,19 @@ impl DecoderConfig {
     #[must_use]
     pub fn kv_width(&self) -> usize {
         self.n_kv_heads * self.head_dim
+    }
+
+    /// The same model serving `context_len` positions. Scalings that depend on the length (dynamic
+    /// NTK, `LongRoPE`) depend on this one, for every sequence and step.
+    ///
+    /// # Errors
+    /// [`LoadError::BadValue`] for a length outside 1 to [`DecoderConfig::max_context_len`].
+    pub fn with_context_len(self, context_len: usize) -> Result<DecoderConfig, LoadError> {
+        if (1..=self.max_context_len).contains(&context_len) {
+            return Ok(DecoderConfig { context_len, ..self });
+        }
+        let expected = format!("1 to {}", self.max_context_len);
+        Err(LoadError::bad_value("context length", expected, context_len))
     }
 }
 
@@ -165,10 +184,9 @@ pub struct RopeConfig {
 }
 
 impl RopeConfig {
-    /// How many of `stated_len` positions are served with one and the same set of frequencies. A
-    /// scaling that changes with the length keeps to the trained one, where it is exact.
-    #[must_use]
-    pub fn context_len(&self, stated_len: usize) -> usize {
+    /// How many of the `stated_len` positions of a checkpoint are served unless more are asked for:
+    /// a scaling that changes with the length keeps to the trained one, where it is exact.
+    pub(crate) fn default_context_len(&self, stated_len: usize) -> usize {
         match self.scaling {
             RopeScaling::DynamicNtk { original_len, .. }
             | RopeScaling::Long { original_len, .. } => stated_len.min(original_len),
@@ -177,6 +195,44 @@ impl RopeConfig {
             | RopeScaling::Yarn { .. }
             | RopeScaling::Llama3 { .. }
             | RopeScaling::Factors(_) => stated_len,
+        }
+    }
+
+    /// How many positions can be served at most. Checkpoints with dynamic NTK or `YaRN` often state
+    /// the trained length only.
+    pub(crate) fn max_context_len(&self, stated_len: usize) -> usize {
+        match self.scaling {
+            RopeScaling::DynamicNtk { factor, original_len }
+            | RopeScaling::Yarn { factor, original_len, .. } => {
+                let stretched = (f64::from(factor) * original_len as f64) as usize;
+                stated_len.max(stretched.min(MAX_CONTEXT as usize))
+            }
+            RopeScaling::None
+            | RopeScaling::Linear { .. }
+            | RopeScaling::Llama3 { .. }
+            | RopeScaling::Factors(_)
+            | RopeScaling::Long { .. } => stated_len,
+        }
+    }
+
+    /// The base of the frequencies in a context of `context_len` positions. "NTK-aware" scaling
+    /// raises it beyond the trained length N: theta · (factor · T / N − (factor − 1))^(R / (R − 2)).
+    #[must_use]
+    pub fn theta_for(&self, context_len: usize) -> f64 {
+        let theta = f64::from(self.theta);
+        match self.scaling {
+            RopeScaling::DynamicNtk { factor, original_len } if context_len > original_len => {
+                let (factor, dim) = (f64::from(factor), self.dim as f64);
+                let stretch = factor * context_len as f64 / original_len as f64 - (factor - 1.0);
+                theta * stretch.powf(dim / (dim - 2.0))
+            }
+            RopeScaling::None
+            | RopeScaling::Linear { .. }
+            | RopeScaling::DynamicNtk { .. }
+            | RopeScaling::Yarn { .. }
+            | RopeScaling::Llama3 { .. }
+            | RopeScaling::Factors(_)
+            | RopeScaling::Long { .. } => theta,
         }
     }
 }
@@ -200,11 +256,12 @@ pub enum RopeScaling {
         /// At least 1.
         factor: f32,
     },
-    /// "NTK-aware": up to the trained length unchanged; beyond, the base grows with the length.
+    /// "NTK-aware": up to the trained length unchanged; beyond, the base grows with the length of
+    /// the context, see [`RopeConfig::theta_for`].
     DynamicNtk {
         /// At least 1.
         factor: f32,
-        /// Trained length.
+        /// Trained length; the head has more than two rotating elements.
         original_len: usize,
     },
     /// `YaRN` (Peng et al. 2023, arXiv:2309.00071, §3.2 and §3.4).

@@ -4,34 +4,34 @@ use super::{BlockNorms, GateKind, NormKind, QkNorm, RopePairs};
 
 /// The fixed traits of an architecture. Everything else is read from the file.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(super) struct Family {
+pub(crate) struct Family {
     /// `general.architecture`.
-    pub(super) name: &'static str,
-    pub(super) norm: NormKind,
-    pub(super) blocks: BlockNorms,
-    pub(super) qk_norm: Option<QkNorm>,
-    pub(super) requires_qkv_bias: bool,
-    pub(super) gate: GateKind,
-    pub(super) pairs: RopePairs,
-    pub(super) layers: LayerPattern,
+    pub(crate) name: &'static str,
+    pub(crate) norm: NormKind,
+    pub(crate) blocks: BlockNorms,
+    pub(crate) qk_norm: Option<QkNorm>,
+    pub(crate) requires_qkv_bias: bool,
+    pub(crate) gate: GateKind,
+    pub(crate) pairs: RopePairs,
+    pub(crate) layers: LayerPattern,
     /// Whether embeddings are multiplied by √C.
-    pub(super) scales_embedding: bool,
+    pub(crate) scales_embedding: bool,
     /// Whether query, key and value, and gate and up, are one matrix each.
-    pub(super) fused: bool,
+    pub(crate) fused: bool,
     /// Whether the weights of the chosen experts sum to one.
-    pub(super) normalises_experts: bool,
+    pub(crate) normalises_experts: bool,
     /// A model of this many layers scales its scores by 1/√(C/H) rather than by 1/√D: the largest
     /// of its family, which GGUF files do not mark otherwise.
-    pub(super) wide_score_layers: Option<usize>,
+    pub(crate) wide_score_layers: Option<usize>,
     /// Soft cap of attention scores when the file does not state it.
-    pub(super) attention_soft_cap: Option<f32>,
+    pub(crate) attention_soft_cap: Option<f32>,
     /// Soft cap of logits when the file does not state it.
-    pub(super) logit_soft_cap: Option<f32>,
+    pub(crate) logit_soft_cap: Option<f32>,
 }
 
 /// Which layers rotate and which see only a window.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum LayerPattern {
+pub(crate) enum LayerPattern {
     /// All alike: all rotate, and all have the window if the file states one.
     Uniform,
     /// Every `period`-th layer is global, the others have the window.
@@ -50,7 +50,7 @@ pub(super) enum LayerPattern {
 
 /// How the global layers of a local/global model rotate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum GlobalRope {
+pub(crate) enum GlobalRope {
     /// As local layers do (Gemma 2).
     Same,
     /// With the file's base and scaling, while local layers use base 10,000 unscaled (Gemma 3).
@@ -92,7 +92,7 @@ const GEMMA2: Family = Family {
 };
 
 /// Every architecture that the engine has. Mistral and Mixtral files say `llama`.
-pub(super) const FAMILIES: [Family; 11] = [
+pub(crate) const FAMILIES: [Family; 11] = [
     LLAMA,
     Family { name: "qwen2", requires_qkv_bias: true, pairs: RopePairs::Halves, ..LLAMA },
     Family { name: "qwen3", qk_norm: Some(QkNorm::Heads), pairs: RopePairs::Halves, ..LLAMA },

@@ -9,11 +9,11 @@ use super::{
 use crate::{Gguf, LoadError, Tensors};
 
 /// More layers than any published decoder.
-const MAX_LAYERS: u32 = 1024;
+pub(crate) const MAX_LAYERS: u32 = 1024;
 /// More experts in a layer than any published decoder.
-const MAX_EXPERTS: usize = 4096;
+pub(crate) const MAX_EXPERTS: usize = 4096;
 /// Two million, sixteen times the longest context in common use.
-const MAX_CONTEXT: u32 = 1 << 21;
+pub(crate) const MAX_CONTEXT: u32 = 1 << 21;
 /// Value that GGUF gives `rope.freq_base` when the key is absent.
 const DEFAULT_ROPE_THETA: f32 = 10_000.0;
 /// Llama 3's frequency divisors.
@@ -60,8 +60,9 @@ impl Source<'_> {
         let ffn_width = keys.positive("feed_forward_length", u32::MAX / 2)?;
         let experts = self.experts(ffn_width)?;
         let rope = self.rope(head_dim, stated_len)?;
-        let context_len = rope.context_len(stated_len);
-        let (ropes, layers) = self.layers(n_layers, rope, context_len, experts.is_some())?;
+        let context_len = rope.default_context_len(stated_len);
+        let max_context_len = rope.max_context_len(stated_len);
+        let (ropes, layers) = self.layers(n_layers, rope, max_context_len, experts.is_some())?;
         let config = DecoderConfig {
             architecture: family.name.to_owned(),
             width,
@@ -72,6 +73,7 @@ impl Source<'_> {
             experts,
             vocab_size: self.vocab_size(width)?,
             context_len,
+            max_context_len,
             norm: self.norm()?,
             blocks: family.blocks,
             qk_norm: family.qk_norm,
@@ -215,13 +217,13 @@ impl Source<'_> {
         &self,
         n_layers: usize,
         rope: RopeConfig,
-        context_len: usize,
+        max_context_len: usize,
         has_experts: bool,
     ) -> Result<(Vec<RopeConfig>, Vec<LayerConfig>), LoadError> {
         let window = self.keys.positive_or_zero("attention.sliding_window")?;
         let base = LayerConfig { rope: Some(0), window: None, has_experts };
         // A window that no position reaches is none.
-        let windowed = LayerConfig { window: window.filter(|&w| w < context_len), ..base };
+        let windowed = LayerConfig { window: window.filter(|&w| w < max_context_len), ..base };
         let mut ropes = vec![rope];
         let is_last_of = |period: usize| move |i: usize| (i + 1).is_multiple_of(period);
         let layers: Vec<LayerConfig> = match self.family.layers {
@@ -345,7 +347,7 @@ impl Source<'_> {
 }
 
 /// Refuses a product that no address reaches.
-fn within(factors: &[usize]) -> Result<(), LoadError> {
+pub(crate) fn within(factors: &[usize]) -> Result<(), LoadError> {
     let product = factors.iter().try_fold(1usize, |product, &n| product.checked_mul(n));
     match product.filter(|&product| product <= usize::MAX / 4) {
         Some(_) => Ok(()),

@@ -36,6 +36,9 @@ impl<'a> Keys<'a> {
     pub(super) fn positive_f32(self, key: &str) -> Result<f32, LoadError> {
         match self.optional_f32(key)? {
             Some(value) => Ok(value),
+            None if self.metadata.get(&self.name(key)).is_some() => {
+                Err(self.bad(key, "a positive number", 0))
+            }
             None => Err(LoadError::MissingKey { key: self.name(key) }),
         }
     }

@@ -16,4 +16,6 @@ pub use config::{
     BlockNorms, DecoderConfig, Experts, GateKind, LayerConfig, NormConfig, NormKind, QkNorm,
     RopeConfig, RopePairs, RopeScaling, Storage,
 };
+pub(crate) use family::{FAMILIES, Family, GlobalRope, LayerPattern};
+pub(crate) use gguf::{MAX_CONTEXT, MAX_EXPERTS, MAX_LAYERS, within};
 pub use layout::{LayerTensor, tensor_name};

@@ -1,0 +1,272 @@
+//! [`HfTensors`]: the tensors of a folder under the engine's names, decoded one at a time.
+
+use std::borrow::Cow;
+use std::collections::{BTreeMap, BTreeSet};
+
+use exrail_tensor::DType;
+
+use super::config::HfConfig;
+use super::names::Names;
+use super::shards::Shards;
+use crate::safetensors_file::SUPPORTED;
+use crate::{
+    DecoderConfig, LoadError, QuantMethod, RawTensor, TensorInfo, TensorView, Tensors,
+    dequantise_layer, layer_shape,
+};
+
+/// Quantisers pad the rows of a head to a multiple of this at most.
+const MAX_HEAD_PADDING: usize = 128;
+const HEAD: &str = "output.weight";
+const EMBEDDING: &str = "token_embd.weight";
+
+/// The tensors of a folder.
+#[derive(Clone)]
+pub(super) struct HfTensors {
+    shards: Shards,
+    method: Option<QuantMethod>,
+    entries: BTreeMap<String, Entry>,
+    /// Tensors of the files that the model does not use, by their names there.
+    ignored: Vec<String>,
+}
+
+#[derive(Clone)]
+struct Entry {
+    source: Source,
+    dtype: DType,
+    shape: Vec<usize>,
+}
+
+/// Where the elements come from.
+#[derive(Clone)]
+enum Source {
+    /// The tensor of this name, as it is.
+    Stored(String),
+    /// The tensor of this name plus one: Gemma's norms multiply by 1 + weight, ours by the weight.
+    PlusOne(String),
+    /// The packed layer of this name.
+    Packed(String),
+}
+
+impl HfTensors {
+    /// Finds every tensor of `config` in `shards` and refuses those that are none of it. The head
+    /// of `config` is no longer tied when the folder has a packed one of its own.
+    pub(super) fn new(
+        shards: Shards,
+        config: &mut HfConfig,
+        method: Option<QuantMethod>,
+    ) -> Result<HfTensors, LoadError> {
+        let names = config.names();
+        let (entries, ignored) = (BTreeMap::new(), Vec::new());
+        let mut tensors = HfTensors { shards, method, entries, ignored };
+        tensors.collect(config, &names)?;
+        tensors.settle_head(&mut config.decoder)?;
+        tensors.check(config).map_err(|error| tensors.in_stored_names(error, &names))?;
+        Ok(tensors)
+    }
+
+    pub(super) fn shards(&self) -> &Shards {
+        &self.shards
+    }
+
+    pub(super) fn method(&self) -> Option<QuantMethod> {
+        self.method
+    }
+
+    pub(super) fn ignored(&self) -> &[String] {
+        &self.ignored
+    }
+
+    fn collect(&mut self, config: &HfConfig, names: &Names) -> Result<(), LoadError> {
+        let stored: Vec<String> = self.shards.tensor_names().map(str::to_owned).collect();
+        let mut packed = BTreeSet::new();
+        for name in stored {
+            if is_unused(&name, config.is_multimodal) {
+                self.ignored.push(name);
+                continue;
+            }
+            let unexpected = || LoadError::UnexpectedTensor {
+                tensor: name.clone(),
+                architecture: config.model_type.to_owned(),
+            };
+            let (module, suffix) = name.rsplit_once('.').ok_or_else(unexpected)?;
+            let ours = names.canonical(module).ok_or_else(unexpected)?;
+            match suffix {
+                "bias" if !config.has_bias(&ours) => {
+                    // Some quantisers write a bias of zeros for every layer.
+                    if self.method.is_none() || !self.is_zero(&name)? {
+                        return Err(unexpected());
+                    }
+                    self.ignored.push(name);
+                }
+                "weight" | "bias" => {
+                    let adds_one = config.adds_one_to_norms && ours.ends_with("norm");
+                    let source = if adds_one { Source::PlusOne } else { Source::Stored };
+                    self.insert(format!("{ours}.{suffix}"), source(name.clone()))?;
+                }
+                _ if self.method.is_some_and(|m| m.layer_tensors().contains(&suffix)) => {
+                    packed.insert((format!("{ours}.weight"), module.to_owned()));
+                }
+                _ => return Err(unexpected()),
+            }
+        }
+        for (name, module) in packed {
+            self.insert(name, Source::Packed(module))?;
+        }
+        Ok(())
+    }
+
+    fn insert(&mut self, name: String, source: Source) -> Result<(), LoadError> {
+        let (dtype, shape) = match &source {
+            Source::Stored(stored) => {
+                let view = self.view(stored)?;
+                (view.dtype, view.shape.to_vec())
+            }
+            Source::PlusOne(stored) => (DType::F32, self.view(stored)?.shape.to_vec()),
+            Source::Packed(module) => {
+                let method = self.method.expect("packed layers are only collected with a method");
+                let (rows, columns) = layer_shape(&method, module, &|name| self.raw(name))?;
+                (DType::F16, vec![rows, columns])
+            }
+        };
+        let tensor = match &source {
+            Source::Stored(stored) | Source::PlusOne(stored) | Source::Packed(stored) => {
+                stored.clone()
+            }
+        };
+        match self.entries.insert(name, Entry { source, dtype, shape }) {
+            None => Ok(()),
+            Some(_) => Err(LoadError::DuplicateTensor { tensor }),
+        }
+    }
+
+    /// A head beside a tied embedding: a packed one is used, as by the quantisers' own engines; a
+    /// copy of the embedding is ignored; anything else is a contradiction.
+    fn settle_head(&mut self, config: &mut DecoderConfig) -> Result<(), LoadError> {
+        let Some(head) = self.entries.get_mut(HEAD) else { return Ok(()) };
+        match head.source.clone() {
+            Source::Packed(_) => {
+                let padding = head.shape[0].checked_sub(config.vocab_size);
+                if padding.is_some_and(|padding| padding < MAX_HEAD_PADDING) {
+                    head.shape[0] = config.vocab_size;
+                }
+                config.tied_head = false;
+            }
+            Source::Stored(name) | Source::PlusOne(name) if config.tied_head => {
+                let (head, embedding) = (self.tensor(HEAD)?, self.tensor(EMBEDDING)?);
+                let is_copy = head.dtype == embedding.dtype && head.bytes == embedding.bytes;
+                if !is_copy {
+                    let expected = format!("false, as `{name}` is not the embedding");
+                    return Err(LoadError::bad_value("tie_word_embeddings", expected, true));
+                }
+                self.entries.remove(HEAD);
+                self.ignored.push(name);
+            }
+            Source::Stored(_) | Source::PlusOne(_) => {}
+        }
+        Ok(())
+    }
+
+    fn check(&self, config: &HfConfig) -> Result<(), LoadError> {
+        config.decoder.check_tensors(self, &[])?;
+        if config.has_output_bias {
+            for layer_idx in 0..config.decoder.n_layers() {
+                let name = crate::tensor_name(layer_idx, "attn_output.bias");
+                self.require_info(&name, &[config.decoder.width])?;
+            }
+        }
+        Ok(())
+    }
+
+    /// `error` with the name that the user finds in the folder.
+    fn in_stored_names(&self, error: LoadError, names: &Names) -> LoadError {
+        let stored = |tensor: String| {
+            let entry = self.entries.get(&tensor).map(|entry| match &entry.source {
+                Source::Stored(name) | Source::PlusOne(name) => name.clone(),
+                Source::Packed(module) => format!("{module}.weight"),
+            });
+            entry.or_else(|| names.stored(&tensor)).unwrap_or(tensor)
+        };
+        match error {
+            LoadError::MissingTensor { tensor, expected } => {
+                LoadError::MissingTensor { tensor: stored(tensor), expected }
+            }
+            LoadError::WrongShape { tensor, expected, found } => {
+                LoadError::WrongShape { tensor: stored(tensor), expected, found }
+            }
+            LoadError::UnexpectedTensor { tensor, architecture } => {
+                LoadError::UnexpectedTensor { tensor: stored(tensor), architecture }
+            }
+            other => other,
+        }
+    }
+
+    fn is_zero(&self, name: &str) -> Result<bool, LoadError> {
+        Ok(self.view(name)?.to_f32()?.iter().all(|&x| x == 0.0))
+    }
+
+    /// The floating-point tensor that the files call `name`.
+    fn view(&self, name: &str) -> Result<TensorView<'_>, LoadError> {
+        let file = self.shards.file_of(name);
+        if let Some(view) = file.and_then(|file| file.tensor(name)) {
+            return Ok(view);
+        }
+        let found = file.and_then(|file| file.stored_type(name));
+        Err(LoadError::UnsupportedDtype {
+            tensor: name.to_owned(),
+            found: found.unwrap_or_default(),
+            supported: SUPPORTED,
+        })
+    }
+
+    fn raw(&self, name: &str) -> Option<RawTensor<'_>> {
+        self.shards.file_of(name)?.raw(name)
+    }
+
+    fn bytes(&self, entry: &Entry) -> Result<Cow<'_, [u8]>, LoadError> {
+        match &entry.source {
+            Source::Stored(name) => Ok(self.view(name)?.bytes),
+            Source::PlusOne(name) => {
+                let values = self.view(name)?.to_f32()?;
+                Ok(values.iter().flat_map(|x| (x + 1.0).to_le_bytes()).collect())
+            }
+            Source::Packed(module) => {
+                let method = self.method.expect("packed layers are only collected with a method");
+                let mut dense = dequantise_layer(&method, module, &|name| self.raw(name))?;
+                // A head may have rows of padding.
+                dense.halves.truncate(entry.shape[0] * dense.columns);
+                Ok(dense.halves.iter().flat_map(|half| half.to_le_bytes()).collect())
+            }
+        }
+    }
+}
+
+impl Tensors for HfTensors {
+    fn info(&self, name: &str) -> Option<TensorInfo<'_>> {
+        let (name, entry) = self.entries.get_key_value(name)?;
+        Some(TensorInfo { name, dtype: entry.dtype, shape: &entry.shape })
+    }
+
+    fn tensor(&self, name: &str) -> Result<TensorView<'_>, LoadError> {
+        let Some((name, entry)) = self.entries.get_key_value(name) else {
+            let (tensor, expected) = (name.to_owned(), Vec::new());
+            return Err(LoadError::MissingTensor { tensor, expected });
+        };
+        let bytes = self.bytes(entry)?;
+        Ok(TensorView { name, dtype: entry.dtype, shape: &entry.shape, bytes })
+    }
+
+    fn names(&self) -> Box<dyn Iterator<Item = &str> + '_> {
+        Box::new(self.entries.keys().map(String::as_str))
+    }
+}
+
+/// Tensors that follow from the configuration, or belong to another modality.
+fn is_unused(name: &str, is_multimodal: bool) -> bool {
+    let other_modalities = ["vision_tower.", "multi_modal_projector."];
+    let starts = |prefix: &&str| {
+        name.starts_with(*prefix)
+            || name.strip_prefix("model.").is_some_and(|rest| rest.starts_with(*prefix))
+    };
+    name.ends_with(".rotary_emb.inv_freq")
+        || (is_multimodal && other_modalities.iter().any(|prefix| starts(&prefix)))
+}
