@@ -79,7 +79,7 @@ impl<B: Backend> Encoder<B> {
         tensors: &dyn Tensors,
         progress: &mut dyn FnMut(LoadProgress),
     ) -> Result<Self, ModelError> {
-        let prefixed = tensors.tensor("bert.embeddings.word_embeddings.weight").is_some();
+        let prefixed = tensors.info("bert.embeddings.word_embeddings.weight").is_some();
         let prefix = if prefixed { "bert." } else { "" };
         let n_total = OUTSIDE_TENSORS + LAYER_TENSORS * config.n_layers;
         let progress_at_start = LoadProgress { n_total, ..LoadProgress::default() };
@@ -201,10 +201,10 @@ impl<B: Backend> Encoder<B> {
         let token_types = vec![TokenId(0); ids.len()];
         let (n_rows, len) = (ids.len(), ids.len() * self.config.width);
         let Activations { x, queries: other, .. } = activations;
-        backend.embed(&self.words, &ids, x);
-        backend.embed(&self.token_types, &token_types, other);
+        backend.embed(&self.words, &ids, 1.0, x);
+        backend.embed(&self.token_types, &token_types, 1.0, other);
         backend.add(x, other, len);
-        backend.embed(&self.positions, &positions, other);
+        backend.embed(&self.positions, &positions, 1.0, other);
         backend.add(x, other, len);
         self.normalize(backend, x, n_rows, &self.norm);
     }
@@ -225,15 +225,22 @@ impl<B: Backend> Encoder<B> {
         let n_heads = self.config.n_heads;
         let head_dim = self.config.width / n_heads;
         let scale = 1.0 / (head_dim as f32).sqrt();
-        let shape = AttentionShape { n_heads, n_kv_heads: n_heads, head_dim, scale };
+        let shape = AttentionShape {
+            n_heads,
+            n_kv_heads: n_heads,
+            head_dim,
+            scale,
+            soft_cap: None,
+            window: None,
+        };
         backend.attention_full(queries, keys, values, shape, spans, attended);
         let Linear { weight, bias } = &layer.attention_out;
-        backend.linear_add(attended, n_rows, weight, Some(bias), x);
+        backend.linear_add(attended, n_rows, weight, Some(bias), 1.0, x);
         self.normalize(backend, x, n_rows, &layer.attention_norm);
         let Linear { weight, bias } = &layer.intermediate;
         backend.linear_gelu(x, n_rows, weight, bias, inner);
         let Linear { weight, bias } = &layer.output;
-        backend.linear_add(inner, n_rows, weight, Some(bias), x);
+        backend.linear_add(inner, n_rows, weight, Some(bias), 1.0, x);
         self.normalize(backend, x, n_rows, &layer.output_norm);
     }
 
