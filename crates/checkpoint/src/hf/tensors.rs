@@ -11,7 +11,7 @@ use super::shards::Shards;
 use crate::safetensors_file::SUPPORTED;
 use crate::{
     DecoderConfig, LoadError, QuantMethod, RawTensor, TensorInfo, TensorView, Tensors,
-    dequantise_layer, layer_shape,
+    dequantise_layer, layer_shape, native_blocks, native_type,
 };
 
 /// Quantisers pad the rows of a head to a multiple of this at most.
@@ -43,7 +43,8 @@ enum Source {
     Stored(String),
     /// The tensor of this name plus one: Gemma's norms multiply by 1 + weight, ours by the weight.
     PlusOne(String),
-    /// The packed layer of this name.
+    /// The packed layer of this name, dequantised or, where the entry's type is one of blocks,
+    /// repacked.
     Packed(String),
 }
 
@@ -124,8 +125,10 @@ impl HfTensors {
             Source::PlusOne(stored) => (DType::F32, self.view(stored)?.shape.to_vec()),
             Source::Packed(module) => {
                 let method = self.method.expect("packed layers are only collected with a method");
-                let (rows, columns) = layer_shape(&method, module, &|name| self.raw(name))?;
-                (DType::F16, vec![rows, columns])
+                let look = |name: &str| self.raw(name);
+                let (rows, columns) = layer_shape(&method, module, &look)?;
+                let native = native_type(&method, module, &look)?;
+                (native.unwrap_or(DType::F16), vec![rows, columns])
             }
         };
         let tensor = match &source {
@@ -200,12 +203,21 @@ impl HfTensors {
         }
     }
 
+    /// What the engine calls the tensor that the files call `stored`, if it uses it.
+    pub(super) fn name_of(&self, stored: &str) -> Option<&str> {
+        let found = self.entries.iter().find(|(_, entry)| match &entry.source {
+            Source::Stored(name) | Source::PlusOne(name) => name == stored,
+            Source::Packed(_) => false,
+        });
+        found.map(|(name, _)| name.as_str())
+    }
+
     fn is_zero(&self, name: &str) -> Result<bool, LoadError> {
         Ok(self.view(name)?.to_f32()?.iter().all(|&x| x == 0.0))
     }
 
     /// The floating-point tensor that the files call `name`.
-    fn view(&self, name: &str) -> Result<TensorView<'_>, LoadError> {
+    pub(super) fn view(&self, name: &str) -> Result<TensorView<'_>, LoadError> {
         let file = self.shards.file_of(name);
         if let Some(view) = file.and_then(|file| file.tensor(name)) {
             return Ok(view);
@@ -231,7 +243,15 @@ impl HfTensors {
             }
             Source::Packed(module) => {
                 let method = self.method.expect("packed layers are only collected with a method");
-                let mut dense = dequantise_layer(&method, module, &|name| self.raw(name))?;
+                let look = |name: &str| self.raw(name);
+                if entry.dtype.is_quantised() {
+                    let blocks = native_blocks(&method, module, &look)?;
+                    let mut blocks = blocks.expect("the entry's type is that of its blocks");
+                    let row_bytes = blocks.bytes.len() / blocks.rows;
+                    blocks.bytes.truncate(entry.shape[0] * row_bytes);
+                    return Ok(blocks.bytes.into());
+                }
+                let mut dense = dequantise_layer(&method, module, &look)?;
                 // A head may have rows of padding.
                 dense.halves.truncate(entry.shape[0] * dense.columns);
                 Ok(dense.halves.iter().flat_map(|half| half.to_le_bytes()).collect())
