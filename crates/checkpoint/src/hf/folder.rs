@@ -102,11 +102,10 @@ impl HfFolder {
         self.tensors.view(stored)
     }
 
-    /// What the engine calls the tensor that the files call `stored`; `None` for those that it does
-    /// not use and for parts of packed layers.
-    #[must_use]
-    pub fn name_of(&self, stored: &str) -> Option<&str> {
-        self.tensors.name_of(stored)
+    /// Names in the files and the engine's names of all tensors that the model uses and that are
+    /// not packed.
+    pub fn name_pairs(&self) -> impl Iterator<Item = (&str, &str)> {
+        self.tensors.name_pairs()
     }
 
     /// The safetensors files, in order.

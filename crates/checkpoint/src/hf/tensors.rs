@@ -203,13 +203,12 @@ impl HfTensors {
         }
     }
 
-    /// What the engine calls the tensor that the files call `stored`, if it uses it.
-    pub(super) fn name_of(&self, stored: &str) -> Option<&str> {
-        let found = self.entries.iter().find(|(_, entry)| match &entry.source {
-            Source::Stored(name) | Source::PlusOne(name) => name == stored,
-            Source::Packed(_) => false,
-        });
-        found.map(|(name, _)| name.as_str())
+    /// The names of all tensors that are stored as they are: in the files, and here.
+    pub(super) fn name_pairs(&self) -> impl Iterator<Item = (&str, &str)> {
+        self.entries.iter().filter_map(|(name, entry)| match &entry.source {
+            Source::Stored(stored) | Source::PlusOne(stored) => Some((&**stored, &**name)),
+            Source::Packed(_) => None,
+        })
     }
 
     fn is_zero(&self, name: &str) -> Result<bool, LoadError> {
