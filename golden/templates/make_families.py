@@ -4,16 +4,14 @@
     pip download --no-deps -d WHEELS trl==1.16.0 xinference==4.1.0
     python make_families.py WHEELS TEMPLATES
 
-The templates are taken unchanged out of these two packages and written to the folder TEMPLATES,
-where the test finds them. They belong to the models and keep the models' licences, so they are not
-part of this repository; families.json has the SHA-256 of each, and what it renders.
+take.py takes the templates unchanged out of these two packages and writes them to the folder
+TEMPLATES, where the test finds them; families.json has the SHA-256 of each, and what it renders.
 """
 
 import hashlib
 import json
 import pathlib
 import sys
-import zipfile
 from datetime import datetime, timezone
 
 import jinja2
@@ -21,19 +19,9 @@ import jinja2.ext
 import jinja2.nodes
 import jinja2.sandbox
 
-NOW = datetime(2025, 7, 4, 12, 30, tzinfo=timezone.utc)
-TRL = {name: f"trl/chat_templates/{file}.jinja" for name, file in {
-    "llama3": "llama3", "llama3.1": "llama3_1", "llama3.2": "llama3_2", "gemma2": "gemma",
-    "gemma3": "gemma3", "phi3": "phi3", "phi3.5": "phi3_5", "qwen2.5": "qwen2_5", "qwen3": "qwen3",
-    "qwen3-2507": "qwen3_instruct_2507", "cohere2": "cohere2",
-}.items()}
-XINFERENCE = {name: f"xinference/model/llm/models/{file}.json" for name, file in {
-    "llama2": "llama-2-chat", "mistral-v0.1": "mistral-instruct-v0.1",
-    "mistral-v0.3": "mistral-instruct-v0.3", "mistral-tekken": "mistral-nemo-instruct",
-    "mixtral": "mixtral-instruct-v0.1", "mixtral-8x22b": "mixtral-8x22B-instruct-v0.1",
-    "qwen2": "qwen2-instruct",
-}.items()}
+from take import originals, write
 
+NOW = datetime(2025, 7, 4, 12, 30, tzinfo=timezone.utc)
 TOOL = {"type": "function", "function": {
     "name": "get_weather", "description": "Weather of a city, \"now\" <|im_end|> é",
     "parameters": {"type": "object", "properties": {
@@ -106,22 +94,10 @@ def compile_template(source):
     return environment.from_string(source)
 
 
-def originals(wheels):
-    trl = zipfile.ZipFile(next(wheels.glob("trl-1.16.0-*.whl")))
-    xinference = zipfile.ZipFile(next(wheels.glob("xinference-4.1.0-*.whl")))
-    for family, path in TRL.items():
-        yield family, f"trl 1.16.0: {path}", trl.read(path).decode()
-    for family, path in XINFERENCE.items():
-        spec = json.loads(xinference.read(path))
-        spec = spec[0] if isinstance(spec, list) else spec
-        yield family, f"xinference 4.1.0: {path}", spec["chat_template"]
-
-
 def main(wheels, folder):
-    folder.mkdir(parents=True, exist_ok=True)
     templates, rows = {}, []
+    write(wheels, folder)
     for family, source, text in originals(wheels):
-        (folder / f"{family}.jinja").write_bytes(text.encode())
         templates[family] = {"source": source, "sha256": hashlib.sha256(text.encode()).hexdigest()}
         template = compile_template(text)
         for history, given in HISTORIES.items():

@@ -105,9 +105,9 @@ impl<'a> Walk<'a> {
             (NOW.to_owned(), Value::from(now)),
         ];
         for (name, json) in &options.extras {
-            let value = match json {
-                Json::String(text) if is_word(text) => self.word(text),
-                other => self.json(other, name),
+            let value = match json.as_str() {
+                Some(text) if is_word(text) => self.word(text),
+                Some(_) | None => self.json(json, name),
             };
             variables.push((name.clone(), value));
         }
