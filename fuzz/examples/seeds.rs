@@ -8,7 +8,8 @@ use exrail_testkit::{TinyLlama, safetensors_bytes, tiny_bert, tiny_llama};
 
 fn main() -> io::Result<()> {
     let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("corpus");
-    for target in ["gguf", "safetensors", "bert_config", "document"] {
+    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../golden");
+    for target in ["gguf", "safetensors", "hf_folder", "bert_config", "document"] {
         fs::create_dir_all(corpus.join(target))?;
     }
 
@@ -21,6 +22,15 @@ fn main() -> io::Result<()> {
     let tensors =
         [("a".to_owned(), vec![2, 2], vec![0.5; 4]), ("b".to_owned(), vec![1], vec![1.0])];
     fs::write(corpus.join("safetensors/two"), safetensors_bytes(&tensors))?;
+
+    for folder in ["llama", "mixtral", "gemma3", "phi3", "qwen3_moe-mixed", "cohere2"] {
+        let seed = hf_seed(&golden.join("families").join(folder))?;
+        fs::write(corpus.join("hf_folder").join(folder), seed)?;
+    }
+    for folder in ["gptq", "awq", "exl3"] {
+        let seed = hf_seed(&golden.join("quantised").join(folder))?;
+        fs::write(corpus.join("hf_folder").join(folder), seed)?;
+    }
 
     // The first byte picks the format, see the target.
     let markdown = "\x78---\na: b\n---\n# One\n\nText. More e.g. this.\n- a\n  b\n\n\
@@ -39,4 +49,30 @@ fn main() -> io::Result<()> {
     fs::remove_dir_all(&dir)?;
     let files = files.into_iter().collect::<io::Result<Vec<_>>>()?;
     fs::write(corpus.join("bert_config/tiny"), files.join(&0))
+}
+
+/// The parts of a folder in the order of the target, headers without their data.
+fn hf_seed(dir: &Path) -> io::Result<Vec<u8>> {
+    let part = |name: &str| fs::read(dir.join(name)).unwrap_or_default();
+    let header = |name: &str| -> Vec<u8> {
+        let file = part(name);
+        let Some((len, rest)) = file.split_first_chunk::<8>() else { return Vec::new() };
+        rest[..usize::try_from(u64::from_le_bytes(*len)).unwrap_or_default()].to_vec()
+    };
+    let index = part("model.safetensors.index.json");
+    let shards = if index.is_empty() {
+        ["model.safetensors", "other.safetensors"]
+    } else {
+        ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    };
+    let parts = [
+        fs::read(dir.join("config.json"))?,
+        index,
+        header(shards[0]),
+        header(shards[1]),
+        part("quantize_config.json"),
+        part("generation_config.json"),
+        part("tokenizer_config.json"),
+    ];
+    Ok(parts.join(&0))
 }

@@ -151,6 +151,17 @@ impl QuantMethod {
         }
     }
 
+    /// `quant_method` of configuration files.
+    #[must_use]
+    pub fn name(&self) -> &'static str {
+        match self {
+            QuantMethod::Gptq(_) => "gptq",
+            QuantMethod::Awq(_) => "awq",
+            QuantMethod::Exl2 => "exl2",
+            QuantMethod::Exl3 => "exl3",
+        }
+    }
+
     /// Suffixes of the tensors that make a layer of this method, the deciding one first. `g_idx`,
     /// `suh`/`su`, `svh`/`sv`, `mcg` and `mul1` may be absent.
     #[must_use]

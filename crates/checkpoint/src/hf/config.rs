@@ -153,6 +153,7 @@ impl Source<'_> {
             ("mlp_bias", false),
             ("use_bidirectional_attention", false),
             ("use_qk_norm", false),
+            ("rope_interleaved", false),
             ("add_cross_attention", false),
             ("is_encoder_decoder", false),
             ("use_parallel_block", true),
@@ -191,8 +192,8 @@ impl Source<'_> {
                 return Err(fields.bad(key, expected, found));
             }
         }
-        match fields.positive_f64("rotary_pct")?.filter(|&found| found < 1.0 || found > 1.0) {
-            Some(found) => Err(fields.bad("rotary_pct", "1", found)),
+        match fields.get("rotary_pct").filter(|found| found.as_f64() != Some(1.0)) {
+            Some(found) => Err(fields.bad("rotary_pct", "1", short(found))),
             None => Ok(()),
         }
     }
@@ -462,10 +463,11 @@ impl Source<'_> {
             return Ok((0..n_layers).map(|i| !(i + 1).is_multiple_of(period)).collect());
         };
         let flags: Option<Vec<bool>> = list.iter().map(flag).collect();
-        match flags.filter(|flags| flags.len() == n_layers) {
-            Some(flags) => Ok(flags),
+        // The list may be longer than the model.
+        match flags.filter(|flags| flags.len() >= n_layers) {
+            Some(flags) => Ok(flags[..n_layers].to_vec()),
             None => {
-                let expected = format!("a list of {n_layers} zeros and ones");
+                let expected = format!("a list of at least {n_layers} zeros and ones");
                 Err(self.fields.bad(key, expected, format!("{} entries", list.len())))
             }
         }

@@ -90,20 +90,28 @@ impl Files {
         }
     }
 
-    /// Names of all files that end in `suffix`, sorted.
-    pub(super) fn ending_in(&self, suffix: &str) -> Result<Vec<String>, LoadError> {
-        let mut names = match self {
-            Files::Memory(files) => files.keys().cloned().collect(),
+    /// Names of all files of the subfolder `inner` (empty: of the folder itself) that end in
+    /// `suffix`, sorted; none when there is no such subfolder.
+    pub(super) fn ending_in(&self, inner: &str, suffix: &str) -> Result<Vec<String>, LoadError> {
+        let mut names = Vec::new();
+        match self {
+            Files::Memory(files) => {
+                let within = |name: &&String| Path::new(name).parent() == Some(Path::new(inner));
+                names.extend(files.keys().filter(within).cloned());
+            }
             Files::Disk(dir) => {
-                let io_error = |source| LoadError::Io { path: dir.clone(), source };
-                let mut names = Vec::new();
-                for entry in std::fs::read_dir(dir).map_err(io_error)?.take(MAX_FILES) {
+                let path = dir.join(inner);
+                let io_error = |source| LoadError::Io { path: path.clone(), source };
+                if !path.is_dir() {
+                    return Ok(names);
+                }
+                for entry in std::fs::read_dir(&path).map_err(io_error)?.take(MAX_FILES) {
                     let name = entry.map_err(io_error)?.file_name();
+                    let name = Path::new(inner).join(name).into_os_string();
                     names.extend(name.into_string().ok());
                 }
-                names
             }
-        };
+        }
         names.retain(|name| name.ends_with(suffix));
         names.sort_unstable();
         Ok(names)

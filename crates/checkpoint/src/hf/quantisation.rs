@@ -47,8 +47,10 @@ fn read(value: &Value) -> Result<QuantMethod, LoadError> {
     {
         return Err(fields.bad("dynamic", "nothing (settings per module)", short(found)));
     }
-    if fields.bool("zero_point")? == Some(false) {
-        return Err(fields.bad("zero_point", "true", false));
+    for (key, only) in [("zero_point", true), ("is_marlin_format", false)] {
+        if fields.bool(key)?.is_some_and(|found| found != only) {
+            return Err(fields.bad(key, only.to_string(), !only));
+        }
     }
     match fields.str("pack_dtype")?.filter(|&found| found != "int32") {
         Some(found) => Err(fields.bad("pack_dtype", "int32", found)),

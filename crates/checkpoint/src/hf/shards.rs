@@ -41,7 +41,7 @@ impl Shards {
                     .map_err(|error| error.in_file(&files.path(INDEX)));
             }
         }
-        let names = files.ending_in(".safetensors")?;
+        let names = files.ending_in("", ".safetensors")?;
         if names.is_empty() {
             let source = std::io::Error::from(std::io::ErrorKind::NotFound);
             return Err(LoadError::Io { path: files.path(SINGLE), source });

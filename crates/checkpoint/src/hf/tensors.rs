@@ -125,6 +125,7 @@ impl HfTensors {
             Source::PlusOne(stored) => (DType::F32, self.view(stored)?.shape.to_vec()),
             Source::Packed(module) => {
                 let method = self.method.expect("packed layers are only collected with a method");
+                self.require_parts(method, module)?;
                 let look = |name: &str| self.raw(name);
                 let (rows, columns) = layer_shape(&method, module, &look)?;
                 let native = native_type(&method, module, &look)?;
@@ -140,6 +141,28 @@ impl HfTensors {
             None => Ok(()),
             Some(_) => Err(LoadError::DuplicateTensor { tensor }),
         }
+    }
+
+    /// Refuses a packed layer without one of its tensors now rather than when it is decoded.
+    fn require_parts(&self, method: QuantMethod, module: &str) -> Result<(), LoadError> {
+        let has = |suffix: &str| self.shards.file_of(&format!("{module}.{suffix}")).is_some();
+        for &suffix in method.layer_tensors() {
+            let is_there = match suffix {
+                "g_idx" | "mcg" | "mul1" => true,
+                // The older spellings of EXL3's signs.
+                "suh" | "su" => has("suh") || has("su"),
+                "svh" | "sv" => has("svh") || has("sv"),
+                suffix => has(suffix),
+            };
+            if !is_there {
+                return Err(LoadError::bad_value(
+                    &format!("{module}.{suffix}"),
+                    "a tensor beside the other parts of the layer",
+                    "none",
+                ));
+            }
+        }
+        Ok(())
     }
 
     /// A head beside a tied embedding: a packed one is used, as by the quantisers' own engines; a
@@ -181,26 +204,20 @@ impl HfTensors {
     }
 
     /// `error` with the name that the user finds in the folder.
-    fn in_stored_names(&self, error: LoadError, names: &Names) -> LoadError {
-        let stored = |tensor: String| {
-            let entry = self.entries.get(&tensor).map(|entry| match &entry.source {
-                Source::Stored(name) | Source::PlusOne(name) => name.clone(),
-                Source::Packed(module) => format!("{module}.weight"),
-            });
-            entry.or_else(|| names.stored(&tensor)).unwrap_or(tensor)
+    fn in_stored_names(&self, mut error: LoadError, names: &Names) -> LoadError {
+        let (LoadError::MissingTensor { tensor, .. }
+        | LoadError::WrongShape { tensor, .. }
+        | LoadError::UnexpectedTensor { tensor, .. }) = &mut error
+        else {
+            return error;
         };
-        match error {
-            LoadError::MissingTensor { tensor, expected } => {
-                LoadError::MissingTensor { tensor: stored(tensor), expected }
-            }
-            LoadError::WrongShape { tensor, expected, found } => {
-                LoadError::WrongShape { tensor: stored(tensor), expected, found }
-            }
-            LoadError::UnexpectedTensor { tensor, architecture } => {
-                LoadError::UnexpectedTensor { tensor: stored(tensor), architecture }
-            }
-            other => other,
-        }
+        let stored = match self.entries.get(tensor).map(|entry| &entry.source) {
+            Some(Source::Stored(name) | Source::PlusOne(name)) => Some(name.clone()),
+            Some(Source::Packed(module)) => Some(format!("{module}.weight")),
+            None => names.stored(tensor),
+        };
+        *tensor = stored.unwrap_or_else(|| tensor.clone());
+        error
     }
 
     /// The names of all tensors that are stored as they are: in the files, and here.
@@ -282,10 +299,7 @@ impl Tensors for HfTensors {
 /// Tensors that follow from the configuration, or belong to another modality.
 fn is_unused(name: &str, is_multimodal: bool) -> bool {
     let other_modalities = ["vision_tower.", "multi_modal_projector."];
-    let starts = |prefix: &&str| {
-        name.starts_with(*prefix)
-            || name.strip_prefix("model.").is_some_and(|rest| rest.starts_with(*prefix))
-    };
+    let inner = name.strip_prefix("model.").unwrap_or(name);
     name.ends_with(".rotary_emb.inv_freq")
-        || (is_multimodal && other_modalities.iter().any(|prefix| starts(&prefix)))
+        || (is_multimodal && other_modalities.iter().any(|prefix| inner.starts_with(prefix)))
 }

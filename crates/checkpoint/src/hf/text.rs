@@ -10,8 +10,12 @@ use crate::LoadError;
 const GENERATION: &str = "generation_config.json";
 const TOKENIZER: &str = "tokenizer_config.json";
 const TEMPLATE: &str = "chat_template.jinja";
+/// Folder of further templates, such as `tool_use.jinja`.
+const TEMPLATES: &str = "additional_chat_templates";
 const TEMPLATE_JSON: &str = "chat_template.json";
-/// A model has a handful.
+/// A model has a handful of templates.
+const MAX_TEMPLATES: usize = 64;
+/// And of tokens that end an answer.
 const MAX_END_TOKENS: usize = 1024;
 
 /// Special tokens and sampling defaults: `generation_config.json`, and `config.json` where that is
@@ -47,8 +51,8 @@ pub struct NamedTemplate {
     pub source: String,
 }
 
-/// Chat templates and the literals of special tokens: `chat_template.jinja` and
-/// `tokenizer_config.json`.
+/// Chat templates and the literals of special tokens: `chat_template.jinja`, the folder
+/// `additional_chat_templates`, `chat_template.json` and `tokenizer_config.json`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Text {
     /// All templates; one without a name is `default`.
@@ -95,7 +99,11 @@ impl Generation {
     /// Takes the tokens of `fields` that are not known yet.
     fn tokens(&mut self, fields: Fields<'_>) -> Result<(), LoadError> {
         self.bos = self.bos.or(fields.u32("bos_token_id")?);
-        self.padding = self.padding.or(fields.u32("pad_token_id")?);
+        // Early Llama folders say -1 for none.
+        let has_padding = fields.get("pad_token_id").is_some_and(|id| id.as_i64() != Some(-1));
+        if has_padding && self.padding.is_none() {
+            self.padding = fields.u32("pad_token_id")?;
+        }
         if !self.eos.is_empty() {
             return Ok(());
         }
@@ -166,15 +174,29 @@ impl Text {
             text.templates =
                 templates.map_err(|error| error.in_file(&files.path(TEMPLATE_JSON)))?;
         }
-        if let Some(bytes) = files.read(TEMPLATE, MAX_SMALL_BYTES)? {
-            let source = String::from_utf8(bytes).map_err(|error| {
-                let (what, at) = ("the template".to_owned(), error.utf8_error().valid_up_to());
-                LoadError::BadText { what, at }.in_file(&files.path(TEMPLATE))
-            })?;
-            text.templates.retain(|template| template.name != "default");
-            text.templates.insert(0, NamedTemplate { name: "default".to_owned(), source });
+        text.take_file(files, TEMPLATE, "default")?;
+        let more = files.ending_in(TEMPLATES, ".jinja")?;
+        if more.len() > MAX_TEMPLATES {
+            let (what, limit) = (format!("files of {TEMPLATES}"), MAX_TEMPLATES as u64);
+            return Err(LoadError::LimitExceeded { what, limit, found: more.len() as u64 });
+        }
+        for path in more {
+            let name = path.rsplit(['/', '\\']).next().unwrap_or_default();
+            text.take_file(files, &path, name.trim_end_matches(".jinja"))?;
         }
         Ok(text)
+    }
+
+    /// The template in the file `path`, if there is one, in place of another called `name`.
+    fn take_file(&mut self, files: &Files, path: &str, name: &str) -> Result<(), LoadError> {
+        let Some(bytes) = files.read(path, MAX_SMALL_BYTES)? else { return Ok(()) };
+        let source = String::from_utf8(bytes).map_err(|error| {
+            let (what, at) = ("the template".to_owned(), error.utf8_error().valid_up_to());
+            LoadError::BadText { what, at }.in_file(&files.path(path))
+        })?;
+        self.templates.retain(|template| template.name != name);
+        self.templates.push(NamedTemplate { name: name.to_owned(), source });
+        Ok(())
     }
 
     fn tokenizer(&mut self, fields: Fields<'_>) -> Result<(), LoadError> {

@@ -1,6 +1,5 @@
 //! The tiny folders of golden/families: configuration, tensors, and their equality with the GGUF
 //! files of the same weights.
-#![expect(clippy::unwrap_used, reason = "helpers of tests")]
 
 use std::path::PathBuf;
 
@@ -9,6 +8,8 @@ use exrail_checkpoint::{
     tensor_name,
 };
 use exrail_tensor::DType;
+
+use crate::folder::golden;
 
 const FAMILIES: [&str; 21] = [
     "cohere2",
@@ -38,7 +39,7 @@ const WITHOUT_GGUF: [&str; 6] =
     ["gemma2-scalar", "llama-dynamic", "mistral", "phi3-window", "qwen2-tied", "qwen3_moe-mixed"];
 
 fn folder(name: &str) -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../golden/families").join(name)
+    golden(&format!("families/{name}"))
 }
 
 fn gguf(name: &str) -> Gguf {
