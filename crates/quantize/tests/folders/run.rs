@@ -99,22 +99,22 @@ fn what_stands_beside_the_weights_is_there() {
 fn what_falls_back_is_said_and_loads_beside_the_others() {
     let dir = tempfile::tempdir().unwrap();
     let destination = dir.path().join("out");
-    let options = exrail_quantize::QuantizeOptions::new(IntGrid::Int4, 128, None).unwrap();
-    // The networks of this family are 128 wide, its residual stream is 64.
+    let options = exrail_quantize::QuantizeOptions::new(IntGrid::Int4, 64, None).unwrap();
+    // The residual stream of this family is 64 wide, its networks 96.
     let manifest = quantised(&family("llama"), &destination, &options);
     let (four, eight): (Vec<_>, Vec<_>) =
         manifest.quantised.iter().partition(|tensor| tensor.bits == 4);
     assert!(!four.is_empty() && !eight.is_empty(), "{manifest:?}");
-    assert!(four.iter().all(|tensor| tensor.fallback.is_none() && tensor.group == 128));
+    assert!(four.iter().all(|tensor| tensor.fallback.is_none() && tensor.group == 64));
     for tensor in &eight {
         let reason = tensor.fallback.as_ref().unwrap();
-        assert!(reason.contains("does not fit 4 bits in groups of 128"), "{reason}");
+        assert!(reason.contains("does not fit 4 bits in groups of 64"), "{reason}");
         assert_eq!(tensor.group, 32);
     }
     let folder = HfFolder::open(&destination).unwrap();
     let dtype = |name: &str| folder.info(name).unwrap().dtype;
-    assert_eq!(dtype("blk.0.ffn_down.weight"), DType::Q4_0);
-    assert_eq!(dtype("blk.0.ffn_up.weight"), DType::Q8_0);
+    assert_eq!(dtype("blk.0.ffn_up.weight"), DType::Q4_0);
+    assert_eq!(dtype("blk.0.ffn_down.weight"), DType::Q8_0);
     let tokens = ids(40, 9);
     let kld = mean_kld(&logits(&family("llama"), &tokens), &logits(&destination, &tokens));
     assert!(kld < 0.5, "{kld}");
