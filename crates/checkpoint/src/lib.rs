@@ -19,6 +19,7 @@ mod hf;
 mod metadata;
 mod quantised;
 mod reader;
+mod rounded;
 mod safetensors_file;
 mod tensors;
 mod vocabulary;
@@ -37,6 +38,7 @@ pub use quantised::{
     AwqConfig, AwqPacking, Blocks, Dense, GptqConfig, GptqZeros, Lookup, QuantMethod, RawTensor,
     RawType, dequantise_layer, layer_shape, native_blocks, native_type,
 };
+pub use rounded::Rounded;
 pub use safetensors_file::SafetensorsFile;
 pub use tensors::{TensorInfo, TensorView, Tensors};
 pub use vocabulary::VocabularyTable;
