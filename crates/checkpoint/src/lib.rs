@@ -32,7 +32,7 @@ pub use decoder::{
 pub use digest::{sha256_file, sha256_hex};
 pub use error::LoadError;
 pub use gguf::Gguf;
-pub use hf::{Generation, HfFolder, NamedTemplate, Text};
+pub use hf::{GenerationSettings, HfFolder, NamedTemplate, TextSettings};
 pub use metadata::{Array, Metadata, Value};
 pub use quantised::{
     AwqConfig, AwqPacking, Blocks, Dense, GptqConfig, GptqZeros, Lookup, QuantMethod, RawTensor,

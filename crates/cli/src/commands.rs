@@ -1,6 +1,7 @@
 //! One module a command; each has `run`.
 
 pub(crate) mod ask;
+pub(crate) mod bench;
 pub(crate) mod chat;
 pub(crate) mod demo;
 pub(crate) mod embed;

@@ -9,6 +9,7 @@ use exrail_hub::{Cache, Fetch, Kind, Registry, Resolved};
 use exrail_kernels::{Activation, KvDtype};
 use exrail_kernels_cpu::CpuOptions;
 use exrail_server::Keys;
+use serde::Serialize;
 
 use crate::progress::Bars;
 
@@ -49,7 +50,8 @@ impl Sources {
 }
 
 /// How activations meet quantised weights.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "snake_case")]
 pub(crate) enum ActivationOption {
     /// Rounded to int8 per 32 values: fast.
     Int8,
@@ -58,7 +60,8 @@ pub(crate) enum ActivationOption {
 }
 
 /// The element type of the KV cache.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "snake_case")]
 pub(crate) enum KvOption {
     /// Half precision.
     F16,

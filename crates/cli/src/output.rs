@@ -67,7 +67,7 @@ impl Output {
 }
 
 /// The chain of causes, without those that an outer message has already told.
-fn explain(error: &anyhow::Error) -> String {
+pub(crate) fn explain(error: &anyhow::Error) -> String {
     error.chain().fold(String::new(), |told, cause| {
         let cause = cause.to_string();
         match told.as_str() {

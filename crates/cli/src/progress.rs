@@ -66,6 +66,11 @@ impl Bars {
         self.stage("embed chunks", Some(total), COUNT).set_position(progress.embedded as u64);
     }
 
+    /// How many of `total` runs are done.
+    pub(crate) fn bench(&mut self, what: &str, done: usize, total: usize) {
+        self.stage(what, Some(total as u64), COUNT).set_position(done as u64);
+    }
+
     pub(crate) fn probe(&mut self, progress: Progress) {
         let name = match progress.stage {
             Stage::Calibrate => "calibrate ΔS",

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
-use exrail_checkpoint::{Gguf, LlamaConfig, Tensors, VocabularyTable, sha256_file};
+use exrail_checkpoint::{DecoderConfig, Gguf, Tensors, VocabularyTable, sha256_file};
 use exrail_kernels::Backend;
 use exrail_model::{Decoder, LoadProgress};
 use exrail_text::{ChatTemplate, Tokenizer, Vocabulary};
@@ -28,7 +28,7 @@ pub struct Loaded<B: Backend> {
     /// Format of the largest part of the weights, such as `Q4_1`.
     pub quant: String,
     /// Architecture as data.
-    pub config: LlamaConfig,
+    pub config: DecoderConfig,
 }
 
 /// How far loading has come.
@@ -80,7 +80,7 @@ pub fn prepare_generator<B: Backend>(
     model_sha256: String,
     progress: &mut dyn FnMut(LoadProgress),
 ) -> Result<Loaded<B>, EngineError> {
-    let config = LlamaConfig::from_gguf(gguf)?;
+    let config = DecoderConfig::from_gguf(gguf)?;
     let tokenizer = Tokenizer::from_vocabulary(vocabulary(VocabularyTable::from_gguf(gguf)?))?;
     let template = compile_template(gguf, &tokenizer)?;
     let decoder = Decoder::load(&backend, &config, gguf as &dyn Tensors, progress)?;

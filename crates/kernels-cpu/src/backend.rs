@@ -113,6 +113,11 @@ impl CpuBackend {
         self.activation
     }
 
+    /// What runs kernels, and on which threads.
+    pub(crate) fn parts(&self) -> (Processor, &Pool) {
+        (self.shared.processor, &self.shared.pool)
+    }
+
     fn scratch(&self) -> MutexGuard<'_, Scratch> {
         // Scratch holds no invariant that a panic could break: every use fills it anew.
         self.shared.scratch.lock().unwrap_or_else(PoisonError::into_inner)

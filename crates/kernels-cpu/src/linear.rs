@@ -21,6 +21,11 @@ use std::ops::Range;
 
 /// Multiplications below which waking the pool costs more than it saves (about 2 µs of one core).
 const ALONE: usize = 1 << 17;
+/// Rows of activations up to which a product waits for weights rather than for arithmetic.
+const FEW_ROWS: usize = 8;
+/// Bytes of weights that a core takes at once then: about 2 µs, because at the end of a product the
+/// other threads wait for the last chunk.
+const CHUNK_BYTES: usize = 32 << 10;
 /// Bytes of quantised activations that stay in a core's L2 next to the weights.
 const PANEL_BYTES: usize = 384 << 10;
 
@@ -117,7 +122,9 @@ impl Engine<'_> {
             }
             streams
         };
-        self.share((n_groups, n_rows * columns), &reads, &|groups| {
+        let len_bytes = parts.iter().map(|part| part.weight.len_bytes()).sum();
+        let job = Job { n_groups, n_rows, columns, len_bytes };
+        self.share(&job, &reads, &|groups| {
             for part in &parts {
                 let own = part.first..part.first + part.weight.n_groups();
                 let shared = groups.start.max(own.start)..groups.end.min(own.end);
@@ -157,7 +164,9 @@ impl Engine<'_> {
         let (processor, activation) = (self.processor, self.activation);
         let reads =
             |groups: Range<usize>| [gate.addresses(groups.clone()), up.addresses(groups), 0..0];
-        self.share((gate.n_groups(), 2 * n_rows * columns), &reads, &|groups| {
+        let len_bytes = gate.len_bytes() + up.len_bytes();
+        let job = Job { n_groups: gate.n_groups(), n_rows, columns: 2 * columns, len_bytes };
+        self.share(&job, &reads, &|groups| {
             // SAFETY: every group index is in one chunk, and the pool runs each chunk once.
             let out = unsafe { out.block(0..n_rows, groups.start * ROWS..groups.end * ROWS) };
             let chunk = Chunk { processor, activation, input, n_rows, groups, out };
@@ -188,22 +197,36 @@ impl Engine<'_> {
         });
     }
 
-    /// Splits groups into chunks: eight a thread, so that a disturbed core can take fewer.
+    /// Splits groups into chunks: eight a thread or more, so that a disturbed core can take fewer.
     fn share(
         &self,
-        (n_groups, work_per_weight_row): (usize, usize),
+        job: &Job,
         reads: &dyn Fn(Range<usize>) -> Streams,
         run: &(dyn Fn(Range<usize>) + Sync),
     ) {
-        if n_groups * ROWS * work_per_weight_row < ALONE {
+        let n_groups = job.n_groups;
+        if n_groups * ROWS * job.n_rows * job.columns < ALONE {
             return run(0..n_groups);
         }
-        let per_chunk = (n_groups / (8 * self.pool.n_threads())).max(1);
+        let mut per_chunk = n_groups / (8 * self.pool.n_threads());
+        if job.n_rows <= FEW_ROWS {
+            per_chunk = per_chunk.min(CHUNK_BYTES * n_groups / job.len_bytes.max(1));
+        }
+        let per_chunk = per_chunk.max(1);
         let groups =
             |chunks: Range<usize>| chunks.start * per_chunk..n_groups.min(chunks.end * per_chunk);
         let reads = |chunks| reads(groups(chunks));
         self.pool.run_reading(n_groups.div_ceil(per_chunk), &reads, &|i| run(groups(i..i + 1)));
     }
+}
+
+/// The size of a product: groups of weight rows, rows of activations, multiplications for one of
+/// each, and bytes of all weights.
+struct Job {
+    n_groups: usize,
+    n_rows: usize,
+    columns: usize,
+    len_bytes: usize,
 }
 
 /// One matrix of `products`, its groups numbered from `first`.
@@ -233,7 +256,16 @@ impl Chunk<'_> {
         let n_blocks = self.input.columns.div_ceil(BLOCK) * self.input.rounding.n_blocks();
         let row_bytes = size_of::<QuantBlock>() * n_blocks;
         let panel = (PANEL_BYTES / row_bytes.max(1)).next_multiple_of(8).min(self.n_rows);
-        let mut sums = vec![[0.0; ROWS]; weights.len() * panel];
+        // Decode runs a thousand chunks a token: no allocation for few rows.
+        let mut few = [[0.0; ROWS]; 2 * FEW_ROWS];
+        let mut many = Vec::new();
+        let n_sums = weights.len() * panel;
+        let sums = if n_sums <= few.len() {
+            &mut few[..n_sums]
+        } else {
+            many.resize(n_sums, [0.0; ROWS]);
+            &mut many[..]
+        };
         for start in (0..self.n_rows).step_by(panel.max(1)) {
             let rows = start..self.n_rows.min(start + panel);
             for (i, group) in self.groups.clone().enumerate() {

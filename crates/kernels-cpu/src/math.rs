@@ -39,7 +39,7 @@ pub(crate) fn silu<L: Lanes>(lanes: L, x: L::V) -> L::V {
 pub(crate) fn gelu_tanh<L: Lanes>(lanes: L, x: L::V) -> L::V {
     // -2 sqrt(2/π) and that times 0.044715.
     let squared = lanes.mul(x, x);
-    let factor = lanes.fma(squared, lanes.splat(-7.135_481_3e-2), lanes.splat(-1.595_769_1));
+    let factor = lanes.fma(squared, lanes.splat(-7.135_481_3e-2), lanes.splat(-1.595_769));
     lanes.div(x, lanes.add(lanes.splat(1.0), exp(lanes, lanes.mul(x, factor))))
 }
 
@@ -54,7 +54,7 @@ pub(crate) fn tanh<L: Lanes>(lanes: L, x: L::V) -> L::V {
         lanes,
         lanes.splat(-5.704_988_7e-3),
         s,
-        &[2.063_908_9e-2, -5.373_971_6e-2, 1.333_144_2e-1, -3.333_328_2e-1],
+        &[2.063_909e-2, -5.373_971_6e-2, 1.333_144_2e-1, -3.333_328e-1],
     );
     let near = lanes.fma(lanes.mul(near, s), x, x);
     let one = lanes.splat(1.0);

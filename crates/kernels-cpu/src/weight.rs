@@ -76,6 +76,11 @@ impl CpuWeight {
         self.rows.div_ceil(ROWS)
     }
 
+    /// Bytes of all groups.
+    pub(crate) fn len_bytes(&self) -> usize {
+        self.n_groups() * self.layout.len_bytes
+    }
+
     /// Where some groups lie.
     pub(crate) fn addresses(&self, groups: Range<usize>) -> Range<usize> {
         let (start, len) = (self.bytes.as_ptr().addr(), self.layout.len_bytes);

@@ -9,7 +9,7 @@ use exrail_kernels::{AttentionShape, Backend, KvDtype, KvShape, Rope};
 
 pub use block::{Block, embed_tokens};
 
-use crate::layer::Layer;
+use crate::layer::{Layer, QkNorms};
 use crate::load::Loader;
 use crate::rope::rope;
 use crate::{Batch, LoadProgress, ModelError, Scratch};
@@ -159,7 +159,7 @@ impl<B: Backend> Decoder<B> {
         };
         let outs = [&mut *queries, &mut *keys, &mut *values];
         layer.qkv.run(backend, input, n_rows, outs);
-        if let Some((query, key)) = &layer.qk_norm {
+        if let Some(QkNorms { query, key }) = &layer.qk_norm {
             let (h, k) = match config.qk_norm {
                 Some(QkNorm::Heads) => (config.n_heads, config.n_kv_heads),
                 Some(QkNorm::Whole) | None => (1, 1),

@@ -19,14 +19,20 @@ pub(crate) struct Qkv<B: Backend> {
     biases: Option<[B::Buffer; 3]>,
 }
 
+/// Norm weights of queries and keys.
+pub(crate) struct QkNorms<B: Backend> {
+    pub(crate) query: B::Buffer, // (D), or (H * D)
+    pub(crate) key: B::Buffer,   // (D), or (K * D)
+}
+
 /// The weights of one block; norms that its family lacks are `None`.
 pub(crate) struct Layer<B: Backend> {
     pub(crate) attention_norm: Option<B::Buffer>, // (C)
     pub(crate) qkv: Qkv<B>,
-    pub(crate) qk_norm: Option<(B::Buffer, B::Buffer)>, // (D), or (H * D) and (K * D)
-    pub(crate) attention_out: Linear<B>,                // (C, H * D)
-    pub(crate) attention_post_norm: Option<B::Buffer>,  // (C)
-    pub(crate) ffn_norm: Option<B::Buffer>,             // (C)
+    pub(crate) qk_norm: Option<QkNorms<B>>,
+    pub(crate) attention_out: Linear<B>, // (C, H * D)
+    pub(crate) attention_post_norm: Option<B::Buffer>, // (C)
+    pub(crate) ffn_norm: Option<B::Buffer>, // (C)
     pub(crate) ffn: Ffn<B>,
     pub(crate) ffn_post_norm: Option<B::Buffer>, // (C)
 }
@@ -84,7 +90,7 @@ fn load_qk_norm<B: Backend>(
     loader: &mut Loader<'_, B>,
     config: &DecoderConfig,
     layer_idx: usize,
-) -> Result<Option<(B::Buffer, B::Buffer)>, ModelError> {
+) -> Result<Option<QkNorms<B>>, ModelError> {
     let (query, key) = match config.qk_norm {
         None => return Ok(None),
         Some(QkNorm::Heads) => (config.head_dim, config.head_dim),
@@ -92,7 +98,7 @@ fn load_qk_norm<B: Backend>(
     };
     let query = loader.vector(&tensor_name(layer_idx, "attn_q_norm.weight"), query)?;
     let key = loader.vector(&tensor_name(layer_idx, "attn_k_norm.weight"), key)?;
-    Ok(Some((query, key)))
+    Ok(Some(QkNorms { query, key }))
 }
 
 impl<B: Backend> Linear<B> {

@@ -9,14 +9,14 @@ use exrail_kernels::{Rope, RopeStyle};
 /// as the configuration says for a context of `context_len` tokens.
 pub(crate) fn rope(config: &RopeConfig, context_len: usize) -> Rope {
     let n_pairs = config.dim / 2;
-    let theta = f64::from(config.theta);
+    let theta = config.theta_for(context_len);
     let plain = |i: usize| theta.powf(-(i as f64) / n_pairs as f64);
     let divided = |factors: &[f32]| -> Vec<f64> {
         (0..n_pairs).map(|i| plain(i) / f64::from(factors[i])).collect()
     };
     let mut magnitude = 1.0;
     let frequencies: Vec<f64> = match &config.scaling {
-        // Up to the trained length, to which the context is limited, "NTK" changes nothing.
+        // Dynamic NTK is a change of theta, which is done above.
         RopeScaling::None | RopeScaling::DynamicNtk { .. } => (0..n_pairs).map(plain).collect(),
         RopeScaling::Linear { factor } => {
             (0..n_pairs).map(|i| plain(i) / f64::from(*factor)).collect()

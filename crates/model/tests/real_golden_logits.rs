@@ -6,7 +6,7 @@ mod golden;
 
 use std::path::Path;
 
-use exrail_checkpoint::{Gguf, LlamaConfig};
+use exrail_checkpoint::{DecoderConfig, Gguf};
 use exrail_kernels::{Activation, AttentionSpan, Backend, KvDtype, PAGE_TOKENS, PageId, TokenId};
 use exrail_kernels_cpu::{CpuBackend, CpuOptions};
 use exrail_model::{Batch, Decoder};
@@ -129,7 +129,7 @@ fn exact_mode_agrees_with_numpy_and_fast_mode_with_exact_mode() {
         &std::env::var("EXRAIL_TEST_GENERATOR").expect("run through make test"),
     ))
     .unwrap();
-    let config = LlamaConfig::from_gguf(&gguf).unwrap();
+    let config = DecoderConfig::from_gguf(&gguf).unwrap();
     assert_eq!(config.vocab_size, golden.vocab_size);
     let options = CpuOptions { activation: Activation::F32, ..CpuOptions::default() };
     let exact = CpuBackend::new(options).unwrap();

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use exrail_checkpoint::{Gguf, LlamaConfig};
+use exrail_checkpoint::{DecoderConfig, Gguf};
 use exrail_kernels::{AttentionSpan, Backend, KvDtype, PageId, TokenId};
 use exrail_kernels_cpu::{CpuBackend, CpuOptions};
 use exrail_model::{Batch, Decoder};
@@ -21,7 +21,7 @@ fn greedy_decoding_names_the_capital_of_france() {
         &std::env::var("EXRAIL_TEST_GENERATOR").expect("run through make test"),
     ))
     .unwrap();
-    let config = LlamaConfig::from_gguf(&gguf).unwrap();
+    let config = DecoderConfig::from_gguf(&gguf).unwrap();
     let backend = CpuBackend::new(CpuOptions::default()).unwrap();
     let decoder = Decoder::load(&backend, &config, &gguf, &mut |_| {}).unwrap();
     let mut scratch = decoder.scratch(&backend, PROMPT.len(), 1).unwrap();

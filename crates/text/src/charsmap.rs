@@ -25,7 +25,7 @@ impl CharsMap {
         let bad = |what| TokenizerError::BadCharsMap { what };
         let (len, rest) = blob.split_first_chunk().ok_or(bad("no length of the trie"))?;
         let trie_bytes = u32::from_le_bytes(*len) as usize;
-        if trie_bytes == 0 || trie_bytes % 4 != 0 || trie_bytes > rest.len() {
+        if trie_bytes == 0 || !trie_bytes.is_multiple_of(4) || trie_bytes > rest.len() {
             return Err(bad("the trie does not fit"));
         }
         let (trie, replacements) = rest.split_at(trie_bytes);
@@ -55,6 +55,11 @@ impl CharsMap {
             return Err(bad("no root"));
         }
         Ok(CharsMap { units, replacements })
+    }
+
+    /// Bytes of the longest replacement.
+    pub(crate) fn longest_replacement(&self) -> usize {
+        self.replacements.split('\0').map(str::len).max().unwrap_or(0)
     }
 
     /// The replacement for the longest start of `text` that has one, and the bytes that it takes.

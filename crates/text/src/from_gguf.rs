@@ -50,7 +50,7 @@ impl Tokenizer {
         let kinds = vocabulary.checked_kinds()?;
         let fingerprint = fingerprint_of(&vocabulary);
         let spelling = match vocabulary.model.as_str() {
-            "gpt2" => Spelling::Bytes(ByteAlphabet::new()),
+            "gpt2" => Spelling::Bytes(Box::new(ByteAlphabet::new())),
             "llama" | "t5" => Spelling::Spaces,
             "bert" => Spelling::Words,
             _ => return Err(TokenizerError::UnknownModel { found: vocabulary.model }),
@@ -89,7 +89,7 @@ impl Tokenizer {
 /// How a vocabulary writes its tokens.
 enum Spelling {
     /// In the byte alphabet.
-    Bytes(ByteAlphabet),
+    Bytes(Box<ByteAlphabet>),
     /// With U+2581 for a space.
     Spaces,
     /// With U+2581 before what starts a word.
@@ -147,15 +147,16 @@ fn tokens(
             }
             (Kind::Added | Kind::Control | Kind::Unused, _) => token.as_bytes().to_vec(),
         };
-        if matches!(kind, Kind::Added | Kind::Control) {
+        // Sentencepiece looks for its own added pieces in normalised text. A model that puts a
+        // space before each text has none: there they are additions of a fine-tuning, and the
+        // text after one begins anew.
+        let in_words = kind == Kind::Added && takes_added_pieces(vocabulary);
+        if matches!(kind, Kind::Added | Kind::Control) && !in_words {
             let text =
                 if control { token.clone() } else { String::from_utf8_lossy(&bytes).into_owned() };
-            if text.len() > MAX_LITERAL_BYTES {
-                let found = text.len();
-                return Err(TokenizerError::TokenTooLong { id, limit: MAX_LITERAL_BYTES, found });
-            }
             let takes_right =
                 control && vocabulary.strips_right && !KEEPS_RIGHT.contains(&token.as_str());
+            let text = checked_literal(id, text)?;
             literals.push(Literal { id, text, control, takes_right, ..Literal::default() });
         }
         tokens.push(token, &bytes, control);
@@ -183,7 +184,13 @@ fn words(
                     .transpose()?,
             };
             if !is_unigram {
-                return Ok(Words::SentencePiece(SentencePiece { pieces, normaliser }));
+                let added = if takes_added_pieces(vocabulary) {
+                    added_pieces(vocabulary, kinds)?
+                } else {
+                    Vec::new()
+                };
+                let added = Literals::new(added);
+                return Ok(Words::SentencePiece(SentencePiece { pieces, added, normaliser }));
             }
             let long = pieces.iter().find(|(piece, _)| piece.len() > MAX_PIECE_BYTES);
             if let Some((piece, id)) = long {
@@ -193,6 +200,30 @@ fn words(
             Ok(Words::Unigram(Unigram::new(pieces, normaliser, kinds)))
         }
     }
+}
+
+fn takes_added_pieces(vocabulary: &Vocabulary) -> bool {
+    vocabulary.model == "llama" && !vocabulary.add_space_prefix
+}
+
+/// Added tokens as they stand in normalised text.
+fn added_pieces(vocabulary: &Vocabulary, kinds: &[Kind]) -> Result<Vec<Literal>, TokenizerError> {
+    let mut added = Vec::new();
+    for ((id, token), kind) in (0_u32..).zip(&vocabulary.tokens).zip(kinds) {
+        if *kind == Kind::Added {
+            let text = checked_literal(id, token.replace(' ', &SPACE.to_string()))?;
+            added.push(Literal { id, text, ..Literal::default() });
+        }
+    }
+    Ok(added)
+}
+
+fn checked_literal(id: u32, text: String) -> Result<String, TokenizerError> {
+    if text.len() > MAX_LITERAL_BYTES {
+        let found = text.len();
+        return Err(TokenizerError::TokenTooLong { id, limit: MAX_LITERAL_BYTES, found });
+    }
+    Ok(text)
 }
 
 /// Ordinary tokens with their ids. Control tokens are not among them, so merges cannot give one.
@@ -247,7 +278,7 @@ fn word_pieces(vocabulary: &Vocabulary, kinds: &[Kind]) -> Result<Words, Tokeniz
     vocabulary.separator.ok_or(missing("last", "[SEP]"))?;
     let mut table = Vocab::default();
     for (token, id) in text_ids(vocabulary, kinds) {
-        if vocabulary.lowercase.is_none() && token.chars().any(char::is_uppercase) {
+        if vocabulary.lowercase.is_none() && token.to_lowercase() != token {
             return Err(TokenizerError::UnknownCase { id, token: token.to_owned() });
         }
         let spelled = token.strip_prefix(SPACE).map_or_else(|| format!("##{token}"), str::to_owned);

@@ -19,6 +19,7 @@ use tokenizers::{
 };
 
 use crate::TokenizerError;
+use crate::charsmap::CharsMap;
 use crate::from_gguf::MAX_LITERAL_BYTES;
 use crate::json_file::{Added, File, Model, Roles, Vocabulary};
 use crate::json_spelling::Spelling;
@@ -31,6 +32,33 @@ use crate::tokenizer::{Around, Tokenizer, end_ids};
 use crate::vocabulary::is_merge;
 use crate::words::{Library, Step, Words};
 
+/// Steps of a pre-tokenizer that are taken as the `tokenizers` crate has them, or replaced.
+const STEPS: [&str; 10] = [
+    "BertPreTokenizer",
+    "ByteLevel",
+    "CharDelimiterSplit",
+    "Digits",
+    "FixedLength",
+    "Metaspace",
+    "Punctuation",
+    "UnicodeScripts",
+    "Whitespace",
+    "WhitespaceSplit",
+];
+/// Normalisers that leave the length of a text within a few times of what it was.
+const NORMALIZERS: [&str; 11] = [
+    "BertNormalizer",
+    "Lowercase",
+    "NFC",
+    "NFD",
+    "NFKC",
+    "NFKD",
+    "Nmt",
+    "Sequence",
+    "Strip",
+    "StripAccents",
+    "ByteLevel",
+];
 /// How many times longer all replacements of a normaliser together may make a text.
 const MAX_GROWTH: usize = 1024;
 /// Ids may leave holes; this many at most beside one for each token.
@@ -335,20 +363,54 @@ fn check_normalizer(value: &Value, growth: &mut usize) -> Result<(), TokenizerEr
         }
     }
     match text("type") {
-        Some("Precompiled") => Err(unsupported("normalizer", "Precompiled")),
+        Some("Precompiled") => {
+            // The crate walks the map without looking where it leads.
+            let map = text("precompiled_charsmap").and_then(base64);
+            let map = CharsMap::parse(&map.ok_or_else(|| unsupported("normalizer", value))?)?;
+            grow(growth, map.longest_replacement())
+        }
         Some("Replace" | "Prepend") => {
             if let Some(pattern) = value.pointer("/pattern/Regex").and_then(Value::as_str) {
                 Splitter::new(pattern)?;
             }
-            let len = text("content").or(text("prepend")).map_or(0, str::len);
-            *growth = growth.saturating_mul(len.max(1));
-            if *growth > MAX_GROWTH {
-                return Err(unsupported("normalizer", format!("growth of {growth} times")));
-            }
-            Ok(())
+            grow(growth, text("content").or(text("prepend")).map_or(0, str::len))
         }
-        Some(_) | None => Ok(()),
+        Some(name) if NORMALIZERS.contains(&name) => Ok(()),
+        None if value.is_null() => Ok(()),
+        Some(_) | None => Err(unsupported("normalizer", value)),
     }
+}
+
+fn grow(growth: &mut usize, len: usize) -> Result<(), TokenizerError> {
+    *growth = growth.saturating_mul(len.max(1));
+    if *growth > MAX_GROWTH {
+        return Err(unsupported("normalizer", format!("growth of {growth} times")));
+    }
+    Ok(())
+}
+
+/// The bytes of standard Base64 (RFC 4648 §4); `None` for anything else.
+fn base64(text: &str) -> Option<Vec<u8>> {
+    let digits = text.trim_end_matches('=').as_bytes();
+    let mut bytes = Vec::with_capacity(digits.len() / 4 * 3 + 3);
+    let (mut bits, mut n_bits) = (0_u32, 0);
+    for digit in digits {
+        let value = match digit {
+            b'A'..=b'Z' => digit - b'A',
+            b'a'..=b'z' => digit - b'a' + 26,
+            b'0'..=b'9' => digit - b'0' + 52,
+            b'+' => 62,
+            b'/' => 63,
+            _ => return None,
+        };
+        bits = bits << 6 | u32::from(value);
+        n_bits += 6;
+        if n_bits >= 8 {
+            n_bits -= 8;
+            bytes.push(u8::try_from(bits >> n_bits & 0xFF).ok()?);
+        }
+    }
+    Some(bytes)
 }
 
 /// Appends the steps of a pre-tokenizer, sequences taken apart.
@@ -375,29 +437,29 @@ fn add_steps(value: Value, steps: &mut Vec<Step>) -> Result<(), TokenizerError> 
             steps.push(Step::Split { splitter: Splitter::new(&pattern)?, behavior, invert });
             Ok(())
         }
-        (Some(_), value) => {
-            match from_value::<PreTokenizerWrapper>(value)? {
-                PreTokenizerWrapper::ByteLevel(ByteLevel {
-                    add_prefix_space, use_regex, ..
-                }) => {
-                    if add_prefix_space {
-                        steps.push(Step::Prefix);
-                    }
-                    if use_regex {
-                        steps.push(Step::isolate(Splitter::new(GPT2)?));
-                    }
-                    steps.push(Step::bytes());
+        (Some(name), value) if STEPS.contains(&name) => {
+            let step: PreTokenizerWrapper = from_value(value)?;
+            if let PreTokenizerWrapper::ByteLevel(ByteLevel {
+                add_prefix_space, use_regex, ..
+            }) = step
+            {
+                if add_prefix_space {
+                    steps.push(Step::Prefix);
                 }
-                PreTokenizerWrapper::Metaspace(step)
-                    if step.prepend_scheme == PrependScheme::First =>
-                {
-                    steps.push(Step::FirstSpace(step));
+                if use_regex {
+                    steps.push(Step::isolate(Splitter::new(GPT2)?));
                 }
-                other => steps.push(Step::Other(other)),
+                steps.push(Step::bytes());
+            } else if let PreTokenizerWrapper::Metaspace(step) = &step
+                && step.prepend_scheme == PrependScheme::First
+            {
+                steps.push(Step::FirstSpace(step.clone()));
+            } else {
+                steps.push(Step::Other(step));
             }
             Ok(())
         }
-        (None, value) => Err(unsupported("pre_tokenizer", value)),
+        (_, value) => Err(unsupported("pre_tokenizer", value)),
     }
 }
 

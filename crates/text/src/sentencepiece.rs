@@ -11,11 +11,14 @@ use std::ops::Range;
 use crate::TokenizerError;
 use crate::normaliser::Normaliser;
 use crate::pieces::{Piece, Pieces};
+use crate::specials::{Literals, Occurrence};
 
 /// A sentencepiece BPE vocabulary (`tokenizer.ggml.model` = `llama`).
 #[derive(Debug)]
 pub(crate) struct SentencePiece {
     pub(crate) pieces: Pieces,
+    /// Pieces that are found before any merge, spelled as in normalised text.
+    pub(crate) added: Literals,
     pub(crate) normaliser: Normaliser,
 }
 
@@ -65,15 +68,23 @@ impl SentencePiece {
     /// Ids of `text` with their byte ranges in it.
     pub(crate) fn encode(&self, text: &str) -> Result<Vec<(u32, Range<usize>)>, TokenizerError> {
         let text = self.normaliser.apply(text);
-        let segments = self.segments(&text.text);
+        let mut segments = Vec::new();
+        let mut at = 0;
+        for Occurrence { id, span, .. } in self.added.find(&text.text, &|_| true) {
+            self.merge(&text.text, at..span.start, &mut segments);
+            at = span.end;
+            segments.push(Piece { id: Some(id), span });
+        }
+        self.merge(&text.text, at..text.text.len(), &mut segments);
         self.pieces.tokens(&text, segments.into_iter())
     }
 
-    fn segments(&self, text: &str) -> Vec<Piece> {
+    /// Appends the pieces of a stretch without added ones.
+    fn merge(&self, text: &str, stretch: Range<usize>, segments: &mut Vec<Piece>) {
         let mut merges = Merges {
             text,
             pieces: &self.pieces,
-            symbols: symbols(text),
+            symbols: symbols(text, stretch),
             heap: BinaryHeap::new(),
             taken_apart: HashMap::new(),
         };
@@ -83,17 +94,18 @@ impl SentencePiece {
         while let Some(candidate) = merges.heap.pop() {
             merges.join(&candidate);
         }
-        merges.finish()
+        merges.finish(segments);
     }
 }
 
-fn symbols(text: &str) -> Vec<Symbol> {
-    let mut symbols: Vec<Symbol> = text
+fn symbols(text: &str, stretch: Range<usize>) -> Vec<Symbol> {
+    let first = stretch.start;
+    let mut symbols: Vec<Symbol> = text[stretch]
         .char_indices()
         .enumerate()
         .map(|(index, (start, char))| Symbol {
-            start,
-            end: start + char.len_utf8(),
+            start: first + start,
+            end: first + start + char.len_utf8(),
             prev: index.checked_sub(1).unwrap_or(NONE),
             next: index + 1,
         })
@@ -145,8 +157,8 @@ impl<'a> Merges<'a> {
         self.offer(candidate.left, right.next);
     }
 
-    fn finish(self) -> Vec<Piece> {
-        let mut found = Vec::new();
+    /// Appends the pieces that are left, unused ones taken apart.
+    fn finish(self, segments: &mut Vec<Piece>) {
         let mut open = Vec::new();
         for symbol in self.symbols.iter().filter(|it| it.start < it.end) {
             open.push(symbol.start..symbol.end);
@@ -160,10 +172,9 @@ impl<'a> Merges<'a> {
                         open.push(middle..span.end);
                         open.push(span.start..middle);
                     }
-                    None => found.push(Piece { id, span }),
+                    None => segments.push(Piece { id, span }),
                 }
             }
         }
-        found
     }
 }

@@ -36,23 +36,23 @@ impl Trie {
     fn new(mut pieces: Vec<(&str, u32)>) -> Trie {
         pieces.sort_unstable();
         let mut trie = Trie { starts: Vec::new(), edges: Vec::new(), ids: Vec::new() };
-        let mut level = vec![0..pieces.len()];
+        let mut level = Vec::from([(0, pieces.len())]);
         let (mut depth, mut n_nodes) = (0, 1);
         while !level.is_empty() {
             let mut below = Vec::new();
-            for range in level {
+            for (start, end) in level {
                 let ends_here = |piece: &str| piece.len() == depth;
-                let id = pieces[range.clone()].first().filter(|it| ends_here(it.0)).map(|it| it.1);
+                let id = pieces[start..end].first().filter(|it| ends_here(it.0)).map(|it| it.1);
                 trie.ids.push(id);
                 trie.starts.push(trie.edges.len());
-                let mut at = range.start + usize::from(id.is_some());
-                while at < range.end {
+                let mut at = start + usize::from(id.is_some());
+                while at < end {
                     let byte = pieces[at].0.as_bytes()[depth];
-                    let len = pieces[at..range.end]
-                        .partition_point(|piece| piece.0.as_bytes()[depth] == byte);
+                    let len =
+                        pieces[at..end].partition_point(|piece| piece.0.as_bytes()[depth] == byte);
                     trie.edges.push((byte, n_nodes));
                     n_nodes += 1;
-                    below.push(at..at + len);
+                    below.push((at, at + len));
                     at += len;
                 }
             }

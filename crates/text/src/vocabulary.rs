@@ -139,6 +139,13 @@ impl Vocabulary {
         for (role, id) in roles {
             self.check_id(role, id)?;
         }
+        let spelled = |id: Option<u32>| id.and_then(|id| self.tokens.get(id as usize));
+        // In the vocabulary of Gemma these two are HTML: struck-out text.
+        let is_html = |token: &str| {
+            ["<s>", "</s>"].contains(&token)
+                && spelled(self.bos).is_some_and(|bos| bos != "<s>")
+                && spelled(self.eos).is_some_and(|eos| eos != "</s>")
+        };
         let named = [self.bos, self.eos, self.eot, self.separator];
         let mut kinds = Vec::with_capacity(self.tokens.len());
         for (id, token) in self.tokens.iter().enumerate() {
@@ -149,7 +156,7 @@ impl Vocabulary {
                 1 => Kind::Text,
                 6 => Kind::Byte,
                 2 | 3 => Kind::Control,
-                4 if TURN_LITERALS.contains(&token.as_str()) => Kind::Control,
+                4 if TURN_LITERALS.contains(&token.as_str()) && !is_html(token) => Kind::Control,
                 4 => Kind::Added,
                 5 => Kind::Unused,
                 found => return Err(TokenizerError::UnknownKind { id, found }),

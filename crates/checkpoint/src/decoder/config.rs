@@ -10,7 +10,8 @@ use crate::LoadError;
 /// know.
 #[derive(Clone, Debug, PartialEq)]
 pub struct DecoderConfig {
-    /// `general.architecture` or `model_type`, such as `qwen3`.
+    /// `general.architecture` of GGUF files, such as `qwen3moe`; folders of the same family have
+    /// the same name here, and Mistral and Mixtral are `llama`.
     pub architecture: String,
     /// Width of the residual stream (C).
     pub width: usize,

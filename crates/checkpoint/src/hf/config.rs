@@ -397,18 +397,15 @@ impl Source<'_> {
             }
         };
         let Some(stated) = self.layer_types(n_layers)? else { return Ok(ruled) };
-        // Without a window these words mean nothing, and with one for all they contradict.
-        if matches!(self.family.windows, Windows::Never | Windows::Off) && stated.contains(&true) {
+        let windows = self.family.windows;
+        if matches!(windows, Windows::Never | Windows::Off) && stated.contains(&true) {
             let expected = format!("full_attention for {}", self.family.name);
             return Err(self.fields.bad("layer_types", expected, "sliding_attention"));
         }
-        if matches!(self.family.windows, Windows::All(_)) && self.window()?.is_some() {
-            return if stated.contains(&false) {
-                let expected = "sliding_attention for every layer";
-                Err(self.fields.bad("layer_types", expected, "full_attention"))
-            } else {
-                Ok(stated)
-            };
+        let all_have_one = matches!(windows, Windows::All(_)) && self.window()?.is_some();
+        if all_have_one && stated.contains(&false) {
+            let expected = "sliding_attention for every layer";
+            return Err(self.fields.bad("layer_types", expected, "full_attention"));
         }
         Ok(stated)
     }

@@ -10,7 +10,7 @@ use super::files::Files;
 use super::quantisation::quant_method;
 use super::shards::Shards;
 use super::tensors::HfTensors;
-use super::text::{Generation, Text};
+use super::text::{GenerationSettings, TextSettings};
 use crate::{DecoderConfig, LoadError, QuantMethod, TensorInfo, TensorView, Tensors};
 
 /// `tokenizer.json` of 262 thousand tokens has 33 megabytes.
@@ -28,8 +28,8 @@ pub struct HfFolder {
     files: Files,
     config: DecoderConfig,
     tensors: HfTensors,
-    generation: Generation,
-    text: Text,
+    generation: GenerationSettings,
+    text: TextSettings,
 }
 
 impl HfFolder {
@@ -65,8 +65,8 @@ impl HfFolder {
         let may_be_stale = matches!(method, Some(QuantMethod::Exl2 | QuantMethod::Exl3));
         let shards = Shards::open(&files, may_be_stale)?;
         let tensors = HfTensors::new(shards, &mut config, method)?;
-        let generation = Generation::read(&files, &json)?;
-        let text = Text::read(&files)?;
+        let generation = GenerationSettings::read(&files, &json)?;
+        let text = TextSettings::read(&files)?;
         Ok(HfFolder { files, config: config.decoder, tensors, generation, text })
     }
 
@@ -122,13 +122,13 @@ impl HfFolder {
 
     /// Special tokens and sampling defaults.
     #[must_use]
-    pub fn generation(&self) -> &Generation {
+    pub fn generation(&self) -> &GenerationSettings {
         &self.generation
     }
 
     /// Chat template and the literals of special tokens.
     #[must_use]
-    pub fn text(&self) -> &Text {
+    pub fn text(&self) -> &TextSettings {
         &self.text
     }
 

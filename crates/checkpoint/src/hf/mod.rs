@@ -18,4 +18,4 @@ mod tensors;
 mod text;
 
 pub use folder::HfFolder;
-pub use text::{Generation, NamedTemplate, Text};
+pub use text::{GenerationSettings, NamedTemplate, TextSettings};

@@ -14,8 +14,8 @@ use crate::{
     dequantise_layer, layer_shape, native_blocks, native_type,
 };
 
-/// Quantisers pad the rows of a head to a multiple of this at most.
-const MAX_HEAD_PADDING: usize = 128;
+/// exllamav2 pads layers to multiples of 32, exllamav3 to multiples of this.
+const MAX_PADDING: usize = 128;
 const HEAD: &str = "output.weight";
 const EMBEDDING: &str = "token_embd.weight";
 
@@ -49,18 +49,24 @@ enum Source {
 }
 
 impl HfTensors {
-    /// Finds every tensor of `config` in `shards` and refuses those that are none of it. The head
-    /// of `config` is no longer tied when the folder has a packed one of its own.
+    /// Finds every tensor of `config` in `shards` and refuses those that are none of it. In `config`
+    /// the head is no longer tied when the folder has a packed one of its own, and matrices that
+    /// the family fuses are separate where a quantiser has split them.
     pub(super) fn new(
         shards: Shards,
         config: &mut HfConfig,
         method: Option<QuantMethod>,
     ) -> Result<HfTensors, LoadError> {
+        let storage = &mut config.decoder.storage;
+        let has = |module: &str| shards.tensor_names().any(|name| name.contains(module));
+        storage.fused_qkv &= has(".qkv_proj.") || !has(".q_proj.");
+        storage.fused_gate_up &= has(".gate_up_proj.") || !has(".gate_proj.");
         let names = config.names();
         let (entries, ignored) = (BTreeMap::new(), Vec::new());
         let mut tensors = HfTensors { shards, method, entries, ignored };
         tensors.collect(config, &names)?;
         tensors.settle_head(&mut config.decoder)?;
+        tensors.settle_padding(&config.decoder);
         tensors.check(config).map_err(|error| tensors.in_stored_names(error, &names))?;
         Ok(tensors)
     }
@@ -168,15 +174,9 @@ impl HfTensors {
     /// A head beside a tied embedding: a packed one is used, as by the quantisers' own engines; a
     /// copy of the embedding is ignored; anything else is a contradiction.
     fn settle_head(&mut self, config: &mut DecoderConfig) -> Result<(), LoadError> {
-        let Some(head) = self.entries.get_mut(HEAD) else { return Ok(()) };
+        let Some(head) = self.entries.get(HEAD) else { return Ok(()) };
         match head.source.clone() {
-            Source::Packed(_) => {
-                let padding = head.shape[0].checked_sub(config.vocab_size);
-                if padding.is_some_and(|padding| padding < MAX_HEAD_PADDING) {
-                    head.shape[0] = config.vocab_size;
-                }
-                config.tied_head = false;
-            }
+            Source::Packed(_) => config.tied_head = false,
             Source::Stored(name) | Source::PlusOne(name) if config.tied_head => {
                 let (head, embedding) = (self.tensor(HEAD)?, self.tensor(EMBEDDING)?);
                 let is_copy = head.dtype == embedding.dtype && head.bytes == embedding.bytes;
@@ -190,6 +190,36 @@ impl HfTensors {
             Source::Stored(_) | Source::PlusOne(_) => {}
         }
         Ok(())
+    }
+
+    /// Takes rows and columns of padding from the shapes of packed layers.
+    fn settle_padding(&mut self, config: &DecoderConfig) {
+        if !matches!(self.method, Some(QuantMethod::Exl2 | QuantMethod::Exl3)) {
+            return;
+        }
+        let mut unpad = |name: &str, expected: &[usize]| {
+            let Some(entry) = self.entries.get_mut(name) else { return };
+            let is_padded = |(&found, &expected): (&usize, &usize)| {
+                found >= expected && found - expected < MAX_PADDING
+            };
+            let is_packed = matches!(entry.source, Source::Packed(_));
+            let same_rank = entry.shape.len() == expected.len();
+            if is_packed && same_rank && entry.shape.iter().zip(expected).all(is_padded) {
+                if entry.shape.last() != expected.last() {
+                    // Rows that are cut are no longer whole blocks.
+                    entry.dtype = DType::F16;
+                }
+                entry.shape = expected.to_vec();
+            }
+        };
+        for (name, shape) in config.outer_tensors() {
+            unpad(name, &shape);
+        }
+        for layer_idx in 0..config.n_layers() {
+            for tensor in config.layer_tensors(layer_idx) {
+                unpad(&crate::tensor_name(layer_idx, &tensor.part), &tensor.shape);
+            }
+        }
     }
 
     fn check(&self, config: &HfConfig) -> Result<(), LoadError> {
@@ -267,10 +297,12 @@ impl HfTensors {
                     blocks.bytes.truncate(entry.shape[0] * row_bytes);
                     return Ok(blocks.bytes.into());
                 }
-                let mut dense = dequantise_layer(&method, module, &look)?;
-                // A head may have rows of padding.
-                dense.halves.truncate(entry.shape[0] * dense.columns);
-                Ok(dense.halves.iter().flat_map(|half| half.to_le_bytes()).collect())
+                let dense = dequantise_layer(&method, module, &look)?;
+                let mut bytes = Vec::with_capacity(2 * entry.shape[0] * entry.shape[1]);
+                for row in dense.halves.chunks_exact(dense.columns).take(entry.shape[0]) {
+                    bytes.extend(row[..entry.shape[1]].iter().flat_map(|half| half.to_le_bytes()));
+                }
+                Ok(Cow::Owned(bytes))
             }
         }
     }

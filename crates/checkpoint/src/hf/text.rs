@@ -21,7 +21,7 @@ const MAX_END_TOKENS: usize = 1024;
 /// Special tokens and sampling defaults: `generation_config.json`, and `config.json` where that is
 /// silent. `None` where neither says anything.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub struct Generation {
+pub struct GenerationSettings {
     /// Token before a text.
     pub bos: Option<u32>,
     /// Tokens that end an answer, any of them.
@@ -54,7 +54,7 @@ pub struct NamedTemplate {
 /// Chat templates and the literals of special tokens: `chat_template.jinja`, the folder
 /// `additional_chat_templates`, `chat_template.json` and `tokenizer_config.json`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Text {
+pub struct TextSettings {
     /// All templates; one without a name is `default`.
     pub templates: Vec<NamedTemplate>,
     /// Literal of the token before a text.
@@ -71,24 +71,24 @@ pub struct Text {
     pub adds_eos: Option<bool>,
 }
 
-impl Generation {
-    pub(super) fn read(files: &Files, config: &Value) -> Result<Generation, LoadError> {
+impl GenerationSettings {
+    pub(super) fn read(files: &Files, config: &Value) -> Result<GenerationSettings, LoadError> {
         let path = files.path("config.json");
         let whole = Fields::new(config, "")?;
         let inner = whole.object("text_config", "text_config.").ok().flatten();
-        let mut found = Generation::default();
+        let mut found = GenerationSettings::default();
         found.tokens(whole).map_err(|error| error.in_file(&path))?;
         if let Some(inner) = inner {
             found.tokens(inner).map_err(|error| error.in_file(&path))?;
         }
         let Some(json) = files.json(GENERATION)? else { return Ok(found) };
-        let mut stated = Generation::default();
+        let mut stated = GenerationSettings::default();
         let read = Fields::new(&json, "").and_then(|fields| {
             stated.tokens(fields)?;
             stated.sampling(fields)
         });
         read.map_err(|error| error.in_file(&files.path(GENERATION)))?;
-        Ok(Generation {
+        Ok(GenerationSettings {
             bos: stated.bos.or(found.bos),
             eos: if stated.eos.is_empty() { found.eos } else { stated.eos },
             padding: stated.padding.or(found.padding),
@@ -145,7 +145,7 @@ impl Generation {
     }
 }
 
-impl Text {
+impl TextSettings {
     /// The template for a chat without tools and documents: the only one, or `default`.
     #[must_use]
     pub fn chat_template(&self) -> Option<&str> {
@@ -162,8 +162,8 @@ impl Text {
         found.map(|template| template.source.as_str())
     }
 
-    pub(super) fn read(files: &Files) -> Result<Text, LoadError> {
-        let mut text = Text::default();
+    pub(super) fn read(files: &Files) -> Result<TextSettings, LoadError> {
+        let mut text = TextSettings::default();
         if let Some(json) = files.json(TOKENIZER)? {
             let read = Fields::new(&json, "").and_then(|fields| text.tokenizer(fields));
             read.map_err(|error| error.in_file(&files.path(TOKENIZER)))?;

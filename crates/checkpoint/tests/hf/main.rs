@@ -5,5 +5,6 @@ mod families;
 mod folder;
 mod hostile;
 mod mutations;
+mod published;
 mod quantised;
 mod settings;

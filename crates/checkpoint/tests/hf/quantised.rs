@@ -92,6 +92,42 @@ fn a_packed_head_is_used_although_the_embedding_is_tied() {
 }
 
 #[test]
+fn padding_of_packed_layers_is_cut() {
+    for method in ["exl2", "exl3"] {
+        let whole = packed(method).load().unwrap();
+        let folder = packed(method).config("intermediate_size", json!(100)).load().unwrap();
+        for (name, shape) in
+            [("blk.0.ffn_gate.weight", [100, 128]), ("blk.0.ffn_down.weight", [128, 100])]
+        {
+            let (whole, cut) = (whole.tensor(name).unwrap(), folder.tensor(name).unwrap());
+            assert_eq!(cut.shape, shape, "{method}: {name}");
+            for row in 0..shape[0] {
+                let (from, to) = (row * 128 * 2, row * shape[1] * 2);
+                let len = shape[1] * 2;
+                assert_eq!(cut.bytes[to..to + len], whole.bytes[from..from + len], "{name}: {row}");
+            }
+        }
+    }
+    // Other methods do not pad.
+    let message = packed("awq").config("intermediate_size", json!(100)).refusal();
+    assert!(
+        message.contains("mlp.gate_proj.weight") && message.contains("[100, 128]"),
+        "{message}"
+    );
+    let message = packed("exl3").config("vocab_size", json!(256)).refusal();
+    assert!(message.contains("model.embed_tokens.weight"), "{message}");
+}
+
+#[test]
+fn matrices_that_a_quantiser_has_split_are_separate() {
+    let folder = packed("exl3").config("model_type", json!("phi3")).load().unwrap();
+    assert!(!folder.config().storage.fused_qkv && !folder.config().storage.fused_gate_up);
+    assert_eq!(folder.info("blk.0.attn_q.weight").unwrap().shape, [128, 128]);
+    let fused = Folder::family("phi3").load().unwrap();
+    assert!(fused.config().storage.fused_qkv && fused.config().storage.fused_gate_up);
+}
+
+#[test]
 fn an_index_of_the_original_model_is_not_followed() {
     let index = json!({"weight_map": {"lm_head.weight": "model-00001-of-00009.safetensors"}});
     let name = "model.safetensors.index.json";

@@ -100,7 +100,7 @@ pub enum ConformanceError {
 /// Runs every operation of `backend` against the reference; `activation` says how the backend under
 /// test treats the activations of its matrix products.
 ///
-/// The inputs are the same in every run. About two seconds on one core with the reference
+/// The inputs are the same in every run. About five seconds on one core with the reference
 /// under test, optimised.
 ///
 /// # Errors

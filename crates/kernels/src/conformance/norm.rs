@@ -77,7 +77,8 @@ impl<B: Backend> Suite<'_, B> {
         let x_tested = self.upload(&case, x)?;
         self.backend.norm(*kind, &x_tested, *n_rows, weight_tested, eps, &mut out);
         let expected = defined(x.len(), |r, out| r.norm(*kind, x, *n_rows, weight, eps, out));
-        self.check(&case, &out, &expected, |i| norm_bound(rows, eps, i))
+        let bounds = norm_bounds(rows, eps);
+        self.check(&case, &out, &expected, |i| bounds[i])
     }
 
     fn norm_in_place(&self, rows: &Rows<B>, eps: f32) -> Result<(), ConformanceError> {
@@ -87,7 +88,8 @@ impl<B: Backend> Suite<'_, B> {
         self.backend.norm_in_place(*kind, &mut tested, *n_rows, weight_tested, eps);
         let mut expected = x.clone();
         Reference.norm_in_place(*kind, &mut expected, *n_rows, weight, eps);
-        self.check(&case, &tested, &expected, |i| norm_bound(rows, eps, i))
+        let bounds = norm_bounds(rows, eps);
+        self.check(&case, &tested, &expected, |i| bounds[i])
     }
 
     fn norm_add(&mut self, rows: &Rows<B>, eps: f32) -> Result<(), ConformanceError> {
@@ -99,9 +101,8 @@ impl<B: Backend> Suite<'_, B> {
         self.backend.norm_add(*kind, &x_tested, *n_rows, weight_tested, eps, &mut tested);
         let mut expected = y.clone();
         Reference.norm_add(*kind, x, *n_rows, weight, eps, &mut expected);
-        self.check(&case, &tested, &expected, |i| {
-            norm_bound(rows, eps, i) + U * f64::from(expected[i].abs())
-        })
+        let bounds = norm_bounds(rows, eps);
+        self.check(&case, &tested, &expected, |i| bounds[i] + U * f64::from(expected[i].abs()))
     }
 
     fn layer_norm(&mut self, n_rows: usize, width: usize) -> Result<(), ConformanceError> {
@@ -115,35 +116,40 @@ impl<B: Backend> Suite<'_, B> {
         self.backend.layer_norm(&mut tested, n_rows, &rows.weight_tested, &bias_tested, eps);
         let mut expected = rows.x.clone();
         Reference.layer_norm(&mut expected, n_rows, &rows.weight, &bias, eps);
+        let bounds = norm_bounds(&rows, eps);
         self.check(&case, &tested, &expected, |i| {
-            norm_bound(&rows, eps, i) + 4.0 * U * f64::from(bias[i % width].abs())
+            bounds[i] + 4.0 * U * f64::from(bias[i % width].abs())
         })
     }
 }
 
-/// How far value `i` of a norm may lie from the reference.
-fn norm_bound<B: Backend>(rows: &Rows<B>, eps: f32, i: usize) -> f64 {
-    let Rows { kind, x, weight, .. } = rows;
-    let width = weight.len();
-    let n = width as f64;
-    let row = &x[i / width * width..(i / width + 1) * width];
-    let (mean, mean_error) = match kind {
-        NormKind::Rms => (0.0, 0.0),
-        NormKind::Layer => {
-            let magnitude = row.iter().map(|&x| f64::from(x.abs())).sum::<f64>() / n;
-            (row.iter().map(|&x| f64::from(x)).sum::<f64>() / n, (n + 2.0) * U * magnitude)
+/// How far each value of a norm may lie from the reference, `(T, C)`.
+fn norm_bounds<B: Backend>(rows: &Rows<B>, eps: f32) -> Vec<f64> {
+    let n = rows.weight.len() as f64;
+    let mut bounds = Vec::with_capacity(rows.x.len());
+    for row in rows.x.chunks_exact(rows.weight.len()) {
+        let (mean, mean_error) = match rows.kind {
+            NormKind::Rms => (0.0, 0.0),
+            NormKind::Layer => {
+                let magnitude = row.iter().map(|&x| f64::from(x.abs())).sum::<f64>() / n;
+                (row.iter().map(|&x| f64::from(x)).sum::<f64>() / n, (n + 2.0) * U * magnitude)
+            }
+        };
+        let variance = row.iter().map(|&x| (f64::from(x) - mean).powi(2)).sum::<f64>() / n;
+        let inverse = 1.0 / (variance + f64::from(eps)).sqrt();
+        let inverse_error = match rows.kind {
+            NormKind::Rms => (n / 2.0 + 4.0) * U,
+            NormKind::Layer => (n + 8.0) * U + (mean_error * inverse).powi(2),
+        };
+        for (&x, &weight) in row.iter().zip(&rows.weight) {
+            let weight = f64::from(weight.abs());
+            let normed = weight * inverse * ((f64::from(x) - mean).abs() + mean_error);
+            bounds.push(
+                weight * inverse * mean_error * (1.0 + inverse_error)
+                    + normed * (inverse_error + 4.0 * U)
+                    + f64::from(f32::MIN_POSITIVE),
+            );
         }
-    };
-    let variance = row.iter().map(|&x| (f64::from(x) - mean).powi(2)).sum::<f64>() / n;
-    let inverse = 1.0 / (variance + f64::from(eps)).sqrt();
-    let inverse_error = match kind {
-        NormKind::Rms => (n / 2.0 + 4.0) * U,
-        NormKind::Layer => (n + 8.0) * U + (mean_error * inverse).powi(2),
-    };
-    let weight = f64::from(weight[i % width].abs());
-    let centred = (f64::from(x[i]) - mean).abs();
-    let normed = weight * inverse * (centred + mean_error);
-    weight * inverse * mean_error * (1.0 + inverse_error)
-        + normed * (inverse_error + 4.0 * U)
-        + f64::from(f32::MIN_POSITIVE)
+    }
+    bounds
 }
