@@ -1,14 +1,17 @@
 //! Options that several commands share.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
-use exrail_engine::EngineOptions;
+use exrail_engine::{
+    EngineOptions, GeneratorProgress, Loaded, load_generator, load_generator_rounded,
+};
 use exrail_hub::{Cache, Fetch, Kind, Registry, Resolved};
 use exrail_kernels::{Activation, KvDtype};
-use exrail_kernels_cpu::CpuOptions;
+use exrail_kernels_cpu::{CpuBackend, CpuOptions};
 use exrail_server::Keys;
+use exrail_tensor::IntGrid;
 use serde::Serialize;
 
 use crate::progress::Bars;
@@ -69,6 +72,25 @@ pub(crate) enum KvOption {
     F32,
 }
 
+/// A width that 16-bit weights are rounded to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum QuantOption {
+    /// 4 bits a weight.
+    Int4,
+    /// 8 bits a weight.
+    Int8,
+}
+
+impl QuantOption {
+    /// The grid of the weights.
+    pub(crate) fn grid(self) -> IntGrid {
+        match self {
+            QuantOption::Int4 => IntGrid::Int4,
+            QuantOption::Int8 => IntGrid::Int8,
+        }
+    }
+}
+
 /// The generator and the device.
 #[derive(Clone, Debug, Args)]
 #[command(next_help_heading = "Engine")]
@@ -79,6 +101,10 @@ pub(crate) struct EngineArgs {
     /// Threads; one per physical core when absent.
     #[arg(long, value_name = "N", env = "EXRAIL_THREADS")]
     pub(crate) threads: Option<usize>,
+    /// Round the matrices of a 16-bit model to this width while it is loaded; the embedding and the
+    /// head get 8 bits.
+    #[arg(long, value_enum)]
+    pub(crate) quant: Option<QuantOption>,
     /// How activations meet quantised weights.
     #[arg(long, value_enum, default_value = "int8")]
     pub(crate) activation: ActivationOption,
@@ -100,6 +126,19 @@ pub(crate) struct EngineArgs {
 }
 
 impl EngineArgs {
+    /// The generator in `path`, rounded if that was asked for.
+    pub(crate) fn load(
+        &self,
+        backend: &CpuBackend,
+        path: &Path,
+        progress: &mut dyn FnMut(GeneratorProgress),
+    ) -> Result<Loaded<CpuBackend>> {
+        Ok(match self.quant {
+            None => load_generator(backend.clone(), path, progress)?,
+            Some(quant) => load_generator_rounded(backend.clone(), path, quant.grid(), progress)?,
+        })
+    }
+
     pub(crate) fn cpu(&self) -> CpuOptions {
         let activation = match self.activation {
             ActivationOption::Int8 => Activation::Int8,

@@ -4,9 +4,10 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
-use exrail_checkpoint::{DecoderConfig, Gguf, Tensors, VocabularyTable, sha256_file};
+use exrail_checkpoint::{DecoderConfig, Gguf, Rounded, Tensors, VocabularyTable, sha256_file};
 use exrail_kernels::Backend;
 use exrail_model::{Decoder, LoadProgress};
+use exrail_tensor::{DType, IntGrid};
 use exrail_text::{ChatTemplate, Tokenizer, Vocabulary};
 
 use crate::error::EngineError;
@@ -55,6 +56,29 @@ pub fn load_generator<B: Backend>(
     path: &Path,
     progress: &mut dyn FnMut(GeneratorProgress),
 ) -> Result<Loaded<B>, EngineError> {
+    load(backend, path, None, progress)
+}
+
+/// [`load_generator`] of a 16-bit file, its matrices rounded to nearest on the way: see
+/// [`Rounded`].
+///
+/// # Errors
+/// As [`load_generator`], and when the file is quantised already or a weight is not finite.
+pub fn load_generator_rounded<B: Backend>(
+    backend: B,
+    path: &Path,
+    grid: IntGrid,
+    progress: &mut dyn FnMut(GeneratorProgress),
+) -> Result<Loaded<B>, EngineError> {
+    load(backend, path, Some(grid), progress)
+}
+
+fn load<B: Backend>(
+    backend: B,
+    path: &Path,
+    grid: Option<IntGrid>,
+    progress: &mut dyn FnMut(GeneratorProgress),
+) -> Result<Loaded<B>, EngineError> {
     let gguf = Gguf::open(path)?;
     let total_bytes = gguf.file_len();
     let model_sha256 = sha256_file(path, &mut |bytes| {
@@ -63,7 +87,7 @@ pub fn load_generator<B: Backend>(
     .map_err(|source| EngineError::Io { path: path.display().to_string(), source })?;
     let file_name = path.file_stem().map(|stem| stem.to_string_lossy().into_owned());
     let file_name = file_name.unwrap_or_else(|| path.display().to_string());
-    prepare_generator(backend, &gguf, &file_name, model_sha256, &mut |step| {
+    prepare(backend, &gguf, &file_name, model_sha256, grid, &mut |step| {
         progress(GeneratorProgress::Weights(step));
     })
 }
@@ -80,10 +104,23 @@ pub fn prepare_generator<B: Backend>(
     model_sha256: String,
     progress: &mut dyn FnMut(LoadProgress),
 ) -> Result<Loaded<B>, EngineError> {
+    prepare(backend, gguf, file_name, model_sha256, None, progress)
+}
+
+fn prepare<B: Backend>(
+    backend: B,
+    gguf: &Gguf,
+    file_name: &str,
+    model_sha256: String,
+    grid: Option<IntGrid>,
+    progress: &mut dyn FnMut(LoadProgress),
+) -> Result<Loaded<B>, EngineError> {
     let config = DecoderConfig::from_gguf(gguf)?;
     let tokenizer = Tokenizer::from_vocabulary(vocabulary(VocabularyTable::from_gguf(gguf)?))?;
     let template = compile_template(gguf, &tokenizer)?;
-    let decoder = Decoder::load(&backend, &config, gguf as &dyn Tensors, progress)?;
+    let rounded = grid.map(|grid| Rounded::new(gguf, grid)).transpose()?;
+    let tensors = rounded.as_ref().map_or(gguf as &dyn Tensors, |rounded| rounded);
+    let decoder = Decoder::load(&backend, &config, tensors, progress)?;
     let name = gguf.metadata().str("general.name")?;
     Ok(Loaded {
         decoder,
@@ -91,7 +128,7 @@ pub fn prepare_generator<B: Backend>(
         template: template.map(Arc::new),
         model_name: name.unwrap_or(file_name).to_owned(),
         model_sha256,
-        quant: main_dtype(gguf),
+        quant: main_dtype(tensors),
         config,
         backend,
     })
@@ -137,10 +174,16 @@ fn vocabulary(table: VocabularyTable) -> Vocabulary {
 }
 
 /// The format that holds the most bytes.
-fn main_dtype(gguf: &Gguf) -> String {
-    let mut bytes: BTreeMap<String, usize> = BTreeMap::new();
-    for tensor in gguf.tensors() {
-        *bytes.entry(tensor.dtype.to_string()).or_default() += tensor.bytes.len();
+fn main_dtype(tensors: &dyn Tensors) -> String {
+    let mut bytes: BTreeMap<DType, usize> = BTreeMap::new();
+    for info in tensors.names().filter_map(|name| tensors.info(name)) {
+        let len: usize = info.shape.iter().product();
+        *bytes.entry(info.dtype).or_default() +=
+            len / info.dtype.block_len() * info.dtype.block_bytes();
     }
-    bytes.into_iter().max_by_key(|entry| entry.1).map(|entry| entry.0).unwrap_or_default()
+    bytes
+        .into_iter()
+        .max_by_key(|entry| entry.1)
+        .map(|entry| entry.0.to_string())
+        .unwrap_or_default()
 }
