@@ -60,7 +60,8 @@ fn reversed_inverse(lower: &[f64], n: usize) -> Vec<f64> {
     inverse
 }
 
-fn dot(a: &[f64], b: &[f64]) -> f64 {
+/// Σ a · b of slices that are equally long.
+pub(crate) fn dot(a: &[f64], b: &[f64]) -> f64 {
     let mut lanes = [0.0; LANES];
     let ((a_chunks, a_rest), (b_chunks, b_rest)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
     for (a, b) in a_chunks.iter().zip(b_chunks) {

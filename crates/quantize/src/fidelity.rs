@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::factor::dot;
 use crate::{Codes, Hessian};
 
 /// Errors of one matrix.
@@ -54,8 +55,7 @@ fn quadratic(v: &[f64], hessian: &Hessian) -> f64 {
     let (k, lower) = (hessian.columns(), hessian.lower());
     let mut sum = 0.0;
     for (i, &factor) in v.iter().enumerate() {
-        let row = &lower[i * k..i * k + i];
-        let off: f64 = row.iter().zip(v).map(|(h, v)| h * v).sum();
+        let off = dot(&lower[i * k..i * k + i], &v[..i]);
         sum += factor * (2.0 * off + lower[i * k + i] * factor);
     }
     sum
