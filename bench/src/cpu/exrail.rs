@@ -46,7 +46,8 @@ impl Ours<'_> {
             .with_context(|| self.program.display().to_string())?;
         let told: Value = serde_json::from_slice(&output.stdout).with_context(|| {
             let error = String::from_utf8_lossy(&output.stderr);
-            format!("expected JSON, found {}: {}", output.status, error.trim())
+            let error = error.lines().find(|line| !line.trim().is_empty()).unwrap_or_default();
+            format!("expected JSON, found {}: {error}", output.status)
         })?;
         let readings = parse(&told)?;
         ensure!(output.status.success(), "{}", output.status);

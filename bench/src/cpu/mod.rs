@@ -233,7 +233,9 @@ fn measure(
                     report.turns.push(Turn { round, side, idle_before, stolen, readings });
                 }
                 Err(error) => {
-                    report.refused = Some(format!("{}: {error:#}", side.name()));
+                    // A record names no folder of a machine.
+                    let reason = format!("{}: {error:#}", side.name());
+                    report.refused = Some(reason.replace(&*path.to_string_lossy(), &report.model));
                     report.gates = gates::of(&[], ours.sizes);
                     return Ok(report);
                 }

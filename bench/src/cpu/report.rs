@@ -53,7 +53,7 @@ pub(super) fn page(record: &Value, models: &[ModelReport], idle: &Gate) -> Resul
     writeln!(
         page,
         "{}, {} cores, {} threads, {}; commit {}. {}; {}.\n",
-        text(&machine["processor"]),
+        text(&record["processor"]),
         record["cores"],
         record["sizes"]["threads"],
         text(&machine["kernel"]),
@@ -181,8 +181,11 @@ fn demanded(gate: &Gate) -> String {
 
 fn goal(gate: &Gate) -> Option<String> {
     let goal = gate.goal?;
-    let reached = gate.found.is_some_and(|found| found >= goal);
-    Some(format!("{goal} {}", if reached { "reached" } else { "not reached" }))
+    Some(match gate.found {
+        Some(found) if found >= goal => format!("{goal} reached"),
+        Some(_) => format!("{goal} not reached"),
+        None => goal.to_string(),
+    })
 }
 
 fn verdict(gate: &Gate) -> &'static str {

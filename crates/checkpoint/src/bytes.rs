@@ -3,11 +3,13 @@
 
 use std::fs::File;
 use std::io::Read;
-use std::ops::Deref;
+use std::ops::{Deref, Range};
 use std::path::Path;
 use std::sync::Arc;
 
 use memmap2::Mmap;
+#[cfg(unix)]
+use memmap2::UncheckedAdvice;
 
 use crate::LoadError;
 
@@ -39,6 +41,30 @@ impl FileBytes {
         // that a changed byte is at worst a wrong number and never a broken reference.
         let mapping = unsafe { Mmap::map(&file) }.map_err(io_error)?;
         Ok(FileBytes::Mapped(Arc::new(mapping)))
+    }
+
+    /// Gives the memory of mapped pages back to the system, which reads them again when they are
+    /// touched again. A hint: other bytes of the outermost pages are given back as well.
+    pub(crate) fn forget(&self, range: Range<usize>) {
+        match self {
+            #[cfg(unix)]
+            FileBytes::Mapped(mapping) => {
+                // SAFETY: the mapping is private and nobody can write to it, so that a page that is
+                // read again has the bytes of the file, as it had before.
+                let advised = unsafe {
+                    mapping.unchecked_advise_range(
+                        UncheckedAdvice::DontNeed,
+                        range.start,
+                        range.len(),
+                    )
+                };
+                // A refusal costs memory, which is what was there before.
+                drop(advised);
+            }
+            #[cfg(not(unix))]
+            FileBytes::Mapped(_) => drop(range),
+            FileBytes::Owned(_) => {}
+        }
     }
 }
 

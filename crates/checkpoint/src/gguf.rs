@@ -170,6 +170,12 @@ impl Tensors for Gguf {
     fn names(&self) -> Box<dyn Iterator<Item = &str> + '_> {
         Box::new(self.tensors.iter().map(|entry| entry.name.as_str()))
     }
+
+    fn release(&self, name: &str) {
+        if let Some(&i) = self.index.get(name) {
+            self.bytes.forget(self.tensors[i].place.clone());
+        }
+    }
 }
 
 impl fmt::Debug for Gguf {

@@ -8,6 +8,7 @@
 mod awq;
 mod bert;
 mod bytes;
+mod checkpoint;
 mod decoder;
 mod digest;
 mod error;
@@ -25,6 +26,7 @@ mod tensors;
 mod vocabulary;
 
 pub use bert::{BertConfig, BertFiles, Pooling};
+pub use checkpoint::{Checkpoint, checkpoint_files, checkpoint_sha256};
 pub use decoder::{
     BlockNorms, DecoderConfig, Experts, GateKind, LayerConfig, LayerTensor, NormConfig, NormKind,
     QkNorm, RopeConfig, RopePairs, RopeScaling, Storage, tensor_name,

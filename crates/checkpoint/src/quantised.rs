@@ -5,6 +5,8 @@
 //! module that has the tensors of [`QuantMethod::layer_tensors`], and [`dequantise_layer`] when it
 //! needs the values. Values are halves, rounded where the reference implementations round.
 
+use std::fmt;
+
 use exrail_tensor::DType;
 use half::f16;
 use serde_json::Value;
@@ -130,6 +132,17 @@ pub enum QuantMethod {
     Exl2,
     /// `exllamav3`; width and codebook are in the tensors.
     Exl3,
+}
+
+impl fmt::Display for QuantMethod {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            QuantMethod::Gptq(config) => write!(f, "GPTQ {} bit", config.bits),
+            QuantMethod::Awq(_) => f.write_str("AWQ 4 bit"),
+            QuantMethod::Exl2 => f.write_str("EXL2"),
+            QuantMethod::Exl3 => f.write_str("EXL3"),
+        }
+    }
 }
 
 impl QuantMethod {

@@ -150,6 +150,12 @@ impl Tensors for SafetensorsFile {
     fn names(&self) -> Box<dyn Iterator<Item = &str> + '_> {
         Box::new(SafetensorsFile::names(self))
     }
+
+    fn release(&self, name: &str) {
+        if let Some(entry) = self.tensors.get(name) {
+            self.bytes.forget(entry.place.clone());
+        }
+    }
 }
 
 impl fmt::Debug for SafetensorsFile {

@@ -63,6 +63,15 @@ pub struct TensorInfo<'a> {
     pub shape: &'a [usize],
 }
 
+impl TensorInfo<'_> {
+    /// Bytes of the elements in their format.
+    #[must_use]
+    pub fn n_bytes(&self) -> usize {
+        let (columns, outer) = self.shape.split_last().unwrap_or((&1, &[]));
+        self.dtype.row_bytes(*columns).unwrap_or(0) * outer.iter().product::<usize>()
+    }
+}
+
 /// Something that holds tensors by name: a GGUF file, a folder of safetensors, or a test's map.
 pub trait Tensors {
     /// What the tensor called `name` is. Costs nothing.
@@ -76,6 +85,10 @@ pub trait Tensors {
 
     /// The names of all tensors.
     fn names(&self) -> Box<dyn Iterator<Item = &str> + '_>;
+
+    /// The caller has what it needs of the tensor called `name`, so that memory may be given back
+    /// that only holds its stored elements. It can still be read.
+    fn release(&self, _name: &str) {}
 
     /// What the tensor called `name` is, which must have exactly `shape` (outermost first).
     ///

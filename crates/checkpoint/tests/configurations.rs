@@ -206,6 +206,40 @@ fn contradictory_vocabularies_are_refused_by_name() {
     assert!(matches!(error, LoadError::WrongKeyType { .. }), "{error}");
 }
 
+#[test]
+fn what_a_vocabulary_does_to_text_is_read_or_taken_from_its_kind() {
+    let table = |key: &str, value: GgufValue| VocabularyTable::from_gguf(&with_key(key, value));
+    let bytes = |type_id: u32| {
+        let mut array = type_id.to_le_bytes().to_vec();
+        array.extend(3_u64.to_le_bytes());
+        array.extend([1, 2, 255]);
+        GgufValue::Raw { type_id: 9, bytes: array }
+    };
+    // Unsigned or signed bytes.
+    for type_id in [0, 1] {
+        let read = table("tokenizer.ggml.precompiled_charsmap", bytes(type_id)).unwrap();
+        assert_eq!(read.precompiled_charsmap, [1, 2, 255]);
+    }
+    let error = table("tokenizer.ggml.precompiled_charsmap", "x".into()).unwrap_err();
+    assert!(matches!(error, LoadError::WrongKeyType { .. }), "{error}");
+    let on = |key: &str| table(&format!("tokenizer.ggml.{key}"), GgufValue::Bool(true)).unwrap();
+    assert!(on("remove_extra_whitespaces").remove_extra_whitespaces);
+    assert!(on("add_eos_token").add_eos && on("add_space_prefix").add_space_prefix);
+    assert_eq!(on("normalizer.lowercase").lowercase, Some(true));
+    assert_eq!(on("normalizer.strip_accents").strip_accents, Some(true));
+    assert_eq!(table("tokenizer.ggml.seperator_token_id", 4.into()).unwrap().separator, Some(4));
+
+    for (model, prefix, bos, eos) in
+        [("gpt2", false, false, false), ("llama", true, true, false), ("t5", true, false, true)]
+    {
+        let read = table("tokenizer.ggml.model", model.into()).unwrap();
+        assert_eq!((read.add_space_prefix, read.add_bos, read.add_eos), (prefix, bos, eos));
+        assert!(!read.remove_extra_whitespaces && read.precompiled_charsmap.is_empty());
+        assert!(read.lowercase.is_none() && !read.strips_right);
+    }
+    assert!(table("tokenizer.ggml.pre", "tekken".into()).unwrap().add_bos);
+}
+
 fn bert_folder() -> tempfile::TempDir {
     let dir = tempfile::tempdir().expect("a temporary folder");
     tiny_bert(1, dir.path()).expect("a writable folder");

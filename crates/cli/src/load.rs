@@ -6,7 +6,9 @@ use std::{
 };
 
 use anyhow::{Context, Result, anyhow, bail};
-use exrail_engine::{Engine, EngineHandle, Loaded, SentenceEncoder, WarmUpPlan, warm_up};
+use exrail_engine::{
+    Engine, EngineHandle, Loaded, SentenceEncoder, WarmUpPlan, load_generator, warm_up,
+};
 use exrail_hub::{Kind, Resolved};
 use exrail_kernels::Backend;
 use exrail_kernels_cpu::CpuBackend;
@@ -132,7 +134,9 @@ impl Boot<'_> {
     ) -> Result<Loaded<CpuBackend>> {
         let loaded = self.board.run(Phase::Weights, || {
             let path = &model.path;
-            let loaded = self.engine.load(backend, path, &mut |step| bars.load(&step))?;
+            let options = self.engine.load();
+            let loaded =
+                load_generator(backend.clone(), path, options, &mut |step| bars.load(&step))?;
             let detail = format!("{}, {}", loaded.model_name, loaded.quant);
             anyhow::Ok((loaded, detail))
         })?;

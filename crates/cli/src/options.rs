@@ -1,15 +1,13 @@
 //! Options that several commands share.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
-use exrail_engine::{
-    EngineOptions, GeneratorProgress, Loaded, load_generator, load_generator_rounded,
-};
+use exrail_engine::{EngineOptions, LoadOptions};
 use exrail_hub::{Cache, Fetch, Kind, Registry, Resolved};
 use exrail_kernels::{Activation, KvDtype};
-use exrail_kernels_cpu::{CpuBackend, CpuOptions};
+use exrail_kernels_cpu::CpuOptions;
 use exrail_server::Keys;
 use exrail_tensor::IntGrid;
 use serde::Serialize;
@@ -70,6 +68,8 @@ pub(crate) enum KvOption {
     F16,
     /// 32-bit floats.
     F32,
+    /// Eight bits, with a scale for each key and each value.
+    Int8,
 }
 
 /// A width that 16-bit weights are rounded to.
@@ -126,17 +126,9 @@ pub(crate) struct EngineArgs {
 }
 
 impl EngineArgs {
-    /// The generator in `path`, rounded if that was asked for.
-    pub(crate) fn load(
-        &self,
-        backend: &CpuBackend,
-        path: &Path,
-        progress: &mut dyn FnMut(GeneratorProgress),
-    ) -> Result<Loaded<CpuBackend>> {
-        Ok(match self.quant {
-            None => load_generator(backend.clone(), path, progress)?,
-            Some(quant) => load_generator_rounded(backend.clone(), path, quant.grid(), progress)?,
-        })
+    pub(crate) fn load(&self) -> LoadOptions {
+        let quant = self.quant.map(QuantOption::grid);
+        LoadOptions { max_context: self.max_context, quant }
     }
 
     pub(crate) fn cpu(&self) -> CpuOptions {
@@ -155,6 +147,7 @@ impl EngineArgs {
             kv_dtype: match self.kv {
                 KvOption::F16 => KvDtype::F16,
                 KvOption::F32 => KvDtype::F32,
+                KvOption::Int8 => KvDtype::Int8,
             },
             queue_limit: self.queue_limit,
             ..EngineOptions::default()

@@ -37,7 +37,8 @@ pub use event::{
 };
 pub use handle::{Engine, EngineFacts, EngineHandle, EngineOptions};
 pub use load::{
-    GeneratorProgress, Loaded, load_generator, load_generator_rounded, prepare_generator,
+    CheckedGenerator, GeneratorProgress, Identity, LoadOptions, Loaded, check_generator,
+    load_generator, prepare_generator,
 };
 pub use pages::PageFault;
 pub use request::{

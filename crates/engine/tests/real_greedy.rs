@@ -3,7 +3,8 @@
 use std::path::PathBuf;
 
 use exrail_engine::{
-    Engine, EngineHandle, EngineOptions, Event, Finish, GenerateRequest, Sampling, load_generator,
+    Engine, EngineHandle, EngineOptions, Event, Finish, GenerateRequest, LoadOptions, Sampling,
+    load_generator,
 };
 use exrail_kernels::{Activation, KvDtype};
 use exrail_kernels_cpu::{CpuBackend, CpuOptions};
@@ -37,7 +38,7 @@ fn start(activation: Activation, kv_dtype: KvDtype) -> EngineHandle {
     let path = std::env::var_os("EXRAIL_TEST_GENERATOR").expect("run through make test");
     let options = CpuOptions { activation, ..CpuOptions::default() };
     let backend = CpuBackend::new(options).expect("this machine runs the CPU backend");
-    let loaded = load_generator(backend, &PathBuf::from(path), &mut |_| {})
+    let loaded = load_generator(backend, &PathBuf::from(path), LoadOptions::default(), &mut |_| {})
         .expect("the default generator loads");
     let options = EngineOptions { kv_dtype, kv_pages: Some(16), ..EngineOptions::default() };
     Engine::start(loaded, options).expect("these options are honoured")

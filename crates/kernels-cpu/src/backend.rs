@@ -63,6 +63,7 @@ struct Shared {
 #[derive(Debug, Default)]
 struct Scratch {
     quantised: Vec<QuantBlock>,
+    partials: Vec<f32>,
     /// The last two rotations: Gemma 3 turns by two, in turns.
     rope: [RopeTable; 2],
 }
@@ -411,7 +412,9 @@ impl Backend for CpuBackend {
     ) {
         let Shared { processor, pool: threads, .. } = &*self.shared;
         let kv = (pool, layer);
-        attention::attention(*processor, threads, (&q.0, &mut out.0), kv, shape, spans);
+        let partials = &mut self.scratch().partials;
+        let io = (&q.0[..], &mut out.0[..]);
+        attention::attention(*processor, threads, io, kv, (shape, spans), partials);
     }
 
     fn attention_full(

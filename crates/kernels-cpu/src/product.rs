@@ -432,12 +432,23 @@ pub(crate) struct HalfElement;
 /// bfloat16 tiles.
 #[derive(Clone, Copy)]
 pub(crate) struct BrainElement;
+/// Tiles of signed bytes, without their scales.
+#[derive(Clone, Copy)]
+pub(crate) struct ByteElement;
 
 impl Element for SingleElement {
     const LANE_BYTES: usize = 64;
     #[inline(always)]
     fn load<L: Lanes>(lanes: L, bytes: &[u8]) -> L::V {
         lanes.load_f32(&bytes.as_chunks::<64>().0[0])
+    }
+}
+
+impl Element for ByteElement {
+    const LANE_BYTES: usize = 16;
+    #[inline(always)]
+    fn load<L: Lanes>(lanes: L, bytes: &[u8]) -> L::V {
+        lanes.load_i8(&bytes.as_chunks::<16>().0[0])
     }
 }
 

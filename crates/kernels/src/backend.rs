@@ -142,6 +142,24 @@ pub enum KvDtype {
     F32,
     /// IEEE half precision, the default.
     F16,
+    /// Eight bits, with a scale for each key and each value: those of one position and head. Moves
+    /// an element by at most max|x| / 254 of its key or value; see [`int8_scale`].
+    Int8,
+}
+
+/// How [`KvDtype::Int8`] rounds one key or value x `(D)`: the factor before rounding and the scale
+/// behind it, in f32.
+///
+/// A stored element is `scale * round(factor * x)`, ties to even, with `factor = 127 / max|x|` and
+/// `scale = max|x| / 127`. Below 1e-35 both are zero; with a NaN or an infinity in x both are NaN,
+/// so that the fault reaches what attends to it.
+#[must_use]
+pub fn int8_scale(x: &[f32]) -> (f32, f32) {
+    if x.iter().any(|x| !x.is_finite()) {
+        return (f32::NAN, f32::NAN);
+    }
+    let largest = x.iter().fold(0.0_f32, |most, x| most.max(x.abs()));
+    if largest < 1e-35 { (0.0, 0.0) } else { (127.0 / largest, largest / 127.0) }
 }
 
 /// Shape of the page pool. One page holds [`PAGE_TOKENS`] positions of every layer.
@@ -163,11 +181,12 @@ impl KvShape {
     /// Bytes of one page: keys and values of all layers.
     #[must_use]
     pub fn page_bytes(&self) -> usize {
-        let element = match self.dtype {
-            KvDtype::F32 => 4,
-            KvDtype::F16 => 2,
+        let head_bytes = match self.dtype {
+            KvDtype::F32 => 4 * self.head_dim,
+            KvDtype::F16 => 2 * self.head_dim,
+            KvDtype::Int8 => self.head_dim + 4,
         };
-        2 * self.n_layers * PAGE_TOKENS * self.n_kv_heads * self.head_dim * element
+        2 * self.n_layers * PAGE_TOKENS * self.n_kv_heads * head_bytes
     }
 }
 

@@ -9,4 +9,5 @@ pub mod reference;
 pub use backend::{
     Activation, AttentionShape, AttentionSpan, Backend, GateActivation, KernelError, KvDtype,
     KvShape, KvSlot, NormKind, PAGE_TOKENS, PageId, Rope, RopeStyle, Span, TokenId, WeightView,
+    int8_scale,
 };

@@ -35,6 +35,7 @@ enum Fault {
     RopeFromZero,
     RopeWithoutMagnitude,
     HalfPrecisionIgnored,
+    Int8Ignored,
     WritesLayerZero,
     SeesTheFuture,
     IgnoresThePageTable,
@@ -55,7 +56,7 @@ enum Fault {
     RoundsActivations,
 }
 
-const FAULTS: [Fault; 41] = [
+const FAULTS: [Fault; 42] = [
     Fault::AcceptsShortWeights,
     Fault::SwapsShape,
     Fault::StaleBuffer,
@@ -81,6 +82,7 @@ const FAULTS: [Fault; 41] = [
     Fault::RopeFromZero,
     Fault::RopeWithoutMagnitude,
     Fault::HalfPrecisionIgnored,
+    Fault::Int8Ignored,
     Fault::WritesLayerZero,
     Fault::SeesTheFuture,
     Fault::IgnoresThePageTable,
@@ -141,6 +143,7 @@ fn every_fault_is_caught_at_its_operation() {
             Fault::GeluByTanh => "linear_gelu",
             Fault::RopeOtherStyle | Fault::RopeFromZero | Fault::RopeWithoutMagnitude => "rope",
             Fault::HalfPrecisionIgnored => "attention F16",
+            Fault::Int8Ignored => "attention Int8",
             Fault::WritesLayerZero
             | Fault::SeesTheFuture
             | Fault::IgnoresThePageTable
@@ -224,8 +227,11 @@ impl Backend for Faulty {
     }
 
     fn kv_pool(&self, shape: KvShape) -> Result<ReferenceKvPool, KernelError> {
-        let ignored = self.is(Fault::HalfPrecisionIgnored);
-        let dtype = if ignored { KvDtype::F32 } else { shape.dtype };
+        let dtype = match shape.dtype {
+            KvDtype::F16 if self.is(Fault::HalfPrecisionIgnored) => KvDtype::F32,
+            KvDtype::Int8 if self.is(Fault::Int8Ignored) => KvDtype::F32,
+            dtype @ (KvDtype::F32 | KvDtype::F16 | KvDtype::Int8) => dtype,
+        };
         Reference.kv_pool(KvShape { dtype, ..shape })
     }
 

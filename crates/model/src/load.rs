@@ -56,6 +56,7 @@ impl<B: Backend> Loader<'_, B> {
             weights.push(self.backend.weight(&WeightView { name, dtype, rows, columns, bytes })?);
         }
         self.advance(view.bytes.len());
+        self.tensors.release(name);
         Ok(weights)
     }
 

@@ -123,7 +123,7 @@ fn divergence(exact: &[f32], fast: &[f32]) -> f64 {
 }
 
 #[test]
-fn exact_mode_agrees_with_numpy_and_fast_mode_with_exact_mode() {
+fn exact_mode_agrees_with_numpy_and_fast_modes_with_exact_mode() {
     let golden = Golden::read();
     let gguf = Gguf::open(Path::new(
         &std::env::var("EXRAIL_TEST_GENERATOR").expect("run through make test"),
@@ -137,10 +137,15 @@ fn exact_mode_agrees_with_numpy_and_fast_mode_with_exact_mode() {
     let decoder = Decoder::load(&exact, &config, &gguf, &mut |_| {}).unwrap();
 
     let (mut furthest, mut divergences, mut same_choice) = (0.0f64, Vec::new(), 0);
+    let mut cache_divergences = Vec::new();
     for (prompt, ids) in golden.ids.chunks_exact(golden.n_positions).enumerate() {
         let ids: Vec<TokenId> = ids.iter().map(|&id| TokenId(id)).collect();
         let exact_logits = logits(&exact, &decoder, &ids, KvDtype::F32);
         let fast_logits = logits(&fast, &decoder, &ids, KvDtype::F16);
+        let cached_logits = logits(&exact, &decoder, &ids, KvDtype::Int8);
+        let rows = exact_logits.chunks_exact(golden.vocab_size);
+        let cached_rows = cached_logits.chunks_exact(golden.vocab_size);
+        cache_divergences.extend(rows.zip(cached_rows).map(|(e, c)| divergence(e, c)));
         let (exact_rows, fast_rows) = (
             exact_logits.chunks_exact(golden.vocab_size),
             fast_logits.chunks_exact(golden.vocab_size),
@@ -154,14 +159,16 @@ fn exact_mode_agrees_with_numpy_and_fast_mode_with_exact_mode() {
         }
     }
     let mean = divergences.iter().sum::<f64>() / divergences.len() as f64;
+    let cache_mean = cache_divergences.iter().sum::<f64>() / divergences.len() as f64;
     let worst = divergences.iter().copied().fold(0.0, f64::max);
     eprintln!(
         "{}: furthest logit {furthest:.2e}; {}: mean KLD {mean:.2e}, worst {worst:.2e}, {same_choice} of {} \
-         greedy choices as numpy",
+         greedy choices as numpy; int8 cache alone: mean KLD {cache_mean:.2e}",
         exact.name(),
         fast.name(),
         divergences.len(),
     );
     assert!(furthest <= MAX_DISTANCE, "furthest logit {furthest}");
     assert!(mean <= MAX_MEAN_KLD, "mean KLD {mean}");
+    assert!(cache_mean <= MAX_MEAN_KLD, "mean KLD of the int8 cache {cache_mean}");
 }

@@ -161,6 +161,10 @@ impl Tensors for HfFolder {
     fn names(&self) -> Box<dyn Iterator<Item = &str> + '_> {
         self.tensors.names()
     }
+
+    fn release(&self, name: &str) {
+        self.tensors.release(name);
+    }
 }
 
 impl fmt::Debug for HfFolder {

@@ -65,10 +65,10 @@ impl HfTensors {
         let (entries, ignored) = (BTreeMap::new(), Vec::new());
         let mut tensors = HfTensors { shards, method, entries, ignored };
         tensors.collect(config, &names)?;
-        tensors.settle_head(&mut config.decoder)?;
-        tensors.settle_padding(&config.decoder);
-        tensors.check(config).map_err(|error| tensors.in_stored_names(error, &names))?;
-        Ok(tensors)
+        match tensors.settle(config) {
+            Ok(()) => Ok(tensors),
+            Err(error) => Err(tensors.in_stored_names(error, &names)),
+        }
     }
 
     pub(super) fn shards(&self) -> &Shards {
@@ -171,10 +171,19 @@ impl HfTensors {
         Ok(())
     }
 
+    fn settle(&mut self, config: &mut HfConfig) -> Result<(), LoadError> {
+        self.settle_head(&mut config.decoder)?;
+        self.settle_padding(&config.decoder);
+        self.check(config)
+    }
+
     /// A head beside a tied embedding: a packed one is used, as by the quantisers' own engines; a
     /// copy of the embedding is ignored; anything else is a contradiction.
     fn settle_head(&mut self, config: &mut DecoderConfig) -> Result<(), LoadError> {
-        let Some(head) = self.entries.get(HEAD) else { return Ok(()) };
+        let (Some(head), true) = (self.entries.get(HEAD), self.entries.contains_key(EMBEDDING))
+        else {
+            return Ok(());
+        };
         match head.source.clone() {
             Source::Packed(_) => config.tied_head = false,
             Source::Stored(name) | Source::PlusOne(name) if config.tied_head => {
@@ -195,6 +204,12 @@ impl HfTensors {
     /// Takes rows and columns of padding from the shapes of packed layers.
     fn settle_padding(&mut self, config: &DecoderConfig) {
         if !matches!(self.method, Some(QuantMethod::Exl2 | QuantMethod::Exl3)) {
+            return;
+        }
+        // A configuration of more tensors than there are fails the check; its names are not made.
+        let n_experts = config.experts.map_or(0, |experts| experts.n_experts);
+        let n_mixed = config.layers.iter().filter(|layer| layer.has_experts).count();
+        if config.n_layers() + n_mixed * n_experts > self.entries.len() {
             return;
         }
         let mut unpad = |name: &str, expected: &[usize]| {
@@ -325,6 +340,18 @@ impl Tensors for HfTensors {
 
     fn names(&self) -> Box<dyn Iterator<Item = &str> + '_> {
         Box::new(self.entries.keys().map(String::as_str))
+    }
+
+    fn release(&self, name: &str) {
+        match self.entries.get(name).map(|entry| &entry.source) {
+            Some(Source::Stored(name) | Source::PlusOne(name)) => {
+                if let Some(file) = self.shards.file_of(name) {
+                    file.release(name);
+                }
+            }
+            // What packed layers share is read again by the next of them.
+            Some(Source::Packed(_)) | None => {}
+        }
     }
 }
 

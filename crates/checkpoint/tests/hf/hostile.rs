@@ -194,6 +194,8 @@ fn a_tied_head_may_only_be_a_copy() {
     assert_eq!(folder.ignored(), ["lm_head.weight"]);
     let other = copied.weights(|tensors| tensors.get_mut("lm_head.weight").unwrap().bytes[7] ^= 1);
     assert_names(&other.refusal(), &["tie_word_embeddings", "lm_head.weight"]);
+    let alone = other.weights(|tensors| drop(tensors.remove(embedding).unwrap()));
+    assert_names(&alone.refusal(), &[embedding, "missing, expected shape [320, 64]"]);
     let untied = Folder::family("smollm3").config("tie_word_embeddings", json!(false));
     assert_names(&untied.refusal(), &["lm_head.weight", "missing"]);
 }

@@ -2,10 +2,10 @@
 
 use std::time::{Duration, Instant};
 
-use exrail_checkpoint::Gguf;
+use exrail_checkpoint::{Checkpoint, Gguf};
 use exrail_engine::{
-    Engine, EngineHandle, EngineOptions, Event, Finished, GenerateRequest, Generation, Loaded,
-    Sampling, SequenceFault, TokenEvent, prepare_generator,
+    Engine, EngineHandle, EngineOptions, Event, Finished, GenerateRequest, Generation, Identity,
+    LoadOptions, Loaded, Sampling, SequenceFault, TokenEvent, prepare_generator,
 };
 use exrail_kernels::reference::Reference;
 use exrail_kernels::{
@@ -108,7 +108,9 @@ pub(crate) fn gguf() -> Gguf {
 }
 
 pub(crate) fn load<B: Backend>(backend: B) -> Loaded<B> {
-    prepare_generator(backend, &gguf(), "tiny", "0".repeat(64), &mut |_| {}).unwrap()
+    let who = Identity { name: "tiny".to_owned(), sha256: "0".repeat(64) };
+    let checkpoint = Checkpoint::Gguf(gguf());
+    prepare_generator(backend, &checkpoint, who, LoadOptions::default(), &mut |_| {}).unwrap()
 }
 
 /// f32 cache, so that nothing but the order of sums can differ between schedules.

@@ -7,7 +7,8 @@
 //! and its division, and the sums over S positions by S · u each: together `relative`, applied to
 //! Σ p|v|, which the reference computes from |v|.
 //!
-//! Cached values are rounded to half precision by one rule, so both sides see the same ones.
+//! Cached values are rounded to half precision, or to int8 as [`int8_scale`] says, by one rule, so
+//! both sides see the same ones; rounding lengthens a key by 2⁻¹¹ or by √D / 254 at most.
 
 use super::{ConformanceError, Suite, U, accepted, defined};
 use crate::reference::{Reference, ReferenceKvPool};
@@ -65,7 +66,7 @@ impl<B: Backend> Suite<'_, B> {
                     (Some(_), _) => &[20.0],
                     (None, Some(_)) => &[1.0],
                 };
-                for dtype in [KvDtype::F32, KvDtype::F16] {
+                for dtype in [KvDtype::F32, KvDtype::F16, KvDtype::Int8] {
                     for &deviation in deviations {
                         self.attention_case(shape, dtype, deviation)?;
                     }
@@ -184,7 +185,13 @@ impl<B: Backend> Suite<'_, B> {
                 for slots in parts.into_iter().flat_map(|part| slots[part].chunks(37)) {
                     let (k, v) = if seen.contains(&position) {
                         let k = self.random.normals(slots.len() * width, 0.0, 1.0);
-                        pools.key_norm = pools.key_norm.max(norm(&k, shape.head_dim));
+                        let lengthened = match shape.dtype {
+                            KvDtype::F32 => 1.0,
+                            KvDtype::F16 => 1.001,
+                            KvDtype::Int8 => 1.001 + (shape.head_dim as f64).sqrt() / 254.0,
+                        };
+                        let key_norm = lengthened * norm(&k, shape.head_dim);
+                        pools.key_norm = pools.key_norm.max(key_norm);
                         (k, self.random.normals(slots.len() * width, 0.0, 1.0))
                     } else {
                         (vec![f32::NAN; slots.len() * width], vec![f32::NAN; slots.len() * width])
@@ -259,8 +266,7 @@ fn label(shape: AttentionShape) -> String {
 
 /// `relative` of the file header.
 fn relative_bound(shape: AttentionShape, n_seen: usize, q_norm: f64, k_norm: f64) -> f64 {
-    // Half precision lengthens a key by 2⁻¹¹ at most.
-    let reach = f64::from(shape.scale) * q_norm * k_norm * 1.001;
+    let reach = f64::from(shape.scale) * q_norm * k_norm;
     let capped = 8.0 * U * shape.soft_cap.map_or(0.0, f64::from);
     let score_error = (shape.head_dim + 8) as f64 * U * reach + capped;
     2.0 * score_error.exp_m1() + (2 * n_seen + 16) as f64 * U

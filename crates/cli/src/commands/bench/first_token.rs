@@ -6,7 +6,8 @@ use std::{path::Path, time::Instant};
 
 use anyhow::{Context, Result, bail};
 use exrail_engine::{
-    Engine, EngineOptions, Event, GenerateRequest, Generation, Sampling, load_generator,
+    Engine, EngineOptions, Event, GenerateRequest, Generation, LoadOptions, Sampling,
+    load_generator,
 };
 use exrail_kernels_cpu::CpuBackend;
 use exrail_text::Specials;
@@ -50,7 +51,7 @@ pub(super) struct FirstToken {
 /// The model cannot be loaded, or gives no token.
 pub(super) fn run(plan: &Plan, path: &Path, since: Instant) -> Result<FirstToken> {
     let backend = CpuBackend::new(plan.cpu())?;
-    let loaded = load_generator(backend, path, &mut |_| {})?;
+    let loaded = load_generator(backend, path, LoadOptions::default(), &mut |_| {})?;
     let load_s = since.elapsed().as_secs_f64();
     let architecture = loaded.config.architecture.clone();
     let options = EngineOptions {

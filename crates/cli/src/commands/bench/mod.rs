@@ -109,7 +109,9 @@ impl Bench {
                 ModelRecord::Measured(Box::new(measured))
             }
             Err(error) => {
-                let (model, refused) = (process::last_part(name), crate::output::explain(&error));
+                let model = process::last_part(name);
+                // A record names no folder of a machine.
+                let refused = crate::output::explain(&error).replace(name, &model);
                 output.line(format!("{model}\n  refused: {refused}\n"));
                 ModelRecord::Refused { model, refused }
             }

@@ -132,6 +132,7 @@ impl Plan {
         match self.kv {
             KvOption::F16 => KvDtype::F16,
             KvOption::F32 => KvDtype::F32,
+            KvOption::Int8 => KvDtype::Int8,
         }
     }
 
@@ -146,6 +147,7 @@ impl Plan {
         let kv = match self.kv {
             KvOption::F16 => "f16",
             KvOption::F32 => "f32",
+            KvOption::Int8 => "int8",
         };
         let mut pairs = vec![
             ("--prompt", list(&self.prompt)),

@@ -8,7 +8,7 @@
 use std::{path::Path, time::Instant};
 
 use anyhow::{Result, ensure};
-use exrail_engine::load_generator;
+use exrail_engine::{LoadOptions, load_generator};
 use exrail_kernels::{AttentionSpan, Backend, KvShape, PAGE_TOKENS, PageId, TokenId};
 use exrail_kernels_cpu::{CpuBackend, ReadProbe};
 use exrail_model::{Batch, Decoder, Scratch};
@@ -152,7 +152,8 @@ impl Subject {
             let found = backend.n_threads();
             ensure!(found == asked, "--threads: expected {asked}, the system gave {found}");
         }
-        let loaded = load_generator(backend.clone(), path, &mut |step| bars.load(&step))?;
+        let options = LoadOptions::default();
+        let loaded = load_generator(backend.clone(), path, options, &mut |step| bars.load(&step))?;
         bars.clear();
         let decoder = loaded.decoder;
         let (longest, context) = (plan.longest(), decoder.config().context_len);
@@ -271,7 +272,7 @@ impl Subject {
 
 /// How many tokens each layer sees at most; `None`: all.
 fn windows(decoder: &Decoder<CpuBackend>) -> Vec<Option<usize>> {
-    vec![None; decoder.config().n_layers]
+    vec![None; decoder.config().n_layers()]
 }
 
 /// Positions that one step reads in all layers together, on average over `n_tokens` steps from

@@ -6,7 +6,7 @@
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use exrail_checkpoint::Gguf;
+use exrail_checkpoint::Checkpoint;
 
 /// What a model's steps read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,27 +18,24 @@ pub(super) struct Weights {
     /// Tensors of all experts.
     expert_bytes: u64,
     /// Experts of a layer and those that a token goes through; absent in a dense model.
-    experts: Option<(u32, u32)>,
+    experts: Option<(usize, usize)>,
 }
 
 impl Weights {
     /// # Errors
-    /// Not a GGUF file, or experts without their numbers.
+    /// The checkpoint is refused, or has experts without their numbers.
     pub(super) fn of(path: &Path) -> Result<Self> {
-        let file = Gguf::open(path)?;
-        let tensors = file.tensors().map(|tensor| (tensor.name, tensor.bytes.len() as u64));
-        let metadata = file.metadata();
-        let number = |key: &str| -> Result<Option<u32>> {
-            let architecture = metadata.require_str("general.architecture")?;
-            Ok(metadata.u32(&format!("{architecture}.{key}"))?)
-        };
-        let experts = number("expert_count")?.zip(number("expert_used_count")?);
-        Self::count(tensors, experts.filter(|&(all, _)| all > 0))
+        let checkpoint = Checkpoint::open(path)?;
+        let tensors = checkpoint.tensors();
+        let infos = tensors.names().filter_map(|name| tensors.info(name));
+        let sizes = infos.map(|info| (info.name, info.n_bytes() as u64));
+        let experts = checkpoint.config()?.experts;
+        Self::count(sizes, experts.map(|experts| (experts.n_experts, experts.n_used)))
     }
 
     fn count<'a>(
         tensors: impl Iterator<Item = (&'a str, u64)>,
-        experts: Option<(u32, u32)>,
+        experts: Option<(usize, usize)>,
     ) -> Result<Self> {
         let (mut total_bytes, mut expert_bytes, mut embedding, mut head) = (0, 0, 0, 0);
         for (name, bytes) in tensors {
@@ -67,7 +64,7 @@ impl Weights {
     /// if all are equally likely.
     pub(super) fn step_bytes(&self, batch: usize) -> f64 {
         let share = self.experts.map_or(0.0, |(all, used)| {
-            let missed = (1.0 - f64::from(used) / f64::from(all)).max(0.0);
+            let missed = (1.0 - used as f64 / all as f64).max(0.0);
             1.0 - missed.powf(batch as f64)
         });
         self.dense_bytes as f64 + self.expert_bytes as f64 * share
