@@ -36,8 +36,10 @@ fn fails(output: &Output, parts: &[&str]) {
 #[test]
 fn every_command_explains_itself_and_wrong_usage_is_2() {
     let home = tempfile::tempdir().unwrap();
-    let commands =
-        ["serve", "chat", "ask", "ingest", "verify", "embed", "pull", "inspect", "bench", "demo"];
+    let commands = [
+        "serve", "chat", "ask", "ingest", "verify", "embed", "pull", "inspect", "quantize",
+        "bench", "demo",
+    ];
     for command in commands {
         let output = exrail(home.path(), &[command, "--help"]);
         assert!(output.status.success(), "{command}");
