@@ -71,7 +71,10 @@ fn families() -> String {
         let architecture = &folder.config().architecture;
         let gguf = if has_gguf { "yes" } else { "not sayable" };
         let traits = traits(folder.config());
-        rows.insert(name.clone(), format!("| {name} | {architecture} | {traits} | yes | {gguf} |\n"));
+        rows.insert(
+            name.clone(),
+            format!("| {name} | {architecture} | {traits} | yes | {gguf} |\n"),
+        );
     }
     let head = "| model | architecture | features | folder | GGUF |\n|---|---|---|---|---|\n";
     head.to_owned() + &rows.into_values().collect::<String>()
@@ -82,7 +85,8 @@ fn formats() -> String {
     let cases = golden("tensor/dequantise.json");
     let cases = cases["cases"].as_array().unwrap();
     let mut table =
-        "| format | bits a weight | values a block | golden cases |\n|---|---|---|---|\n".to_owned();
+        "| format | bits a weight | values a block | golden cases |\n|---|---|---|---|\n"
+            .to_owned();
     for dtype in DType::ALL {
         let bits = dtype.block_bytes() as f64 * 8.0 / dtype.block_len() as f64;
         let name = dtype.to_string();

@@ -1,7 +1,9 @@
 //! [`Block`]: one layer of a decoder by itself, for tools that cannot hold a whole model.
 
 use exrail_checkpoint::{DecoderConfig, Tensors};
-use exrail_kernels::{AttentionSpan, Backend, KvDtype, PAGE_TOKENS, PageId, TokenId, WeightView};
+use exrail_kernels::{
+    AttentionSpan, Backend, InputRounding, KvDtype, PAGE_TOKENS, PageId, TokenId, WeightView,
+};
 use exrail_tensor::DType;
 
 use super::{Decoder, Head, rope};
@@ -49,6 +51,7 @@ impl<B: Backend> Block<B> {
             rows: 1,
             columns: config.width,
             bytes: &vec![0; 4 * config.width],
+            rounding: InputRounding::Twice,
         };
         let decoder = Decoder {
             embedding: backend.weight(&nothing)?,
@@ -106,7 +109,8 @@ pub fn embed_tokens<B: Backend>(
     assert!(ids.iter().all(|id| (id.0 as usize) < vocab_size), "ids below {vocab_size}");
     let progress = LoadProgress::default();
     let mut loader = Loader { backend, tensors, report: &mut |_| {}, progress };
-    let table = loader.matrix("token_embd.weight", vocab_size, config.width)?;
+    let table =
+        loader.matrix("token_embd.weight", (vocab_size, config.width), InputRounding::Twice)?;
     let mut residual = vec![0.0; ids.len() * config.width];
     let mut buffer = backend.buffer(CHUNK * config.width)?;
     for (ids, residual) in ids.chunks(CHUNK).zip(residual.chunks_mut(CHUNK * config.width)) {
