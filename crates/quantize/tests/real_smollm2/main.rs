@@ -20,7 +20,7 @@ use exrail_quantize::{Calibration, QuantizeOptions, quantize};
 use exrail_tensor::IntGrid;
 use exrail_text::{Specials, Tokenizer};
 
-/// Tokens to measure on, and to calibrate with, unless the environment says otherwise.
+/// Tokens to calibrate with, and half as many to measure on, unless the environment says otherwise.
 const N_TOKENS: usize = 2048;
 
 /// Documents of the sample pack, sorted, the even ones or the odd ones.
@@ -44,13 +44,16 @@ fn text(variable: &str, remainder: usize) -> String {
 fn int8_is_nearer_than_calibrated_int4_and_that_nearer_than_rounded_int4() {
     let gguf = std::env::var_os("EXRAIL_TEST_GENERATOR").expect("EXRAIL_TEST_GENERATOR is set");
     let n_tokens = std::env::var("EXRAIL_FIDELITY_TOKENS").ok().map(|n| n.parse().unwrap());
-    let n_tokens: usize = n_tokens.unwrap_or(N_TOKENS);
+    let (n_tokens, n_measured): (usize, usize) = match n_tokens {
+        Some(n_tokens) => (n_tokens, n_tokens),
+        None => (N_TOKENS, N_TOKENS / 2),
+    };
     let dir = tempfile::tempdir().unwrap();
     let reference = dir.path().join("f16");
     convert::convert(Path::new(&gguf), &reference);
     let json = HfFolder::open(&reference).unwrap().tokenizer_json().unwrap().unwrap();
     let tokenizer = Tokenizer::from_json(&json).unwrap();
-    let encode = |text: &str| {
+    let encode = |text: &str, n_tokens| {
         let mut ids = tokenizer.encode(text, Specials::AsText).unwrap();
         ids.truncate(n_tokens);
         ids
@@ -58,9 +61,9 @@ fn int8_is_nearer_than_calibrated_int4_and_that_nearer_than_rounded_int4() {
     let calibration_text = text("EXRAIL_FIDELITY_CALIBRATION", 0);
     let calibration = || {
         let text_sha256 = sha256_hex(calibration_text.as_bytes());
-        Some(Calibration { text_sha256, ids: encode(&calibration_text) })
+        Some(Calibration { text_sha256, ids: encode(&calibration_text, n_tokens) })
     };
-    let options = CpuOptions { threads: Some(1), activation: Activation::F32, isa: None };
+    let options = CpuOptions { threads: None, activation: Activation::F32, isa: None };
     let backend = CpuBackend::new(options).unwrap();
     let mut variants = vec![
         ("int8, groups of 32", IntGrid::Int8, 32, None),
@@ -81,7 +84,7 @@ fn int8_is_nearer_than_calibrated_int4_and_that_nearer_than_rounded_int4() {
         folders.push(folder);
     }
     let paths: Vec<&Path> = folders.iter().map(PathBuf::as_path).collect();
-    let ids = encode(&text("EXRAIL_FIDELITY_TEXT", 1));
+    let ids = encode(&text("EXRAIL_FIDELITY_TEXT", 1), n_measured);
     println!("measured on {} tokens", ids.len() / 512 * 512);
     let found = fidelity::compare(&backend, &reference, &paths, &ids);
     println!("| | mean | median | p99 | p99.9 | max | top-1 | ln PPL | RMS Δp |");
@@ -90,7 +93,7 @@ fn int8_is_nearer_than_calibrated_int4_and_that_nearer_than_rounded_int4() {
     }
     let [int8, calibrated, nearest] = [0, 1, 2].map(|i| found[i].mean());
     assert!(int8 < 0.005, "int8: {int8}");
-    assert!(found[0].top() > 0.98, "int8: {}", found[0].top());
+    assert!(found[0].top() > 0.95, "int8: {}", found[0].top());
     assert!(int8 < calibrated, "{int8} {calibrated}");
-    assert!(calibrated < 0.95 * nearest, "{calibrated} {nearest}");
+    assert!(calibrated < 0.6 * nearest, "{calibrated} {nearest}");
 }
