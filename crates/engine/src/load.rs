@@ -110,9 +110,9 @@ pub fn prepare_generator<B: Backend>(
     options: LoadOptions,
     progress: &mut dyn FnMut(LoadProgress),
 ) -> Result<Loaded<B>, EngineError> {
+    let rounded = options.quant.map(|grid| Rounded::new(checkpoint.tensors(), grid)).transpose()?;
     let CheckedGenerator { config, tokenizer, template, name } =
         check_generator(checkpoint, options)?;
-    let rounded = options.quant.map(|grid| Rounded::new(checkpoint.tensors(), grid)).transpose()?;
     let tensors = rounded.as_ref().map_or(checkpoint.tensors(), |rounded| rounded);
     let decoder = Decoder::load(&backend, &config, tensors, progress)?;
     Ok(Loaded {
