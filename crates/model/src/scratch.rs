@@ -84,6 +84,10 @@ impl<B: Backend> Scratch<B> {
     pub fn logits(&mut self, backend: &B, index: usize, out: &mut [f32]) {
         assert!(index < self.n_logit_rows, "logit row {index} of {}", self.n_logit_rows);
         assert_eq!(out.len(), self.vocab_size, "one value a token");
+        if index == 0 {
+            // A decode step of one sequence has no other: one copy is enough.
+            return backend.read(&self.logits, out);
+        }
         let row = u32::try_from(index).expect("rows are far below 2^32");
         backend.gather_rows(&self.logits, self.vocab_size, &[row], &mut self.one_row);
         backend.read(&self.one_row, out);
