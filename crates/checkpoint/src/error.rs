@@ -186,6 +186,15 @@ pub enum LoadError {
         /// Its format.
         found: DType,
     },
+    /// Weights that are to be rounded come in packed layers.
+    #[error(
+        "layers: expected 16-bit or 32-bit weights to quantise, found {found}; load the folder as it \
+         is"
+    )]
+    AlreadyPacked {
+        /// How they are packed.
+        found: String,
+    },
     /// A weight that is to be rounded is NaN or infinite.
     #[error("tensor `{tensor}`: expected finite weights, found {found} at index {index}")]
     NotFinite {

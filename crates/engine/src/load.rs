@@ -6,8 +6,8 @@ use std::path::Path;
 use std::sync::Arc;
 
 use exrail_checkpoint::{
-    Checkpoint, DecoderConfig, Gguf, HfFolder, Rounded, Tensors, VocabularyTable, checkpoint_files,
-    checkpoint_sha256,
+    Checkpoint, DecoderConfig, Gguf, HfFolder, LoadError, Rounded, Tensors, VocabularyTable,
+    checkpoint_files, checkpoint_sha256,
 };
 use exrail_kernels::Backend;
 use exrail_model::{Decoder, LoadProgress};
@@ -110,7 +110,7 @@ pub fn prepare_generator<B: Backend>(
     options: LoadOptions,
     progress: &mut dyn FnMut(LoadProgress),
 ) -> Result<Loaded<B>, EngineError> {
-    let rounded = options.quant.map(|grid| Rounded::new(checkpoint.tensors(), grid)).transpose()?;
+    let rounded = options.quant.map(|grid| round(checkpoint, grid)).transpose()?;
     let CheckedGenerator { config, tokenizer, template, name } =
         check_generator(checkpoint, options)?;
     let tensors = rounded.as_ref().map_or(checkpoint.tensors(), |rounded| rounded);
@@ -128,6 +128,16 @@ pub fn prepare_generator<B: Backend>(
         config,
         backend,
     })
+}
+
+/// The weights of a checkpoint, rounded on the way.
+fn round(checkpoint: &Checkpoint, grid: IntGrid) -> Result<Rounded<'_>, LoadError> {
+    if let Checkpoint::Folder(folder) = checkpoint
+        && let Some(method) = folder.quant_method()
+    {
+        return Err(LoadError::AlreadyPacked { found: method.to_string() });
+    }
+    Rounded::new(checkpoint.tensors(), grid)
 }
 
 /// A checkpoint of which everything but the weights was read, and found to agree.
