@@ -21,8 +21,8 @@ const ANSWER: [u32; 8] = [504, 3575, 282, 4649, 314, 7042, 30, 2];
 /// "<bos>Monday, Tuesday,", as llama.cpp and golden/logits/make_gemma.py tokenise it.
 const GEMMA_PROMPT: [u32; 5] = [2, 49381, 236764, 9863, 236764];
 
-/// " Wednesday, Thursday, Friday, Saturday,", which numpy chooses with margins of at least 1.0 over the second
-/// choice (golden/logits/make_gemma.py prints them).
+/// " Wednesday, Thursday, Friday, Saturday,", which numpy chooses with margins of at least 1.0 over
+/// the second choice (golden/logits/make_gemma.py prints them).
 const GEMMA_ANSWER: [u32; 8] = [10119, 236764, 9853, 236764, 7672, 236764, 8224, 236764];
 
 /// The `n` tokens that the model in the file named by `variable` chooses after `prompt`.
