@@ -20,6 +20,7 @@ mod hf;
 mod metadata;
 mod quantised;
 mod reader;
+mod rounded;
 mod safetensors_file;
 mod tensors;
 mod vocabulary;
@@ -36,9 +37,10 @@ pub use gguf::Gguf;
 pub use hf::{GenerationSettings, HfFolder, NamedTemplate, TextSettings};
 pub use metadata::{Array, Metadata, Value};
 pub use quantised::{
-    AwqConfig, AwqPacking, Dense, GptqConfig, GptqZeros, Lookup, QuantMethod, RawTensor, RawType,
-    dequantise_layer, layer_shape,
+    AwqConfig, AwqPacking, Blocks, Dense, GptqConfig, GptqZeros, Lookup, QuantMethod, RawTensor,
+    RawType, dequantise_layer, layer_shape, native_blocks, native_type,
 };
+pub use rounded::Rounded;
 pub use safetensors_file::SafetensorsFile;
 pub use tensors::{TensorInfo, TensorView, Tensors};
 pub use vocabulary::VocabularyTable;

@@ -7,6 +7,7 @@
 
 use std::fmt;
 
+use exrail_tensor::DType;
 use half::f16;
 use serde_json::Value;
 
@@ -67,6 +68,19 @@ pub struct Dense {
     pub columns: usize,
     /// (N, K), row-major.
     pub halves: Vec<u16>,
+}
+
+/// A matrix as blocks of a format of this engine.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Blocks {
+    /// Format of the blocks.
+    pub dtype: DType,
+    /// Output features N.
+    pub rows: usize,
+    /// Input features K.
+    pub columns: usize,
+    /// Row-major blocks.
+    pub bytes: Vec<u8>,
 }
 
 /// Where GPTQ stores a zero point z.
@@ -210,6 +224,45 @@ pub fn dequantise_layer<'a>(
         QuantMethod::Awq(config) => awq::dequantise(&layer, *config),
         QuantMethod::Exl2 => exl2::dequantise(&layer),
         QuantMethod::Exl3 => exl3::dequantise(&layer),
+    }
+}
+
+/// The block format that the layer `prefix` can be repacked to, so that it runs quantised; `None`
+/// when it has to be dequantised. Decodes no weight.
+///
+/// GPTQ of 4 and 8 bits in groups of whole blocks of neighbouring input features, scales repeated
+/// for groups that are larger: zero points in the middle give `Q4_0` and `Q8_0`, which hold the
+/// products of scale and code exactly ([`dequantise_layer`] rounds them to half). Other zero points
+/// of 4 bits give `Q4_1`, whose minimum is scale · zero point rounded to half.
+///
+/// # Errors
+/// As [`layer_shape`].
+pub fn native_type<'a>(
+    method: &QuantMethod,
+    prefix: &'a str,
+    tensors: Lookup<'a>,
+) -> Result<Option<DType>, LoadError> {
+    match method {
+        QuantMethod::Gptq(config) => {
+            let native = gptq::native(&Layer { prefix, tensors }, *config)?;
+            Ok(native.map(gptq::Native::dtype))
+        }
+        QuantMethod::Awq(_) | QuantMethod::Exl2 | QuantMethod::Exl3 => Ok(None),
+    }
+}
+
+/// The layer `prefix` in the format of [`native_type`].
+///
+/// # Errors
+/// As [`layer_shape`].
+pub fn native_blocks<'a>(
+    method: &QuantMethod,
+    prefix: &'a str,
+    tensors: Lookup<'a>,
+) -> Result<Option<Blocks>, LoadError> {
+    match method {
+        QuantMethod::Gptq(config) => gptq::blocks(&Layer { prefix, tensors }, *config),
+        QuantMethod::Awq(_) | QuantMethod::Exl2 | QuantMethod::Exl3 => Ok(None),
     }
 }
 

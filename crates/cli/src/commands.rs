@@ -8,5 +8,6 @@ pub(crate) mod embed;
 pub(crate) mod ingest;
 pub(crate) mod inspect;
 pub(crate) mod pull;
+pub(crate) mod quantize;
 pub(crate) mod serve;
 pub(crate) mod verify;

@@ -7,7 +7,7 @@ use std::{
 
 use anyhow::{Context, Result, anyhow, bail};
 use exrail_engine::{
-    Engine, EngineHandle, LoadOptions, Loaded, SentenceEncoder, WarmUpPlan, load_generator, warm_up,
+    Engine, EngineHandle, Loaded, SentenceEncoder, WarmUpPlan, load_generator, warm_up,
 };
 use exrail_hub::{Kind, Resolved};
 use exrail_kernels::Backend;
@@ -134,7 +134,7 @@ impl Boot<'_> {
     ) -> Result<Loaded<CpuBackend>> {
         let loaded = self.board.run(Phase::Weights, || {
             let path = &model.path;
-            let options = LoadOptions { max_context: self.engine.max_context };
+            let options = self.engine.load();
             let loaded =
                 load_generator(backend.clone(), path, options, &mut |step| bars.load(&step))?;
             let detail = format!("{}, {}", loaded.model_name, loaded.quant);

@@ -47,6 +47,8 @@ enum Command {
     Pull(commands::pull::Pull),
     /// Print what a model file holds.
     Inspect(commands::inspect::Inspect),
+    /// Quantise a 16-bit Hugging Face folder to int4 or int8.
+    Quantize(commands::quantize::Quantize),
     /// Measure speed, load time and memory of models on this machine.
     Bench(commands::bench::Bench),
     /// Run everything once on the sample corpus: serve, ingest, ask, verify, report.
@@ -83,6 +85,7 @@ fn main() -> ExitCode {
         Command::Embed(command) => command.run(&output),
         Command::Pull(command) => command.run(&output),
         Command::Inspect(command) => command.run(&output),
+        Command::Quantize(command) => command.run(&output),
         Command::Bench(command) => command.run(&output),
         Command::Demo(command) => command.run(&output),
     };

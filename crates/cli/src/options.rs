@@ -4,11 +4,12 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
-use exrail_engine::EngineOptions;
+use exrail_engine::{EngineOptions, LoadOptions};
 use exrail_hub::{Cache, Fetch, Kind, Registry, Resolved};
 use exrail_kernels::{Activation, KvDtype};
 use exrail_kernels_cpu::CpuOptions;
 use exrail_server::Keys;
+use exrail_tensor::IntGrid;
 use serde::Serialize;
 
 use crate::progress::Bars;
@@ -71,6 +72,25 @@ pub(crate) enum KvOption {
     Int8,
 }
 
+/// A width that 16-bit weights are rounded to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum QuantOption {
+    /// 4 bits a weight.
+    Int4,
+    /// 8 bits a weight.
+    Int8,
+}
+
+impl QuantOption {
+    /// The grid of the weights.
+    pub(crate) fn grid(self) -> IntGrid {
+        match self {
+            QuantOption::Int4 => IntGrid::Int4,
+            QuantOption::Int8 => IntGrid::Int8,
+        }
+    }
+}
+
 /// The generator and the device.
 #[derive(Clone, Debug, Args)]
 #[command(next_help_heading = "Engine")]
@@ -81,6 +101,10 @@ pub(crate) struct EngineArgs {
     /// Threads; one per physical core when absent.
     #[arg(long, value_name = "N", env = "EXRAIL_THREADS")]
     pub(crate) threads: Option<usize>,
+    /// Round the matrices of a 16-bit model to this width while it is loaded; the embedding and the
+    /// head get 8 bits.
+    #[arg(long, value_enum)]
+    pub(crate) quant: Option<QuantOption>,
     /// How activations meet quantised weights.
     #[arg(long, value_enum, default_value = "int8")]
     pub(crate) activation: ActivationOption,
@@ -102,6 +126,11 @@ pub(crate) struct EngineArgs {
 }
 
 impl EngineArgs {
+    pub(crate) fn load(&self) -> LoadOptions {
+        let quant = self.quant.map(QuantOption::grid);
+        LoadOptions { max_context: self.max_context, quant }
+    }
+
     pub(crate) fn cpu(&self) -> CpuOptions {
         let activation = match self.activation {
             ActivationOption::Int8 => Activation::Int8,

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use exrail_engine::GeneratorProgress;
+use exrail_quantize::QuantizeProgress;
 use exrail_retrieval::IngestProgress;
 use exrail_verify::{Progress, Stage};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -57,6 +58,18 @@ impl Bars {
             GeneratorProgress::Weights(weights) => {
                 let total = weights.n_total as u64;
                 self.stage("load weights", Some(total), COUNT).set_position(weights.n_done as u64);
+            }
+        }
+    }
+
+    pub(crate) fn quantize(&mut self, progress: &QuantizeProgress) {
+        match *progress {
+            QuantizeProgress::Hashed { bytes, total_bytes } => {
+                self.stage("hash model", Some(total_bytes), BYTES).set_position(bytes);
+            }
+            QuantizeProgress::Quantised { n_done, n_total } => {
+                let bar = self.stage("quantise layers", Some(n_total as u64), COUNT);
+                bar.set_position(n_done as u64);
             }
         }
     }

@@ -134,7 +134,7 @@ fn wrong_options_end_before_anything_is_measured() {
     for (arguments, code, part) in [
         (["--repeat", "0"], 2, "--repeat"),
         (["--batch", "1,0"], 2, "--batch"),
-        (["--kv", "int8"], 2, "--kv"),
+        (["--kv", "q4"], 2, "--kv"),
         (["--gpu", "1"], 2, "--gpu"),
         (["--prompt", "9,9"], 1, "found 9 twice"),
     ] {

@@ -6,10 +6,12 @@ use std::path::Path;
 use std::sync::Arc;
 
 use exrail_checkpoint::{
-    Checkpoint, DecoderConfig, Gguf, HfFolder, VocabularyTable, checkpoint_files, checkpoint_sha256,
+    Checkpoint, DecoderConfig, Gguf, HfFolder, Rounded, Tensors, VocabularyTable, checkpoint_files,
+    checkpoint_sha256,
 };
 use exrail_kernels::Backend;
 use exrail_model::{Decoder, LoadProgress};
+use exrail_tensor::IntGrid;
 use exrail_text::{ChatTemplate, TokenRoles, Tokenizer, Vocabulary};
 
 use crate::error::EngineError;
@@ -54,6 +56,9 @@ pub struct LoadOptions {
     /// Positions to serve; `None`: as many as the model was trained on. Rotary scalings that depend
     /// on the length follow it.
     pub max_context: Option<usize>,
+    /// Rounds the matrices of a 16-bit model to this grid on the way to the device, see
+    /// [`Rounded`]; `None`: as they are stored.
+    pub quant: Option<IntGrid>,
 }
 
 /// Opens a GGUF file or a Hugging Face folder and prepares it for `backend`.
@@ -105,16 +110,21 @@ pub fn prepare_generator<B: Backend>(
     options: LoadOptions,
     progress: &mut dyn FnMut(LoadProgress),
 ) -> Result<Loaded<B>, EngineError> {
+    let rounded = options.quant.map(|grid| Rounded::new(checkpoint.tensors(), grid)).transpose()?;
     let CheckedGenerator { config, tokenizer, template, name } =
         check_generator(checkpoint, options)?;
-    let decoder = Decoder::load(&backend, &config, checkpoint.tensors(), progress)?;
+    let tensors = rounded.as_ref().map_or(checkpoint.tensors(), |rounded| rounded);
+    let decoder = Decoder::load(&backend, &config, tensors, progress)?;
     Ok(Loaded {
         decoder,
         tokenizer: Arc::new(tokenizer),
         template: template.map(Arc::new),
         model_name: name.unwrap_or(identity.name),
         model_sha256: identity.sha256,
-        quant: storage_format(checkpoint),
+        quant: match rounded {
+            None => storage_format(checkpoint),
+            Some(_) => main_format(tensors),
+        },
         config,
         backend,
     })
@@ -247,7 +257,11 @@ fn storage_format(checkpoint: &Checkpoint) -> String {
     {
         return method.to_string();
     }
-    let tensors = checkpoint.tensors();
+    main_format(checkpoint.tensors())
+}
+
+/// The format that holds the most bytes.
+fn main_format(tensors: &dyn Tensors) -> String {
     let mut bytes: BTreeMap<String, usize> = BTreeMap::new();
     for info in tensors.names().filter_map(|name| tensors.info(name)) {
         *bytes.entry(info.dtype.to_string()).or_default() += info.n_bytes();

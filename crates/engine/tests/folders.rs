@@ -10,6 +10,7 @@ use exrail_engine::{
 };
 use exrail_kernels::KvDtype;
 use exrail_kernels::reference::Reference;
+use exrail_tensor::IntGrid;
 use exrail_text::{ChatMessage, RenderOptions, Specials, encode_prompt};
 
 fn families() -> PathBuf {
@@ -17,7 +18,12 @@ fn families() -> PathBuf {
 }
 
 fn start(path: &Path, max_context: Option<usize>) -> Result<EngineHandle, EngineError> {
-    let loaded = load_generator(Reference, path, LoadOptions { max_context }, &mut |_| {})?;
+    let loaded = load_generator(
+        Reference,
+        path,
+        LoadOptions { max_context, ..LoadOptions::default() },
+        &mut |_| {},
+    )?;
     let options = EngineOptions {
         kv_pages: Some(4),
         max_context,
@@ -107,4 +113,27 @@ fn a_folder_without_a_tokenizer_is_refused_with_what_to_do() {
         let text = error.to_string();
         assert!(text.contains(found) && text.contains("save_pretrained"), "{text}");
     }
+}
+
+#[test]
+fn weights_are_rounded_on_the_way_when_asked_and_never_twice() {
+    let options = |grid| LoadOptions { quant: Some(grid), ..LoadOptions::default() };
+    let quant = |path: &Path, grid| {
+        load_generator(Reference, path, options(grid), &mut |_| {}).map(|loaded| loaded.quant)
+    };
+    let (folder, gguf) = (families().join("llama"), families().join("llama/model.gguf"));
+    for path in [&folder, &gguf] {
+        assert_eq!(quant(path, IntGrid::Int8).unwrap(), "Q8_0");
+    }
+    // Both sources hold the same weights, so they are rounded alike.
+    let rounded = |path: &Path| {
+        let loaded = load_generator(Reference, path, options(IntGrid::Int4), &mut |_| {}).unwrap();
+        let options =
+            EngineOptions { kv_pages: Some(4), max_context: Some(64), ..EngineOptions::default() };
+        answer(&Engine::start(loaded, options).unwrap())
+    };
+    assert_eq!(rounded(&folder), rounded(&gguf));
+    let packed = families().join("../quantised/gptq");
+    let error = quant(&packed, IntGrid::Int8).unwrap_err().to_string();
+    assert!(error.contains("expected 16-bit or 32-bit weights to quantise"), "{error}");
 }

@@ -2,8 +2,12 @@
 //! Llama (Touvron et al. 2023, arXiv:2302.13971, §2.2). What families do differently is data:
 //! [`DecoderConfig`].
 
+mod block;
+
 use exrail_checkpoint::{BlockNorms, DecoderConfig, NormKind, QkNorm, Tensors};
 use exrail_kernels::{AttentionShape, Backend, InputRounding, KvDtype, KvShape, Rope};
+
+pub use block::{Block, embed_tokens};
 
 use crate::layer::{Layer, QkNorms};
 use crate::load::Loader;

@@ -18,7 +18,7 @@ mod rope;
 mod scratch;
 
 pub use batch::Batch;
-pub use decoder::Decoder;
+pub use decoder::{Block, Decoder, embed_tokens};
 pub use encoder::Encoder;
 pub use error::ModelError;
 pub use load::LoadProgress;

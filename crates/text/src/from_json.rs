@@ -14,8 +14,8 @@ use tokenizers::models::wordpiece::WordPiece;
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::pre_tokenizers::metaspace::PrependScheme;
 use tokenizers::{
-    ModelWrapper, NormalizerWrapper, PostProcessorWrapper, PreTokenizerWrapper,
-    SplitDelimiterBehavior,
+    ModelWrapper, NormalizedString, Normalizer as _, NormalizerWrapper, PostProcessorWrapper,
+    PreTokenizerWrapper, SplitDelimiterBehavior,
 };
 
 use crate::TokenizerError;
@@ -33,12 +33,11 @@ use crate::vocabulary::is_merge;
 use crate::words::{Library, Step, Words};
 
 /// Steps of a pre-tokenizer that are taken as the `tokenizers` crate has them, or replaced.
-const STEPS: [&str; 10] = [
+const STEPS: [&str; 9] = [
     "BertPreTokenizer",
     "ByteLevel",
     "CharDelimiterSplit",
     "Digits",
-    "FixedLength",
     "Metaspace",
     "Punctuation",
     "UnicodeScripts",
@@ -58,8 +57,9 @@ const NORMALIZERS: [&str; 10] = [
     "Strip",
     "StripAccents",
 ];
-/// How many times longer all steps together may make a text; ALBERT's, which do most, come to 136.
-const MAX_GROWTH: usize = 256;
+/// How many times longer all steps together may make a text, counted as if each replaced every
+/// byte; those of T5 come to 272.
+const MAX_GROWTH: usize = 1024;
 /// Most steps of a pre-tokenizer; published ones have at most five.
 const MAX_STEPS: usize = 32;
 /// Ids may leave holes; this many at most beside one for each token.
@@ -268,6 +268,16 @@ fn library(file: File) -> Result<Library, TokenizerError> {
     set.map_err(library("setting the normalizer"))?;
     let post_processor: Option<PostProcessorWrapper> = from_value(file.post_processor)?;
     tokenizer.with_post_processor(post_processor);
+    if let Some(normalizer) = tokenizer.get_normalizer() {
+        for token in file.added_tokens.iter().filter(|token| token.is_normalized()) {
+            let mut text = NormalizedString::from(token.content.as_str());
+            normalizer.normalize(&mut text).map_err(library("normalising an added token"))?;
+            // Nothing would be found between any two bytes, inside characters too.
+            if text.get().is_empty() {
+                return Err(unsupported("added_tokens.content", format!("{:?}", token.content)));
+            }
+        }
+    }
     let expected: Vec<(u32, String)> =
         file.added_tokens.iter().map(|it| (it.id, it.content.clone())).collect();
     let added = file.added_tokens.into_iter().map(Added::into_library);

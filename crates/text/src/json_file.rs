@@ -178,8 +178,13 @@ impl Ids {
 }
 
 impl Added {
+    /// Whether the token is looked for in normalised text.
+    pub(crate) fn is_normalized(&self) -> bool {
+        self.normalized.unwrap_or(!self.special)
+    }
+
     pub(crate) fn into_library(self) -> AddedToken {
-        let normalized = self.normalized.unwrap_or(!self.special);
+        let normalized = self.is_normalized();
         AddedToken::from(self.content, self.special)
             .single_word(self.single_word)
             .lstrip(self.lstrip)

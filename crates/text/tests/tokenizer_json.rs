@@ -183,6 +183,16 @@ fn what_is_not_supported_is_refused_by_name() {
     );
     named(&|it| it["pre_tokenizer"] = json!({ "type": "Frob" }), "Frob");
     named(&|it| it["normalizer"] = json!({ "type": "Frob" }), "Frob");
+    // Both make the tokenizers crate panic.
+    named(&|it| it["pre_tokenizer"] = json!({ "type": "FixedLength", "length": 0 }), "FixedLength");
+    named(
+        &|it| {
+            it["normalizer"] = json!({ "type": "Strip", "strip_left": true, "strip_right": true });
+            it["added_tokens"][4]["content"] = json!(" ");
+            it["added_tokens"][4]["normalized"] = json!(true);
+        },
+        "added_tokens.content",
+    );
     named(
         &|it| it["normalizer"] = json!({ "type": "Precompiled", "precompiled_charsmap": "AAAA" }),
         "trie",

@@ -21,7 +21,8 @@ const MAX_TOKENIZER_BYTES: u64 = 256 << 20;
 ///
 /// Every tensor that the configuration implies is there in its shape, and there is none besides but
 /// those in [`HfFolder::ignored`]. Elements are those of the files, in place; packed layers are
-/// decoded to F16 when asked for, one at a time.
+/// repacked to native blocks where [`native_type`](crate::native_type) has some and decoded to F16
+/// otherwise, when asked for, one at a time.
 #[derive(Clone)]
 pub struct HfFolder {
     files: Files,
@@ -86,6 +87,25 @@ impl HfFolder {
     #[must_use]
     pub fn ignored(&self) -> &[String] {
         self.tensors.ignored()
+    }
+
+    /// The names in the files of all tensors, sorted.
+    pub fn stored_names(&self) -> impl Iterator<Item = &str> {
+        self.tensors.shards().tensor_names()
+    }
+
+    /// The floating-point tensor that the files call `stored`, as it is there.
+    ///
+    /// # Errors
+    /// When there is none, or it holds no floating-point numbers.
+    pub fn stored_tensor(&self, stored: &str) -> Result<TensorView<'_>, LoadError> {
+        self.tensors.view(stored)
+    }
+
+    /// Names in the files and the engine's names of all tensors that the model uses and that are
+    /// not packed.
+    pub fn name_pairs(&self) -> impl Iterator<Item = (&str, &str)> {
+        self.tensors.name_pairs()
     }
 
     /// The safetensors files, in order.

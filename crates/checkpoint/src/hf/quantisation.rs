@@ -38,11 +38,15 @@ pub(super) fn quant_method(
 
 fn read(value: &Value) -> Result<QuantMethod, LoadError> {
     let fields = Fields::new(value, "quantization_config.")?;
-    // Settings of single modules: width and group size would differ from those stated here.
-    if let Some(found) = fields.get("dynamic").filter(|&found| !is_empty(found)) {
+    let method = QuantMethod::from_json(value)?;
+    // Settings of single modules. GPTQ layers whose width or group differs say so by their tensors:
+    // by `g_idx`, or else their shapes do not fit the configuration.
+    let dynamic = fields.get("dynamic").filter(|&found| !is_empty(found));
+    if let (Some(found), QuantMethod::Awq(_) | QuantMethod::Exl2 | QuantMethod::Exl3) =
+        (dynamic, method)
+    {
         return Err(fields.bad("dynamic", "nothing (settings per module)", short(found)));
     }
-    let method = QuantMethod::from_json(value)?;
     for (key, only) in [("zero_point", true), ("is_marlin_format", false)] {
         if fields.bool(key)?.is_some_and(|found| found != only) {
             return Err(fields.bad(key, only.to_string(), !only));

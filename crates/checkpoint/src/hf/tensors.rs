@@ -11,7 +11,7 @@ use super::shards::Shards;
 use crate::safetensors_file::SUPPORTED;
 use crate::{
     DecoderConfig, LoadError, QuantMethod, RawTensor, TensorInfo, TensorView, Tensors,
-    dequantise_layer, layer_shape,
+    dequantise_layer, layer_shape, native_blocks, native_type,
 };
 
 /// exllamav2 pads layers to multiples of 32, exllamav3 to multiples of this.
@@ -43,7 +43,8 @@ enum Source {
     Stored(String),
     /// The tensor of this name plus one: Gemma's norms multiply by 1 + weight, ours by the weight.
     PlusOne(String),
-    /// The packed layer of this name.
+    /// The packed layer of this name, dequantised or, where the entry's type is one of blocks,
+    /// repacked.
     Packed(String),
 }
 
@@ -131,8 +132,10 @@ impl HfTensors {
             Source::Packed(module) => {
                 let method = self.method.expect("packed layers are only collected with a method");
                 self.require_parts(method, module)?;
-                let (rows, columns) = layer_shape(&method, module, &|name| self.raw(name))?;
-                (DType::F16, vec![rows, columns])
+                let look = |name: &str| self.raw(name);
+                let (rows, columns) = layer_shape(&method, module, &look)?;
+                let native = native_type(&method, module, &look)?;
+                (native.unwrap_or(DType::F16), vec![rows, columns])
             }
         };
         let tensor = match &source {
@@ -217,6 +220,10 @@ impl HfTensors {
             let is_packed = matches!(entry.source, Source::Packed(_));
             let same_rank = entry.shape.len() == expected.len();
             if is_packed && same_rank && entry.shape.iter().zip(expected).all(is_padded) {
+                if entry.shape.last() != expected.last() {
+                    // Rows that are cut are no longer whole blocks.
+                    entry.dtype = DType::F16;
+                }
                 entry.shape = expected.to_vec();
             }
         };
@@ -258,12 +265,20 @@ impl HfTensors {
         error
     }
 
+    /// The names of all tensors that are stored as they are: in the files, and here.
+    pub(super) fn name_pairs(&self) -> impl Iterator<Item = (&str, &str)> {
+        self.entries.iter().filter_map(|(name, entry)| match &entry.source {
+            Source::Stored(stored) | Source::PlusOne(stored) => Some((&**stored, &**name)),
+            Source::Packed(_) => None,
+        })
+    }
+
     fn is_zero(&self, name: &str) -> Result<bool, LoadError> {
         Ok(self.view(name)?.to_f32()?.iter().all(|&x| x == 0.0))
     }
 
     /// The floating-point tensor that the files call `name`.
-    fn view(&self, name: &str) -> Result<TensorView<'_>, LoadError> {
+    pub(super) fn view(&self, name: &str) -> Result<TensorView<'_>, LoadError> {
         let file = self.shards.file_of(name);
         if let Some(view) = file.and_then(|file| file.tensor(name)) {
             return Ok(view);
@@ -289,7 +304,15 @@ impl HfTensors {
             }
             Source::Packed(module) => {
                 let method = self.method.expect("packed layers are only collected with a method");
-                let dense = dequantise_layer(&method, module, &|name| self.raw(name))?;
+                let look = |name: &str| self.raw(name);
+                if entry.dtype.is_quantised() {
+                    let blocks = native_blocks(&method, module, &look)?;
+                    let mut blocks = blocks.expect("the entry's type is that of its blocks");
+                    let row_bytes = blocks.bytes.len() / blocks.rows;
+                    blocks.bytes.truncate(entry.shape[0] * row_bytes);
+                    return Ok(blocks.bytes.into());
+                }
+                let dense = dequantise_layer(&method, module, &look)?;
                 let mut bytes = Vec::with_capacity(2 * entry.shape[0] * entry.shape[1]);
                 for row in dense.halves.chunks_exact(dense.columns).take(entry.shape[0]) {
                     bytes.extend(row[..entry.shape[1]].iter().flat_map(|half| half.to_le_bytes()));

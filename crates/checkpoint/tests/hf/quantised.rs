@@ -42,10 +42,14 @@ fn every_packed_layer_equals_the_golden_bit_for_bit() {
         let folder = HfFolder::open(&path).unwrap_or_else(|error| panic!("{error}"));
         for (layer, digest) in &digests {
             let view = folder.tensor(&canonical(layer)).unwrap();
-            assert_eq!(view.dtype, DType::F16);
             let rows = if layer == "lm_head" { 320 } else { 128 };
             assert_eq!(view.shape, [rows, 128], "{method}: {layer}");
-            assert_eq!(sha256_hex(&view.bytes), *digest, "{method}: {layer}");
+            if view.dtype == DType::F16 {
+                assert_eq!(sha256_hex(&view.bytes), *digest, "{method}: {layer}");
+            } else {
+                // Repacked; tests/native_blocks.rs compares these with the dequantiser.
+                assert_eq!((method, view.dtype), ("gptq", DType::Q4_1), "{layer}");
+            }
             assert!(view.to_f32().unwrap().iter().all(|x| x.is_finite()), "{method}: {layer}");
         }
         assert_eq!(folder.names().count(), 12, "{method}");
@@ -142,7 +146,6 @@ fn settings_that_change_the_weights_are_refused_by_name() {
         })
     };
     for (change, part) in [
-        (json!({"dynamic": {"-:.*down.*": {}}}), "quantization_config.dynamic"),
         (json!({"pack_dtype": "int8"}), "quantization_config.pack_dtype"),
         (json!({"is_marlin_format": true}), "quantization_config.is_marlin_format"),
         (json!({"checkpoint_format": "marlin"}), "found marlin"),
@@ -155,6 +158,12 @@ fn settings_that_change_the_weights_are_refused_by_name() {
     }
     let empty = gptq(json!({"dynamic": {}, "quant_method": "gptq", "pack_dtype": "int32"}));
     assert!(empty.load().is_ok());
+    // Layers of GPTQ say their own widths.
+    assert!(gptq(json!({"dynamic": {"-:.*up.*": {}}})).load().is_ok());
+    let awq = packed("awq").json("config.json", |config| {
+        config["quantization_config"]["dynamic"] = json!({"-:.*down.*": {}});
+    });
+    assert!(awq.refusal().contains("quantization_config.dynamic"));
     let awq = packed("awq").json("config.json", |config| {
         config["quantization_config"]["zero_point"] = json!(false);
     });

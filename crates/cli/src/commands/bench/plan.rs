@@ -201,7 +201,7 @@ mod tests {
             let error = plan(&[option, "0"]).unwrap_err().to_string();
             assert!(error.contains(option), "{error}");
         }
-        for (option, value) in [("--depth", "-1"), ("--prompt", "8,"), ("--kv", "int8")] {
+        for (option, value) in [("--depth", "-1"), ("--prompt", "8,"), ("--kv", "q4")] {
             assert!(plan(&[option, value]).is_err(), "{option} {value}");
         }
         let error = plan(&["--depth", "5,0,5"]).unwrap_err().to_string();

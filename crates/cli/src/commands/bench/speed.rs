@@ -272,7 +272,7 @@ impl Subject {
 
 /// How many tokens each layer sees at most; `None`: all.
 fn windows(decoder: &Decoder<CpuBackend>) -> Vec<Option<usize>> {
-    vec![None; decoder.config().n_layers()]
+    decoder.config().layers.iter().map(|layer| layer.window).collect()
 }
 
 /// Positions that one step reads in all layers together, on average over `n_tokens` steps from
