@@ -1,6 +1,6 @@
 //! The one place that prints: text for people, or JSON for programs.
 
-#![expect(clippy::print_stdout, clippy::print_stderr, reason = "this module is the output")]
+#![expect(clippy::print_stderr, reason = "this module is the output")]
 
 use std::fmt::Arguments;
 use std::io::{ErrorKind, IsTerminal, Write};
