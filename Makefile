@@ -18,7 +18,7 @@ fuzz: ## fuzz every parser; SECONDS_EACH=600 by default
 soak: ## 32 clients for 5 minutes with random cancels; ARGS="--seconds 60" changes it
 	@scripts/soak $(ARGS)
 
-bench-cpu: ## decode and prefill against llama-bench, on an idle machine; ARGS="--rounds 3"
+bench-cpu: ## speed, load and memory against llama.cpp, on an idle machine; ARGS="--rounds 3"
 	@scripts/bench-cpu $(ARGS)
 
 deny: ## licences and advisories of all dependencies (installs cargo-deny)

@@ -1,8 +1,7 @@
-//! The machine under measurement: what it is, whether it is idle, how fast it reads memory.
+//! The machine under measurement: what it is, whether it is idle, what memory a process has.
 
 use std::{
     fs,
-    hint::black_box,
     io::{self, Write},
     process::Command,
     thread,
@@ -12,16 +11,27 @@ use std::{
 use anyhow::{Context, Result, ensure};
 
 /// Share of idle time below which a run is not started.
-const IDLE_SHARE: f64 = 0.97;
-
-/// Bytes that the bandwidth measurement reads: far more than a last-level cache holds.
-const BANDWIDTH_BYTES: usize = 512 << 20;
+pub(crate) const IDLE_SHARE: f64 = 0.97;
 
 /// Ticks since boot, summed over the cores.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Ticks {
+pub(crate) struct Ticks {
     idle: u64,
+    /// Given to other guests by the hypervisor while this machine had work.
+    stolen: u64,
     total: u64,
+}
+
+impl Ticks {
+    /// Share of stolen time until `later`, in [0, 1].
+    pub(crate) fn stolen_until(self, later: Ticks) -> f64 {
+        share(self.stolen, later.stolen, self, later)
+    }
+}
+
+fn share(before: u64, after: u64, from: Ticks, to: Ticks) -> f64 {
+    let total = to.total.saturating_sub(from.total).max(1);
+    after.saturating_sub(before) as f64 / total as f64
 }
 
 /// What to do with a machine that does not become idle.
@@ -33,21 +43,21 @@ pub(crate) enum Busy {
     Accept,
 }
 
-/// Waits until one second was at least 97 % idle, and returns that second's idle share.
+/// Waits until a `window` was at least 97 % idle, and returns that window's idle share.
 ///
 /// # Errors
 /// Still busy after `patience`, when `busy` refuses that; or no readable `/proc/stat`.
-pub(crate) fn wait_until_idle(patience: Duration, busy: Busy) -> Result<f64> {
+pub(crate) fn wait_until_idle(window: Duration, patience: Duration, busy: Busy) -> Result<f64> {
     let since = Instant::now();
     loop {
-        let share = idle_share(Duration::from_secs(1))?;
+        let share = idle_share(window)?;
         if share >= IDLE_SHARE || busy == Busy::Accept {
             return Ok(share);
         }
         ensure!(
             since.elapsed() < patience,
             "machine: expected at least {:.0} % idle, found {:.1} % after {} s; stop other work or \
-             pass --allow-busy",
+             pass --force",
             IDLE_SHARE * 100.0,
             share * 100.0,
             since.elapsed().as_secs()
@@ -61,11 +71,14 @@ fn idle_share(window: Duration) -> Result<f64> {
     let before = ticks()?;
     thread::sleep(window);
     let after = ticks()?;
-    let total = after.total.saturating_sub(before.total).max(1);
-    Ok(after.idle.saturating_sub(before.idle) as f64 / total as f64)
+    Ok(share(before.idle, after.idle, before, after))
 }
 
-fn ticks() -> Result<Ticks> {
+/// Ticks until now.
+///
+/// # Errors
+/// No readable `/proc/stat`.
+pub(crate) fn ticks() -> Result<Ticks> {
     let text = fs::read_to_string("/proc/stat").context("/proc/stat")?;
     parse_ticks(&text).context("/proc/stat: expected a line `cpu …` of at least 8 numbers")
 }
@@ -76,7 +89,7 @@ fn parse_ticks(text: &str) -> Option<Ticks> {
     let line = text.lines().find(|line| line.starts_with("cpu "))?;
     let fields: Vec<u64> = line.split_whitespace().skip(1).map_while(|f| f.parse().ok()).collect();
     let ticks = fields.get(..8)?;
-    Some(Ticks { idle: ticks[3] + ticks[4], total: ticks.iter().sum() })
+    Some(Ticks { idle: ticks[3] + ticks[4], stolen: ticks[7], total: ticks.iter().sum() })
 }
 
 /// Name of the processor.
@@ -104,33 +117,6 @@ pub(crate) fn commit() -> String {
     }
 }
 
-/// Bytes per second that `n_threads` threads read from memory, best of five passes.
-pub(crate) fn read_bandwidth(n_threads: usize) -> f64 {
-    let words = vec![1u64; BANDWIDTH_BYTES / size_of::<u64>()];
-    let part = words.len().div_ceil(n_threads.max(1));
-    let pass = || {
-        let since = Instant::now();
-        thread::scope(|scope| {
-            for part in words.chunks(part) {
-                scope.spawn(|| black_box(sum(part)));
-            }
-        });
-        BANDWIDTH_BYTES as f64 / since.elapsed().as_secs_f64()
-    };
-    (0..5).map(|_| pass()).fold(0.0, f64::max)
-}
-
-/// Eight independent sums, so that the loads are the limit and not the additions.
-fn sum(words: &[u64]) -> u64 {
-    let mut sums = [0u64; 8];
-    for eight in words.as_chunks::<8>().0 {
-        for (sum, word) in sums.iter_mut().zip(eight) {
-            *sum = sum.wrapping_add(*word);
-        }
-    }
-    sums.iter().fold(0, |a, b| a.wrapping_add(*b))
-}
-
 /// Resident memory of a process, in KiB.
 ///
 /// # Errors
@@ -138,11 +124,27 @@ fn sum(words: &[u64]) -> u64 {
 pub(crate) fn resident_kib(pid: u32) -> Result<u64> {
     let path = format!("/proc/{pid}/status");
     let text = fs::read_to_string(&path).with_context(|| path.clone())?;
-    parse_resident(&text).with_context(|| format!("{path}: expected a line `VmRSS: … kB`"))
+    parse_kib(&text, "VmRSS:").with_context(|| format!("{path}: expected a line `VmRSS: … kB`"))
 }
 
-fn parse_resident(text: &str) -> Option<u64> {
-    let line = text.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
+/// Memory of a process in KiB.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Resident {
+    /// Now.
+    pub(crate) now_kib: u64,
+    /// At its most.
+    pub(crate) peak_kib: u64,
+}
+
+/// Memory of a process; none when it is gone.
+pub(crate) fn resident(pid: u32) -> Option<Resident> {
+    let text = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let (now_kib, peak_kib) = (parse_kib(&text, "VmRSS:")?, parse_kib(&text, "VmHWM:")?);
+    Some(Resident { now_kib, peak_kib })
+}
+
+fn parse_kib(text: &str, field: &str) -> Option<u64> {
+    let line = text.lines().find_map(|line| line.strip_prefix(field))?;
     line.trim().strip_suffix("kB")?.trim().parse().ok()
 }
 
@@ -153,18 +155,29 @@ mod tests {
     #[test]
     fn guest_time_is_not_counted_twice() {
         let text = "cpu  10 1 5 100 20 2 3 4 7 1\ncpu0 1 1 1 1 1 1 1 1 1 1\n";
-        assert_eq!(parse_ticks(text), Some(Ticks { idle: 120, total: 145 }));
+        assert_eq!(parse_ticks(text), Some(Ticks { idle: 120, stolen: 4, total: 145 }));
         assert_eq!(parse_ticks("cpu 1 2 3\n"), None);
     }
 
     #[test]
+    fn shares_are_of_all_time_between_two_looks() {
+        let from = Ticks { idle: 10, stolen: 5, total: 100 };
+        let to = Ticks { idle: 90, stolen: 15, total: 200 };
+        assert_eq!(from.stolen_until(to), 0.1);
+        assert_eq!(share(from.idle, to.idle, from, to), 0.8);
+        assert_eq!(from.stolen_until(from), 0.0);
+    }
+
+    #[test]
     fn resident_memory_is_read_in_kib() {
-        assert_eq!(parse_resident("Name:\tx\nVmRSS:\t  130720 kB\n"), Some(130_720));
-        assert_eq!(parse_resident("Name:\tx\n"), None);
+        assert_eq!(parse_kib("Name:\tx\nVmRSS:\t  130720 kB\n", "VmRSS:"), Some(130_720));
+        assert_eq!(parse_kib("Name:\tx\n", "VmRSS:"), None);
     }
 
     #[test]
     fn this_process_has_resident_memory() {
         assert!(resident_kib(std::process::id()).unwrap() > 0);
+        let resident = resident(std::process::id()).unwrap();
+        assert!(resident.now_kib > 0 && resident.peak_kib >= resident.now_kib);
     }
 }

@@ -1,13 +1,11 @@
 //! `exrail-bench`: what must be measured on a real machine and cannot be a unit test.
 //!
-//! `cpu` compares decode and prefill with llama.cpp's own `llama-bench`; `soak` drives a server with
+//! `cpu` compares `exrail bench` with llama.cpp's own programs on the same files; `soak` drives a server with
 //! many clients that hang up at random. Both print a table and write a record. Neither is part of
 //! the product, and nothing depends on this crate.
 
 mod cpu;
 mod machine;
-mod once;
-mod peer;
 mod random;
 mod record;
 mod soak;
@@ -28,26 +26,23 @@ struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Compare prefill and decode with llama-bench, in turns
+    /// Compare speed, load time and memory with llama.cpp, in turns
     Cpu(cpu::CpuArguments),
-    /// One run of our side, as JSON; `cpu` starts it in a process of its own
-    #[command(hide = true)]
-    CpuOnce(once::OnceArguments),
     /// Drive a server with many clients that cancel at random
     Soak(soak::SoakArguments),
 }
 
+/// Exit codes: 0 done and passed, 1 error, 3 a gate does not pass.
 fn main() -> ExitCode {
     let result = match Arguments::parse().command {
-        Command::Cpu(arguments) => cpu::run(&arguments),
-        Command::CpuOnce(arguments) => once::run(&arguments),
-        Command::Soak(arguments) => soak::run(&arguments),
+        Command::Cpu(arguments) => cpu::run(&arguments).map(|verdict| match verdict {
+            cpu::Verdict::Pass => ExitCode::SUCCESS,
+            cpu::Verdict::Fail => ExitCode::from(3),
+        }),
+        Command::Soak(arguments) => soak::run(&arguments).map(|()| ExitCode::SUCCESS),
     };
-    match result {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            let _ignored = writeln!(io::stderr(), "exrail-bench: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    result.unwrap_or_else(|error| {
+        let _ignored = writeln!(io::stderr(), "exrail-bench: {error:#}");
+        ExitCode::FAILURE
+    })
 }

@@ -3,7 +3,7 @@
 
 #![no_main]
 
-use exrail_checkpoint::{Gguf, LlamaConfig, VocabularyTable};
+use exrail_checkpoint::{DecoderConfig, Gguf, VocabularyTable};
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|bytes: &[u8]| {
@@ -15,8 +15,8 @@ fuzz_target!(|bytes: &[u8]| {
     }
     assert!(n_bytes <= bytes.len());
     let vocabulary = VocabularyTable::from_gguf(&gguf);
-    if let Ok(config) = LlamaConfig::from_gguf(&gguf) {
-        assert!(config.rope_dim <= config.head_dim);
+    if let Ok(config) = DecoderConfig::from_gguf(&gguf) {
+        assert!(config.ropes.iter().all(|rope| rope.dim <= config.head_dim));
         if let Ok(vocabulary) = vocabulary {
             assert!(vocabulary.tokens.len() <= config.vocab_size);
         }

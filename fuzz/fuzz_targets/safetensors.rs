@@ -10,4 +10,10 @@ fuzz_target!(|bytes: &[u8]| {
     for view in file.tensors() {
         assert!(view.to_f32().is_ok(), "{view:?}");
     }
+    for name in file.stored_names() {
+        assert!(file.stored_type(name).is_some());
+        if let Some(raw) = file.raw(name) {
+            assert!(raw.bytes.len() <= bytes.len());
+        }
+    }
 });

@@ -26,8 +26,9 @@ def tensor(array, kind):
 
 
 def case(name, config, tensors, weights):
+    """What layers.json says of a layer, and its weights (N, K)."""
     weights = np.ascontiguousarray(weights.astype("<f2"))
-    return {
+    layer = {
         "name": name,
         "config": config,
         "tensors": tensors,
@@ -35,6 +36,7 @@ def case(name, config, tensors, weights):
         "first": [int(x) for x in weights.view("<u2").reshape(-1)[:4]],
         "sha256": hashlib.sha256(weights.tobytes()).hexdigest(),
     }
+    return layer, weights
 
 
 def pack_stream(values, bits):
@@ -49,8 +51,10 @@ def pack_stream(values, bits):
     return words
 
 
-def half_scales(shape):
+def half_scales(shape, extreme):
     scales = (RNG.random(shape) * 0.02 + 0.001).astype("<f2")
+    if not extreme:
+        return scales
     scales.flat[0] = 60000.0  # products overflow to infinity, as in the reference
     scales.flat[-1] = 6e-8  # subnormal
     return scales
@@ -61,13 +65,12 @@ def product(q, zero, scale):
         return (q.astype(np.float16) - zero.astype(np.float16)) * scale
 
 
-def gptq(bits, version, group, act_order, symmetric):
-    k, n = 96, 32
+def gptq(bits, version, group, act_order, symmetric, k=96, n=32, extreme=True):
     size = k if group == -1 else group
     groups = -(-k // size)
     q = RNG.integers(0, 2**bits, (k, n))
     zero = np.full((groups, n), 2 ** (bits - 1)) if symmetric else RNG.integers(0, 2**bits, (groups, n))
-    scales = half_scales((groups, n))
+    scales = half_scales((groups, n), extreme)
     index = np.arange(k) // size
     if act_order:
         index = RNG.permutation(index)
@@ -83,11 +86,10 @@ def gptq(bits, version, group, act_order, symmetric):
     return case(f"gptq {bits} {version} {group} {act_order}", config, tensors, product(q, zero[index], scales[index]).T)
 
 
-def awq(version, group):
-    k, n = 256, 24
+def awq(version, group, k=256, n=24, extreme=True):
     groups = k // group
     q, zero = RNG.integers(0, 16, (k, n)), RNG.integers(0, 16, (groups, n))
-    scales = half_scales((groups, n))
+    scales = half_scales((groups, n), extreme)
     weights = product(q, np.repeat(zero, group, 0), np.repeat(scales, group, 0)).T
     if version == "gemm":
         order = [0, 2, 4, 6, 1, 3, 5, 7]
@@ -113,8 +115,7 @@ def awq(version, group):
     return case(f"awq {version} {group}", config, tensors, weights)
 
 
-def exl2(widths):
-    n = 16
+def exl2(widths, n=16):
     words, pairs, rows = [], [], []
     scale = RNG.integers(0, 16, (len(widths), n))
     most = (RNG.random(len(widths)) * 2 + 0.1).astype("<f2")
@@ -153,8 +154,7 @@ def decode(codebook, x):
     return low + high
 
 
-def exl3(bits, codebook, old):
-    k = n = 128
+def exl3(bits, codebook, old, k=128, n=128):
     trellis = RNG.integers(0, 65536, (k // 16, n // 16, 16 * bits), dtype="<u2")
     w = np.zeros((k, n), np.float16)
     for tk in range(k // 16):
@@ -176,18 +176,19 @@ def exl3(bits, codebook, old):
     scale = float(np.float32(1.0) / np.sqrt(np.float32(128.0)))
     tensors = {"trellis": tensor(trellis, "I16")}
     if old:
-        signs = [RNG.integers(0, 2, 128) for _ in range(2)]
+        signs = [RNG.integers(0, 2, size) for size in (k, n)]
         left, right = [(1 - 2 * s).astype(np.float16) for s in signs]
         for name, s in zip(("su", "sv"), signs):
             tensors[name] = tensor((s.reshape(-1, 16) << np.arange(16)).sum(1).astype("<u2"), "I16")
     else:
-        left, right = [RNG.standard_normal(128).astype("<f2") for _ in range(2)]
+        left, right = [RNG.standard_normal(size).astype("<f2") for size in (k, n)]
         tensors["suh"], tensors["svh"] = tensor(left, "F16"), tensor(right, "F16")
     if codebook != "default":
         tensors[codebook] = {"type": "I32", "shape": [], "hex": "00000000"}
     # Sums of 128 halves are exact in f64, so the order of the product does not matter.
-    w = ((h @ w.astype(float)) * scale).astype(np.float16) * left[:, None]
-    w = ((w.astype(float) @ h) * scale).astype(np.float16) * right[None, :]
+    h_k, h_n = (np.kron(np.eye(size // 128), h) for size in (k, n))
+    w = ((h_k @ w.astype(float)) * scale).astype(np.float16) * left[:, None]
+    w = ((w.astype(float) @ h_n) * scale).astype(np.float16) * right[None, :]
     return case(f"exl3 {bits} {codebook}", {"quant_method": "exl3", "bits": bits}, tensors, w.T)
 
 
@@ -204,7 +205,7 @@ def main():
     books = ("default", "mcg", "mul1")
     cases += [exl3(bits, books[bits % 3], bits % 2 == 0) for bits in range(1, 9)]
     cases += [exl3(4, book, False) for book in ("default", "mul1")]
-    text = ",\n".join(json.dumps(c) for c in cases)
+    text = ",\n".join(json.dumps(layer) for layer, _ in cases)
     Path(__file__).with_name("layers.json").write_text("[\n" + text + "\n]\n")
 
 

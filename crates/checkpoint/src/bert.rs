@@ -1,12 +1,11 @@
 //! [`BertConfig`]: the configuration of a sentence-transformers folder with a BERT encoder.
 
-use std::fs::File;
-use std::io::Read;
 use std::path::{Component, Path};
 
 use serde::Deserialize;
 
 use crate::LoadError;
+use crate::bytes::read_bounded;
 
 /// Configuration files have a kilobyte or two.
 const MAX_JSON_BYTES: u64 = 1 << 20;
@@ -270,14 +269,5 @@ fn parse<'a, T: Deserialize<'a>>(file: &str, bytes: &'a [u8]) -> Result<T, LoadE
 }
 
 fn read_small(path: &Path) -> Result<Vec<u8>, LoadError> {
-    let io_error = |source| LoadError::Io { path: path.to_owned(), source };
-    let file = File::open(path).map_err(io_error)?;
-    let mut bytes = Vec::new();
-    file.take(MAX_JSON_BYTES + 1).read_to_end(&mut bytes).map_err(io_error)?;
-    if bytes.len() as u64 > MAX_JSON_BYTES {
-        let (what, found) = ("length of the file".to_owned(), bytes.len() as u64);
-        let error = LoadError::LimitExceeded { what, limit: MAX_JSON_BYTES, found };
-        return Err(error.in_file(path));
-    }
-    Ok(bytes)
+    read_bounded(path, MAX_JSON_BYTES)
 }

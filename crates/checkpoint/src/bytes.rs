@@ -1,12 +1,15 @@
-//! [`FileBytes`]: the bytes of a file, mapped or owned. The only `unsafe` of this crate.
+//! [`FileBytes`]: the bytes of a file, mapped or owned; and small files, read whole. The only `unsafe` of this crate.
 #![expect(unsafe_code, reason = "mapping a file into memory cannot be expressed safely")]
 
 use std::fs::File;
-use std::ops::Deref;
+use std::io::Read;
+use std::ops::{Deref, Range};
 use std::path::Path;
 use std::sync::Arc;
 
 use memmap2::Mmap;
+#[cfg(unix)]
+use memmap2::UncheckedAdvice;
 
 use crate::LoadError;
 
@@ -39,6 +42,30 @@ impl FileBytes {
         let mapping = unsafe { Mmap::map(&file) }.map_err(io_error)?;
         Ok(FileBytes::Mapped(Arc::new(mapping)))
     }
+
+    /// Gives the memory of mapped pages back to the system, which reads them again when they are
+    /// touched again. A hint: other bytes of the outermost pages are given back as well.
+    pub(crate) fn forget(&self, range: Range<usize>) {
+        match self {
+            #[cfg(unix)]
+            FileBytes::Mapped(mapping) => {
+                // SAFETY: the mapping is private and nobody can write to it, so that a page that is
+                // read again has the bytes of the file, as it had before.
+                let advised = unsafe {
+                    mapping.unchecked_advise_range(
+                        UncheckedAdvice::DontNeed,
+                        range.start,
+                        range.len(),
+                    )
+                };
+                // A refusal costs memory, which is what was there before.
+                drop(advised);
+            }
+            #[cfg(not(unix))]
+            FileBytes::Mapped(_) => drop(range),
+            FileBytes::Owned(_) => {}
+        }
+    }
 }
 
 impl Deref for FileBytes {
@@ -50,4 +77,17 @@ impl Deref for FileBytes {
             FileBytes::Owned(bytes) => bytes,
         }
     }
+}
+
+/// The whole file at `path`, which may have at most `limit` bytes.
+pub(crate) fn read_bounded(path: &Path, limit: u64) -> Result<Vec<u8>, LoadError> {
+    let io_error = |source| LoadError::Io { path: path.to_owned(), source };
+    let file = File::open(path).map_err(io_error)?;
+    let mut bytes = Vec::new();
+    file.take(limit + 1).read_to_end(&mut bytes).map_err(io_error)?;
+    if bytes.len() as u64 > limit {
+        let (what, found) = ("length of the file".to_owned(), bytes.len() as u64);
+        return Err(LoadError::LimitExceeded { what, limit, found }.in_file(path));
+    }
+    Ok(bytes)
 }

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use exrail_tensor::FormatError;
+use exrail_tensor::{DType, FormatError};
 use thiserror::Error;
 
 /// Why a model file or folder was refused. Messages name the thing, what was expected, what was
@@ -174,6 +174,36 @@ pub enum LoadError {
         tensor: String,
         /// What does not fit.
         source: FormatError,
+    },
+    /// A tensor that is to be rounded is in blocks already.
+    #[error(
+        "tensor `{tensor}`: expected 16-bit or 32-bit weights to quantise, found {found}; load the \
+         file as it is"
+    )]
+    AlreadyQuantised {
+        /// Tensor concerned.
+        tensor: String,
+        /// Its format.
+        found: DType,
+    },
+    /// Weights that are to be rounded come in packed layers.
+    #[error(
+        "layers: expected 16-bit or 32-bit weights to quantise, found {found}; load the folder as it \
+         is"
+    )]
+    AlreadyPacked {
+        /// How they are packed.
+        found: String,
+    },
+    /// A weight that is to be rounded is NaN or infinite.
+    #[error("tensor `{tensor}`: expected finite weights, found {found} at index {index}")]
+    NotFinite {
+        /// Tensor concerned.
+        tensor: String,
+        /// First such element.
+        index: usize,
+        /// Its value.
+        found: f32,
     },
     /// A metadata key that the model needs is absent.
     #[error("metadata key `{key}` is missing; convert the model again with a current llama.cpp")]

@@ -4,6 +4,7 @@
 //! tensor infos (dimensions fastest first, offsets relative to the data section), padding to the
 //! alignment, tensor data.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::fmt;
 use std::ops::Range;
@@ -14,7 +15,8 @@ use exrail_tensor::{DType, ggml_type_name};
 
 use crate::bytes::FileBytes;
 use crate::reader::Reader;
-use crate::{LoadError, Metadata, TensorView, Tensors};
+use crate::tensors::found;
+use crate::{LoadError, Metadata, TensorInfo, TensorView, Tensors};
 
 const MAGIC: [u8; 4] = *b"GGUF";
 /// Thirty thousand tensors are a very large mixture of experts.
@@ -28,7 +30,7 @@ const DEFAULT_ALIGNMENT: u32 = 32;
 /// Two megabytes are the largest page that a file would reasonably be aligned to.
 const MAX_ALIGNMENT: u32 = 1 << 21;
 const SUPPORTED: &str = "F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, \
-                         Q6_K, IQ4_NL, IQ4_XS, MXFP4";
+     Q6_K, IQ4_NL, IQ4_XS, MXFP4";
 
 /// A parsed GGUF file: metadata in memory, tensors as views into the mapping.
 ///
@@ -151,14 +153,28 @@ impl Gguf {
             name: &entry.name,
             dtype: entry.dtype,
             shape: &entry.shape,
-            bytes: &self.bytes[entry.place.clone()],
+            bytes: Cow::Borrowed(&self.bytes[entry.place.clone()]),
         }
     }
 }
 
 impl Tensors for Gguf {
-    fn tensor(&self, name: &str) -> Option<TensorView<'_>> {
-        Gguf::tensor(self, name)
+    fn info(&self, name: &str) -> Option<TensorInfo<'_>> {
+        Gguf::tensor(self, name).as_ref().map(TensorInfo::from)
+    }
+
+    fn tensor(&self, name: &str) -> Result<TensorView<'_>, LoadError> {
+        found(name, Gguf::tensor(self, name))
+    }
+
+    fn names(&self) -> Box<dyn Iterator<Item = &str> + '_> {
+        Box::new(self.tensors.iter().map(|entry| entry.name.as_str()))
+    }
+
+    fn release(&self, name: &str) {
+        if let Some(&i) = self.index.get(name) {
+            self.bytes.forget(self.tensors[i].place.clone());
+        }
     }
 }
 

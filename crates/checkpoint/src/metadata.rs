@@ -270,6 +270,21 @@ impl Metadata {
         }
     }
 
+    /// An array of bytes; writers store them signed or unsigned.
+    ///
+    /// # Errors
+    /// When the value is anything else.
+    pub fn bytes(&self, key: &str) -> Result<Option<Vec<u8>>, LoadError> {
+        match self.get(key) {
+            None => Ok(None),
+            Some(Value::Array(Array::U8(values))) => Ok(Some(values.clone())),
+            Some(Value::Array(Array::I8(values))) => {
+                Ok(Some(values.iter().map(|byte| byte.cast_unsigned()).collect()))
+            }
+            Some(value) => Err(wrong_type(key, "array of u8", value)),
+        }
+    }
+
     /// As [`Metadata::u32`], for a key that must be there.
     ///
     /// # Errors

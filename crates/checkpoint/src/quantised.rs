@@ -5,6 +5,9 @@
 //! module that has the tensors of [`QuantMethod::layer_tensors`], and [`dequantise_layer`] when it
 //! needs the values. Values are halves, rounded where the reference implementations round.
 
+use std::fmt;
+
+use exrail_tensor::DType;
 use half::f16;
 use serde_json::Value;
 
@@ -67,6 +70,19 @@ pub struct Dense {
     pub halves: Vec<u16>,
 }
 
+/// A matrix as blocks of a format of this engine.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Blocks {
+    /// Format of the blocks.
+    pub dtype: DType,
+    /// Output features N.
+    pub rows: usize,
+    /// Input features K.
+    pub columns: usize,
+    /// Row-major blocks.
+    pub bytes: Vec<u8>,
+}
+
 /// Where GPTQ stores a zero point z.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum GptqZeros {
@@ -118,6 +134,17 @@ pub enum QuantMethod {
     Exl3,
 }
 
+impl fmt::Display for QuantMethod {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            QuantMethod::Gptq(config) => write!(f, "GPTQ {} bit", config.bits),
+            QuantMethod::Awq(_) => f.write_str("AWQ 4 bit"),
+            QuantMethod::Exl2 => f.write_str("EXL2"),
+            QuantMethod::Exl3 => f.write_str("EXL3"),
+        }
+    }
+}
+
 impl QuantMethod {
     /// Reads `quantization_config`.
     ///
@@ -134,6 +161,17 @@ impl QuantMethod {
                 let expected = "gptq, awq, exl2 or exl3";
                 Err(LoadError::bad_value("quantization_config.quant_method", expected, other))
             }
+        }
+    }
+
+    /// `quant_method` of configuration files.
+    #[must_use]
+    pub fn name(&self) -> &'static str {
+        match self {
+            QuantMethod::Gptq(_) => "gptq",
+            QuantMethod::Awq(_) => "awq",
+            QuantMethod::Exl2 => "exl2",
+            QuantMethod::Exl3 => "exl3",
         }
     }
 
@@ -186,6 +224,45 @@ pub fn dequantise_layer<'a>(
         QuantMethod::Awq(config) => awq::dequantise(&layer, *config),
         QuantMethod::Exl2 => exl2::dequantise(&layer),
         QuantMethod::Exl3 => exl3::dequantise(&layer),
+    }
+}
+
+/// The block format that the layer `prefix` can be repacked to, so that it runs quantised; `None`
+/// when it has to be dequantised. Decodes no weight.
+///
+/// GPTQ of 4 and 8 bits in groups of whole blocks of neighbouring input features, scales repeated
+/// for groups that are larger: zero points in the middle give `Q4_0` and `Q8_0`, which hold the
+/// products of scale and code exactly ([`dequantise_layer`] rounds them to half). Other zero points
+/// of 4 bits give `Q4_1`, whose minimum is scale · zero point rounded to half.
+///
+/// # Errors
+/// As [`layer_shape`].
+pub fn native_type<'a>(
+    method: &QuantMethod,
+    prefix: &'a str,
+    tensors: Lookup<'a>,
+) -> Result<Option<DType>, LoadError> {
+    match method {
+        QuantMethod::Gptq(config) => {
+            let native = gptq::native(&Layer { prefix, tensors }, *config)?;
+            Ok(native.map(gptq::Native::dtype))
+        }
+        QuantMethod::Awq(_) | QuantMethod::Exl2 | QuantMethod::Exl3 => Ok(None),
+    }
+}
+
+/// The layer `prefix` in the format of [`native_type`].
+///
+/// # Errors
+/// As [`layer_shape`].
+pub fn native_blocks<'a>(
+    method: &QuantMethod,
+    prefix: &'a str,
+    tensors: Lookup<'a>,
+) -> Result<Option<Blocks>, LoadError> {
+    match method {
+        QuantMethod::Gptq(config) => gptq::blocks(&Layer { prefix, tensors }, *config),
+        QuantMethod::Awq(_) | QuantMethod::Exl2 | QuantMethod::Exl3 => Ok(None),
     }
 }
 

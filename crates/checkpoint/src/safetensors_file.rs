@@ -3,6 +3,7 @@
 //! The header is parsed by the crate `safetensors`, which checks offsets, overlaps and holes; this
 //! module bounds what that parser may allocate and maps its types.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::fmt;
 use std::ops::Range;
@@ -13,14 +14,16 @@ use exrail_tensor::DType;
 use safetensors::{Dtype, SafeTensors};
 
 use crate::bytes::FileBytes;
-use crate::{LoadError, TensorView, Tensors};
+use crate::tensors::found;
+use crate::{LoadError, RawTensor, RawType, TensorInfo, TensorView, Tensors};
 
 /// The header of a single file with some thousand tensors has a few hundred kilobytes. Parsed, a
 /// hostile header grows about eightfold.
 const MAX_HEADER_BYTES: u64 = 4 << 20;
-const SUPPORTED: &str = "F32, F16, BF16";
+pub(crate) const SUPPORTED: &str = "F32, F16, BF16";
 
-/// A parsed safetensors file. Tensors of integer types (position ids) are skipped.
+/// A parsed safetensors file. Tensors of integer types (position ids, packed weights) have no
+/// [`TensorView`]; [`SafetensorsFile::raw`] gives what is stored.
 #[derive(Clone)]
 pub struct SafetensorsFile {
     bytes: FileBytes,
@@ -29,7 +32,9 @@ pub struct SafetensorsFile {
 
 #[derive(Clone)]
 struct TensorEntry {
-    dtype: DType,
+    stored: Dtype,
+    /// `None` for integers.
+    dtype: Option<DType>,
     shape: Vec<usize>,
     place: Range<usize>,
 }
@@ -69,16 +74,21 @@ impl SafetensorsFile {
         let mut tensors = HashMap::new();
         for name in metadata.offset_keys() {
             let info = metadata.info(&name).expect("`offset_keys` lists the names of infos");
-            let Some(dtype) = float_type(&name, info.dtype)? else { continue };
+            let (stored, dtype) = (info.dtype, float_type(&name, info.dtype)?);
             let (start, end) = info.data_offsets;
             let place = data_start + start..data_start + end;
-            tensors.insert(name, TensorEntry { dtype, shape: info.shape.clone(), place });
+            tensors.insert(name, TensorEntry { stored, dtype, shape: info.shape.clone(), place });
         }
         Ok(SafetensorsFile { bytes, tensors })
     }
 
     /// The names of all floating-point tensors, sorted.
     pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.stored_names().filter(|&name| self.tensors[name].dtype.is_some())
+    }
+
+    /// The names of all tensors, those of integers too, sorted.
+    pub fn stored_names(&self) -> impl Iterator<Item = &str> {
         let mut names: Vec<&str> = self.tensors.keys().map(String::as_str).collect();
         names.sort_unstable();
         names.into_iter()
@@ -89,15 +99,35 @@ impl SafetensorsFile {
         self.names().filter_map(|name| self.tensor(name))
     }
 
-    /// The tensor called `name`.
+    /// The tensor called `name` as it is stored, if it is of a type that packed layers use.
+    #[must_use]
+    pub fn raw(&self, name: &str) -> Option<RawTensor<'_>> {
+        let entry = self.tensors.get(name)?;
+        #[expect(clippy::wildcard_enum_match_arm, reason = "a foreign enum that grows")]
+        let dtype = match entry.stored {
+            Dtype::F16 => RawType::F16,
+            Dtype::I16 => RawType::I16,
+            Dtype::I32 => RawType::I32,
+            _ => return None,
+        };
+        Some(RawTensor { dtype, shape: &entry.shape, bytes: &self.bytes[entry.place.clone()] })
+    }
+
+    /// Name of the stored type of the tensor called `name`, such as `I32`.
+    #[must_use]
+    pub fn stored_type(&self, name: &str) -> Option<String> {
+        self.tensors.get(name).map(|entry| format!("{:?}", entry.stored))
+    }
+
+    /// The floating-point tensor called `name`.
     #[must_use]
     pub fn tensor(&self, name: &str) -> Option<TensorView<'_>> {
         let (name, entry) = self.tensors.get_key_value(name)?;
         Some(TensorView {
             name,
-            dtype: entry.dtype,
+            dtype: entry.dtype?,
             shape: &entry.shape,
-            bytes: &self.bytes[entry.place.clone()],
+            bytes: Cow::Borrowed(&self.bytes[entry.place.clone()]),
         })
     }
 
@@ -109,8 +139,22 @@ impl SafetensorsFile {
 }
 
 impl Tensors for SafetensorsFile {
-    fn tensor(&self, name: &str) -> Option<TensorView<'_>> {
-        SafetensorsFile::tensor(self, name)
+    fn info(&self, name: &str) -> Option<TensorInfo<'_>> {
+        SafetensorsFile::tensor(self, name).as_ref().map(TensorInfo::from)
+    }
+
+    fn tensor(&self, name: &str) -> Result<TensorView<'_>, LoadError> {
+        found(name, SafetensorsFile::tensor(self, name))
+    }
+
+    fn names(&self) -> Box<dyn Iterator<Item = &str> + '_> {
+        Box::new(SafetensorsFile::names(self))
+    }
+
+    fn release(&self, name: &str) {
+        if let Some(entry) = self.tensors.get(name) {
+            self.bytes.forget(entry.place.clone());
+        }
     }
 }
 

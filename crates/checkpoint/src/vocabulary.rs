@@ -5,13 +5,14 @@ use crate::{Gguf, LoadError, Metadata};
 /// ggml's token kind of ordinary text, assumed when a file lists no kinds.
 const NORMAL: i32 = 1;
 /// Pre-tokenizers whose models start every text with BOS although the file may not say so
-/// (llama.cpp `llama-vocab.cpp`, `LLAMA_VOCAB_PRE_TYPE_LLAMA3`).
-const PRE_WITH_BOS: [&str; 4] = ["llama3", "llama-v3", "llama-bpe", "falcon3"];
+/// (llama.cpp `llama-vocab.cpp`, `LLAMA_VOCAB_PRE_TYPE_LLAMA3` and `_TEKKEN`).
+const PRE_WITH_BOS: [&str; 5] = ["llama3", "llama-v3", "llama-bpe", "falcon3", "tekken"];
 
 /// A vocabulary as the file states it. Ids are indices into `tokens`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct VocabularyTable {
-    /// Kind of tokenizer: `gpt2` is byte-level BPE.
+    /// Kind of tokenizer: `gpt2` is byte-level BPE, `llama` sentencepiece BPE, `t5` Unigram, `bert`
+    /// `WordPiece`.
     pub model: String,
     /// Name of the pre-tokenizer, `default` when the file names none.
     pub pre: String,
@@ -34,10 +35,26 @@ pub struct VocabularyTable {
     pub unknown: Option<u32>,
     /// Fills batches.
     pub padding: Option<u32>,
+    /// Ends each sentence of an encoder.
+    pub separator: Option<u32>,
     /// Whether encoding a text puts `bos` first. Without the key: as llama.cpp, by model and `pre`.
     pub add_bos: bool,
-    /// Whether encoding puts a space before the text.
+    /// Whether encoding a text puts `eos` last. Without the key: as llama.cpp, only for `t5`.
+    pub add_eos: bool,
+    /// Whether encoding puts a space before the text. Without the key: as llama.cpp, for `llama`
+    /// and `t5`.
     pub add_space_prefix: bool,
+    /// Whether encoding cuts spaces at the ends and joins runs of them.
+    pub remove_extra_whitespaces: bool,
+    /// Map of characters in sentencepiece's format, or empty.
+    pub precompiled_charsmap: Vec<u8>,
+    /// Whether encoding lower-cases the text.
+    pub lowercase: Option<bool>,
+    /// Whether encoding takes accents off letters.
+    pub strip_accents: Option<bool>,
+    /// Whether control tokens take the white space after them along: the files of Phi-3 do not
+    /// say so, but its `tokenizer.json` does, and llama.cpp knows it by name.
+    pub strips_right: bool,
 }
 
 impl VocabularyTable {
@@ -70,18 +87,32 @@ impl VocabularyTable {
         }
         let id = |name: &str| token_id(metadata, name, tokens.len());
         let is_sentencepiece = model == "llama";
+        let is_unigram = model == "t5";
+        let is_phi3 = metadata.str("general.architecture")? == Some("phi3");
         let default_bos = is_sentencepiece || PRE_WITH_BOS.contains(&pre.as_str());
         Ok(VocabularyTable {
             merges: metadata.strings("tokenizer.ggml.merges")?.unwrap_or_default().to_vec(),
-            bos: id("bos")?,
+            // Files of before 2025 name the first token of BERT differently.
+            bos: id("bos")?.or(id("cls")?),
             eos: id("eos")?,
             eot: id("eot")?,
             unknown: id("unknown")?,
             padding: id("padding")?,
             add_bos: metadata.bool("tokenizer.ggml.add_bos_token")?.unwrap_or(default_bos),
+            separator: id("seperator")?,
+            add_eos: metadata.bool("tokenizer.ggml.add_eos_token")?.unwrap_or(is_unigram),
             add_space_prefix: metadata
                 .bool("tokenizer.ggml.add_space_prefix")?
-                .unwrap_or(is_sentencepiece),
+                .unwrap_or(is_sentencepiece || is_unigram),
+            remove_extra_whitespaces: metadata
+                .bool("tokenizer.ggml.remove_extra_whitespaces")?
+                .unwrap_or(false),
+            precompiled_charsmap: metadata
+                .bytes("tokenizer.ggml.precompiled_charsmap")?
+                .unwrap_or_default(),
+            lowercase: metadata.bool("tokenizer.ggml.normalizer.lowercase")?,
+            strip_accents: metadata.bool("tokenizer.ggml.normalizer.strip_accents")?,
+            strips_right: is_phi3 && is_sentencepiece,
             model,
             pre,
             tokens,

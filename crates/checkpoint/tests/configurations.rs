@@ -1,6 +1,8 @@
 //! Configurations and vocabularies that contradict their file or themselves.
 
-use exrail_checkpoint::{BertConfig, Gguf, LlamaConfig, LoadError, Pooling, VocabularyTable};
+use exrail_checkpoint::{
+    BertConfig, DecoderConfig, Gguf, LoadError, Pooling, RopeScaling, VocabularyTable,
+};
 use exrail_tensor::DType;
 use exrail_testkit::{GgufValue, GgufWriter, tiny_bert};
 
@@ -69,9 +71,9 @@ fn with_key(key: &str, value: impl Into<GgufValue>) -> Gguf {
 
 #[test]
 fn defaults_fill_absent_keys() {
-    let config = LlamaConfig::from_gguf(&minimal(&Change::default())).unwrap();
-    assert_eq!((config.head_dim, config.rope_dim, config.vocab_size), (4, 4, 6));
-    assert!((config.rope_theta - 10_000.0).abs() < f32::EPSILON);
+    let config = DecoderConfig::from_gguf(&minimal(&Change::default())).unwrap();
+    assert_eq!((config.head_dim, config.ropes[0].dim, config.vocab_size), (4, 4, 6));
+    assert!((config.ropes[0].theta - 10_000.0).abs() < f32::EPSILON);
     assert!(config.tied_head);
     let table = VocabularyTable::from_gguf(&minimal(&Change::default())).unwrap();
     assert_eq!((table.pre.as_str(), table.tokens.len(), table.eos), ("default", 5, None));
@@ -80,7 +82,7 @@ fn defaults_fill_absent_keys() {
 #[test]
 fn impossible_or_unsupported_values_are_refused_by_name() {
     for (key, value) in [
-        ("general.architecture", GgufValue::from("qwen2")),
+        ("general.architecture", GgufValue::from("qwen9")),
         ("llama.block_count", 0.into()),
         ("llama.block_count", 100_000.into()),
         ("llama.context_length", 0.into()),
@@ -97,18 +99,18 @@ fn impossible_or_unsupported_values_are_refused_by_name() {
         ("llama.rope.freq_base", (-1.0).into()),
         ("llama.rope.dimension_count", 3.into()),
         ("llama.rope.dimension_count", 6.into()),
-        ("llama.rope.scaling.type", "yarn".into()),
-        ("llama.rope.scale_linear", 2.0.into()),
-        ("llama.expert_count", 8.into()),
+        ("llama.rope.scaling.type", "longrope".into()),
+        ("llama.rope.scale_linear", (-2.0).into()),
+        ("llama.expert_count", 5000.into()),
         ("llama.vocab_size", 0.into()),
     ] {
-        let error = LlamaConfig::from_gguf(&with_key(key, value.clone())).unwrap_err();
+        let error = DecoderConfig::from_gguf(&with_key(key, value.clone())).unwrap_err();
         let LoadError::BadValue { key: named, .. } = &error else {
             panic!("{key} = {value:?}: {error}");
         };
         assert_eq!(named, key, "{error}");
     }
-    let error = LlamaConfig::from_gguf(&with_key("llama.block_count", "1")).unwrap_err();
+    let error = DecoderConfig::from_gguf(&with_key("llama.block_count", "1")).unwrap_err();
     assert!(matches!(error, LoadError::WrongKeyType { .. }), "{error}");
 }
 
@@ -124,7 +126,7 @@ fn missing_keys_are_named() {
         "llama.attention.layer_norm_rms_epsilon",
     ] {
         let gguf = minimal(&Change { key: Some((key, None)), ..Change::default() });
-        let error = LlamaConfig::from_gguf(&gguf).unwrap_err();
+        let error = DecoderConfig::from_gguf(&gguf).unwrap_err();
         assert!(matches!(&error, LoadError::MissingKey { key: k } if k == key), "{error}");
     }
 }
@@ -139,16 +141,16 @@ fn sizes_must_agree_with_tensors() {
         ("llama.attention.key_length", 1 << 31),
         ("llama.vocab_size", 7),
     ] {
-        let error = LlamaConfig::from_gguf(&with_key(key, value)).unwrap_err();
+        let error = DecoderConfig::from_gguf(&with_key(key, value)).unwrap_err();
         assert!(matches!(error, LoadError::WrongShape { .. }), "{key}: {error}");
     }
-    let error = LlamaConfig::from_gguf(&with_key("llama.block_count", 2)).unwrap_err();
+    let error = DecoderConfig::from_gguf(&with_key("llama.block_count", 2)).unwrap_err();
     assert_eq!(error.to_string(), "tensor `blk.1.attn_norm.weight` is missing, expected shape [8]");
     let shape: &[usize] = &[8, 6];
     for name in ["token_embd.weight", "blk.0.ffn_down.weight", "blk.0.attn_norm.weight"] {
         for shape in [None, Some(shape), Some(&[8, 8, 1])] {
             let change = Change { tensor: Some((name, shape)), ..Change::default() };
-            let error = LlamaConfig::from_gguf(&minimal(&change)).unwrap_err().to_string();
+            let error = DecoderConfig::from_gguf(&minimal(&change)).unwrap_err().to_string();
             assert!(error.contains(name), "{error}");
         }
     }
@@ -157,14 +159,14 @@ fn sizes_must_agree_with_tensors() {
 #[test]
 fn a_tensor_that_would_be_ignored_is_refused() {
     for name in [
-        "blk.0.attn_q.bias",
+        "blk.0.attn_norm.bias",
         "blk.1.attn_q.weight",
         "blk.00.attn_q.weight",
         "blk.0.attn_q_norm.weight",
         "x",
     ] {
         let change = Change { extra_tensor: Some((name, &[8])), ..Change::default() };
-        let error = LlamaConfig::from_gguf(&minimal(&change)).unwrap_err();
+        let error = DecoderConfig::from_gguf(&minimal(&change)).unwrap_err();
         let LoadError::UnexpectedTensor { tensor, .. } = &error else { panic!("{error}") };
         assert_eq!(tensor, name);
     }
@@ -174,9 +176,9 @@ fn a_tensor_that_would_be_ignored_is_refused() {
 fn rope_factors_are_read_and_checked() {
     let with = |shape| {
         let extra_tensor = Some(("rope_freqs.weight", shape));
-        LlamaConfig::from_gguf(&minimal(&Change { extra_tensor, ..Change::default() }))
+        DecoderConfig::from_gguf(&minimal(&Change { extra_tensor, ..Change::default() }))
     };
-    assert_eq!(with(&[2]).unwrap().rope_factors, Some(vec![1.0; 2]));
+    assert_eq!(with(&[2]).unwrap().ropes[0].scaling, RopeScaling::Factors(vec![1.0; 2]));
     assert!(matches!(with(&[4]), Err(LoadError::WrongShape { .. })));
 }
 
@@ -202,6 +204,40 @@ fn contradictory_vocabularies_are_refused_by_name() {
     let error =
         VocabularyTable::from_gguf(&with_key("tokenizer.ggml.tokens", numbers)).unwrap_err();
     assert!(matches!(error, LoadError::WrongKeyType { .. }), "{error}");
+}
+
+#[test]
+fn what_a_vocabulary_does_to_text_is_read_or_taken_from_its_kind() {
+    let table = |key: &str, value: GgufValue| VocabularyTable::from_gguf(&with_key(key, value));
+    let bytes = |type_id: u32| {
+        let mut array = type_id.to_le_bytes().to_vec();
+        array.extend(3_u64.to_le_bytes());
+        array.extend([1, 2, 255]);
+        GgufValue::Raw { type_id: 9, bytes: array }
+    };
+    // Unsigned or signed bytes.
+    for type_id in [0, 1] {
+        let read = table("tokenizer.ggml.precompiled_charsmap", bytes(type_id)).unwrap();
+        assert_eq!(read.precompiled_charsmap, [1, 2, 255]);
+    }
+    let error = table("tokenizer.ggml.precompiled_charsmap", "x".into()).unwrap_err();
+    assert!(matches!(error, LoadError::WrongKeyType { .. }), "{error}");
+    let on = |key: &str| table(&format!("tokenizer.ggml.{key}"), GgufValue::Bool(true)).unwrap();
+    assert!(on("remove_extra_whitespaces").remove_extra_whitespaces);
+    assert!(on("add_eos_token").add_eos && on("add_space_prefix").add_space_prefix);
+    assert_eq!(on("normalizer.lowercase").lowercase, Some(true));
+    assert_eq!(on("normalizer.strip_accents").strip_accents, Some(true));
+    assert_eq!(table("tokenizer.ggml.seperator_token_id", 4.into()).unwrap().separator, Some(4));
+
+    for (model, prefix, bos, eos) in
+        [("gpt2", false, false, false), ("llama", true, true, false), ("t5", true, false, true)]
+    {
+        let read = table("tokenizer.ggml.model", model.into()).unwrap();
+        assert_eq!((read.add_space_prefix, read.add_bos, read.add_eos), (prefix, bos, eos));
+        assert!(!read.remove_extra_whitespaces && read.precompiled_charsmap.is_empty());
+        assert!(read.lowercase.is_none() && !read.strips_right);
+    }
+    assert!(table("tokenizer.ggml.pre", "tekken".into()).unwrap().add_bos);
 }
 
 fn bert_folder() -> tempfile::TempDir {

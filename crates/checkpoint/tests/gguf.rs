@@ -1,6 +1,8 @@
 //! GGUF files that must load, and what their views show.
 
-use exrail_checkpoint::{Gguf, LlamaConfig, LoadError, Metadata, Tensors, Value, VocabularyTable};
+use exrail_checkpoint::{
+    DecoderConfig, Gguf, LoadError, Metadata, RopeScaling, Tensors, Value, VocabularyTable,
+};
 use exrail_tensor::{DType, quantize};
 use exrail_testkit::{CHAT_TEMPLATE, GgufValue, GgufWriter, TinyLlama, tiny_llama};
 
@@ -14,15 +16,15 @@ fn tiny_llama_of_every_format_loads_and_its_configuration_agrees() {
         for tied in [true, false] {
             let spec = TinyLlama { tied, ..TinyLlama::with_dtype(dtype) };
             let gguf = parse(tiny_llama(1, spec));
-            let config = LlamaConfig::from_gguf(&gguf).unwrap();
-            assert_eq!(config.n_layers, spec.n_layers);
+            let config = DecoderConfig::from_gguf(&gguf).unwrap();
+            assert_eq!(config.n_layers(), spec.n_layers);
             assert_eq!(config.width, spec.width);
             assert_eq!(config.head_dim, spec.width / spec.n_heads);
             assert_eq!(config.n_kv_heads, spec.n_kv_heads);
             assert_eq!(config.ffn_width, spec.ffn_width);
             assert_eq!(config.context_len, spec.context_len);
             assert_eq!(config.tied_head, tied);
-            assert_eq!(config.rope_factors, None);
+            assert_eq!(config.ropes[0].scaling, RopeScaling::None);
             let embedding = gguf.tensor("token_embd.weight").unwrap();
             assert_eq!(embedding.dtype, dtype);
             assert_eq!(embedding.shape, [config.vocab_size, config.width]);

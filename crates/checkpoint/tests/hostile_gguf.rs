@@ -164,6 +164,8 @@ fn wrong_offsets_are_refused() {
 fn unsupported_formats_are_named() {
     let with = |type_id| refusal(&GgufWriter::new().raw_tensor(b"t", &[256], type_id, 0));
     assert!(with(16).to_string().contains("format IQ2_XXS is not supported"));
+    let supported = DType::ALL.map(|dtype| dtype.to_string()).join(", ");
+    assert!(with(16).to_string().ends_with(&supported), "{}", with(16));
     assert!(with(4).to_string().contains("format 4 is not supported"));
     assert!(with(u32::MAX).to_string().contains("4294967295"));
 }

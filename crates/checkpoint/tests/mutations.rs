@@ -3,7 +3,7 @@
 use std::sync::LazyLock;
 
 use exrail_checkpoint::{
-    BertConfig, BertFiles, Gguf, LlamaConfig, SafetensorsFile, VocabularyTable,
+    BertConfig, BertFiles, DecoderConfig, Gguf, SafetensorsFile, VocabularyTable,
 };
 use exrail_testkit::{TinyLlama, safetensors_bytes, tiny_llama};
 use proptest::prelude::*;
@@ -27,7 +27,7 @@ fn load(bytes: Vec<u8>) {
         let last = view.bytes.last();
         assert_eq!(last.is_some(), !view.is_empty());
     }
-    let config = LlamaConfig::from_gguf(&gguf);
+    let config = DecoderConfig::from_gguf(&gguf);
     let vocabulary = VocabularyTable::from_gguf(&gguf);
     if let (Ok(config), Ok(vocabulary)) = (config, vocabulary) {
         assert!(vocabulary.tokens.len() <= config.vocab_size);

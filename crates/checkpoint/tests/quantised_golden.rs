@@ -4,7 +4,8 @@
 use std::collections::HashMap;
 
 use exrail_checkpoint::{
-    LoadError, QuantMethod, RawTensor, RawType, dequantise_layer, layer_shape, sha256_hex,
+    LoadError, QuantMethod, RawTensor, RawType, dequantise_layer, layer_shape, native_blocks,
+    sha256_hex,
 };
 use proptest::prelude::*;
 use serde_json::{Value, json};
@@ -151,6 +152,10 @@ proptest! {
         if let Ok(dense) = dequantise_layer(&case.method, "layer", &lookup) {
             prop_assert_eq!((dense.rows, dense.columns), shape.unwrap());
             prop_assert_eq!(dense.halves.len(), dense.rows * dense.columns);
+        }
+        if let Ok(Some(blocks)) = native_blocks(&case.method, "layer", &lookup) {
+            let row_bytes = blocks.dtype.row_bytes(blocks.columns);
+            prop_assert_eq!(row_bytes.map(|n| n * blocks.rows), Some(blocks.bytes.len()));
         }
     }
 }

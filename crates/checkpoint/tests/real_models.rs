@@ -3,7 +3,8 @@
 use std::path::PathBuf;
 
 use exrail_checkpoint::{
-    BertConfig, Gguf, LlamaConfig, Pooling, SafetensorsFile, Tensors, VocabularyTable, sha256_file,
+    BertConfig, DecoderConfig, Gguf, Pooling, RopeScaling, SafetensorsFile, Tensors,
+    VocabularyTable, sha256_file,
 };
 use exrail_tensor::DType;
 
@@ -15,12 +16,12 @@ fn model(variable: &str) -> PathBuf {
 fn smollm2_loads_with_its_published_sizes() {
     let path = model("EXRAIL_TEST_GENERATOR");
     let gguf = Gguf::open(&path).unwrap();
-    let config = LlamaConfig::from_gguf(&gguf).unwrap();
-    assert_eq!((config.n_layers, config.width, config.n_heads), (30, 576, 9));
+    let config = DecoderConfig::from_gguf(&gguf).unwrap();
+    assert_eq!((config.n_layers(), config.width, config.n_heads), (30, 576, 9));
     assert_eq!((config.n_kv_heads, config.head_dim, config.ffn_width), (3, 64, 1536));
     assert_eq!((config.vocab_size, config.context_len), (49152, 8192));
-    assert!((config.rope_theta - 100_000.0).abs() < f32::EPSILON);
-    assert!(config.tied_head && config.rope_factors.is_none());
+    assert!((config.ropes[0].theta - 100_000.0).abs() < f32::EPSILON);
+    assert!(config.tied_head && config.ropes[0].scaling == RopeScaling::None);
     assert_eq!(gguf.tensors().count(), 272);
     let q = gguf.require("blk.0.attn_q.weight", &[576, 576]).unwrap();
     assert_eq!(q.dtype, DType::Q4_1);

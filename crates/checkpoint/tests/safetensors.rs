@@ -1,6 +1,6 @@
 //! Safetensors files: what loads, and what must be refused.
 
-use exrail_checkpoint::{LoadError, SafetensorsFile, Tensors};
+use exrail_checkpoint::{LoadError, RawType, SafetensorsFile, Tensors};
 use exrail_tensor::DType;
 use exrail_testkit::safetensors_bytes;
 
@@ -49,6 +49,27 @@ fn half_types_are_kept_and_integers_skipped() {
     let b = parsed.tensor("b").unwrap();
     assert_eq!((b.dtype, b.to_f32().unwrap()), (DType::BF16, vec![1.0, 0.0]));
     assert!(parsed.tensor("ids").is_none());
+    assert_eq!(parsed.names().collect::<Vec<_>>(), ["b", "h"]);
+    assert_eq!(parsed.stored_names().collect::<Vec<_>>(), ["b", "h", "ids"]);
+    assert_eq!(parsed.stored_type("ids").as_deref(), Some("I64"));
+}
+
+#[test]
+fn packed_tensors_are_given_as_they_are() {
+    let header = r#"{"w":{"dtype":"I32","shape":[1,2],"data_offsets":[0,8]},
+        "s":{"dtype":"I16","shape":[1],"data_offsets":[8,10]},
+        "h":{"dtype":"F16","shape":[],"data_offsets":[10,12]},
+        "b":{"dtype":"BF16","shape":[1],"data_offsets":[12,14]}}"#;
+    let parsed = SafetensorsFile::parse(file(header, &(0..14).collect::<Vec<u8>>())).unwrap();
+    let raw = parsed.raw("w").unwrap();
+    assert_eq!(
+        (raw.dtype, raw.shape, raw.bytes),
+        (RawType::I32, &[1, 2][..], &[0, 1, 2, 3, 4, 5, 6, 7][..])
+    );
+    assert_eq!(parsed.raw("s").unwrap().bytes, [8, 9]);
+    let half = parsed.raw("h").unwrap();
+    assert_eq!((half.dtype, half.shape, half.bytes), (RawType::F16, &[][..], &[10, 11][..]));
+    assert!(parsed.raw("b").is_none() && parsed.raw("x").is_none());
 }
 
 #[test]

@@ -1,11 +1,13 @@
 //! One module a command; each has `run`.
 
 pub(crate) mod ask;
+pub(crate) mod bench;
 pub(crate) mod chat;
 pub(crate) mod demo;
 pub(crate) mod embed;
 pub(crate) mod ingest;
 pub(crate) mod inspect;
 pub(crate) mod pull;
+pub(crate) mod quantize;
 pub(crate) mod serve;
 pub(crate) mod verify;

@@ -134,7 +134,9 @@ impl Boot<'_> {
     ) -> Result<Loaded<CpuBackend>> {
         let loaded = self.board.run(Phase::Weights, || {
             let path = &model.path;
-            let loaded = load_generator(backend.clone(), path, &mut |step| bars.load(&step))?;
+            let options = self.engine.load();
+            let loaded =
+                load_generator(backend.clone(), path, options, &mut |step| bars.load(&step))?;
             let detail = format!("{}, {}", loaded.model_name, loaded.quant);
             anyhow::Ok((loaded, detail))
         })?;

@@ -47,6 +47,10 @@ enum Command {
     Pull(commands::pull::Pull),
     /// Print what a model file holds.
     Inspect(commands::inspect::Inspect),
+    /// Quantise a 16-bit Hugging Face folder to int4 or int8.
+    Quantize(commands::quantize::Quantize),
+    /// Measure speed, load time and memory of models on this machine.
+    Bench(commands::bench::Bench),
     /// Run everything once on the sample corpus: serve, ingest, ask, verify, report.
     Demo(commands::demo::Demo),
 }
@@ -56,6 +60,8 @@ enum Command {
 enum Ended {
     /// Done, or passed.
     Done,
+    /// Part of what was asked could not be done, and the output says which and why.
+    Incomplete,
     /// A gate did not pass.
     NotPassed,
 }
@@ -79,10 +85,13 @@ fn main() -> ExitCode {
         Command::Embed(command) => command.run(&output),
         Command::Pull(command) => command.run(&output),
         Command::Inspect(command) => command.run(&output),
+        Command::Quantize(command) => command.run(&output),
+        Command::Bench(command) => command.run(&output),
         Command::Demo(command) => command.run(&output),
     };
     match ended {
         Ok(Ended::Done) => ExitCode::SUCCESS,
+        Ok(Ended::Incomplete) => ExitCode::FAILURE,
         Ok(Ended::NotPassed) => ExitCode::from(3),
         Err(error) => {
             output.error(&error);

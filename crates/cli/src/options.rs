@@ -4,11 +4,13 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
-use exrail_engine::EngineOptions;
+use exrail_engine::{EngineOptions, LoadOptions};
 use exrail_hub::{Cache, Fetch, Kind, Registry, Resolved};
 use exrail_kernels::{Activation, KvDtype};
 use exrail_kernels_cpu::CpuOptions;
 use exrail_server::Keys;
+use exrail_tensor::IntGrid;
+use serde::Serialize;
 
 use crate::progress::Bars;
 
@@ -49,7 +51,8 @@ impl Sources {
 }
 
 /// How activations meet quantised weights.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "snake_case")]
 pub(crate) enum ActivationOption {
     /// Rounded to int8 per 32 values: fast.
     Int8,
@@ -58,12 +61,34 @@ pub(crate) enum ActivationOption {
 }
 
 /// The element type of the KV cache.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "snake_case")]
 pub(crate) enum KvOption {
     /// Half precision.
     F16,
     /// 32-bit floats.
     F32,
+    /// Eight bits, with a scale for each key and each value.
+    Int8,
+}
+
+/// A width that 16-bit weights are rounded to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum QuantOption {
+    /// 4 bits a weight.
+    Int4,
+    /// 8 bits a weight.
+    Int8,
+}
+
+impl QuantOption {
+    /// The grid of the weights.
+    pub(crate) fn grid(self) -> IntGrid {
+        match self {
+            QuantOption::Int4 => IntGrid::Int4,
+            QuantOption::Int8 => IntGrid::Int8,
+        }
+    }
 }
 
 /// The generator and the device.
@@ -76,6 +101,10 @@ pub(crate) struct EngineArgs {
     /// Threads; one per physical core when absent.
     #[arg(long, value_name = "N", env = "EXRAIL_THREADS")]
     pub(crate) threads: Option<usize>,
+    /// Round the matrices of a 16-bit model to this width while it is loaded; the embedding and the
+    /// head get 8 bits.
+    #[arg(long, value_enum)]
+    pub(crate) quant: Option<QuantOption>,
     /// How activations meet quantised weights.
     #[arg(long, value_enum, default_value = "int8")]
     pub(crate) activation: ActivationOption,
@@ -97,6 +126,11 @@ pub(crate) struct EngineArgs {
 }
 
 impl EngineArgs {
+    pub(crate) fn load(&self) -> LoadOptions {
+        let quant = self.quant.map(QuantOption::grid);
+        LoadOptions { max_context: self.max_context, quant }
+    }
+
     pub(crate) fn cpu(&self) -> CpuOptions {
         let activation = match self.activation {
             ActivationOption::Int8 => Activation::Int8,
@@ -113,6 +147,7 @@ impl EngineArgs {
             kv_dtype: match self.kv {
                 KvOption::F16 => KvDtype::F16,
                 KvOption::F32 => KvDtype::F32,
+                KvOption::Int8 => KvDtype::Int8,
             },
             queue_limit: self.queue_limit,
             ..EngineOptions::default()

@@ -1,8 +1,9 @@
 //! The one place that prints: text for people, or JSON for programs.
 
-#![expect(clippy::print_stdout, clippy::print_stderr, reason = "this module is the output")]
+#![expect(clippy::print_stderr, reason = "this module is the output")]
 
-use std::io::{IsTerminal, Write};
+use std::fmt::Arguments;
+use std::io::{ErrorKind, IsTerminal, Write};
 
 use serde_json::{Value, json};
 
@@ -31,23 +32,21 @@ impl Output {
     /// A line for people only.
     pub(crate) fn line(self, text: impl std::fmt::Display) {
         if !self.json {
-            println!("{text}");
+            write(format_args!("{text}\n"));
         }
     }
 
     /// Text without a line break, shown at once.
     pub(crate) fn piece(self, text: &str) {
         if !self.json {
-            print!("{text}");
-            // A closed pipe ends the command at the next line.
-            drop(std::io::stdout().flush());
+            write(format_args!("{text}"));
         }
     }
 
     /// A value for programs only, one line.
     pub(crate) fn value(self, value: &Value) {
         if self.json {
-            println!("{value}");
+            write(format_args!("{value}\n"));
         }
     }
 
@@ -60,14 +59,31 @@ impl Output {
     pub(crate) fn error(self, error: &anyhow::Error) {
         let text = explain(error);
         if self.json {
-            println!("{}", json!({ "error": text }));
+            write(format_args!("{}\n", json!({ "error": text })));
         }
         eprintln!("error: {text}");
     }
 }
 
+/// What the shell reports of a command that a closed pipe ended: 128 and the number of SIGPIPE.
+const CLOSED_PIPE: i32 = 141;
+
+/// Prints at once. Who reads the output may leave early, as `head` does: then there is nobody to
+/// print for and the command ends, as other commands do.
+fn write(text: Arguments<'_>) {
+    let mut stdout = std::io::stdout().lock();
+    match stdout.write_fmt(text).and_then(|()| stdout.flush()) {
+        Ok(()) => {}
+        Err(error) if error.kind() == ErrorKind::BrokenPipe => std::process::exit(CLOSED_PIPE),
+        Err(error) => {
+            eprintln!("error: output: {error}");
+            std::process::exit(1);
+        }
+    }
+}
+
 /// The chain of causes, without those that an outer message has already told.
-fn explain(error: &anyhow::Error) -> String {
+pub(crate) fn explain(error: &anyhow::Error) -> String {
     error.chain().fold(String::new(), |told, cause| {
         let cause = cause.to_string();
         match told.as_str() {

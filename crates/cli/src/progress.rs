@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use exrail_engine::GeneratorProgress;
+use exrail_quantize::QuantizeProgress;
 use exrail_retrieval::IngestProgress;
 use exrail_verify::{Progress, Stage};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -61,9 +62,26 @@ impl Bars {
         }
     }
 
+    pub(crate) fn quantize(&mut self, progress: &QuantizeProgress) {
+        match *progress {
+            QuantizeProgress::Hashed { bytes, total_bytes } => {
+                self.stage("hash model", Some(total_bytes), BYTES).set_position(bytes);
+            }
+            QuantizeProgress::Quantised { n_done, n_total } => {
+                let bar = self.stage("quantise layers", Some(n_total as u64), COUNT);
+                bar.set_position(n_done as u64);
+            }
+        }
+    }
+
     pub(crate) fn ingest(&mut self, progress: IngestProgress) {
         let total = progress.total as u64;
         self.stage("embed chunks", Some(total), COUNT).set_position(progress.embedded as u64);
+    }
+
+    /// How many of `total` runs are done.
+    pub(crate) fn bench(&mut self, what: &str, done: usize, total: usize) {
+        self.stage(what, Some(total as u64), COUNT).set_position(done as u64);
     }
 
     pub(crate) fn probe(&mut self, progress: Progress) {

@@ -36,7 +36,10 @@ fn fails(output: &Output, parts: &[&str]) {
 #[test]
 fn every_command_explains_itself_and_wrong_usage_is_2() {
     let home = tempfile::tempdir().unwrap();
-    let commands = ["serve", "chat", "ask", "ingest", "verify", "embed", "pull", "inspect", "demo"];
+    let commands = [
+        "serve", "chat", "ask", "ingest", "verify", "embed", "pull", "inspect", "quantize",
+        "bench", "demo",
+    ];
     for command in commands {
         let output = exrail(home.path(), &[command, "--help"]);
         assert!(output.status.success(), "{command}");
@@ -125,4 +128,30 @@ fn a_collection_that_is_not_there_says_how_to_make_one() {
     let empty = home.path().join("empty");
     std::fs::create_dir(&empty).unwrap();
     fails(&exrail(home.path(), &["ingest", empty.to_str().unwrap()]), &["expected .md", "none"]);
+}
+
+#[test]
+fn a_folder_is_quantised_once_and_what_cannot_be_is_refused() {
+    let home = tempfile::tempdir().unwrap();
+    let families = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../golden/families");
+    let source = families.join("llama").display().to_string();
+    let destination = home.path().join("int4").display().to_string();
+    let quantize = |more: &[&str]| exrail(home.path(), &[&["quantize"], more].concat());
+    let output = quantize(&[&source, &destination, "--mode", "int4", "--json"]);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    assert!(text(&output.stdout).contains("\"bits\":4"), "{}", text(&output.stdout));
+    assert!(home.path().join("int4/exrail-quantize.json").is_file());
+    let output = quantize(&[&source, &destination, "--mode", "int4"]);
+    fails(&output, &["int4", "exists already"]);
+    let other = home.path().join("other").display().to_string();
+    fails(&quantize(&[&destination, &other, "--mode", "int8"]), &["quantised already"]);
+    let gguf = families.join("llama/model.gguf").display().to_string();
+    fails(&quantize(&[&gguf, &other, "--mode", "int8"]), &["model.gguf", "--quant"]);
+    let short = home.path().join("short.txt");
+    std::fs::write(&short, "too short").unwrap();
+    let short = short.display().to_string();
+    let output = quantize(&[&source, &other, "--mode", "int4", "--calibrate", &short]);
+    fails(&output, &["calibration text", "2048"]);
+    let usage = quantize(&[&source, &other, "--mode", "int4", "--group", "48"]);
+    assert_eq!(usage.status.code(), Some(2));
 }

@@ -116,3 +116,43 @@ fn embeddings_of_near_texts_are_near() {
         .collect();
     assert!(cosines[1] > cosines[2] + 0.3, "{cosines:?}");
 }
+
+#[test]
+fn a_bench_of_the_default_model_is_within_what_a_machine_can_do() {
+    let home = tempfile::tempdir().unwrap();
+    let output = exrail(
+        home.path(),
+        &[
+            "bench",
+            &model("EXRAIL_TEST_GENERATOR"),
+            "--prompt",
+            "64",
+            "--gen",
+            "8",
+            "--depth",
+            "0,300",
+            "--batch",
+            "1,2",
+            "--repeat",
+            "1",
+            "--json",
+        ],
+    );
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    let json = last_json(&output);
+    let measured = &json["models"][0];
+    assert_eq!(measured["quant"], "Q4_1");
+    assert_eq!(measured["weight_bytes"], 96_576_768);
+    let number = |value: &Value| value.as_f64().unwrap();
+    for test in measured["decode"].as_array().unwrap() {
+        // No machine streams a terabyte a second into two threads.
+        assert!((1e6..1e12).contains(&number(&test["bytes_per_s"])), "{test}");
+    }
+    // Keys and values of 30 layers, 3 heads of 64 channels, in f16.
+    let deep = &measured["decode"][2];
+    assert_eq!(number(&deep["kv_step_bytes"]), (300.0 + 4.5) * 30.0 * 2.0 * 3.0 * 64.0 * 2.0);
+    let memory = &measured["memory"];
+    let resident = number(&memory["resident"]["now"]);
+    assert!(resident > number(&memory["weight_bytes"]), "the weights are in memory: {memory}");
+    assert!(number(&memory["resident"]["peak"]) >= resident, "{memory}");
+}

@@ -44,6 +44,16 @@ pub enum EngineError {
         /// Tokens of the tokenizer.
         tokens: usize,
     },
+    /// The folder has no tokenizer that is read.
+    #[error(
+        "tokenizer.json: expected in the folder, found {}; save it there with \
+         AutoTokenizer.from_pretrained(…).save_pretrained(…) of transformers",
+        if *has_sentencepiece { "tokenizer.model only" } else { "no tokenizer" }
+    )]
+    NoTokenizer {
+        /// Whether there is a `tokenizer.model`.
+        has_sentencepiece: bool,
+    },
     /// An engine option cannot be honoured.
     #[error("engine option `{field}`: expected {expected}, found {found}")]
     BadOption {

@@ -295,17 +295,12 @@ pub(crate) fn resolve<B: Backend>(
         }
         None => config.context_len.min(kv_pages * PAGE_TOKENS),
     };
-    let vocab_len = loaded.tokenizer.vocab_len();
-    if vocab_len > config.vocab_size {
-        let rows = config.vocab_size;
-        return Err(EngineError::VocabularyTooLarge { rows, tokens: vocab_len });
-    }
     Ok(EngineFacts {
         model_name: loaded.model_name.clone(),
         model_sha256: loaded.model_sha256.clone(),
         quant: loaded.quant.clone(),
         backend: loaded.backend.name(),
-        vocab_len,
+        vocab_len: loaded.tokenizer.vocab_len(),
         context,
         kv_dtype: options.kv_dtype,
         kv_pages,

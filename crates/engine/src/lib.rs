@@ -36,7 +36,10 @@ pub use event::{
     TokenEvent, TokenLogprob, Usage,
 };
 pub use handle::{Engine, EngineFacts, EngineHandle, EngineOptions};
-pub use load::{GeneratorProgress, Loaded, load_generator, prepare_generator};
+pub use load::{
+    CheckedGenerator, GeneratorProgress, Identity, LoadOptions, Loaded, check_generator,
+    load_generator, prepare_generator,
+};
 pub use pages::PageFault;
 pub use request::{
     GenerateRequest, MAX_LOGIT_BIAS, MAX_STOP_BYTES, MAX_STOP_STRINGS, MAX_TOP_LOGPROBS, Sampling,

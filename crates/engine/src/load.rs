@@ -1,13 +1,18 @@
 //! From a model file to everything an engine needs.
 
 use std::collections::BTreeMap;
+use std::io;
 use std::path::Path;
 use std::sync::Arc;
 
-use exrail_checkpoint::{Gguf, LlamaConfig, Tensors, VocabularyTable, sha256_file};
+use exrail_checkpoint::{
+    Checkpoint, DecoderConfig, Gguf, HfFolder, LoadError, Rounded, Tensors, VocabularyTable,
+    checkpoint_files, checkpoint_sha256,
+};
 use exrail_kernels::Backend;
 use exrail_model::{Decoder, LoadProgress};
-use exrail_text::{ChatTemplate, Tokenizer, Vocabulary};
+use exrail_tensor::IntGrid;
+use exrail_text::{ChatTemplate, TokenRoles, Tokenizer, Vocabulary};
 
 use crate::error::EngineError;
 
@@ -28,7 +33,7 @@ pub struct Loaded<B: Backend> {
     /// Format of the largest part of the weights, such as `Q4_1`.
     pub quant: String,
     /// Architecture as data.
-    pub config: LlamaConfig,
+    pub config: DecoderConfig,
 }
 
 /// How far loading has come.
@@ -45,70 +50,189 @@ pub enum GeneratorProgress {
     Weights(LoadProgress),
 }
 
-/// Opens a GGUF file and prepares it for `backend`.
+/// What is chosen when a model is loaded.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LoadOptions {
+    /// Positions to serve; `None`: as many as the model was trained on. Rotary scalings that depend
+    /// on the length follow it.
+    pub max_context: Option<usize>,
+    /// Rounds the matrices of a 16-bit model to this grid on the way to the device, see
+    /// [`Rounded`]; `None`: as they are stored.
+    pub quant: Option<IntGrid>,
+}
+
+/// Opens a GGUF file or a Hugging Face folder and prepares it for `backend`.
 ///
 /// # Errors
-/// The file is refused (see [`exrail_checkpoint::LoadError`]), its vocabulary or template does not
+/// The model is refused (see [`exrail_checkpoint::LoadError`]), its vocabulary or template does not
 /// compile, or the device has no kernel or memory for it. Nothing stays loaded then.
 pub fn load_generator<B: Backend>(
     backend: B,
     path: &Path,
+    options: LoadOptions,
     progress: &mut dyn FnMut(GeneratorProgress),
 ) -> Result<Loaded<B>, EngineError> {
-    let gguf = Gguf::open(path)?;
-    let total_bytes = gguf.file_len();
-    let model_sha256 = sha256_file(path, &mut |bytes| {
+    let checkpoint = Checkpoint::open(path)?;
+    let io = |source| EngineError::Io { path: path.display().to_string(), source };
+    let total_bytes = total_bytes(path).map_err(io)?;
+    let sha256 = checkpoint_sha256(path, &mut |bytes| {
         progress(GeneratorProgress::Hashed { bytes, total_bytes });
     })
-    .map_err(|source| EngineError::Io { path: path.display().to_string(), source })?;
+    .map_err(io)?;
     let file_name = path.file_stem().map(|stem| stem.to_string_lossy().into_owned());
-    let file_name = file_name.unwrap_or_else(|| path.display().to_string());
-    prepare_generator(backend, &gguf, &file_name, model_sha256, &mut |step| {
+    let name = file_name.unwrap_or_else(|| path.display().to_string());
+    prepare_generator(backend, &checkpoint, Identity { name, sha256 }, options, &mut |step| {
         progress(GeneratorProgress::Weights(step));
     })
 }
 
-/// [`load_generator`] for a file that is open already; `file_name` names it if it does not name
-/// itself.
+fn total_bytes(path: &Path) -> io::Result<u64> {
+    checkpoint_files(path)?.iter().map(|file| Ok(file.metadata()?.len())).sum()
+}
+
+/// Who a checkpoint is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Identity {
+    /// Its name, if it does not name itself.
+    pub name: String,
+    /// Its fingerprint, see [`checkpoint_sha256`].
+    pub sha256: String,
+}
+
+/// [`load_generator`] for a checkpoint that is open already.
 ///
 /// # Errors
 /// As [`load_generator`].
 pub fn prepare_generator<B: Backend>(
     backend: B,
-    gguf: &Gguf,
-    file_name: &str,
-    model_sha256: String,
+    checkpoint: &Checkpoint,
+    identity: Identity,
+    options: LoadOptions,
     progress: &mut dyn FnMut(LoadProgress),
 ) -> Result<Loaded<B>, EngineError> {
-    let config = LlamaConfig::from_gguf(gguf)?;
-    let tokenizer = Tokenizer::from_vocabulary(vocabulary(VocabularyTable::from_gguf(gguf)?))?;
-    let template = compile_template(gguf, &tokenizer)?;
-    let decoder = Decoder::load(&backend, &config, gguf as &dyn Tensors, progress)?;
-    let name = gguf.metadata().str("general.name")?;
+    let rounded = options.quant.map(|grid| round(checkpoint, grid)).transpose()?;
+    let CheckedGenerator { config, tokenizer, template, name } =
+        check_generator(checkpoint, options)?;
+    let tensors = rounded.as_ref().map_or(checkpoint.tensors(), |rounded| rounded);
+    let decoder = Decoder::load(&backend, &config, tensors, progress)?;
     Ok(Loaded {
         decoder,
         tokenizer: Arc::new(tokenizer),
         template: template.map(Arc::new),
-        model_name: name.unwrap_or(file_name).to_owned(),
-        model_sha256,
-        quant: main_dtype(gguf),
+        model_name: name.unwrap_or(identity.name),
+        model_sha256: identity.sha256,
+        quant: match rounded {
+            None => storage_format(checkpoint),
+            Some(_) => main_format(tensors),
+        },
         config,
         backend,
     })
 }
 
-fn compile_template(
-    gguf: &Gguf,
-    tokenizer: &Tokenizer,
-) -> Result<Option<ChatTemplate>, EngineError> {
-    let Some(source) = gguf.chat_template() else { return Ok(None) };
-    let literal = |key: &str| -> Result<String, EngineError> {
-        let id = gguf.metadata().u32(key)?;
-        Ok(id.map(|id| tokenizer.decode(&[id])).unwrap_or_default())
-    };
-    let bos = literal("tokenizer.ggml.bos_token_id")?;
-    let eos = literal("tokenizer.ggml.eos_token_id")?;
-    Ok(Some(ChatTemplate::compile(source, &bos, &eos)?))
+/// The weights of a checkpoint, rounded on the way.
+fn round(checkpoint: &Checkpoint, grid: IntGrid) -> Result<Rounded<'_>, LoadError> {
+    if let Checkpoint::Folder(folder) = checkpoint
+        && let Some(method) = folder.quant_method()
+    {
+        return Err(LoadError::AlreadyPacked { found: method.to_string() });
+    }
+    Rounded::new(checkpoint.tensors(), grid)
+}
+
+/// A checkpoint of which everything but the weights was read, and found to agree.
+pub struct CheckedGenerator {
+    /// Architecture as data; every tensor that it needs is there in its shape.
+    pub config: DecoderConfig,
+    /// Its tokens have a row each in the embedding.
+    pub tokenizer: Tokenizer,
+    /// Chat template, if there is one; it compiles.
+    pub template: Option<ChatTemplate>,
+    /// What the checkpoint calls itself.
+    pub name: Option<String>,
+}
+
+/// Checks a checkpoint as [`prepare_generator`] does, without preparing its weights.
+///
+/// # Errors
+/// As [`load_generator`], but for what only a device can say.
+pub fn check_generator(
+    checkpoint: &Checkpoint,
+    options: LoadOptions,
+) -> Result<CheckedGenerator, EngineError> {
+    let mut config = checkpoint.config()?;
+    if let Some(max_context) = options.max_context {
+        config = config.with_context_len(max_context)?;
+    }
+    let TextParts { tokenizer, template, name } = TextParts::of(checkpoint)?;
+    let (tokens, rows) = (tokenizer.vocab_len(), config.vocab_size);
+    if tokens > rows {
+        return Err(EngineError::VocabularyTooLarge { rows, tokens });
+    }
+    Ok(CheckedGenerator { config, tokenizer, template, name })
+}
+
+/// What stands beside the weights.
+struct TextParts {
+    tokenizer: Tokenizer,
+    template: Option<ChatTemplate>,
+    name: Option<String>,
+}
+
+impl TextParts {
+    fn of(checkpoint: &Checkpoint) -> Result<TextParts, EngineError> {
+        match checkpoint {
+            Checkpoint::Gguf(gguf) => TextParts::of_gguf(gguf),
+            Checkpoint::Folder(folder) => TextParts::of_folder(folder),
+        }
+    }
+
+    fn of_gguf(gguf: &Gguf) -> Result<TextParts, EngineError> {
+        let table = VocabularyTable::from_gguf(gguf)?;
+        let tokenizer = Tokenizer::from_vocabulary(vocabulary(table))?;
+        let literal = |key: &str| -> Result<String, EngineError> {
+            let id = gguf.metadata().u32(key)?;
+            Ok(id.map(|id| tokenizer.decode(&[id])).unwrap_or_default())
+        };
+        let bos = literal("tokenizer.ggml.bos_token_id")?;
+        let eos = literal("tokenizer.ggml.eos_token_id")?;
+        let template = gguf.chat_template();
+        let template = template.map(|source| ChatTemplate::compile(source, &bos, &eos));
+        let name = gguf.metadata().str("general.name")?.map(str::to_owned);
+        Ok(TextParts { template: template.transpose()?, tokenizer, name })
+    }
+
+    fn of_folder(folder: &HfFolder) -> Result<TextParts, EngineError> {
+        let Some(json) = folder.tokenizer_json()? else {
+            let has_sentencepiece = folder.tokenizer_model()?.is_some();
+            return Err(EngineError::NoTokenizer { has_sentencepiece });
+        };
+        let (text, generation) = (folder.text(), folder.generation());
+        let tokenizer = Tokenizer::from_json(&json)?;
+        let named =
+            |literal: &Option<String>| literal.as_deref().and_then(|it| tokenizer.token_id(it));
+        // Whatever either file calls an end of an answer is one.
+        let mut eos = generation.eos.clone();
+        eos.extend(named(&text.eos).filter(|id| !generation.eos.contains(id)));
+        let roles = TokenRoles {
+            bos: generation.bos.or_else(|| named(&text.bos)),
+            eos,
+            add_bos: text.adds_bos,
+        };
+        let literal = |literal: &Option<String>, id: Option<u32>| {
+            let decoded = || id.map(|id| tokenizer.decode(&[id])).unwrap_or_default();
+            literal.clone().unwrap_or_else(decoded)
+        };
+        let bos = literal(&text.bos, roles.bos);
+        let eos = literal(&text.eos, roles.eos.first().copied());
+        let template = text.chat_template();
+        let template = template.map(|source| ChatTemplate::compile(source, &bos, &eos));
+        Ok(TextParts {
+            template: template.transpose()?,
+            tokenizer: tokenizer.with_roles(&roles)?,
+            name: None,
+        })
+    }
 }
 
 fn vocabulary(table: VocabularyTable) -> Vocabulary {
@@ -124,16 +248,33 @@ fn vocabulary(table: VocabularyTable) -> Vocabulary {
         eot: table.eot,
         unknown: table.unknown,
         padding: table.padding,
+        separator: table.separator,
         add_bos: table.add_bos,
+        add_eos: table.add_eos,
         add_space_prefix: table.add_space_prefix,
+        remove_extra_whitespaces: table.remove_extra_whitespaces,
+        precompiled_charsmap: table.precompiled_charsmap,
+        lowercase: table.lowercase,
+        strip_accents: table.strip_accents,
+        strips_right: table.strips_right,
     }
 }
 
+/// How layers are packed, or the format that holds the most bytes.
+fn storage_format(checkpoint: &Checkpoint) -> String {
+    if let Checkpoint::Folder(folder) = checkpoint
+        && let Some(method) = folder.quant_method()
+    {
+        return method.to_string();
+    }
+    main_format(checkpoint.tensors())
+}
+
 /// The format that holds the most bytes.
-fn main_dtype(gguf: &Gguf) -> String {
+fn main_format(tensors: &dyn Tensors) -> String {
     let mut bytes: BTreeMap<String, usize> = BTreeMap::new();
-    for tensor in gguf.tensors() {
-        *bytes.entry(tensor.dtype.to_string()).or_default() += tensor.bytes.len();
+    for info in tensors.names().filter_map(|name| tensors.info(name)) {
+        *bytes.entry(info.dtype.to_string()).or_default() += info.n_bytes();
     }
     bytes.into_iter().max_by_key(|entry| entry.1).map(|entry| entry.0).unwrap_or_default()
 }

@@ -377,14 +377,14 @@ fn panic_message(panic: &(dyn std::any::Any + Send)) -> String {
 mod tests {
     use std::time::Instant;
 
-    use exrail_checkpoint::Gguf;
+    use exrail_checkpoint::{Checkpoint, Gguf};
     use exrail_kernels::reference::Reference;
     use exrail_testkit::{TinyLlama, tiny_llama};
 
     use super::*;
     use crate::event::Event;
     use crate::handle::resolve;
-    use crate::load::prepare_generator;
+    use crate::load::{Identity, LoadOptions, prepare_generator};
     use crate::request::{GenerateRequest, Sampling};
     use crate::sequence::Job;
 
@@ -399,8 +399,11 @@ mod tests {
     impl Bench {
         fn new() -> Bench {
             let gguf = Gguf::parse(tiny_llama(7, TinyLlama::default())).unwrap();
+            let checkpoint = Checkpoint::Gguf(gguf);
+            let who = Identity { name: "tiny".to_owned(), sha256: String::new() };
+            let options = LoadOptions::default();
             let loaded =
-                prepare_generator(Reference, &gguf, "tiny", String::new(), &mut |_| {}).unwrap();
+                prepare_generator(Reference, &checkpoint, who, options, &mut |_| {}).unwrap();
             let options = EngineOptions {
                 max_sequences: 4,
                 kv_pages: Some(8),

@@ -3,15 +3,18 @@
 use std::path::PathBuf;
 
 use exrail_engine::{
-    Engine, EngineHandle, EngineOptions, Event, Finish, GenerateRequest, Sampling, load_generator,
+    Engine, EngineHandle, EngineOptions, Event, Finish, GenerateRequest, LoadOptions, Sampling,
+    load_generator,
 };
 use exrail_kernels::{Activation, KvDtype};
 use exrail_kernels_cpu::{CpuBackend, CpuOptions};
 use exrail_text::{ChatMessage, RenderOptions, encode_prompt};
 use serde::Deserialize;
 
-/// llama.cpp's margin, in nats, below which another next token is rounding and not a fault.
-const MARGIN: f32 = 0.1;
+/// llama.cpp's margin, in nats, below which another next token is rounding and not a fault. With a
+/// mean divergence of 1.1e-3 nats two logits move by some 0.05 against each other, now and then by
+/// three times that; llama.cpp's own fast mode leaves its exact one at margins up to 0.3.
+const MARGIN: f32 = 0.15;
 
 #[derive(Deserialize)]
 struct Golden {
@@ -37,7 +40,7 @@ fn start(activation: Activation, kv_dtype: KvDtype) -> EngineHandle {
     let path = std::env::var_os("EXRAIL_TEST_GENERATOR").expect("run through make test");
     let options = CpuOptions { activation, ..CpuOptions::default() };
     let backend = CpuBackend::new(options).expect("this machine runs the CPU backend");
-    let loaded = load_generator(backend, &PathBuf::from(path), &mut |_| {})
+    let loaded = load_generator(backend, &PathBuf::from(path), LoadOptions::default(), &mut |_| {})
         .expect("the default generator loads");
     let options = EngineOptions { kv_dtype, kv_pages: Some(16), ..EngineOptions::default() };
     Engine::start(loaded, options).expect("these options are honoured")
@@ -68,12 +71,15 @@ fn greedy(prompt: Vec<u32>, max_tokens: usize) -> GenerateRequest {
 fn smollm2_answers_a_question() {
     let engine = start(Activation::Int8, KvDtype::F16);
     let template = engine.template().expect("the file has a chat template");
-    let message = ChatMessage::new("user", "What is the capital of France?");
+    // The exact mode chooses every token of this answer with a margin of at least 0.97 nats. (Asked
+    // for the capital of France it begins with a margin of 0.08, which is less than what rounding
+    // activations may move.)
+    let message = ChatMessage::new("user", "What is the capital of Japan?");
     let options = RenderOptions { add_generation_prompt: true, ..RenderOptions::default() };
     let prompt = template.render(&[message], &options).expect("the template renders");
     let ids = encode_prompt(engine.tokenizer(), &prompt).expect("the prompt encodes");
     let (_, text, finish) = run(&engine, greedy(ids, 64));
-    assert!(text.contains("Paris"), "{text}");
+    assert_eq!(text, "The capital of Japan is Tokyo.");
     assert_eq!(finish, Finish::Stop, "{text}");
 }
 

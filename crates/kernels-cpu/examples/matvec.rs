@@ -5,7 +5,7 @@
 //! against f64 before it is timed. Times are the best of several runs.
 #![expect(clippy::print_stdout, reason = "a bench prints")]
 
-use exrail_kernels::{Activation, Backend, WeightView};
+use exrail_kernels::{Activation, Backend, GateActivation, InputRounding, WeightView};
 use exrail_kernels_cpu::{CpuBackend, CpuBuffer, CpuOptions, CpuWeight};
 use exrail_tensor::DType;
 use std::hint::black_box;
@@ -89,7 +89,17 @@ fn buffer(backend: &CpuBackend, values: &[f32]) -> CpuBuffer {
     buffer
 }
 
+/// Inputs are rounded twice.
 fn weight(backend: &CpuBackend, dtype: DType, rows: usize, columns: usize) -> (CpuWeight, Vec<u8>) {
+    rounded_weight(backend, dtype, (rows, columns), InputRounding::Twice)
+}
+
+fn rounded_weight(
+    backend: &CpuBackend,
+    dtype: DType,
+    (rows, columns): (usize, usize),
+    rounding: InputRounding,
+) -> (CpuWeight, Vec<u8>) {
     // One quantised row, repeated and rotated by whole blocks, is random enough and quick to make.
     let row = exrail_tensor::quantize(dtype, &noise(7, columns)).expect("whole blocks");
     let mut bytes = Vec::with_capacity(rows * row.len());
@@ -98,7 +108,7 @@ fn weight(backend: &CpuBackend, dtype: DType, rows: usize, columns: usize) -> (C
         bytes.extend_from_slice(&row[cut..]);
         bytes.extend_from_slice(&row[..cut]);
     }
-    let view = WeightView { name: "w", dtype, rows, columns, bytes: &bytes };
+    let view = WeightView { name: "w", dtype, rows, columns, bytes: &bytes, rounding };
     (backend.weight(&view).expect("weight"), bytes)
 }
 
@@ -165,12 +175,14 @@ struct Layer {
 /// The matrices of one token: 30 layers and the head, and of a 256-token prompt.
 fn decode_step(backend: &CpuBackend, dtype: DType) {
     let new = |rows, columns| weight(backend, dtype, rows, columns).0;
+    let once =
+        |rows, columns| rounded_weight(backend, dtype, (rows, columns), InputRounding::Once).0;
     let layers: Vec<Layer> = (0..30)
         .map(|_| Layer {
             qkv: [new(576, 576), new(192, 576), new(192, 576)],
-            o: new(576, 576),
-            gate: new(1536, 576),
-            up: new(1536, 576),
+            o: once(576, 576),
+            gate: once(1536, 576),
+            up: once(1536, 576),
             down: new(576, 1536),
         })
         .collect();
@@ -188,11 +200,12 @@ fn decode_step(backend: &CpuBackend, dtype: DType) {
                 let [wq, wk, wv] = &layer.qkv;
                 backend.linear_qkv(&x, n_rows, [wq, wk, wv], None, [&mut q, &mut k, &mut v]);
                 parts.end_of(0);
-                backend.linear_add(&q, n_rows, &layer.o, None, &mut y);
+                backend.linear_add(&q, n_rows, &layer.o, None, 1.0, &mut y);
                 parts.end_of(1);
-                backend.linear_silu_gate(&x, n_rows, &layer.gate, &layer.up, &mut hidden);
+                let (gate, up) = (&layer.gate, &layer.up);
+                backend.linear_gate(&x, n_rows, gate, up, GateActivation::Silu, &mut hidden);
                 parts.end_of(2);
-                backend.linear_add(&hidden, n_rows, &layer.down, None, &mut y);
+                backend.linear_add(&hidden, n_rows, &layer.down, None, 1.0, &mut y);
                 parts.end_of(3);
             }
             // A prompt needs the logits of its last row only.

@@ -3,65 +3,38 @@
 //!
 //! ```text
 //! for each tile of 4 or fewer queries of one KV head (parallel)
-//!   for each 16 tokens
-//!     scores = scale * K q, one lane a token            K is read once for all queries
-//!     if a score exceeds the maximum so far: shrink sum and accumulators
-//!     p = exp(scores - maximum); sum += p; accumulators += p V
+//!   for each segment of 128 tokens (parallel where there are few queries)
+//!     for each 16 tokens
+//!       scores = cap(scale * K q), one lane a token     K is read once for all queries
+//!       if a score exceeds the maximum so far: shrink sum and accumulators
+//!       p = exp(scores - maximum); sum += p; accumulators += p V
+//!   fold the segments, first to last
 //!   out = accumulators / sum
 //! ```
 //!
-//! What one query computes depends on its own position only, not on its tile or its batch.
+//! What one query computes depends on its own position only, not on its tile, its batch or the
+//! threads: the segments of a sequence are always the same, and so is the order of their sum.
 #![expect(unsafe_code, reason = "threads write disjoint heads of one output")]
 
-use crate::disjoint::{MatrixBlock, MatrixBlocks};
+mod source;
+mod tasks;
+
+use crate::disjoint::MatrixBlocks;
 use crate::kv::{CpuKvPool, TOKENS, padded_head};
 use crate::lanes::{Kernel, Lanes};
 use crate::linear::store_part;
 use crate::math;
 use crate::pool::Pool;
 use crate::processor::Processor;
-use crate::product::{Element, HalfElement, SingleElement};
-use exrail_kernels::{AttentionShape, AttentionSpan, KvDtype, PAGE_TOKENS, PageId, Span};
+use crate::product::{ByteElement, Element, HalfElement, SingleElement};
+use exrail_kernels::{AttentionShape, AttentionSpan, KvDtype, Span};
+use source::{Packed, Paged, Source};
 use std::marker::PhantomData;
 use std::ops::Range;
+use tasks::{Places, Task, Tasks};
 
-/// Multiplications below which one thread does it all (about 5 µs).
-const ALONE: usize = 1 << 17;
-/// Queries of a task when there are plenty.
-const TASK_QUERIES: usize = 16;
-
-/// Where the keys and values of one head are.
-trait Source: Copy {
-    /// A `(D, 16)` tile.
-    fn keys(&self, tile: usize) -> &[u8];
-    /// `(16, D')`.
-    fn values(&self, tile: usize) -> &[u8];
-}
-
-#[derive(Clone, Copy)]
-struct Paged<'a> {
-    pool: &'a CpuKvPool,
-    pages: &'a [PageId],
-    layer: usize,
-    head: usize,
-}
-
-impl Source for Paged<'_> {
-    #[inline(always)]
-    fn keys(&self, tile: usize) -> &[u8] {
-        let (keys, _) =
-            self.pool.head(self.pages[tile * TOKENS / PAGE_TOKENS], self.layer, self.head);
-        let len = keys.len() / (PAGE_TOKENS / TOKENS);
-        &keys[tile % (PAGE_TOKENS / TOKENS) * len..][..len]
-    }
-    #[inline(always)]
-    fn values(&self, tile: usize) -> &[u8] {
-        let (_, values) =
-            self.pool.head(self.pages[tile * TOKENS / PAGE_TOKENS], self.layer, self.head);
-        let len = values.len() / (PAGE_TOKENS / TOKENS);
-        &values[tile % (PAGE_TOKENS / TOKENS) * len..][..len]
-    }
-}
+/// Tokens of a segment.
+const SEGMENT: usize = 128;
 
 /// The queries of one span that read one KV head: query i is row `i / group`, head
 /// `kv_head * group + i % group`.
@@ -72,6 +45,7 @@ struct Queries<'a> {
     shape: AttentionShape,
     kv_head: usize,
     first_row: usize,
+    n_rows: usize,
     visible: Visible,
 }
 
@@ -90,13 +64,14 @@ impl<'a> Queries<'a> {
     }
 
     /// Row of the batch, head, and visible tokens of a query.
-    fn locate(&self, query: usize) -> (usize, usize, usize) {
+    fn locate(&self, query: usize) -> (usize, usize, Range<usize>) {
         let row = query / self.group();
-        let n_visible = match self.visible {
+        let end = match self.visible {
             Visible::Causal(first) => first + row + 1,
             Visible::All(n) => n,
         };
-        (self.first_row + row, self.kv_head * self.group() + query % self.group(), n_visible)
+        let start = self.shape.window.map_or(0, |window| end.saturating_sub(window));
+        (self.first_row + row, self.kv_head * self.group() + query % self.group(), start..end)
     }
 
     fn vector(&self, query: usize) -> &'a [f32] {
@@ -105,14 +80,20 @@ impl<'a> Queries<'a> {
         &self.q[start..start + self.shape.head_dim]
     }
 
+    /// Writes the output of a query.
+    ///
     /// # Safety
     /// Nobody else has this query's output.
-    unsafe fn output(&self, query: usize) -> (MatrixBlock<'a>, usize) {
+    #[inline(always)]
+    unsafe fn finish<L: Lanes>(&self, lanes: L, query: usize, total: &[[f32; 16]]) {
         let (row, head, _) = self.locate(query);
         let width = self.shape.head_dim;
         // SAFETY: rows and heads identify queries, and the caller has this one alone.
-        let block = unsafe { self.out.block(row..row + 1, head * width..(head + 1) * width) };
-        (block, row)
+        let mut block = unsafe { self.out.block(row..row + 1, head * width..(head + 1) * width) };
+        let sum = lanes.splat(lanes.sum(lanes.load(&total[1])));
+        for (out, value) in block.row(row).chunks_mut(16).zip(&total[2..]) {
+            store_part(lanes, lanes.div(lanes.load(value), sum), out);
+        }
     }
 }
 
@@ -122,45 +103,66 @@ pub(crate) fn attention(
     pool: &Pool,
     (q, out): (&[f32], &mut [f32]),
     (kv, layer): (&CpuKvPool, usize),
-    shape: AttentionShape,
-    spans: &[AttentionSpan<'_>],
+    (shape, spans): (AttentionShape, &[AttentionSpan<'_>]),
+    partials: &mut Vec<f32>,
 ) {
+    assert!(shape.window != Some(0), "a window holds at least one key");
     let n_rows = spans.iter().map(|s| s.first_row + s.n_rows).max().unwrap_or(0);
     let out = MatrixBlocks::new(out, n_rows, shape.n_heads * shape.head_dim);
-    let group = shape.n_heads / shape.n_kv_heads;
-    let work: usize = spans
-        .iter()
-        .map(|s| s.n_rows * (s.first_position + s.n_rows) * shape.n_heads * shape.head_dim)
-        .sum();
-    let n_queries: usize = spans.iter().map(|s| s.n_rows * group).sum::<usize>() * shape.n_kv_heads;
-    let alone = work < ALONE;
-    // Queries that share a task read the keys once; enough tasks to keep all threads busy.
-    let task_queries = if alone {
-        group.max(4)
-    } else {
-        (n_queries / (4 * pool.n_threads())).clamp(1, TASK_QUERIES)
+    let tasks = Tasks::plan(shape, spans, pool.n_threads());
+    let width = padded_head(shape.head_dim) / 16;
+    partials.clear();
+    partials.resize(tasks.n_partials * (2 + width) * 16, 0.0);
+    let partials = MatrixBlocks::new(partials, tasks.n_partials, (2 + width) * 16);
+    let queries = |span: &AttentionSpan<'_>, kv_head: usize| {
+        let visible = Visible::Causal(span.first_position);
+        Queries { q, out, shape, kv_head, first_row: span.first_row, n_rows: span.n_rows, visible }
     };
-    let mut tasks = Vec::new();
-    for (s, span) in spans.iter().enumerate() {
-        for head in 0..shape.n_kv_heads {
-            let n = span.n_rows * group;
-            tasks.extend(
-                (0..n).step_by(task_queries).map(|i| (s, head, i..n.min(i + task_queries))),
-            );
+    let run = |i: usize| {
+        let Task { span, kv_head, ref range, segment } = tasks.all[i];
+        let queries = queries(&spans[span], kv_head);
+        let part = match segment {
+            None => Part::All,
+            Some(segment) => {
+                Part::One { segment, partials, places: tasks.places(span, kv_head, shape) }
+            }
+        };
+        let source = Paged { pool: kv, pages: spans[span].pages, layer, head: kv_head };
+        let range = range.clone();
+        match kv.shape().dtype {
+            KvDtype::F32 => {
+                processor.run(Attend::<_, SingleElement>::new(queries, range, part, source));
+            }
+            KvDtype::F16 => {
+                processor.run(Attend::<_, HalfElement>::new(queries, range, part, source));
+            }
+            KvDtype::Int8 => {
+                processor.run(Attend::<_, ByteElement>::new(queries, range, part, source));
+            }
+        }
+    };
+    if tasks.alone {
+        (0..tasks.all.len()).for_each(run);
+        return;
+    }
+    pool.run(tasks.all.len(), &run);
+    if tasks.n_partials == 0 {
+        return;
+    }
+    for (i, span) in spans.iter().enumerate() {
+        for kv_head in 0..shape.n_kv_heads {
+            let places = tasks.places(i, kv_head, shape);
+            processor.run(Join { queries: queries(span, kv_head), partials, places });
         }
     }
-    let run = |i: usize| {
-        let (span, kv_head, range) = tasks[i].clone();
-        let span = &spans[span];
-        let visible = Visible::Causal(span.first_position);
-        let queries = Queries { q, out, shape, kv_head, first_row: span.first_row, visible };
-        let source = Paged { pool: kv, pages: span.pages, layer, head: kv_head };
-        match kv.shape().dtype {
-            KvDtype::F32 => processor.run(Attend::<_, SingleElement>::new(queries, range, source)),
-            KvDtype::F16 => processor.run(Attend::<_, HalfElement>::new(queries, range, source)),
-        }
-    };
-    if alone { (0..tasks.len()).for_each(run) } else { pool.run(tasks.len(), &run) }
+}
+
+/// What a task computes of its queries.
+enum Part<'a> {
+    /// The output.
+    All,
+    /// What one segment contributes: maximum, sums and accumulators.
+    One { segment: usize, partials: MatrixBlocks<'a>, places: Places },
 }
 
 /// [`exrail_kernels::Backend::attention_full`].
@@ -172,69 +174,40 @@ pub(crate) fn attention_full(
     shape: AttentionShape,
     spans: &[Span],
 ) {
+    assert!(shape.window.is_none(), "only causal attention has a window");
     let n_rows = spans.iter().map(|s| s.first_row + s.n_rows).max().unwrap_or(0);
     let out = MatrixBlocks::new(out, n_rows, shape.n_heads * shape.head_dim);
     let run = |i: usize| {
         let (span, kv_head) = (spans[i / shape.n_kv_heads], i % shape.n_kv_heads);
         let packed = Packed::new(k, v, shape, span, kv_head);
         let visible = Visible::All(span.n_rows);
-        let queries = Queries { q, out, shape, kv_head, first_row: span.first_row, visible };
+        let queries = Queries {
+            q,
+            out,
+            shape,
+            kv_head,
+            first_row: span.first_row,
+            n_rows: span.n_rows,
+            visible,
+        };
         let range = 0..span.n_rows * queries.group();
-        processor.run(Attend::<_, SingleElement>::new(queries, range, &packed));
+        processor.run(Attend::<_, SingleElement>::new(queries, range, Part::All, &packed));
     };
     pool.run(spans.len() * shape.n_kv_heads, &run);
-}
-
-/// Keys and values of one head of one text, in the layout of a page.
-struct Packed {
-    keys: Vec<u8>,
-    values: Vec<u8>,
-    head_dim: usize,
-}
-
-impl Packed {
-    fn new(k: &[f32], v: &[f32], shape: AttentionShape, span: Span, head: usize) -> Packed {
-        let width = shape.head_dim;
-        let n_tokens = span.n_rows.next_multiple_of(TOKENS);
-        let mut keys = vec![0; n_tokens * width * 4];
-        let mut values = vec![0; n_tokens * padded_head(width) * 4];
-        let (key_cells, value_cells) = (keys.as_chunks_mut::<4>().0, values.as_chunks_mut::<4>().0);
-        for t in 0..span.n_rows {
-            let start = ((span.first_row + t) * shape.n_kv_heads + head) * width;
-            for d in 0..width {
-                key_cells[t / TOKENS * TOKENS * width + d * TOKENS + t % TOKENS] =
-                    k[start + d].to_le_bytes();
-                value_cells[t * padded_head(width) + d] = v[start + d].to_le_bytes();
-            }
-        }
-        Packed { keys, values, head_dim: width }
-    }
-}
-
-impl Source for &Packed {
-    #[inline(always)]
-    fn keys(&self, tile: usize) -> &[u8] {
-        let len = self.head_dim * TOKENS * 4;
-        &self.keys[tile * len..][..len]
-    }
-    #[inline(always)]
-    fn values(&self, tile: usize) -> &[u8] {
-        let len = padded_head(self.head_dim) * TOKENS * 4;
-        &self.values[tile * len..][..len]
-    }
 }
 
 /// A range of queries over one head.
 struct Attend<'a, S, E> {
     queries: Queries<'a>,
     range: Range<usize>,
+    part: Part<'a>,
     source: S,
     _element: PhantomData<E>,
 }
 
 impl<'a, S: Source, E: Element> Attend<'a, S, E> {
-    fn new(queries: Queries<'a>, range: Range<usize>, source: S) -> Self {
-        Attend { queries, range, source, _element: PhantomData }
+    fn new(queries: Queries<'a>, range: Range<usize>, part: Part<'a>, source: S) -> Self {
+        Attend { queries, range, part, source, _element: PhantomData }
     }
 }
 
@@ -243,21 +216,34 @@ impl<S: Source, E: Element> Kernel for Attend<'_, S, E> {
 
     #[inline(always)]
     fn run<L: Lanes>(self, lanes: L) {
-        let mut accumulators = vec![[0.0; 16]; 4 * padded_head(self.queries.shape.head_dim) / 16];
+        let width = padded_head(self.queries.shape.head_dim) / 16;
+        // Heads of up to 128 values need no allocation.
+        let (mut small, mut large) = ([[0.0; 16]; 72], Vec::new());
+        let n_rows = 4 * (2 + width) + 4 * width;
+        let memory = if n_rows <= small.len() {
+            &mut small[..]
+        } else {
+            large.resize(n_rows, [0.0; 16]);
+            &mut large[..]
+        };
         let mut next = self.range.start;
         if L::WIDEST >= 4 {
             while next + 4 <= self.range.end {
-                self.tile::<L, 4>(lanes, next, &mut accumulators);
+                self.tile::<L, 4>(lanes, next, memory);
                 next += 4;
             }
-            // Three is also the usual number of query heads a KV head.
+            // Three and two are also usual numbers of query heads a KV head.
             if next + 3 == self.range.end {
-                self.tile::<L, 3>(lanes, next, &mut accumulators);
+                self.tile::<L, 3>(lanes, next, memory);
                 next += 3;
+            }
+            if next + 2 == self.range.end {
+                self.tile::<L, 2>(lanes, next, memory);
+                next += 2;
             }
         }
         while next < self.range.end {
-            self.tile::<L, 1>(lanes, next, &mut accumulators);
+            self.tile::<L, 1>(lanes, next, memory);
             next += 1;
         }
     }
@@ -267,50 +253,162 @@ impl<S: Source, E: Element> Kernel for Attend<'_, S, E> {
 struct Softmax<V, const N: usize> {
     maxima: [f32; N],
     sums: [V; N],
-    /// This tile's probabilities.
+    /// This tile's probabilities, times the scales of its values.
     p: [[f32; TOKENS]; N],
-    /// How many of this tile's tokens each query sees.
+    /// Which of this tile's tokens each query sees, from and to.
+    first_token: [usize; N],
     n_tokens: [usize; N],
 }
 
 impl<S: Source, E: Element> Attend<'_, S, E> {
     #[inline(always)]
-    fn tile<L: Lanes, const N: usize>(&self, lanes: L, first: usize, acc: &mut [[f32; 16]]) {
+    fn tile<L: Lanes, const N: usize>(&self, lanes: L, first: usize, memory: &mut [[f32; 16]]) {
         let queries = &self.queries;
         let mut q: [&[f32]; N] = [&[]; N];
-        let mut visible = [0; N];
+        let mut visible: [Range<usize>; N] = std::array::from_fn(|_| 0..0);
         for n in 0..N {
             q[n] = queries.vector(first + n);
             visible[n] = queries.locate(first + n).2;
         }
+        let width = padded_head(queries.shape.head_dim) / 16;
+        let (totals, acc) = memory.split_at_mut(N * (2 + width));
+        let acc = &mut acc[..N * width];
+        totals.chunks_exact_mut(2 + width).for_each(empty);
+        // Segments before the first window are not read.
+        let least = visible.iter().map(|v| v.start).min().unwrap_or(0);
+        let most = visible.iter().map(|v| v.end).max().unwrap_or(0);
+        let segments = match self.part {
+            Part::All => least / SEGMENT..most.div_ceil(SEGMENT),
+            Part::One { segment, .. } => segment..segment + 1,
+        };
+        for segment in segments {
+            let (start, end) = (segment * SEGMENT, (segment + 1) * SEGMENT);
+            let tiles = least.max(start) / TOKENS..most.min(end).div_ceil(TOKENS);
+            let softmax = self.segment(lanes, tiles, (&q, &visible), acc);
+            for n in 0..N {
+                if visible[n].start >= end || visible[n].end <= start {
+                    continue;
+                }
+                let acc = &acc[n * width..(n + 1) * width];
+                let total = &mut totals[n * (2 + width)..(n + 1) * (2 + width)];
+                fold(lanes, (softmax.maxima[n], softmax.sums[n], acc), total);
+            }
+        }
+        for (n, total) in totals.chunks_exact(2 + width).enumerate() {
+            match &self.part {
+                // SAFETY: tasks of all segments are disjoint ranges of queries.
+                Part::All => unsafe { queries.finish(lanes, first + n, total) },
+                Part::One { segment, partials, places } => {
+                    let place = places.of(first + n, *segment);
+                    // SAFETY: tasks are disjoint in their queries or their segment.
+                    let mut block =
+                        unsafe { partials.block(place..place + 1, 0..16 * total.len()) };
+                    block.row(place).copy_from_slice(total.as_flattened());
+                }
+            }
+        }
+    }
+
+    /// The softmax of some tiles, and its products with their values in `acc`.
+    #[inline(always)]
+    fn segment<L: Lanes, const N: usize>(
+        &self,
+        lanes: L,
+        tiles: Range<usize>,
+        (q, visible): (&[&[f32]; N], &[Range<usize>; N]),
+        acc: &mut [[f32; 16]],
+    ) -> Softmax<L::V, N> {
+        let shape = &self.queries.shape;
         let mut softmax = Softmax {
             maxima: [f32::NEG_INFINITY; N],
             sums: [lanes.splat(0.0); N],
             p: [[0.0; TOKENS]; N],
+            first_token: [0; N],
             n_tokens: [0; N],
         };
-        let width = padded_head(queries.shape.head_dim) / 16;
-        let acc = &mut acc[..N * width];
+        let width = acc.len() / N;
         acc.fill([0.0; 16]);
-        let most = visible.iter().copied().max().unwrap_or(0);
-        for tile in 0..most.div_ceil(TOKENS) {
-            let scores = scores::<L, E, N>(lanes, self.source.keys(tile), &q);
+        for tile in tiles {
+            let scores = scores::<L, E, N>(lanes, self.source.keys(tile), q);
+            let scales = self.source.scales(tile);
             for n in 0..N {
-                softmax.n_tokens[n] = visible[n].saturating_sub(tile * TOKENS).min(TOKENS);
-                let scores = lanes.mul(scores[n], lanes.splat(queries.shape.scale));
+                let in_tile = |end: usize| end.saturating_sub(tile * TOKENS).min(TOKENS);
+                softmax.first_token[n] = in_tile(visible[n].start);
+                softmax.n_tokens[n] = in_tile(visible[n].end);
+                let mut scores = lanes.mul(scores[n], lanes.splat(shape.scale));
+                if let Some([keys, _]) = scales {
+                    scores = lanes.mul(scores, lanes.load_f32(keys));
+                }
+                if let Some(cap) = shape.soft_cap {
+                    scores = math::soft_cap(lanes, scores, cap);
+                }
                 softmax.step(lanes, n, scores, &mut acc[n * width..(n + 1) * width]);
+                if let Some([_, values]) = scales {
+                    let p = lanes.load(&softmax.p[n]);
+                    lanes.store(lanes.mul(p, lanes.load_f32(values)), &mut softmax.p[n]);
+                }
             }
             softmax.add_values::<L, E>(lanes, self.source.values(tile), width, acc);
         }
-        for n in 0..N {
-            // SAFETY: tasks are disjoint ranges of queries.
-            let (mut block, row) = unsafe { queries.output(first + n) };
-            let sum = lanes.splat(lanes.sum(softmax.sums[n]));
-            let out = block.row(row).chunks_mut(16);
-            for (out, value) in out.zip(&acc[n * width..(n + 1) * width]) {
-                store_part(lanes, lanes.div(lanes.load(value), sum), out);
+        softmax
+    }
+}
+
+/// Folds the partial results of the queries of one span and KV head.
+struct Join<'a> {
+    queries: Queries<'a>,
+    partials: MatrixBlocks<'a>,
+    places: Places,
+}
+
+impl Kernel for Join<'_> {
+    type Out = ();
+
+    #[inline(always)]
+    fn run<L: Lanes>(self, lanes: L) {
+        let rows = 2 + padded_head(self.queries.shape.head_dim) / 16;
+        let mut total = vec![[0.0; 16]; rows];
+        for query in 0..self.queries.n_rows * self.queries.group() {
+            let visible = self.queries.locate(query).2;
+            empty(&mut total);
+            for segment in visible.start / SEGMENT..visible.end.div_ceil(SEGMENT) {
+                let place = self.places.of(query, segment);
+                // SAFETY: the tasks are done, and each result is read here alone.
+                let mut block = unsafe { self.partials.block(place..place + 1, 0..16 * rows) };
+                let partial = block.row(place).as_chunks::<16>().0;
+                fold(lanes, (partial[0][0], lanes.load(&partial[1]), &partial[2..]), &mut total);
             }
+            // SAFETY: the folds run one after the other, and the tasks are done.
+            unsafe { self.queries.finish(lanes, query, &total) };
         }
+    }
+}
+
+/// No tokens seen: the maximum, the sums, and the accumulators.
+#[inline(always)]
+fn empty(total: &mut [[f32; 16]]) {
+    total.fill([0.0; 16]);
+    total[0] = [f32::NEG_INFINITY; 16];
+}
+
+/// Adds a segment, of which at least one token was seen.
+#[inline(always)]
+fn fold<L: Lanes>(
+    lanes: L,
+    (maximum, sums, acc): (f32, L::V, &[[f32; 16]]),
+    total: &mut [[f32; 16]],
+) {
+    let before = total[0][0];
+    // A maximum of -inf is a NaN among the scores, which this difference keeps.
+    let highest = if before > maximum { before } else { maximum };
+    let old = math::exp(lanes, lanes.splat(before - highest));
+    let new = math::exp(lanes, lanes.splat(maximum - highest));
+    total[0] = [highest; 16];
+    let kept = lanes.mul(lanes.load(&total[1]), old);
+    lanes.store(lanes.fma(sums, new, kept), &mut total[1]);
+    for (total, acc) in total[2..].iter_mut().zip(acc) {
+        let kept = lanes.mul(lanes.load(total), old);
+        lanes.store(lanes.fma(lanes.load(acc), new, kept), total);
     }
 }
 
@@ -352,8 +450,8 @@ impl<V: Copy, const N: usize> Softmax<V, N> {
     /// Takes sixteen scores of query n in; `acc` is its row of accumulators.
     #[inline(always)]
     fn step<L: Lanes<V = V>>(&mut self, lanes: L, n: usize, scores: V, acc: &mut [[f32; 16]]) {
-        let n_tokens = self.n_tokens[n];
-        if n_tokens == 0 {
+        let (first, n_tokens) = (self.first_token[n], self.n_tokens[n]);
+        if first >= n_tokens {
             return;
         }
         let mut scores = scores;
@@ -362,6 +460,11 @@ impl<V: Copy, const N: usize> Softmax<V, N> {
             let bound = lanes.splat(n_tokens as f32);
             let unseen = lanes.splat(f32::NEG_INFINITY);
             scores = lanes.select_less(lanes.load(&LANES), bound, scores, unseen);
+        }
+        if first > 0 {
+            let bound = lanes.splat(first as f32);
+            let unseen = lanes.splat(f32::NEG_INFINITY);
+            scores = lanes.select_less(lanes.load(&LANES), bound, unseen, scores);
         }
         let largest = lanes.maximum(scores);
         if largest > self.maxima[n] {
@@ -388,7 +491,9 @@ impl<V: Copy, const N: usize> Softmax<V, N> {
         width: usize,
         acc: &mut [[f32; 16]],
     ) {
-        let all = self.n_tokens.iter().all(|&n| n == TOKENS);
+        let all = self.n_tokens.iter().all(|&n| n == TOKENS)
+            && self.first_token.iter().all(|&first| first == 0);
+        let least = self.first_token.iter().copied().min().unwrap_or(0);
         let most = self.n_tokens.iter().copied().max().unwrap_or(0);
         let row_bytes = width * E::LANE_BYTES;
         for d in 0..width {
@@ -396,11 +501,11 @@ impl<V: Copy, const N: usize> Softmax<V, N> {
             for (n, sum) in sums.iter_mut().enumerate() {
                 *sum = lanes.load(&acc[n * width + d]);
             }
-            for t in 0..most {
+            for t in least..most {
                 let at = t * row_bytes + d * E::LANE_BYTES;
                 let v = E::load(lanes, &values[at..at + E::LANE_BYTES]);
                 for (n, sum) in sums.iter_mut().enumerate() {
-                    if all || t < self.n_tokens[n] {
+                    if all || (self.first_token[n]..self.n_tokens[n]).contains(&t) {
                         *sum = lanes.fma(v, lanes.splat(self.p[n][t]), *sum);
                     }
                 }

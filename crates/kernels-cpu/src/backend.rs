@@ -8,11 +8,11 @@ use crate::linear::{Engine, Epilogue, Product};
 use crate::memory::Arena;
 use crate::pool::Pool;
 use crate::processor::{Isa, Processor};
-use crate::rows::{Add, LayerNorm, RmsNorm, RopeTable, Rotate};
+use crate::rows::{Add, Norm, NormInPlace, RopeTable, Rotate, ScaleAndCap};
 use crate::weight::CpuWeight;
 use exrail_kernels::{
-    Activation, AttentionShape, AttentionSpan, Backend, KernelError, KvShape, KvSlot, PageId, Rope,
-    Span, TokenId, WeightView,
+    Activation, AttentionShape, AttentionSpan, Backend, GateActivation, KernelError, KvShape,
+    KvSlot, NormKind, PageId, Rope, Span, TokenId, WeightView,
 };
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -63,7 +63,9 @@ struct Shared {
 #[derive(Debug, Default)]
 struct Scratch {
     quantised: Vec<QuantBlock>,
-    rope: RopeTable,
+    partials: Vec<f32>,
+    /// The last two rotations: Gemma 3 turns by two, in turns.
+    rope: [RopeTable; 2],
 }
 
 impl CpuBackend {
@@ -112,6 +114,11 @@ impl CpuBackend {
         self.activation
     }
 
+    /// What runs kernels, and on which threads.
+    pub(crate) fn parts(&self) -> (Processor, &Pool) {
+        (self.shared.processor, &self.shared.pool)
+    }
+
     fn scratch(&self) -> MutexGuard<'_, Scratch> {
         // Scratch holds no invariant that a panic could break: every use fills it anew.
         self.shared.scratch.lock().unwrap_or_else(PoisonError::into_inner)
@@ -145,7 +152,7 @@ impl CpuBackend {
 fn product<'a>(
     weight: &'a CpuWeight,
     bias: Option<&'a CpuBuffer>,
-    epilogue: Epilogue,
+    epilogue: Epilogue<'a>,
     out: &'a mut CpuBuffer,
 ) -> Product<'a> {
     Product { weight, bias: bias.map(|bias| &bias.0[..]), epilogue, out: &mut out.0 }
@@ -203,18 +210,20 @@ impl Backend for CpuBackend {
         pool.copy_page(from, to);
     }
 
-    fn embed(&self, table: &CpuWeight, ids: &[TokenId], out: &mut CpuBuffer) {
+    fn embed(&self, table: &CpuWeight, ids: &[TokenId], scale: f32, out: &mut CpuBuffer) {
         let width = table.columns();
         self.rows(&mut out.0[..ids.len() * width], width, &|first, rows| {
             for (row, id) in rows.chunks_exact_mut(width).zip(&ids[first..]) {
                 assert!((id.0 as usize) < table.rows(), "token {} of {}", id.0, table.rows());
                 table.dequantise_row(id.0 as usize, row);
             }
+            self.shared.processor.run(ScaleAndCap { x: rows, scale, soft_cap: None });
         });
     }
 
-    fn rms_norm(
+    fn norm(
         &self,
+        kind: NormKind,
         x: &CpuBuffer,
         n_rows: usize,
         weight: &CpuBuffer,
@@ -225,7 +234,38 @@ impl Backend for CpuBackend {
         let x = &x.0[..n_rows * width];
         self.rows(&mut out.0[..n_rows * width], width, &|first, out| {
             let x = &x[first * width..][..out.len()];
-            self.shared.processor.run(RmsNorm { x, weight: &weight.0, eps, out });
+            self.shared.processor.run(Norm { kind, x, weight: &weight.0, eps, adds: false, out });
+        });
+    }
+
+    fn norm_in_place(
+        &self,
+        kind: NormKind,
+        x: &mut CpuBuffer,
+        n_rows: usize,
+        weight: &CpuBuffer,
+        eps: f32,
+    ) {
+        let width = weight.0.len();
+        self.rows(&mut x.0[..n_rows * width], width, &|_, x| {
+            self.shared.processor.run(NormInPlace { kind, x, weight: &weight.0, bias: None, eps });
+        });
+    }
+
+    fn norm_add(
+        &self,
+        kind: NormKind,
+        x: &CpuBuffer,
+        n_rows: usize,
+        weight: &CpuBuffer,
+        eps: f32,
+        y: &mut CpuBuffer,
+    ) {
+        let width = weight.0.len();
+        let x = &x.0[..n_rows * width];
+        self.rows(&mut y.0[..n_rows * width], width, &|first, out| {
+            let x = &x[first * width..][..out.len()];
+            self.shared.processor.run(Norm { kind, x, weight: &weight.0, eps, adds: true, out });
         });
     }
 
@@ -239,8 +279,8 @@ impl Backend for CpuBackend {
     ) {
         let width = weight.0.len();
         self.rows(&mut x.0[..n_rows * width], width, &|_, x| {
-            let bias = &bias.0[..width];
-            self.shared.processor.run(LayerNorm { x, weight: &weight.0, bias, eps });
+            let (kind, bias) = (NormKind::Layer, Some(&bias.0[..width]));
+            self.shared.processor.run(NormInPlace { kind, x, weight: &weight.0, bias, eps });
         });
     }
 
@@ -280,21 +320,39 @@ impl Backend for CpuBackend {
         n_rows: usize,
         weight: &CpuWeight,
         bias: Option<&CpuBuffer>,
+        scale: f32,
         y: &mut CpuBuffer,
     ) {
-        self.products(x, n_rows, &mut [product(weight, bias, Epilogue::Add, y)]);
+        self.products(x, n_rows, &mut [product(weight, bias, Epilogue::Add { scale }, y)]);
     }
 
-    fn linear_silu_gate(
+    fn linear_add_rows(
+        &self,
+        x: &CpuBuffer,
+        weight: &CpuWeight,
+        rows: &[u32],
+        scales: &[f32],
+        y: &mut CpuBuffer,
+    ) {
+        assert_eq!(rows.len(), scales.len(), "one scale a row");
+        if rows.is_empty() {
+            return;
+        }
+        let epilogue = Epilogue::AddRows { rows, scales };
+        self.products(x, rows.len(), &mut [product(weight, None, epilogue, y)]);
+    }
+
+    fn linear_gate(
         &self,
         x: &CpuBuffer,
         n_rows: usize,
         gate: &CpuWeight,
         up: &CpuWeight,
+        activation: GateActivation,
         out: &mut CpuBuffer,
     ) {
         let scratch = &mut *self.scratch();
-        self.engine(&mut scratch.quantised).gate(&x.0, n_rows, [gate, up], &mut out.0);
+        self.engine(&mut scratch.quantised).gate(&x.0, n_rows, [gate, up], activation, &mut out.0);
     }
 
     fn linear_gelu(
@@ -318,8 +376,12 @@ impl Backend for CpuBackend {
     ) {
         assert!(2 * rope.inverse_frequencies.len() <= head_dim, "rotated width of {head_dim}");
         let scratch = &mut *self.scratch();
-        scratch.rope.fill(positions, rope);
-        let table = &scratch.rope;
+        let tables = &mut scratch.rope;
+        if !tables[0].holds(positions, rope) {
+            tables.swap(0, 1);
+        }
+        tables[0].fill(positions, rope);
+        let table = &tables[0];
         let style = rope.style;
         let width = n_heads * head_dim;
         self.rows(&mut x.0[..positions.len() * width], width, &|first_row, x| {
@@ -350,7 +412,9 @@ impl Backend for CpuBackend {
     ) {
         let Shared { processor, pool: threads, .. } = &*self.shared;
         let kv = (pool, layer);
-        attention::attention(*processor, threads, (&q.0, &mut out.0), kv, shape, spans);
+        let partials = &mut self.scratch().partials;
+        let io = (&q.0[..], &mut out.0[..]);
+        attention::attention(*processor, threads, io, kv, (shape, spans), partials);
     }
 
     fn attention_full(
@@ -375,6 +439,12 @@ impl Backend for CpuBackend {
 
     fn add(&self, x: &mut CpuBuffer, y: &CpuBuffer, len: usize) {
         self.shared.processor.run(Add { x: &mut x.0[..len], y: &y.0[..len] });
+    }
+
+    fn scale_and_cap(&self, x: &mut CpuBuffer, len: usize, scale: f32, soft_cap: Option<f32>) {
+        self.rows(&mut x.0[..len], 1, &|_, x| {
+            self.shared.processor.run(ScaleAndCap { x, scale, soft_cap });
+        });
     }
 
     fn mean_rows(&self, x: &CpuBuffer, width: usize, spans: &[Span], out: &mut CpuBuffer) {

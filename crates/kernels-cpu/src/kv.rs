@@ -2,10 +2,11 @@
 //!
 //! A page holds, for each layer and then each KV head, the keys as sixteen tiles of sixteen tokens,
 //! `(256 / 16, D, 16)`, and then the values as `(256, D')`, D' being D rounded up to sixteen. A key
-//! tile gives sixteen scores at once without a horizontal sum; a value row is read whole.
+//! tile gives sixteen scores at once without a horizontal sum; a value row is read whole. A pool of
+//! int8 has the f32 scales of the keys and then of the values behind them, `(256)` each.
 
 use crate::memory::Bytes;
-use exrail_kernels::{KernelError, KvDtype, KvShape, KvSlot, PAGE_TOKENS, PageId};
+use exrail_kernels::{KernelError, KvDtype, KvShape, KvSlot, PAGE_TOKENS, PageId, int8_scale};
 use half::f16;
 
 /// Tokens of a key tile.
@@ -16,6 +17,15 @@ pub(crate) const TOKENS: usize = 16;
 pub struct CpuKvPool {
     shape: KvShape,
     bytes: Bytes,
+}
+
+/// The parts of one head of a page.
+#[derive(Clone, Copy)]
+pub(crate) struct Head<'a> {
+    pub(crate) keys: &'a [u8],
+    pub(crate) values: &'a [u8],
+    /// Of the keys and of the values; empty but for int8.
+    pub(crate) scales: &'a [u8],
 }
 
 impl CpuKvPool {
@@ -45,12 +55,14 @@ impl CpuKvPool {
         self.bytes.copy_within(from..from + len, to.0 as usize * len);
     }
 
-    /// One head of one layer of one page: keys, values.
+    /// One head of one layer of one page.
     #[inline(always)]
-    pub(crate) fn head(&self, page: PageId, layer: usize, head: usize) -> (&[u8], &[u8]) {
+    pub(crate) fn head(&self, page: PageId, layer: usize, head: usize) -> Head<'_> {
         let start = self.head_start(page, layer, head);
         let bytes = &self.bytes[start..start + head_bytes(&self.shape)];
-        bytes.split_at(key_bytes(&self.shape))
+        let (keys, rest) = bytes.split_at(key_bytes(&self.shape));
+        let (values, scales) = rest.split_at(value_bytes(&self.shape));
+        Head { keys, values, scales }
     }
 
     /// Stores rows `(T, K * D)`.
@@ -71,7 +83,8 @@ impl CpuKvPool {
         let start = self.head_start(slot.page, layer, head);
         let shape = self.shape;
         let bytes = &mut self.bytes[start..start + head_bytes(&shape)];
-        let (keys, values) = bytes.split_at_mut(key_bytes(&shape));
+        let (keys, rest) = bytes.split_at_mut(key_bytes(&shape));
+        let (values, scales) = rest.split_at_mut(value_bytes(&shape));
         let tile = offset / TOKENS * TOKENS * shape.head_dim;
         let value_row = offset * padded_head(shape.head_dim);
         match shape.dtype {
@@ -93,6 +106,19 @@ impl CpuKvPool {
                     values[value_row + d] = f16::from_f32(x).to_le_bytes();
                 }
             }
+            KvDtype::Int8 => {
+                let scales = scales.as_chunks_mut::<4>().0;
+                let (factor, scale) = int8_scale(k);
+                scales[offset] = scale.to_le_bytes();
+                for (d, &x) in k.iter().enumerate() {
+                    keys[tile + d * TOKENS + offset % TOKENS] = int8(factor * x);
+                }
+                let (factor, scale) = int8_scale(v);
+                scales[PAGE_TOKENS + offset] = scale.to_le_bytes();
+                for (d, &x) in v.iter().enumerate() {
+                    values[value_row + d] = int8(factor * x);
+                }
+            }
         }
     }
 
@@ -108,10 +134,16 @@ pub(crate) fn padded_head(head_dim: usize) -> usize {
     head_dim.next_multiple_of(16)
 }
 
+/// The two's complement of the nearest integer.
+fn int8(x: f32) -> u8 {
+    (x.round_ties_even() as i8).cast_unsigned()
+}
+
 fn element_bytes(shape: &KvShape) -> usize {
     match shape.dtype {
         KvDtype::F32 => 4,
         KvDtype::F16 => 2,
+        KvDtype::Int8 => 1,
     }
 }
 
@@ -119,6 +151,14 @@ fn key_bytes(shape: &KvShape) -> usize {
     PAGE_TOKENS * shape.head_dim * element_bytes(shape)
 }
 
+fn value_bytes(shape: &KvShape) -> usize {
+    PAGE_TOKENS * padded_head(shape.head_dim) * element_bytes(shape)
+}
+
 fn head_bytes(shape: &KvShape) -> usize {
-    key_bytes(shape) + PAGE_TOKENS * padded_head(shape.head_dim) * element_bytes(shape)
+    let scales = match shape.dtype {
+        KvDtype::F32 | KvDtype::F16 => 0,
+        KvDtype::Int8 => 2 * PAGE_TOKENS * 4,
+    };
+    key_bytes(shape) + value_bytes(shape) + scales
 }

@@ -59,6 +59,7 @@ pub(crate) trait Lanes: Copy + Send + Sync {
     /// Exact below 2^24.
     fn to_f32(self, v: Self::I) -> Self::V;
     fn add_i(self, a: Self::I, b: Self::I) -> Self::I;
+    fn times_256(self, v: Self::I) -> Self::I;
     /// A nibble tile: lane r of `bytes[64 j ..]` holds row r, its low nibbles are k = 4j..4j+4 and
     /// its high nibbles k = 16+4j..16+4j+4. Returns one byte a weight: entry j has k = 4j..4j+4.
     fn nibbles(self, tile: &[u8; 256]) -> [Self::I; 8];

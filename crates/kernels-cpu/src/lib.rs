@@ -4,7 +4,8 @@
 //! Way in: `backend` holds one method an operation; `linear` and `product` are the matrix
 //! products on the tiles of `tile`; `attention` streams the KV pages of `kv`; `rows` has the rest.
 //! Each algorithm is written once over the sixteen lanes of `lanes::Lanes`, and `arch` says what a
-//! lane operation is on each instruction set. `pool` runs it all.
+//! lane operation is on each instruction set. `pool` runs it all, and `bandwidth` measures how fast
+//! its threads read memory.
 //!
 //! This crate knows no model: shapes and weights come through the trait.
 
@@ -13,6 +14,7 @@ mod affinity;
 mod arch;
 mod attention;
 mod backend;
+mod bandwidth;
 mod codes;
 mod disjoint;
 mod kv;
@@ -28,6 +30,7 @@ mod tile;
 mod weight;
 
 pub use backend::{CpuBackend, CpuBuffer, CpuOptions};
+pub use bandwidth::ReadProbe;
 pub use kv::CpuKvPool;
 pub use processor::Isa;
 pub use weight::CpuWeight;

@@ -1,7 +1,7 @@
 //! The `linear` operations: which thread computes which row groups, and what happens to the sums.
 #![expect(unsafe_code, reason = "threads write disjoint columns of one output")]
 
-use crate::activation::{QuantBlock, Quantise, Rounding};
+use crate::activation::{QuantBlock, Quantise, n_blocks};
 use crate::codes::{E2m1, Indices, Iq4, Planes, Whole};
 use crate::disjoint::{MatrixBlock, MatrixBlocks};
 use crate::lanes::{Kernel, Lanes};
@@ -14,32 +14,58 @@ use crate::product::{
 };
 use crate::tile::{BLOCK, Group, ROWS};
 use crate::weight::CpuWeight;
-use exrail_kernels::Activation;
+use exrail_kernels::{Activation, GateActivation, InputRounding};
 use exrail_tensor::DType;
 use std::marker::PhantomData;
 use std::ops::Range;
 
 /// Multiplications below which waking the pool costs more than it saves (about 2 µs of one core).
 const ALONE: usize = 1 << 17;
+/// Rows of activations up to which a product waits for weights rather than for arithmetic.
+const FEW_ROWS: usize = 8;
+/// Bytes of weights that a core takes at once then: about 2 µs, because at the end of a product the
+/// other threads wait for the last chunk.
+const CHUNK_BYTES: usize = 32 << 10;
 /// Bytes of quantised activations that stay in a core's L2 next to the weights.
 const PANEL_BYTES: usize = 384 << 10;
 
 /// What happens to a dot product after the bias.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Epilogue {
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Epilogue<'a> {
     /// Overwrites.
     Store,
-    /// Adds to what is there: the residual.
-    Add,
+    /// Adds it times `scale` to what is there: the residual.
+    Add { scale: f32 },
+    /// Adds row i times `scales[i]` to row `rows[i]` of the output.
+    AddRows { rows: &'a [u32], scales: &'a [f32] },
     /// Overwrites with the exact gelu.
     Gelu,
+}
+
+impl Epilogue<'_> {
+    /// Row of the output that belongs to row i of the input.
+    #[inline(always)]
+    fn target(&self, i: usize) -> usize {
+        match self {
+            Epilogue::AddRows { rows, .. } => rows[i] as usize,
+            Epilogue::Store | Epilogue::Add { .. } | Epilogue::Gelu => i,
+        }
+    }
+
+    /// Rows that the output has for `n_rows` of the input.
+    fn n_targets(&self, n_rows: usize) -> usize {
+        match self {
+            Epilogue::AddRows { rows, .. } => rows.iter().max().map_or(0, |&row| row as usize + 1),
+            Epilogue::Store | Epilogue::Add { .. } | Epilogue::Gelu => n_rows,
+        }
+    }
 }
 
 /// One matrix of a product and where its results go, `(T, N)`.
 pub(crate) struct Product<'a> {
     pub(crate) weight: &'a CpuWeight,
     pub(crate) bias: Option<&'a [f32]>,
-    pub(crate) epilogue: Epilogue,
+    pub(crate) epilogue: Epilogue<'a>,
     pub(crate) out: &'a mut [f32],
 }
 
@@ -56,10 +82,7 @@ impl Engine<'_> {
     pub(crate) fn products(&mut self, x: &[f32], n_rows: usize, products: &mut [Product<'_>]) {
         let columns = products[0].weight.columns();
         let wants_integers = products.iter().any(|p| self.is_integer(p.weight));
-        // One rounding of the attention's output costs 1e-4 nats, of the other inputs ten times that.
-        let once =
-            products.iter().all(|p| p.epilogue == Epilogue::Add && p.weight.rows() >= columns);
-        let rounding = if once { Rounding::Once } else { Rounding::Twice };
+        let rounding = common_rounding(products.iter().map(|product| product.weight));
         let x = &x[..n_rows * columns];
         self.quantise(x, columns, rounding, wants_integers);
         let input = Input { x, columns, quantised: self.quantised, rounding };
@@ -69,13 +92,15 @@ impl Engine<'_> {
             assert_eq!(product.weight.columns(), columns, "products share their input");
             let n_columns = product.weight.rows();
             let first = n_groups;
+            let n_targets = product.epilogue.n_targets(n_rows);
             n_groups += product.weight.n_groups();
             parts.push(Part {
                 first,
                 weight: product.weight,
                 bias: product.bias.map(|bias| &bias[..n_columns]),
                 epilogue: product.epilogue,
-                out: MatrixBlocks::new(product.out, n_rows, n_columns),
+                n_targets,
+                out: MatrixBlocks::new(product.out, n_targets, n_columns),
             });
         }
         let (processor, activation) = (self.processor, self.activation);
@@ -93,7 +118,9 @@ impl Engine<'_> {
             }
             streams
         };
-        self.share((n_groups, n_rows * columns), &reads, &|groups| {
+        let len_bytes = parts.iter().map(|part| part.weight.len_bytes()).sum();
+        let job = Job { n_groups, n_rows, columns, len_bytes };
+        self.share(&job, &reads, &|groups| {
             for part in &parts {
                 let own = part.first..part.first + part.weight.n_groups();
                 let shared = groups.start.max(own.start)..groups.end.min(own.end);
@@ -102,8 +129,9 @@ impl Engine<'_> {
                 }
                 let local = shared.start - own.start..shared.end - own.start;
                 // SAFETY: every group index is in one chunk, and the pool runs each chunk once.
-                let out =
-                    unsafe { part.out.block(0..n_rows, local.start * ROWS..local.end * ROWS) };
+                let out = unsafe {
+                    part.out.block(0..part.n_targets, local.start * ROWS..local.end * ROWS)
+                };
                 let chunk = Chunk { processor, activation, input, n_rows, groups: local, out };
                 let finish = Finish::One { bias: part.bias, epilogue: part.epilogue };
                 chunk.run(&[part.weight], &finish);
@@ -111,19 +139,19 @@ impl Engine<'_> {
         });
     }
 
-    /// `out = silu(x Gᵀ) * (x Uᵀ)`.
+    /// `out = activation(x Gᵀ) * (x Uᵀ)`.
     pub(crate) fn gate(
         &mut self,
         x: &[f32],
         n_rows: usize,
         [gate, up]: [&CpuWeight; 2],
+        gate_activation: GateActivation,
         out: &mut [f32],
     ) {
         assert_eq!((gate.rows(), gate.columns()), (up.rows(), up.columns()), "gate and up");
         let columns = gate.columns();
         let wants_integers = self.is_integer(gate) || self.is_integer(up);
-        // Half of a layer's weights are here, and they tolerate the single rounding best.
-        let rounding = Rounding::Once;
+        let rounding = common_rounding([gate, up]);
         let x = &x[..n_rows * columns];
         self.quantise(x, columns, rounding, wants_integers);
         let input = Input { x, columns, quantised: self.quantised, rounding };
@@ -131,11 +159,13 @@ impl Engine<'_> {
         let (processor, activation) = (self.processor, self.activation);
         let reads =
             |groups: Range<usize>| [gate.addresses(groups.clone()), up.addresses(groups), 0..0];
-        self.share((gate.n_groups(), 2 * n_rows * columns), &reads, &|groups| {
+        let len_bytes = gate.len_bytes() + up.len_bytes();
+        let job = Job { n_groups: gate.n_groups(), n_rows, columns: 2 * columns, len_bytes };
+        self.share(&job, &reads, &|groups| {
             // SAFETY: every group index is in one chunk, and the pool runs each chunk once.
             let out = unsafe { out.block(0..n_rows, groups.start * ROWS..groups.end * ROWS) };
             let chunk = Chunk { processor, activation, input, n_rows, groups, out };
-            chunk.run(&[gate, up], &Finish::Gate);
+            chunk.run(&[gate, up], &Finish::Gate(gate_activation));
         });
     }
 
@@ -144,12 +174,12 @@ impl Engine<'_> {
         self.activation == Activation::Int8 && !float
     }
 
-    fn quantise(&mut self, x: &[f32], columns: usize, rounding: Rounding, wanted: bool) {
+    fn quantise(&mut self, x: &[f32], columns: usize, rounding: InputRounding, wanted: bool) {
         self.quantised.clear();
         if !wanted {
             return;
         }
-        let n_blocks = rounding.n_blocks();
+        let n_blocks = n_blocks(rounding);
         self.quantised.resize(n_blocks * x.len() / BLOCK, QuantBlock::default());
         let processor = self.processor;
         // Eight thousand values are about 2 µs: one row is never worth a second thread.
@@ -162,17 +192,22 @@ impl Engine<'_> {
         });
     }
 
-    /// Splits groups into chunks: eight a thread, so that a disturbed core can take fewer.
+    /// Splits groups into chunks: eight a thread or more, so that a disturbed core can take fewer.
     fn share(
         &self,
-        (n_groups, work_per_weight_row): (usize, usize),
+        job: &Job,
         reads: &dyn Fn(Range<usize>) -> Streams,
         run: &(dyn Fn(Range<usize>) + Sync),
     ) {
-        if n_groups * ROWS * work_per_weight_row < ALONE {
+        let n_groups = job.n_groups;
+        if n_groups * ROWS * job.n_rows * job.columns < ALONE {
             return run(0..n_groups);
         }
-        let per_chunk = (n_groups / (8 * self.pool.n_threads())).max(1);
+        let mut per_chunk = n_groups / (8 * self.pool.n_threads());
+        if job.n_rows <= FEW_ROWS {
+            per_chunk = per_chunk.min(CHUNK_BYTES * n_groups / job.len_bytes.max(1));
+        }
+        let per_chunk = per_chunk.max(1);
         let groups =
             |chunks: Range<usize>| chunks.start * per_chunk..n_groups.min(chunks.end * per_chunk);
         let reads = |chunks| reads(groups(chunks));
@@ -180,12 +215,32 @@ impl Engine<'_> {
     }
 }
 
+/// Once where all matrices tolerate it.
+fn common_rounding<'a>(weights: impl IntoIterator<Item = &'a CpuWeight>) -> InputRounding {
+    let mut roundings = weights.into_iter().map(CpuWeight::rounding);
+    if roundings.all(|rounding| rounding == InputRounding::Once) {
+        InputRounding::Once
+    } else {
+        InputRounding::Twice
+    }
+}
+
+/// The size of a product: groups of weight rows, rows of activations, multiplications for one of
+/// each, and bytes of all weights.
+struct Job {
+    n_groups: usize,
+    n_rows: usize,
+    columns: usize,
+    len_bytes: usize,
+}
+
 /// One matrix of `products`, its groups numbered from `first`.
 struct Part<'a> {
     first: usize,
     weight: &'a CpuWeight,
     bias: Option<&'a [f32]>,
-    epilogue: Epilogue,
+    epilogue: Epilogue<'a>,
+    n_targets: usize,
     out: MatrixBlocks<'a>,
 }
 
@@ -203,10 +258,19 @@ impl Chunk<'_> {
     /// Activation rows by panels that stay in L2, inside them weight groups. The sums of a group go
     /// to a small buffer first, so that what follows does not depend on the weight format.
     fn run(mut self, weights: &[&CpuWeight], finish: &Finish<'_>) {
-        let n_blocks = self.input.columns.div_ceil(BLOCK) * self.input.rounding.n_blocks();
+        let n_blocks = self.input.columns.div_ceil(BLOCK) * n_blocks(self.input.rounding);
         let row_bytes = size_of::<QuantBlock>() * n_blocks;
         let panel = (PANEL_BYTES / row_bytes.max(1)).next_multiple_of(8).min(self.n_rows);
-        let mut sums = vec![[0.0; ROWS]; weights.len() * panel];
+        // Decode runs a thousand chunks a token: no allocation for few rows.
+        let mut few = [[0.0; ROWS]; 2 * FEW_ROWS];
+        let mut many = Vec::new();
+        let n_sums = weights.len() * panel;
+        let sums = if n_sums <= few.len() {
+            &mut few[..n_sums]
+        } else {
+            many.resize(n_sums, [0.0; ROWS]);
+            &mut many[..]
+        };
         for start in (0..self.n_rows).step_by(panel.max(1)) {
             let rows = start..self.n_rows.min(start + panel);
             for (i, group) in self.groups.clone().enumerate() {
@@ -245,8 +309,8 @@ impl Sums<'_> {
             (DType::F16, _) => self.with::<Floats<HalfElement>>(processor),
             (DType::BF16, _) => self.with::<Floats<BrainElement>>(processor),
             (quantised, Activation::Int8) => match self.input.rounding {
-                Rounding::Once => self.integers::<1>(quantised, processor),
-                Rounding::Twice => self.integers::<2>(quantised, processor),
+                InputRounding::Once => self.integers::<1>(quantised, processor),
+                InputRounding::Twice => self.integers::<2>(quantised, processor),
             },
             (quantised, Activation::F32) => self.floats(quantised, processor),
         }
@@ -342,9 +406,9 @@ fn tile<L: Lanes, F: Format, const N: usize>(
 /// What happens to the sums.
 enum Finish<'a> {
     /// Bias and epilogue.
-    One { bias: Option<&'a [f32]>, epilogue: Epilogue },
-    /// `silu(gate) * up`; the sums of the gate come first.
-    Gate,
+    One { bias: Option<&'a [f32]>, epilogue: Epilogue<'a> },
+    /// `activation(gate) * up`; the sums of the gate come first.
+    Gate(GateActivation),
 }
 
 /// Finishes one group's sums.
@@ -364,12 +428,20 @@ impl Kernel for FinishGroup<'_, '_> {
     #[inline(always)]
     fn run<L: Lanes>(self, lanes: L) {
         for (i, row) in self.rows.clone().enumerate() {
-            let target = sixteen(self.out.row(row), self.column);
+            let target_row = match self.finish {
+                Finish::One { epilogue, .. } => epilogue.target(row),
+                Finish::Gate(_) => row,
+            };
+            let target = sixteen(self.out.row(target_row), self.column);
             let sum = lanes.load(&self.sums[i]);
             let value = match *self.finish {
-                Finish::Gate => {
+                Finish::Gate(activation) => {
                     let up = lanes.load(&self.sums[self.rows.len() + i]);
-                    lanes.mul(math::silu(lanes, sum), up)
+                    let gate = match activation {
+                        GateActivation::Silu => math::silu(lanes, sum),
+                        GateActivation::GeluTanh => math::gelu_tanh(lanes, sum),
+                    };
+                    lanes.mul(gate, up)
                 }
                 Finish::One { bias, epilogue } => {
                     let value = match bias {
@@ -381,7 +453,12 @@ impl Kernel for FinishGroup<'_, '_> {
                     };
                     match epilogue {
                         Epilogue::Store => value,
-                        Epilogue::Add => lanes.add(load_part(lanes, target), value),
+                        Epilogue::Add { scale } => {
+                            lanes.fma(value, lanes.splat(scale), load_part(lanes, target))
+                        }
+                        Epilogue::AddRows { scales, .. } => {
+                            lanes.fma(value, lanes.splat(scales[row]), load_part(lanes, target))
+                        }
                         Epilogue::Gelu => math::gelu(lanes, value),
                     }
                 }

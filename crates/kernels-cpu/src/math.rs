@@ -32,6 +32,44 @@ pub(crate) fn silu<L: Lanes>(lanes: L, x: L::V) -> L::V {
     lanes.div(x, lanes.add(lanes.splat(1.0), exp(lanes, negated)))
 }
 
+/// x/2 (1 + tanh(u)) with u = sqrt(2/π) (x + 0.044715 x³), within `3e-7 * |x|`.
+///
+/// Computed as x / (1 + e^-2u), the same function without the cancellation of 1 + tanh.
+#[inline(always)]
+pub(crate) fn gelu_tanh<L: Lanes>(lanes: L, x: L::V) -> L::V {
+    // -2 sqrt(2/π) and that times 0.044715.
+    let squared = lanes.mul(x, x);
+    let factor = lanes.fma(squared, lanes.splat(-7.135_481_3e-2), lanes.splat(-1.595_769));
+    lanes.div(x, lanes.add(lanes.splat(1.0), exp(lanes, lanes.mul(x, factor))))
+}
+
+/// tanh(x) within 3 ulp; NaN for NaN.
+///
+/// Below 0.625 the polynomial of Cephes `tanhf` (Moshier 1989), beyond it 1 - 2 / (e^2|x| + 1).
+#[inline(always)]
+pub(crate) fn tanh<L: Lanes>(lanes: L, x: L::V) -> L::V {
+    let t = lanes.abs(x);
+    let s = lanes.mul(x, x);
+    let near = horner(
+        lanes,
+        lanes.splat(-5.704_988_7e-3),
+        s,
+        &[2.063_909e-2, -5.373_971_6e-2, 1.333_144_2e-1, -3.333_328e-1],
+    );
+    let near = lanes.fma(lanes.mul(near, s), x, x);
+    let one = lanes.splat(1.0);
+    let power = exp(lanes, lanes.add(t, t));
+    let far = lanes.sub(one, lanes.div(lanes.splat(2.0), lanes.add(power, one)));
+    lanes.select_less(lanes.splat(0.625), t, lanes.copy_sign(far, x), near)
+}
+
+/// cap tanh(x / cap), within 5 ulp.
+#[inline(always)]
+pub(crate) fn soft_cap<L: Lanes>(lanes: L, x: L::V, cap: f32) -> L::V {
+    let cap = lanes.splat(cap);
+    lanes.mul(cap, tanh(lanes, lanes.div(x, cap)))
+}
+
 /// erf(x) within 2 ulp.
 ///
 /// Two ranges, after N. Juffa: near zero x + x p(x²); beyond 475/512, 1 - e^q(|x|) with a minimax q.
@@ -125,6 +163,35 @@ mod tests {
         let silu_f64 = |x: f64| x / (1.0 + (-x).exp());
         let error = worst(-87.0..87.0, |x| silu(Scalar, x), silu_f64, ulp);
         assert!(error <= 4.0, "{error} ulp");
+    }
+
+    #[test]
+    fn tanh_is_within_three_ulp() {
+        for range in [-12.0..12.0, -1.0..1.0, -1e-3..1e-3] {
+            let error = worst(range.clone(), |x| tanh(Scalar, x), f64::tanh, ulp);
+            assert!(error <= 3.0, "{error} ulp in {range:?}");
+        }
+        assert_eq!(tanh(Scalar, [f32::INFINITY; 16])[0], 1.0);
+        assert_eq!(tanh(Scalar, [f32::NEG_INFINITY; 16])[0], -1.0);
+        assert!(tanh(Scalar, [f32::NAN; 16])[0].is_nan());
+    }
+
+    #[test]
+    fn soft_cap_is_within_five_ulp() {
+        let exact = |x: f64| 30.0 * (x / 30.0).tanh();
+        let error = worst(-200.0..200.0, |x| soft_cap(Scalar, x, 30.0), exact, ulp);
+        assert!(error <= 5.0, "{error} ulp");
+    }
+
+    #[test]
+    fn gelu_by_tanh_is_within_its_bound() {
+        let exact = |x: f64| {
+            let inner = (2.0 / std::f64::consts::PI).sqrt() * (x + 0.044_715 * x.powi(3));
+            0.5 * x * (1.0 + inner.tanh())
+        };
+        let unit = |x: f64, _: f64| 3e-7 * x.abs().max(1e-30);
+        let error = worst(-12.0..12.0, |x| gelu_tanh(Scalar, x), exact, unit);
+        assert!(error <= 1.0, "{error} of the bound");
     }
 
     #[test]

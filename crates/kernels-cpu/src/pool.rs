@@ -2,7 +2,8 @@
 //!
 //! A job is a number of chunks and a closure. Every thread has a home range of consecutive chunks,
 //! so that it reads weights as one stream and prefetches for itself; when its own are done it takes
-//! those that the others have left, so that a slow core does fewer. The gate is one word:
+//! those that the others have left, the last one first, so that a slow core does fewer and goes on
+//! with what it has fetched. The gate is one word:
 //! `epoch << 32 | open << 31 | workers inside`.
 //!
 //! ```text
@@ -60,7 +61,6 @@ pub(crate) struct Pool {
 #[derive(Clone, Copy)]
 struct Job {
     run: *const (dyn Fn(usize) + Sync),
-    n_chunks: usize,
 }
 
 /// Own cache line, so that the counters do not slow each other down.
@@ -70,14 +70,42 @@ struct Line<T>(T);
 
 struct State {
     gate: Line<AtomicU64>,
-    /// The next chunk of each thread's home range, the caller's first.
-    next: Vec<Line<AtomicUsize>>,
+    /// What is left of each thread's home range, the caller's first.
+    left: Vec<Line<Left>>,
     job: UnsafeCell<Option<Job>>,
     /// What each worker fetches while it waits for the next job.
     ahead: Vec<Line<[AtomicUsize; 2 * STREAMS]>>,
     sleepers: Vec<Sleeper>,
     panicked: AtomicBool,
     stop: AtomicBool,
+}
+
+/// Consecutive chunks that nobody has taken yet: the first one in the lower half of the word, the
+/// end in the upper half.
+#[derive(Debug, Default)]
+struct Left(AtomicU64);
+
+impl Left {
+    fn fill(&self, chunks: Range<usize>) {
+        self.0.store((chunks.end as u64) << 32 | chunks.start as u64, Ordering::Relaxed);
+    }
+
+    /// Takes the first chunk, or the last one.
+    fn take(&self, first: bool) -> Option<usize> {
+        // Reading first keeps the line shared once a range is used up.
+        let mut left = self.0.load(Ordering::Relaxed);
+        loop {
+            let (start, end) = (left & u64::from(u32::MAX), left >> 32);
+            if start >= end {
+                return None;
+            }
+            let (chunk, rest) = if first { (start, left + 1) } else { (end - 1, left - (1 << 32)) };
+            match self.0.compare_exchange_weak(left, rest, Ordering::Relaxed, Ordering::Relaxed) {
+                Ok(_) => return Some(chunk as usize),
+                Err(now) => left = now,
+            }
+        }
+    }
 }
 
 #[derive(Debug, Default)]
@@ -106,7 +134,7 @@ impl Pool {
         let n_workers = n_threads.saturating_sub(1);
         let state = Arc::new(State {
             gate: Line(AtomicU64::new(0)),
-            next: (0..=n_workers).map(|_| Line::default()).collect(),
+            left: (0..=n_workers).map(|_| Line::default()).collect(),
             job: UnsafeCell::new(None),
             ahead: (0..n_workers).map(|_| Line::default()).collect(),
             sleepers: (0..n_workers).map(|_| Sleeper::default()).collect(),
@@ -142,7 +170,7 @@ impl Pool {
     /// when all calls have. Inside a job it runs on the calling thread alone.
     ///
     /// # Panics
-    /// When a call panicked; the pool stays usable.
+    /// When a call panicked (the pool stays usable), or with 2^32 chunks or more.
     pub(crate) fn run(&self, n_chunks: usize, run: &(dyn Fn(usize) + Sync)) {
         self.run_reading(n_chunks, &|_| Streams::default(), run);
     }
@@ -156,6 +184,7 @@ impl Pool {
         reads: &dyn Fn(Range<usize>) -> Streams,
         run: &(dyn Fn(usize) + Sync),
     ) {
+        assert!(u32::try_from(n_chunks).is_ok(), "{n_chunks} chunks");
         if n_chunks <= 1 || self.workers.is_empty() || IN_JOB.get() {
             (0..n_chunks).for_each(run);
             return;
@@ -172,12 +201,12 @@ impl Pool {
             >(pointer)
         };
         // SAFETY: `turn` is held, and the last holder left the gate closed and empty.
-        unsafe { *state.job.get() = Some(Job { run: run_unbound, n_chunks }) };
+        unsafe { *state.job.get() = Some(Job { run: run_unbound }) };
         if let Some(following) = turn.step(n_chunks, state, reads) {
             state.plan(following);
         }
-        for (thread, next) in state.next.iter().enumerate() {
-            next.0.store(state.home(thread, n_chunks).start, Ordering::Relaxed);
+        for (thread, left) in state.left.iter().enumerate() {
+            left.0.fill(state.home(thread, n_chunks));
         }
         let epoch = (state.gate.0.load(Ordering::Relaxed) >> 32).wrapping_add(1);
         // Sequentially consistent against `asleep`: either the worker sees the new gate before it
@@ -185,7 +214,7 @@ impl Pool {
         state.gate.0.store((epoch << 32) | OPEN, Ordering::SeqCst);
         state.wake();
         IN_JOB.set(true);
-        let own = catch_unwind(AssertUnwindSafe(|| state.take_chunks(0, run, n_chunks)));
+        let own = catch_unwind(AssertUnwindSafe(|| state.take_chunks(0, run)));
         IN_JOB.set(false);
         state.close();
         let worker_panicked = state.panicked.swap(false, Ordering::Relaxed);
@@ -257,7 +286,7 @@ impl Trail {
             self.following.clear();
         }
         if self.following.get(&self.last).is_none_or(|known| known.job != job) {
-            let homes = (1..state.next.len()).map(|thread| state.home(thread, n_chunks));
+            let homes = (1..state.left.len()).map(|thread| state.home(thread, n_chunks));
             let streams = homes.map(reads).collect();
             self.following.insert(self.last, Following { job, streams });
         }
@@ -279,22 +308,15 @@ impl State {
 
     /// The chunks of a thread, 0 the caller.
     fn home(&self, thread: usize, n_chunks: usize) -> Range<usize> {
-        let n_threads = self.next.len();
+        let n_threads = self.left.len();
         thread * n_chunks / n_threads..(thread + 1) * n_chunks / n_threads
     }
 
     /// Its own chunks, then what is left of the next thread's, and so on.
-    fn take_chunks(&self, thread: usize, run: &(dyn Fn(usize) + Sync), n_chunks: usize) {
-        let n_threads = self.next.len();
-        for home in (thread..n_threads).chain(0..thread) {
-            let end = self.home(home, n_chunks).end;
-            let next = &self.next[home].0;
-            // Reading first keeps the line shared once a range is used up.
-            while next.load(Ordering::Relaxed) < end {
-                let chunk = next.fetch_add(1, Ordering::Relaxed);
-                if chunk < end {
-                    run(chunk);
-                }
+    fn take_chunks(&self, thread: usize, run: &(dyn Fn(usize) + Sync)) {
+        for home in (thread..self.left.len()).chain(0..thread) {
+            while let Some(chunk) = self.left[home].0.take(home == thread) {
+                run(chunk);
             }
         }
     }
@@ -339,7 +361,7 @@ impl State {
                 let job = unsafe { *self.job.get() }.expect("an open gate has a job");
                 // SAFETY: the closure outlives the time this thread is counted inside.
                 let run = unsafe { &*job.run };
-                let take = || self.take_chunks(index + 1, run, job.n_chunks);
+                let take = || self.take_chunks(index + 1, run);
                 let result = catch_unwind(AssertUnwindSafe(take));
                 if result.is_err() {
                     self.panicked.store(true, Ordering::Relaxed);

@@ -11,10 +11,11 @@
 //! The arithmetic of one output does not depend on the tile it is in: a row alone and the same row
 //! in a batch give the same bits. No horizontal sums: lane r belongs to weight row r throughout.
 
-use crate::activation::{QuantBlock, Rounding};
+use crate::activation::{QuantBlock, n_blocks};
 use crate::codes::Codes;
 use crate::lanes::Lanes;
 use crate::tile::{BLOCK, Group};
+use exrail_kernels::InputRounding;
 use std::marker::PhantomData;
 
 /// Bytes ahead of the current block to prefetch: DRAM latency times one core's bandwidth.
@@ -28,7 +29,7 @@ pub(crate) struct Input<'a> {
     pub(crate) columns: usize,
     /// `(T, columns / 32, 1 or 2)`, empty unless the format wants integers.
     pub(crate) quantised: &'a [QuantBlock],
-    pub(crate) rounding: Rounding,
+    pub(crate) rounding: InputRounding,
 }
 
 impl<'a> Input<'a> {
@@ -39,7 +40,7 @@ impl<'a> Input<'a> {
 
     #[inline(always)]
     fn blocks(self, row: usize) -> &'a [QuantBlock] {
-        let n_blocks = self.columns / BLOCK * self.rounding.n_blocks();
+        let n_blocks = self.columns / BLOCK * n_blocks(self.rounding);
         &self.quantised[row * n_blocks..(row + 1) * n_blocks]
     }
 }
@@ -168,10 +169,42 @@ impl ScaleFamily for Brains {
     type Of<'a> = BrainScales<'a>;
 }
 
-/// Each of `N` rows with each of its `P` roundings.
+/// Σ w x of 32 nibbles and the `P` blocks of a row.
 #[inline(always)]
-fn passes<const N: usize, const P: usize>() -> impl Iterator<Item = (usize, usize)> {
-    (0..N).flat_map(|n| (0..P).map(move |p| (n, p)))
+fn dot_nibbles<L: Lanes, S: ScaleFamily, const P: usize>(
+    lanes: L,
+    w: &[L::I; 8],
+    blocks: &[QuantBlock; P],
+) -> L::I {
+    let dot = dot_block::<L, S>(lanes, w, &blocks[0]);
+    if P == 1 {
+        return dot;
+    }
+    lanes.add_i(lanes.times_256(dot), dot_block::<L, S>(lanes, w, &blocks[1]))
+}
+
+#[inline(always)]
+fn dot_block<L: Lanes, S: ScaleFamily>(lanes: L, w: &[L::I; 8], x: &QuantBlock) -> L::I {
+    let start = if S::Of::MINIMA { 0 } else { -8 * (x.sums[0] + x.sums[1]) };
+    lanes.dot_nibbles(w, &x.quants, start)
+}
+
+/// Σ w x of 16 bytes and one half of the `P` blocks of a row.
+#[inline(always)]
+fn dot_half<L: Lanes, const P: usize>(
+    lanes: L,
+    w: [L::I; 4],
+    blocks: &[QuantBlock; P],
+    half: usize,
+) -> L::I {
+    let (halves, _) = blocks[0].quants.as_chunks::<16>();
+    let dot = lanes.dot_bytes(w, &halves[half], blocks[0].sums[half]);
+    if P == 1 {
+        return dot;
+    }
+    let (halves, _) = blocks[1].quants.as_chunks::<16>();
+    let low = lanes.dot_bytes(w, &halves[half], blocks[1].sums[half]);
+    lanes.add_i(lanes.times_256(dot), low)
 }
 
 /// Nibble tiles with activations of `P` int8 each.
@@ -189,9 +222,9 @@ impl<S: ScaleFamily, const P: usize> Format for NibblesInt8<S, P> {
         row: usize,
     ) -> [L::V; N] {
         let scales = S::Of::of(group);
-        let mut rows: [&[QuantBlock]; N] = [&[]; N];
+        let mut rows: [&[[QuantBlock; P]]; N] = [&[]; N];
         for (n, blocks) in rows.iter_mut().enumerate() {
-            *blocks = input.blocks(row + n);
+            *blocks = input.blocks(row + n).as_chunks().0;
         }
         let mut acc = [lanes.splat(0.0); N];
         for b in group.blocks() {
@@ -201,16 +234,15 @@ impl<S: ScaleFamily, const P: usize> Format for NibblesInt8<S, P> {
             }
             let w = lanes.nibbles(tile);
             let scale = scales.scale(lanes, b, 0);
-            for (n, p) in passes::<N, P>() {
-                let x = &rows[n][P * b + p];
-                let start = if S::Of::MINIMA { 0 } else { -8 * (x.sums[0] + x.sums[1]) };
-                let dot = lanes.to_f32(lanes.dot_nibbles(&w, &x.quants, start));
-                acc[n] = lanes.fma(dot, lanes.mul(scale, lanes.splat(x.scale)), acc[n]);
+            for n in 0..N {
+                let x = &rows[n][b];
+                let dot = lanes.to_f32(dot_nibbles::<L, S, P>(lanes, &w, x));
+                acc[n] = lanes.fma(dot, lanes.mul(scale, lanes.splat(x[0].scale)), acc[n]);
             }
             if S::Of::MINIMA {
                 let minimum = scales.minimum(lanes, b, 0);
-                for (n, p) in passes::<N, P>() {
-                    let sum = lanes.splat(rows[n][P * b + p].scaled_sum);
+                for n in 0..N {
+                    let sum = lanes.splat(rows[n][b][0].scaled_sum);
                     acc[n] = lanes.fma(minimum, sum, acc[n]);
                 }
             }
@@ -234,9 +266,9 @@ impl<C: Codes, S: ScaleFamily, const P: usize> Format for CodesInt8<C, S, P> {
         row: usize,
     ) -> [L::V; N] {
         let scales = S::Of::of(group);
-        let mut rows: [&[QuantBlock]; N] = [&[]; N];
+        let mut rows: [&[[QuantBlock; P]]; N] = [&[]; N];
         for (n, blocks) in rows.iter_mut().enumerate() {
-            *blocks = input.blocks(row + n);
+            *blocks = input.blocks(row + n).as_chunks().0;
         }
         let mut acc = [lanes.splat(0.0); N];
         for b in group.blocks() {
@@ -247,12 +279,11 @@ impl<C: Codes, S: ScaleFamily, const P: usize> Format for CodesInt8<C, S, P> {
             let w = C::bytes(lanes, tile);
             let (first, second) = ([w[0], w[1], w[2], w[3]], [w[4], w[5], w[6], w[7]]);
             let scale = scales.scale(lanes, b, 0);
-            for (n, p) in passes::<N, P>() {
-                let x = &rows[n][P * b + p];
-                let (halves, _) = x.quants.as_chunks::<16>();
-                let low = lanes.dot_bytes(first, &halves[0], x.sums[0]);
-                let high = lanes.dot_bytes(second, &halves[1], x.sums[1]);
-                let x_scale = lanes.splat(x.scale);
+            for n in 0..N {
+                let x = &rows[n][b];
+                let low = dot_half::<L, P>(lanes, first, x, 0);
+                let high = dot_half::<L, P>(lanes, second, x, 1);
+                let x_scale = lanes.splat(x[0].scale);
                 if S::Of::PER_BLOCK == 1 {
                     let dot = lanes.to_f32(lanes.add_i(low, high));
                     acc[n] = lanes.fma(dot, lanes.mul(scale, x_scale), acc[n]);
@@ -267,8 +298,9 @@ impl<C: Codes, S: ScaleFamily, const P: usize> Format for CodesInt8<C, S, P> {
             if S::Of::MINIMA {
                 let halves =
                     [scales.minimum(lanes, b, 0), scales.minimum(lanes, b, S::Of::PER_BLOCK - 1)];
-                for (n, p) in passes::<N, P>() {
-                    acc[n] = add_minima::<L, S>(lanes, halves, &rows[n][P * b + p], acc[n]);
+                for n in 0..N {
+                    let x = &rows[n][b];
+                    acc[n] = add_minima::<L, S, P>(lanes, halves, x, acc[n]);
                 }
             }
         }
@@ -278,16 +310,20 @@ impl<C: Codes, S: ScaleFamily, const P: usize> Format for CodesInt8<C, S, P> {
 
 /// Adds what the minima of a block contribute.
 #[inline(always)]
-fn add_minima<L: Lanes, S: ScaleFamily>(
+fn add_minima<L: Lanes, S: ScaleFamily, const P: usize>(
     lanes: L,
     [first, second]: [L::V; 2],
-    x: &QuantBlock,
+    x: &[QuantBlock; P],
     acc: L::V,
 ) -> L::V {
     if S::Of::PER_BLOCK == 1 {
-        return lanes.fma(first, lanes.splat(x.scaled_sum), acc);
+        return lanes.fma(first, lanes.splat(x[0].scaled_sum), acc);
     }
-    let sums = x.sums.map(|sum| lanes.splat(x.scale * sum as f32));
+    let mut sums = x[0].sums;
+    if P == 2 {
+        sums = [256 * sums[0] + x[1].sums[0], 256 * sums[1] + x[1].sums[1]];
+    }
+    let sums = sums.map(|sum| lanes.splat(x[0].scale * sum as f32));
     lanes.fma(second, sums[1], lanes.fma(first, sums[0], acc))
 }
 
@@ -432,12 +468,23 @@ pub(crate) struct HalfElement;
 /// bfloat16 tiles.
 #[derive(Clone, Copy)]
 pub(crate) struct BrainElement;
+/// Tiles of signed bytes, without their scales.
+#[derive(Clone, Copy)]
+pub(crate) struct ByteElement;
 
 impl Element for SingleElement {
     const LANE_BYTES: usize = 64;
     #[inline(always)]
     fn load<L: Lanes>(lanes: L, bytes: &[u8]) -> L::V {
         lanes.load_f32(&bytes.as_chunks::<64>().0[0])
+    }
+}
+
+impl Element for ByteElement {
+    const LANE_BYTES: usize = 16;
+    #[inline(always)]
+    fn load<L: Lanes>(lanes: L, bytes: &[u8]) -> L::V {
+        lanes.load_i8(&bytes.as_chunks::<16>().0[0])
     }
 }
 

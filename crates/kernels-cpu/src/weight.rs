@@ -4,7 +4,7 @@ use crate::codes::LINE;
 use crate::memory::{Arena, Bytes};
 use crate::pool::Pool;
 use crate::tile::{BLOCK, Group, GroupLayout, Meaning, ROWS, SUPER, ScaleKind, TileKind};
-use exrail_kernels::{KernelError, WeightView};
+use exrail_kernels::{InputRounding, KernelError, WeightView};
 use exrail_tensor::{DType, e8m0_half, unpack_signed_scales};
 use half::{bf16, f16};
 use std::ops::Range;
@@ -17,6 +17,7 @@ pub struct CpuWeight {
     rows: usize,
     columns: usize,
     layout: GroupLayout,
+    rounding: InputRounding,
     bytes: Bytes,
 }
 
@@ -53,12 +54,18 @@ impl CpuWeight {
             }
         });
         drop(groups);
-        Ok(CpuWeight { dtype: view.dtype, rows: view.rows, columns: view.columns, layout, bytes })
+        let WeightView { dtype, rows, columns, rounding, .. } = *view;
+        Ok(CpuWeight { dtype, rows, columns, layout, rounding, bytes })
     }
 
     /// Format of the checkpoint's matrix.
     pub(crate) fn dtype(&self) -> DType {
         self.dtype
+    }
+
+    /// What its activations tolerate.
+    pub(crate) fn rounding(&self) -> InputRounding {
+        self.rounding
     }
 
     /// Output features N.
@@ -74,6 +81,11 @@ impl CpuWeight {
     /// Groups of sixteen rows.
     pub(crate) fn n_groups(&self) -> usize {
         self.rows.div_ceil(ROWS)
+    }
+
+    /// Bytes of all groups.
+    pub(crate) fn len_bytes(&self) -> usize {
+        self.n_groups() * self.layout.len_bytes
     }
 
     /// Where some groups lie.

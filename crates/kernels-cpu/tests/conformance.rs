@@ -1,7 +1,7 @@
 //! Every instruction set of this machine against the reference, in both activation modes, and all of
 //! them against each other bit for bit.
 
-use exrail_kernels::{Activation, Backend, WeightView, conformance};
+use exrail_kernels::{Activation, Backend, InputRounding, WeightView, conformance};
 use exrail_kernels_cpu::{CpuBackend, CpuOptions, Isa};
 use exrail_tensor::DType;
 use proptest::prelude::*;
@@ -62,13 +62,15 @@ proptest! {
         n_blocks in 1_usize..4,
         n_rows in 1_usize..20,
         integers: bool,
+        once: bool,
     ) {
         let dtype = DType::ALL[format];
         // Float formats also take columns that fill no block.
         let columns = if dtype.block_len() == 1 { n_blocks * 32 - 7 } else { n_blocks * dtype.block_len() };
         let activation = if integers { Activation::Int8 } else { Activation::F32 };
         let bytes = exrail_tensor::quantize(dtype, &noise(seed, rows * columns)).expect("whole blocks");
-        let view = WeightView { name: "w", dtype, rows, columns, bytes: &bytes };
+        let rounding = if once { InputRounding::Once } else { InputRounding::Twice };
+        let view = WeightView { name: "w", dtype, rows, columns, bytes: &bytes, rounding };
         let x = noise(seed ^ 1, n_rows * columns);
         let expected = product(&backend(Isa::Scalar, 1, activation), &view, &x);
         for isa in Isa::available() {
@@ -89,8 +91,15 @@ fn a_nan_activation_reaches_the_output_of_its_row_only() {
             let backend = backend(isa, 1, Activation::Int8);
             let bytes =
                 exrail_tensor::quantize(DType::Q4_0, &noise(3, 20 * 64)).expect("whole blocks");
-            let view =
-                WeightView { name: "w", dtype: DType::Q4_0, rows: 20, columns: 64, bytes: &bytes };
+            let rounding = InputRounding::Once;
+            let view = WeightView {
+                name: "w",
+                dtype: DType::Q4_0,
+                rows: 20,
+                columns: 64,
+                bytes: &bytes,
+                rounding,
+            };
             let mut x = noise(4, 3 * 64);
             x[64 + 40] = bad;
             let out = product(&backend, &view, &x);

@@ -81,6 +81,16 @@ pub enum KernelError {
     },
 }
 
+/// How exactly the activations that meet a matrix are rounded in [`Activation::Int8`]; the exact
+/// mode does not ask.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum InputRounding {
+    /// To one int8 a value: half the work, where the model tolerates it.
+    Once,
+    /// To at least 16 bits a value, such as an int8 and another for the remainder.
+    Twice,
+}
+
 /// One matrix as the checkpoint stores it: `rows` output features, each a run of `columns` weights.
 #[derive(Clone, Copy, Debug)]
 pub struct WeightView<'a> {
@@ -94,6 +104,9 @@ pub struct WeightView<'a> {
     pub columns: usize,
     /// Row-major blocks.
     pub bytes: &'a [u8],
+    /// What its activations tolerate. Matrices of one product are rounded as the one that tolerates
+    /// least.
+    pub rounding: InputRounding,
 }
 
 impl WeightView<'_> {
@@ -142,6 +155,24 @@ pub enum KvDtype {
     F32,
     /// IEEE half precision, the default.
     F16,
+    /// Eight bits, with a scale for each key and each value: those of one position and head. Moves
+    /// an element by at most max|x| / 254 of its key or value; see [`int8_scale`].
+    Int8,
+}
+
+/// How [`KvDtype::Int8`] rounds one key or value x `(D)`: the factor before rounding and the scale
+/// behind it, in f32.
+///
+/// A stored element is `scale * round(factor * x)`, ties to even, with `factor = 127 / max|x|` and
+/// `scale = max|x| / 127`. Below 1e-35 both are zero; with a NaN or an infinity in x both are NaN,
+/// so that the fault reaches what attends to it.
+#[must_use]
+pub fn int8_scale(x: &[f32]) -> (f32, f32) {
+    if x.iter().any(|x| !x.is_finite()) {
+        return (f32::NAN, f32::NAN);
+    }
+    let largest = x.iter().fold(0.0_f32, |most, x| most.max(x.abs()));
+    if largest < 1e-35 { (0.0, 0.0) } else { (127.0 / largest, largest / 127.0) }
 }
 
 /// Shape of the page pool. One page holds [`PAGE_TOKENS`] positions of every layer.
@@ -163,11 +194,12 @@ impl KvShape {
     /// Bytes of one page: keys and values of all layers.
     #[must_use]
     pub fn page_bytes(&self) -> usize {
-        let element = match self.dtype {
-            KvDtype::F32 => 4,
-            KvDtype::F16 => 2,
+        let head_bytes = match self.dtype {
+            KvDtype::F32 => 4 * self.head_dim,
+            KvDtype::F16 => 2 * self.head_dim,
+            KvDtype::Int8 => self.head_dim + 4,
         };
-        2 * self.n_layers * PAGE_TOKENS * self.n_kv_heads * self.head_dim * element
+        2 * self.n_layers * PAGE_TOKENS * self.n_kv_heads * head_bytes
     }
 }
 
@@ -183,7 +215,9 @@ pub struct KvSlot {
 /// A run of rows of one sequence in a causal attention call.
 ///
 /// Row `first_row + i` sits at position `first_position + i` and sees positions
-/// `0..=first_position + i`; position p lives in `pages[p / PAGE_TOKENS]`.
+/// `0..=first_position + i`, of which [`AttentionShape::window`] keeps the last; position p lives in
+/// `pages[p / PAGE_TOKENS]`. Positions that no row sees are not read: they may hold anything, and so
+/// may the entries of `pages` that hold only such positions.
 #[derive(Clone, Copy, Debug)]
 pub struct AttentionSpan<'a> {
     /// First row of the batch.
@@ -205,7 +239,8 @@ pub struct Span {
     pub n_rows: usize,
 }
 
-/// Head layout of an attention call. Scores are multiplied by `scale` before softmax.
+/// Head layout of an attention call, and what happens to the scores before softmax:
+/// `score = scale * q·k`, then with a soft cap `cap * tanh(score / cap)`.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct AttentionShape {
     /// Query heads H.
@@ -216,6 +251,31 @@ pub struct AttentionShape {
     pub head_dim: usize,
     /// Usually 1 / sqrt(D).
     pub scale: f32,
+    /// Bound on the magnitude of a score, positive (Gemma Team 2024, arXiv:2408.00118, §2).
+    pub soft_cap: Option<f32>,
+    /// Keys that a position sees, itself included, at least 1: position p sees `p - window + 1..=p`
+    /// (Jiang et al. 2023, arXiv:2310.06825, §2). Causal attention only.
+    pub window: Option<usize>,
+}
+
+/// Which norm of a row.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum NormKind {
+    /// `x / sqrt(mean(x²) + eps) * weight` (Zhang and Sennrich 2019, arXiv:1910.07467).
+    Rms,
+    /// `(x - mean) / sqrt(variance + eps) * weight`, the biased variance, no bias (Ba et al. 2016,
+    /// arXiv:1607.06450; Cohere's models).
+    Layer,
+}
+
+/// The activation of a gated network.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum GateActivation {
+    /// `x / (1 + e^-x)` (Elfwing et al. 2018, arXiv:1702.03118).
+    Silu,
+    /// `x/2 (1 + tanh(sqrt(2/π) (x + 0.044715 x³)))` (Hendrycks and Gimpel 2016, arXiv:1606.08415,
+    /// §2).
+    GeluTanh,
 }
 
 /// Which pairs a rotary embedding turns.
@@ -234,6 +294,9 @@ pub struct Rope {
     pub inverse_frequencies: Vec<f32>,
     /// Pair layout.
     pub style: RopeStyle,
+    /// Sine and cosine are multiplied by this: the attention factor of YaRN (Peng et al. 2023,
+    /// arXiv:2309.00071, §3.4) and of Phi-3's long rotation; 1 otherwise.
+    pub magnitude: f32,
 }
 
 /// A device: the operations that the decoder and the encoder are written in.
@@ -278,16 +341,37 @@ pub trait Backend: Send + Sync + 'static {
     /// Copies page `from` over page `to`, all layers.
     fn kv_copy_page(&self, pool: &mut Self::KvPool, from: PageId, to: PageId);
 
-    /// `out[t] = table[ids[t]]`, dequantised; out `(T, C)`.
-    fn embed(&self, table: &Self::Weight, ids: &[TokenId], out: &mut Self::Buffer);
-    /// `out[t] = x[t] / sqrt(mean(x[t]^2) + eps) * weight`; x, out `(T, C)`, weight `(C)`.
-    fn rms_norm(
+    /// `out[t] = scale * table[ids[t]]`, dequantised; out `(T, C)`.
+    fn embed(&self, table: &Self::Weight, ids: &[TokenId], scale: f32, out: &mut Self::Buffer);
+    /// `out[t] = norm(x[t])`; x, out `(T, C)`, weight `(C)`.
+    fn norm(
         &self,
+        kind: NormKind,
         x: &Self::Buffer,
         n_rows: usize,
         weight: &Self::Buffer,
         eps: f32,
         out: &mut Self::Buffer,
+    );
+    /// `x[t] = norm(x[t])`. Norms of queries and keys (Henry et al. 2020, arXiv:2010.04245): with a
+    /// weight `(D)` each head is a row of `n_rows = T * H`, with a weight `(H * D)` each token is.
+    fn norm_in_place(
+        &self,
+        kind: NormKind,
+        x: &mut Self::Buffer,
+        n_rows: usize,
+        weight: &Self::Buffer,
+        eps: f32,
+    );
+    /// `y[t] += norm(x[t])`: the norm behind a block, and its residual; x, y `(T, C)`.
+    fn norm_add(
+        &self,
+        kind: NormKind,
+        x: &Self::Buffer,
+        n_rows: usize,
+        weight: &Self::Buffer,
+        eps: f32,
+        y: &mut Self::Buffer,
     );
     /// `x[t] = (x[t] - mean) / sqrt(variance + eps) * weight + bias`, in place; x `(T, C)`.
     fn layer_norm(
@@ -316,22 +400,35 @@ pub trait Backend: Send + Sync + 'static {
         biases: Option<[&Self::Buffer; 3]>,
         outs: [&mut Self::Buffer; 3],
     );
-    /// `y += x Wᵀ (+ bias)`: the residual add; y `(T, N)`.
+    /// `y += scale * (x Wᵀ (+ bias))`: the residual add; y `(T, N)`.
     fn linear_add(
         &self,
         x: &Self::Buffer,
         n_rows: usize,
         weight: &Self::Weight,
         bias: Option<&Self::Buffer>,
+        scale: f32,
         y: &mut Self::Buffer,
     );
-    /// `out = silu(x Gᵀ) * (x Uᵀ)`; out `(T, F)`.
-    fn linear_silu_gate(
+    /// `y[rows[i]] += scales[i] * (x[i] Wᵀ)`: what one expert adds to the tokens that were sent to it
+    /// (Jiang et al. 2024, arXiv:2401.04088, §2.1). x has `rows.len()` rows, maybe none; `rows` are
+    /// distinct.
+    fn linear_add_rows(
+        &self,
+        x: &Self::Buffer,
+        weight: &Self::Weight,
+        rows: &[u32],
+        scales: &[f32],
+        y: &mut Self::Buffer,
+    );
+    /// `out = activation(x Gᵀ) * (x Uᵀ)` (Shazeer 2020, arXiv:2002.05202); out `(T, F)`.
+    fn linear_gate(
         &self,
         x: &Self::Buffer,
         n_rows: usize,
         gate: &Self::Weight,
         up: &Self::Weight,
+        activation: GateActivation,
         out: &mut Self::Buffer,
     );
     /// `out = gelu(x Wᵀ + bias)` with the exact (erf) gelu; out `(T, N)`.
@@ -371,7 +468,8 @@ pub trait Backend: Send + Sync + 'static {
         spans: &[AttentionSpan<'_>],
         out: &mut Self::Buffer,
     );
-    /// Unmasked attention inside each span; q, out `(T, H * D)`, k, v `(T, K * D)`.
+    /// Unmasked attention inside each span; q, out `(T, H * D)`, k, v `(T, K * D)`. Panics when the
+    /// shape has a window.
     fn attention_full(
         &self,
         q: &Self::Buffer,
@@ -385,6 +483,9 @@ pub trait Backend: Send + Sync + 'static {
     fn gather_rows(&self, x: &Self::Buffer, width: usize, rows: &[u32], out: &mut Self::Buffer);
     /// `x += y` over the first `len` values.
     fn add(&self, x: &mut Self::Buffer, y: &Self::Buffer, len: usize);
+    /// `x = scale * x` over the first `len` values, then with a cap `cap * tanh(x / cap)`: logits
+    /// (Gemma Team 2024, arXiv:2408.00118, §2). NaN stays NaN.
+    fn scale_and_cap(&self, x: &mut Self::Buffer, len: usize, scale: f32, soft_cap: Option<f32>);
     /// `out[s] = mean over the rows of span s`; x `(T, width)`, out `(spans, width)`.
     fn mean_rows(&self, x: &Self::Buffer, width: usize, spans: &[Span], out: &mut Self::Buffer);
 }

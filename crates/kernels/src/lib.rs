@@ -1,4 +1,4 @@
-//! The device contract: trait [`Backend`] names about twenty fused operations, [`mod@reference`] defines
+//! The device contract: trait [`Backend`] names about thirty fused operations, [`mod@reference`] defines
 //! each of them in plain scalar f32, and the conformance suite holds every other implementation to
 //! that definition. Nothing here knows a model or a device.
 
@@ -7,6 +7,7 @@ pub mod conformance;
 pub mod reference;
 
 pub use backend::{
-    Activation, AttentionShape, AttentionSpan, Backend, KernelError, KvDtype, KvShape, KvSlot,
-    PAGE_TOKENS, PageId, Rope, RopeStyle, Span, TokenId, WeightView,
+    Activation, AttentionShape, AttentionSpan, Backend, GateActivation, InputRounding, KernelError,
+    KvDtype, KvShape, KvSlot, NormKind, PAGE_TOKENS, PageId, Rope, RopeStyle, Span, TokenId,
+    WeightView, int8_scale,
 };

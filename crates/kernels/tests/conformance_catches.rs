@@ -3,8 +3,8 @@
 use exrail_kernels::conformance::{ConformanceError, run};
 use exrail_kernels::reference::{Reference, ReferenceKvPool, ReferenceWeight};
 use exrail_kernels::{
-    Activation, AttentionShape, AttentionSpan, Backend, KernelError, KvDtype, KvShape, KvSlot,
-    PAGE_TOKENS, PageId, Rope, RopeStyle, Span, TokenId, WeightView,
+    Activation, AttentionShape, AttentionSpan, Backend, GateActivation, KernelError, KvDtype,
+    KvShape, KvSlot, NormKind, PAGE_TOKENS, PageId, Rope, RopeStyle, Span, TokenId, WeightView,
 };
 
 /// What is wrong with a [`Faulty`] backend.
@@ -14,57 +14,89 @@ enum Fault {
     SwapsShape,
     StaleBuffer,
     EmbedsNextRow,
-    RmsNormWithoutEps,
+    EmbedsUnscaled,
+    NormWithoutEps,
+    NormIsAlwaysRms,
+    NormInPlaceOfOneRow,
+    NormAddOverwrites,
     LayerNormUnbiased,
     LinearDropsBias,
     LinearSkipsLastRow,
     LinearAddOverwrites,
+    LinearAddUnscaled,
+    AddsRowsInOrder,
+    AddsRowsWithOneScale,
+    AddsRowsUnscaled,
     QkvDropsBiases,
     GateSwapsUp,
+    GateIsAlwaysSilu,
     GeluByTanh,
     RopeOtherStyle,
     RopeFromZero,
+    RopeWithoutMagnitude,
     HalfPrecisionIgnored,
+    Int8Ignored,
     WritesLayerZero,
     SeesTheFuture,
     IgnoresThePageTable,
     IgnoresTheScale,
+    IgnoresTheCap,
+    WindowOneLonger,
+    WindowOneShorter,
     WrongGroup,
     CopiesNothing,
     JoinsSpans,
     GathersFirst,
     AddsOneLess,
+    ScalesOnly,
+    CapsOnly,
     MeanIsSum,
     WritesTheTail,
     /// Not a fault where [`Activation::Int8`] is declared.
     RoundsActivations,
 }
 
-const FAULTS: [Fault; 26] = [
+const FAULTS: [Fault; 42] = [
     Fault::AcceptsShortWeights,
     Fault::SwapsShape,
     Fault::StaleBuffer,
     Fault::EmbedsNextRow,
-    Fault::RmsNormWithoutEps,
+    Fault::EmbedsUnscaled,
+    Fault::NormWithoutEps,
+    Fault::NormIsAlwaysRms,
+    Fault::NormInPlaceOfOneRow,
+    Fault::NormAddOverwrites,
     Fault::LayerNormUnbiased,
     Fault::LinearDropsBias,
     Fault::LinearSkipsLastRow,
     Fault::LinearAddOverwrites,
+    Fault::LinearAddUnscaled,
+    Fault::AddsRowsInOrder,
+    Fault::AddsRowsWithOneScale,
+    Fault::AddsRowsUnscaled,
     Fault::QkvDropsBiases,
     Fault::GateSwapsUp,
+    Fault::GateIsAlwaysSilu,
     Fault::GeluByTanh,
     Fault::RopeOtherStyle,
     Fault::RopeFromZero,
+    Fault::RopeWithoutMagnitude,
     Fault::HalfPrecisionIgnored,
+    Fault::Int8Ignored,
     Fault::WritesLayerZero,
     Fault::SeesTheFuture,
     Fault::IgnoresThePageTable,
     Fault::IgnoresTheScale,
+    Fault::IgnoresTheCap,
+    Fault::WindowOneLonger,
+    Fault::WindowOneShorter,
     Fault::WrongGroup,
     Fault::CopiesNothing,
     Fault::JoinsSpans,
     Fault::GathersFirst,
     Fault::AddsOneLess,
+    Fault::ScalesOnly,
+    Fault::CapsOnly,
     Fault::MeanIsSum,
     Fault::WritesTheTail,
 ];
@@ -92,27 +124,39 @@ fn every_fault_is_caught_at_its_operation() {
             Fault::AcceptsShortWeights => "weight with a byte short",
             Fault::SwapsShape => "embed",
             Fault::StaleBuffer => "buffer of 1000",
-            Fault::EmbedsNextRow => "embed",
-            Fault::RmsNormWithoutEps | Fault::WritesTheTail => "rms_norm",
+            Fault::EmbedsNextRow | Fault::EmbedsUnscaled => "embed",
+            Fault::NormWithoutEps | Fault::WritesTheTail => "norm Rms",
+            Fault::NormIsAlwaysRms => "norm Layer",
+            Fault::NormInPlaceOfOneRow => "norm_in_place",
+            Fault::NormAddOverwrites => "norm_add",
             Fault::LayerNormUnbiased => "layer_norm",
             Fault::LinearDropsBias | Fault::LinearSkipsLastRow | Fault::RoundsActivations => {
                 "linear F32"
             }
-            Fault::LinearAddOverwrites => "linear_add",
+            Fault::LinearAddOverwrites | Fault::LinearAddUnscaled => "linear_add F32",
+            Fault::AddsRowsInOrder | Fault::AddsRowsWithOneScale | Fault::AddsRowsUnscaled => {
+                "linear_add_rows"
+            }
             Fault::QkvDropsBiases => "linear_qkv",
-            Fault::GateSwapsUp => "linear_silu_gate",
+            Fault::GateSwapsUp => "linear_gate Silu",
+            Fault::GateIsAlwaysSilu => "linear_gate GeluTanh",
             Fault::GeluByTanh => "linear_gelu",
-            Fault::RopeOtherStyle | Fault::RopeFromZero => "rope",
+            Fault::RopeOtherStyle | Fault::RopeFromZero | Fault::RopeWithoutMagnitude => "rope",
             Fault::HalfPrecisionIgnored => "attention F16",
+            Fault::Int8Ignored => "attention Int8",
             Fault::WritesLayerZero
             | Fault::SeesTheFuture
             | Fault::IgnoresThePageTable
             | Fault::IgnoresTheScale
+            | Fault::IgnoresTheCap
+            | Fault::WindowOneLonger
+            | Fault::WindowOneShorter
             | Fault::WrongGroup
             | Fault::CopiesNothing => "attention F32",
             Fault::JoinsSpans => "attention_full",
             Fault::GathersFirst => "gather_rows",
             Fault::AddsOneLess => "add",
+            Fault::ScalesOnly | Fault::CapsOnly => "scale_and_cap",
             Fault::MeanIsSum => "mean_rows",
         };
         assert!(text.starts_with(operation), "{fault:?}: {text}");
@@ -183,8 +227,11 @@ impl Backend for Faulty {
     }
 
     fn kv_pool(&self, shape: KvShape) -> Result<ReferenceKvPool, KernelError> {
-        let ignored = self.is(Fault::HalfPrecisionIgnored);
-        let dtype = if ignored { KvDtype::F32 } else { shape.dtype };
+        let dtype = match shape.dtype {
+            KvDtype::F16 if self.is(Fault::HalfPrecisionIgnored) => KvDtype::F32,
+            KvDtype::Int8 if self.is(Fault::Int8Ignored) => KvDtype::F32,
+            dtype @ (KvDtype::F32 | KvDtype::F16 | KvDtype::Int8) => dtype,
+        };
         Reference.kv_pool(KvShape { dtype, ..shape })
     }
 
@@ -194,30 +241,60 @@ impl Backend for Faulty {
         }
     }
 
-    fn embed(&self, table: &ReferenceWeight, ids: &[TokenId], out: &mut Vec<f32>) {
+    fn embed(&self, table: &ReferenceWeight, ids: &[TokenId], scale: f32, out: &mut Vec<f32>) {
         let (rows, _) = Reference.weight_shape(table);
         let shift = u32::from(self.is(Fault::EmbedsNextRow));
         let ids: Vec<TokenId> =
             ids.iter().map(|id| TokenId((id.0 + shift) % rows as u32)).collect();
-        Reference.embed(table, &ids, out);
+        let scale = if self.is(Fault::EmbedsUnscaled) { 1.0 } else { scale };
+        Reference.embed(table, &ids, scale, out);
     }
 
-    fn rms_norm(
+    fn norm(
         &self,
+        kind: NormKind,
         x: &Vec<f32>,
         n_rows: usize,
         weight: &Vec<f32>,
         eps: f32,
         out: &mut Vec<f32>,
     ) {
-        let eps = if self.is(Fault::RmsNormWithoutEps) { 1e-30 } else { eps };
-        Reference.rms_norm(x, n_rows, weight, eps, out);
+        let eps = if self.is(Fault::NormWithoutEps) { 1e-30 } else { eps };
+        let kind = if self.is(Fault::NormIsAlwaysRms) { NormKind::Rms } else { kind };
+        Reference.norm(kind, x, n_rows, weight, eps, out);
         if self.is(Fault::WritesTheTail)
             && let Some(last) = out.last_mut()
             && last.is_nan()
         {
             *last = 0.0;
         }
+    }
+
+    fn norm_in_place(
+        &self,
+        kind: NormKind,
+        x: &mut Vec<f32>,
+        n_rows: usize,
+        weight: &Vec<f32>,
+        eps: f32,
+    ) {
+        let n_rows = if self.is(Fault::NormInPlaceOfOneRow) { 1 } else { n_rows };
+        Reference.norm_in_place(kind, x, n_rows, weight, eps);
+    }
+
+    fn norm_add(
+        &self,
+        kind: NormKind,
+        x: &Vec<f32>,
+        n_rows: usize,
+        weight: &Vec<f32>,
+        eps: f32,
+        y: &mut Vec<f32>,
+    ) {
+        if self.is(Fault::NormAddOverwrites) {
+            return Reference.norm(kind, x, n_rows, weight, eps, y);
+        }
+        Reference.norm_add(kind, x, n_rows, weight, eps, y);
     }
 
     fn layer_norm(
@@ -275,25 +352,54 @@ impl Backend for Faulty {
         n_rows: usize,
         weight: &ReferenceWeight,
         bias: Option<&Vec<f32>>,
+        scale: f32,
         y: &mut Vec<f32>,
     ) {
+        let x = self.activations(x, weight);
+        let scale = if self.is(Fault::LinearAddUnscaled) { 1.0 } else { scale };
         if self.is(Fault::LinearAddOverwrites) {
-            Reference.linear(&self.activations(x, weight), n_rows, weight, bias, y);
+            Reference.linear(&x, n_rows, weight, bias, y);
         } else {
-            Reference.linear_add(&self.activations(x, weight), n_rows, weight, bias, y);
+            Reference.linear_add(&x, n_rows, weight, bias, scale, y);
         }
     }
 
-    fn linear_silu_gate(
+    fn linear_add_rows(
+        &self,
+        x: &Vec<f32>,
+        weight: &ReferenceWeight,
+        rows: &[u32],
+        scales: &[f32],
+        y: &mut Vec<f32>,
+    ) {
+        let mut rows = rows.to_vec();
+        let mut scales = scales.to_vec();
+        if self.is(Fault::AddsRowsInOrder) {
+            rows.sort_unstable();
+        }
+        if self.is(Fault::AddsRowsWithOneScale) && rows.len() > 1 {
+            let last = scales[rows.len() - 1];
+            scales.fill(last);
+        }
+        if self.is(Fault::AddsRowsUnscaled) {
+            scales.fill(1.0);
+        }
+        Reference.linear_add_rows(&self.activations(x, weight), weight, &rows, &scales, y);
+    }
+
+    fn linear_gate(
         &self,
         x: &Vec<f32>,
         n_rows: usize,
         gate: &ReferenceWeight,
         up: &ReferenceWeight,
+        activation: GateActivation,
         out: &mut Vec<f32>,
     ) {
         let (gate, up) = if self.is(Fault::GateSwapsUp) { (up, gate) } else { (gate, up) };
-        Reference.linear_silu_gate(&self.activations(x, gate), n_rows, gate, up, out);
+        let silu = self.is(Fault::GateIsAlwaysSilu);
+        let activation = if silu { GateActivation::Silu } else { activation };
+        Reference.linear_gate(&self.activations(x, gate), n_rows, gate, up, activation, out);
     }
 
     fn linear_gelu(
@@ -330,7 +436,8 @@ impl Backend for Faulty {
         let inverse_frequencies = rope.inverse_frequencies.clone();
         let start = if self.is(Fault::RopeFromZero) { positions[0] } else { 0 };
         let positions: Vec<u32> = positions.iter().map(|p| p.saturating_sub(start)).collect();
-        let rope = Rope { inverse_frequencies, style };
+        let magnitude = if self.is(Fault::RopeWithoutMagnitude) { 1.0 } else { rope.magnitude };
+        let rope = Rope { inverse_frequencies, style, magnitude };
         Reference.rope(x, n_heads, head_dim, &positions, &rope);
     }
 
@@ -356,7 +463,11 @@ impl Backend for Faulty {
         out: &mut Vec<f32>,
     ) {
         let scale = if self.is(Fault::IgnoresTheScale) { 1.0 } else { shape.scale };
-        let shape = AttentionShape { scale, ..shape };
+        let soft_cap = shape.soft_cap.filter(|_| !self.is(Fault::IgnoresTheCap));
+        let longer = usize::from(self.is(Fault::WindowOneLonger));
+        let shorter = usize::from(self.is(Fault::WindowOneShorter));
+        let window = shape.window.map(|keys| (keys + longer - shorter).max(1));
+        let shape = AttentionShape { scale, soft_cap, window, ..shape };
         let in_order: Vec<PageId> = (0..3).map(PageId).collect();
         let spans: Vec<AttentionSpan<'_>> = spans
             .iter()
@@ -414,6 +525,12 @@ impl Backend for Faulty {
 
     fn add(&self, x: &mut Vec<f32>, y: &Vec<f32>, len: usize) {
         Reference.add(x, y, len - usize::from(self.is(Fault::AddsOneLess)));
+    }
+
+    fn scale_and_cap(&self, x: &mut Vec<f32>, len: usize, scale: f32, soft_cap: Option<f32>) {
+        let scale = if self.is(Fault::CapsOnly) { 1.0 } else { scale };
+        let soft_cap = soft_cap.filter(|_| !self.is(Fault::ScalesOnly));
+        Reference.scale_and_cap(x, len, scale, soft_cap);
     }
 
     fn mean_rows(&self, x: &Vec<f32>, width: usize, spans: &[Span], out: &mut Vec<f32>) {

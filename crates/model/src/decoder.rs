@@ -1,20 +1,27 @@
-//! [`Decoder`]: the Llama architecture (Touvron et al. 2023, arXiv:2302.13971, §2.2): pre-norm
-//! blocks of grouped-query attention with rotary positions and a SwiGLU network.
+//! [`Decoder`]: blocks of grouped-query attention with rotary positions and a gated network, after
+//! Llama (Touvron et al. 2023, arXiv:2302.13971, §2.2). What families do differently is data:
+//! [`DecoderConfig`].
 
-use exrail_checkpoint::{LlamaConfig, Tensors};
-use exrail_kernels::{AttentionShape, Backend, KvDtype, KvShape, Rope, RopeStyle};
+mod block;
 
+use exrail_checkpoint::{BlockNorms, DecoderConfig, NormKind, QkNorm, Tensors};
+use exrail_kernels::{AttentionShape, Backend, InputRounding, KvDtype, KvShape, Rope};
+
+pub use block::{Block, embed_tokens};
+
+use crate::layer::{Layer, QkNorms};
 use crate::load::Loader;
+use crate::rope::rope;
 use crate::{Batch, LoadProgress, ModelError, Scratch};
 
 /// A decoder on a device.
 pub struct Decoder<B: Backend> {
-    config: LlamaConfig,
+    config: DecoderConfig,
     embedding: B::Weight, // (V, C)
     layers: Vec<Layer<B>>,
     norm: B::Buffer, // (C)
     head: Head<B::Weight>,
-    rope: Rope,
+    ropes: Vec<Rope>,
 }
 
 /// The matrix that turns the last state into logits.
@@ -25,54 +32,40 @@ enum Head<W> {
     Own(W),
 }
 
-struct Layer<B: Backend> {
-    attention_norm: B::Buffer, // (C)
-    query: B::Weight,          // (H * D, C)
-    key: B::Weight,            // (K * D, C)
-    value: B::Weight,          // (K * D, C)
-    attention_out: B::Weight,  // (C, H * D)
-    ffn_norm: B::Buffer,       // (C)
-    gate: B::Weight,           // (F, C)
-    up: B::Weight,             // (F, C)
-    down: B::Weight,           // (C, F)
-}
-
-/// Tensors of one layer.
-const LAYER_TENSORS: usize = 9;
-
 impl<B: Backend> Decoder<B> {
-    /// Prepares the weights of a GGUF file of architecture `llama`.
+    /// Prepares the weights of a GGUF file or a folder.
     ///
     /// # Errors
     /// A missing or misshapen tensor by name, a format without a kernel, or no memory.
     pub fn load(
         backend: &B,
-        config: &LlamaConfig,
+        config: &DecoderConfig,
         tensors: &dyn Tensors,
         progress: &mut dyn FnMut(LoadProgress),
     ) -> Result<Self, ModelError> {
-        let n_outside = 2 + usize::from(!config.tied_head);
-        let n_total = n_outside + LAYER_TENSORS * config.n_layers;
+        let n_total = tensors.names().count();
         let progress_at_start = LoadProgress { n_total, ..LoadProgress::default() };
         let mut loader = Loader { backend, tensors, report: progress, progress: progress_at_start };
         let (vocab_size, width) = (config.vocab_size, config.width);
-        let embedding = loader.matrix("token_embd.weight", vocab_size, width)?;
-        let mut layers = Vec::with_capacity(config.n_layers);
-        for layer_idx in 0..config.n_layers {
+        let embedding =
+            loader.matrix("token_embd.weight", (vocab_size, width), InputRounding::Twice)?;
+        let mut layers = Vec::with_capacity(config.n_layers());
+        for layer_idx in 0..config.n_layers() {
             layers.push(Layer::load(&mut loader, config, layer_idx)?);
         }
+        let ropes = config.ropes.iter().map(|r| rope(r, config.context_len)).collect();
         let norm = loader.vector("output_norm.weight", width)?;
         let head = if config.tied_head {
             Head::Tied
         } else {
-            Head::Own(loader.matrix("output.weight", vocab_size, width)?)
+            Head::Own(loader.matrix("output.weight", (vocab_size, width), InputRounding::Twice)?)
         };
-        Ok(Self { config: config.clone(), embedding, layers, norm, head, rope: rope(config) })
+        Ok(Self { config: config.clone(), embedding, layers, norm, head, ropes })
     }
 
     /// The hyperparameters that it was loaded with.
     #[must_use]
-    pub fn config(&self) -> &LlamaConfig {
+    pub fn config(&self) -> &DecoderConfig {
         &self.config
     }
 
@@ -80,7 +73,7 @@ impl<B: Backend> Decoder<B> {
     #[must_use]
     pub fn kv_shape(&self, n_pages: usize, dtype: KvDtype) -> KvShape {
         KvShape {
-            n_layers: self.config.n_layers,
+            n_layers: self.config.n_layers(),
             n_kv_heads: self.config.n_kv_heads,
             head_dim: self.config.head_dim,
             n_pages,
@@ -129,12 +122,17 @@ impl<B: Backend> Decoder<B> {
         assert!(batch.ids.iter().all(|id| (id.0 as usize) < vocab_size), "ids below {vocab_size}");
         batch.place(&mut scratch.positions, &mut scratch.slots);
 
-        backend.embed(&self.embedding, batch.ids, &mut scratch.residual);
+        backend.embed(
+            &self.embedding,
+            batch.ids,
+            self.config.embedding_scale,
+            &mut scratch.residual,
+        );
         let last = self.layers.len() - 1;
         for layer_idx in 0..last {
             self.cache(backend, scratch, pool, layer_idx, n_rows);
             let queries = &scratch.queries;
-            let shape = self.attention_shape();
+            let shape = self.attention_shape(layer_idx);
             backend.attention(queries, pool, layer_idx, shape, batch.spans, &mut scratch.attended);
             self.mix(backend, scratch, layer_idx, n_rows);
         }
@@ -153,22 +151,64 @@ impl<B: Backend> Decoder<B> {
     ) {
         let (layer, config) = (&self.layers[layer_idx], &self.config);
         let Scratch { residual, normed, queries, keys, values, positions, slots, .. } = scratch;
-        backend.rms_norm(residual, n_rows, &layer.attention_norm, config.rms_eps, normed);
-        let weights = [&layer.query, &layer.key, &layer.value];
-        backend.linear_qkv(normed, n_rows, weights, None, [queries, keys, values]);
-        backend.rope(queries, config.n_heads, config.head_dim, positions, &self.rope);
-        backend.rope(keys, config.n_kv_heads, config.head_dim, positions, &self.rope);
+        let input = match &layer.attention_norm {
+            Some(weight) => {
+                backend.norm(self.norm_kind(), residual, n_rows, weight, config.norm.eps, normed);
+                &*normed
+            }
+            None => &*residual,
+        };
+        let outs = [&mut *queries, &mut *keys, &mut *values];
+        layer.qkv.run(backend, input, n_rows, outs);
+        if let Some(QkNorms { query, key }) = &layer.qk_norm {
+            let (h, k) = match config.qk_norm {
+                Some(QkNorm::Heads) => (config.n_heads, config.n_kv_heads),
+                Some(QkNorm::Whole) | None => (1, 1),
+            };
+            let (kind, eps) = (exrail_kernels::NormKind::Rms, config.norm.eps);
+            backend.norm_in_place(kind, queries, n_rows * h, query, eps);
+            backend.norm_in_place(kind, keys, n_rows * k, key, eps);
+        }
+        if let Some(rope) = config.layers[layer_idx].rope {
+            let rope = &self.ropes[rope];
+            backend.rope(queries, config.n_heads, config.head_dim, positions, rope);
+            backend.rope(keys, config.n_kv_heads, config.head_dim, positions, rope);
+        }
         backend.kv_write(pool, layer_idx, keys, values, slots);
     }
 
     /// Adds a layer's attention output and its network to the residual.
     fn mix(&self, backend: &B, scratch: &mut Scratch<B>, layer_idx: usize, n_rows: usize) {
-        let layer = &self.layers[layer_idx];
-        let Scratch { residual, normed, attended, gated, .. } = scratch;
-        backend.linear_add(attended, n_rows, &layer.attention_out, None, residual);
-        backend.rms_norm(residual, n_rows, &layer.ffn_norm, self.config.rms_eps, normed);
-        backend.linear_silu_gate(normed, n_rows, &layer.gate, &layer.up, gated);
-        backend.linear_add(gated, n_rows, &layer.down, None, residual);
+        let (layer, config) = (&self.layers[layer_idx], &self.config);
+        let (kind, eps) = (self.norm_kind(), config.norm.eps);
+        let scale = config.residual_scale;
+        let Scratch { residual, normed, attended, branch, .. } = scratch;
+        let out = &layer.attention_out;
+        match &layer.attention_post_norm {
+            Some(weight) => {
+                backend.linear(attended, n_rows, &out.weight, out.bias.as_ref(), branch);
+                backend.norm_add(kind, branch, n_rows, weight, eps, residual);
+            }
+            None => {
+                let bias = out.bias.as_ref();
+                backend.linear_add(attended, n_rows, &out.weight, bias, scale, residual);
+            }
+        }
+        if let Some(weight) = &layer.ffn_norm {
+            backend.norm(kind, residual, n_rows, weight, eps, normed);
+        }
+        // Without a norm of its own the network reads the residual (post-norm blocks) or, side by
+        // side with attention, what attention read.
+        let reads_residual = config.blocks == BlockNorms::Post;
+        let Scratch { residual, normed, branch, gated, experts, .. } = scratch;
+        match &layer.ffn_post_norm {
+            Some(weight) => {
+                let input = if reads_residual { &*residual } else { &*normed };
+                layer.ffn.run(backend, input, n_rows, config, (gated, experts), branch);
+                backend.norm_add(kind, branch, n_rows, weight, eps, residual);
+            }
+            None => layer.ffn.run_add(backend, normed, n_rows, config, (gated, experts), residual),
+        }
     }
 
     /// The rest of the last layer and the head, for the logit rows alone.
@@ -178,17 +218,24 @@ impl<B: Backend> Decoder<B> {
             scratch.logits_for(0);
             return;
         }
-        let Scratch { residual, queries, attended, last_residual, last_queries, .. } = scratch;
-        let shape = self.attention_shape();
-        backend.gather_rows(residual, self.config.width, rows, last_residual);
-        backend.gather_rows(queries, shape.n_heads * shape.head_dim, rows, last_queries);
+        let config = &self.config;
         let last = self.layers.len() - 1;
+        let shape = self.attention_shape(last);
+        let Scratch { residual, queries, attended, last_residual, last_queries, normed, .. } =
+            scratch;
+        backend.gather_rows(residual, config.width, rows, last_residual);
+        backend.gather_rows(queries, shape.n_heads * shape.head_dim, rows, last_queries);
+        if config.blocks == BlockNorms::Parallel {
+            // The network reads what attention read, of these rows.
+            backend.gather_rows(normed, config.width, rows, &mut scratch.branch);
+            std::mem::swap(normed, &mut scratch.branch);
+        }
         backend.attention(last_queries, pool, last, shape, &batch.logit_spans(), attended);
         // The residual of the other rows is not needed any more, so its place is free.
         std::mem::swap(residual, last_residual);
         self.mix(backend, scratch, last, n_rows);
-        let Scratch { residual, normed, .. } = scratch;
-        backend.rms_norm(residual, n_rows, &self.norm, self.config.rms_eps, normed);
+        let (kind, eps) = (self.norm_kind(), config.norm.eps);
+        backend.norm(kind, &scratch.residual, n_rows, &self.norm, eps, &mut scratch.normed);
         std::mem::swap(&mut scratch.residual, &mut scratch.last_residual);
         let head = match &self.head {
             Head::Tied => &self.embedding,
@@ -196,48 +243,28 @@ impl<B: Backend> Decoder<B> {
         };
         let (normed, logits) = scratch.logits_for(n_rows);
         backend.linear(normed, n_rows, head, None, logits);
+        let (scale, cap) = (config.logit_scale, config.logit_soft_cap);
+        if scale.to_bits() != 1.0_f32.to_bits() || cap.is_some() {
+            backend.scale_and_cap(logits, n_rows * config.vocab_size, scale, cap);
+        }
     }
 
-    fn attention_shape(&self) -> AttentionShape {
-        let LlamaConfig { n_heads, n_kv_heads, head_dim, .. } = self.config;
-        AttentionShape { n_heads, n_kv_heads, head_dim, scale: 1.0 / (head_dim as f32).sqrt() }
+    fn norm_kind(&self) -> exrail_kernels::NormKind {
+        match self.config.norm.kind {
+            NormKind::Rms => exrail_kernels::NormKind::Rms,
+            NormKind::Layer => exrail_kernels::NormKind::Layer,
+        }
     }
-}
 
-impl<B: Backend> Layer<B> {
-    fn load(
-        loader: &mut Loader<'_, B>,
-        config: &LlamaConfig,
-        layer_idx: usize,
-    ) -> Result<Self, ModelError> {
-        let name = |part: &str| format!("blk.{layer_idx}.{part}.weight");
-        let (width, ffn_width) = (config.width, config.ffn_width);
-        let query_width = config.n_heads * config.head_dim;
-        let kv_width = config.n_kv_heads * config.head_dim;
-        Ok(Self {
-            attention_norm: loader.vector(&name("attn_norm"), width)?,
-            query: loader.matrix(&name("attn_q"), query_width, width)?,
-            key: loader.matrix(&name("attn_k"), kv_width, width)?,
-            value: loader.matrix(&name("attn_v"), kv_width, width)?,
-            attention_out: loader.matrix(&name("attn_output"), width, query_width)?,
-            ffn_norm: loader.vector(&name("ffn_norm"), width)?,
-            gate: loader.matrix(&name("ffn_gate"), ffn_width, width)?,
-            up: loader.matrix(&name("ffn_up"), ffn_width, width)?,
-            down: loader.matrix(&name("ffn_down"), width, ffn_width)?,
-        })
+    fn attention_shape(&self, layer_idx: usize) -> AttentionShape {
+        let config = &self.config;
+        AttentionShape {
+            n_heads: config.n_heads,
+            n_kv_heads: config.n_kv_heads,
+            head_dim: config.head_dim,
+            scale: config.attention_scale,
+            soft_cap: config.attention_soft_cap,
+            window: config.layers[layer_idx].window,
+        }
     }
-}
-
-/// Pair i turns by position · theta^(-2i/R) / factorᵢ (arXiv:2104.09864, §3.2.2; the factors are
-/// Llama 3's frequency scaling, which the GGUF converter stores as `rope_freqs.weight`).
-fn rope(config: &LlamaConfig) -> Rope {
-    let n_pairs = config.rope_dim / 2;
-    let inverse_frequencies = (0..n_pairs)
-        .map(|i| {
-            let factor = config.rope_factors.as_ref().map_or(1.0, |factors| f64::from(factors[i]));
-            let exponent = -(i as f64) / n_pairs as f64;
-            (f64::from(config.rope_theta).powf(exponent) / factor) as f32
-        })
-        .collect();
-    Rope { inverse_frequencies, style: RopeStyle::Interleaved }
 }

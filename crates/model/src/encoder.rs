@@ -2,7 +2,7 @@
 //! (Reimers and Gurevych 2019, arXiv:1908.10084, §3).
 
 use exrail_checkpoint::{BertConfig, Pooling, Tensors};
-use exrail_kernels::{AttentionShape, Backend, Span, TokenId};
+use exrail_kernels::{AttentionShape, Backend, InputRounding, Span, TokenId};
 
 use crate::load::Loader;
 use crate::{LoadProgress, ModelError};
@@ -79,18 +79,19 @@ impl<B: Backend> Encoder<B> {
         tensors: &dyn Tensors,
         progress: &mut dyn FnMut(LoadProgress),
     ) -> Result<Self, ModelError> {
-        let prefixed = tensors.tensor("bert.embeddings.word_embeddings.weight").is_some();
+        let prefixed = tensors.info("bert.embeddings.word_embeddings.weight").is_some();
         let prefix = if prefixed { "bert." } else { "" };
         let n_total = OUTSIDE_TENSORS + LAYER_TENSORS * config.n_layers;
         let progress_at_start = LoadProgress { n_total, ..LoadProgress::default() };
         let mut loader = Loader { backend, tensors, report: progress, progress: progress_at_start };
         let width = config.width;
         let table = |name: &str| format!("{prefix}embeddings.{name}.weight");
-        let words = loader.matrix(&table("word_embeddings"), config.vocab_size, width)?;
+        let twice = InputRounding::Twice;
+        let words = loader.matrix(&table("word_embeddings"), (config.vocab_size, width), twice)?;
         let positions =
-            loader.matrix(&table("position_embeddings"), config.max_positions, width)?;
+            loader.matrix(&table("position_embeddings"), (config.max_positions, width), twice)?;
         let token_types =
-            loader.matrix(&table("token_type_embeddings"), config.n_token_types, width)?;
+            loader.matrix(&table("token_type_embeddings"), (config.n_token_types, width), twice)?;
         let norm = Norm::load(&mut loader, &format!("{prefix}embeddings.LayerNorm"), width)?;
         let mut layers = Vec::with_capacity(config.n_layers);
         for layer_idx in 0..config.n_layers {
@@ -201,10 +202,10 @@ impl<B: Backend> Encoder<B> {
         let token_types = vec![TokenId(0); ids.len()];
         let (n_rows, len) = (ids.len(), ids.len() * self.config.width);
         let Activations { x, queries: other, .. } = activations;
-        backend.embed(&self.words, &ids, x);
-        backend.embed(&self.token_types, &token_types, other);
+        backend.embed(&self.words, &ids, 1.0, x);
+        backend.embed(&self.token_types, &token_types, 1.0, other);
         backend.add(x, other, len);
-        backend.embed(&self.positions, &positions, other);
+        backend.embed(&self.positions, &positions, 1.0, other);
         backend.add(x, other, len);
         self.normalize(backend, x, n_rows, &self.norm);
     }
@@ -225,15 +226,22 @@ impl<B: Backend> Encoder<B> {
         let n_heads = self.config.n_heads;
         let head_dim = self.config.width / n_heads;
         let scale = 1.0 / (head_dim as f32).sqrt();
-        let shape = AttentionShape { n_heads, n_kv_heads: n_heads, head_dim, scale };
+        let shape = AttentionShape {
+            n_heads,
+            n_kv_heads: n_heads,
+            head_dim,
+            scale,
+            soft_cap: None,
+            window: None,
+        };
         backend.attention_full(queries, keys, values, shape, spans, attended);
         let Linear { weight, bias } = &layer.attention_out;
-        backend.linear_add(attended, n_rows, weight, Some(bias), x);
+        backend.linear_add(attended, n_rows, weight, Some(bias), 1.0, x);
         self.normalize(backend, x, n_rows, &layer.attention_norm);
         let Linear { weight, bias } = &layer.intermediate;
         backend.linear_gelu(x, n_rows, weight, bias, inner);
         let Linear { weight, bias } = &layer.output;
-        backend.linear_add(inner, n_rows, weight, Some(bias), x);
+        backend.linear_add(inner, n_rows, weight, Some(bias), 1.0, x);
         self.normalize(backend, x, n_rows, &layer.output_norm);
     }
 
@@ -255,11 +263,11 @@ impl<B: Backend> Linear<B> {
     fn load(
         loader: &mut Loader<'_, B>,
         name: &str,
-        rows: usize,
-        columns: usize,
+        (rows, columns): (usize, usize),
+        rounding: InputRounding,
     ) -> Result<Self, ModelError> {
         Ok(Self {
-            weight: loader.matrix(&format!("{name}.weight"), rows, columns)?,
+            weight: loader.matrix(&format!("{name}.weight"), (rows, columns), rounding)?,
             bias: loader.vector(&format!("{name}.bias"), rows)?,
         })
     }
@@ -273,14 +281,21 @@ impl<B: Backend> Layer<B> {
     ) -> Result<Self, ModelError> {
         let (width, ffn_width) = (config.width, config.ffn_width);
         let name = |part: &str| format!("{block}.{part}");
+        let (once, twice) = (InputRounding::Once, InputRounding::Twice);
+        let square = (width, width);
         Ok(Self {
-            query: Linear::load(loader, &name("attention.self.query"), width, width)?,
-            key: Linear::load(loader, &name("attention.self.key"), width, width)?,
-            value: Linear::load(loader, &name("attention.self.value"), width, width)?,
-            attention_out: Linear::load(loader, &name("attention.output.dense"), width, width)?,
+            query: Linear::load(loader, &name("attention.self.query"), square, twice)?,
+            key: Linear::load(loader, &name("attention.self.key"), square, twice)?,
+            value: Linear::load(loader, &name("attention.self.value"), square, twice)?,
+            attention_out: Linear::load(loader, &name("attention.output.dense"), square, once)?,
             attention_norm: Norm::load(loader, &name("attention.output.LayerNorm"), width)?,
-            intermediate: Linear::load(loader, &name("intermediate.dense"), ffn_width, width)?,
-            output: Linear::load(loader, &name("output.dense"), width, ffn_width)?,
+            intermediate: Linear::load(
+                loader,
+                &name("intermediate.dense"),
+                (ffn_width, width),
+                twice,
+            )?,
+            output: Linear::load(loader, &name("output.dense"), (width, ffn_width), twice)?,
             output_norm: Norm::load(loader, &name("output.LayerNorm"), width)?,
         })
     }

@@ -11,11 +11,14 @@ mod batch;
 mod decoder;
 mod encoder;
 mod error;
+mod experts;
+mod layer;
 mod load;
+mod rope;
 mod scratch;
 
 pub use batch::Batch;
-pub use decoder::Decoder;
+pub use decoder::{Block, Decoder, embed_tokens};
 pub use encoder::Encoder;
 pub use error::ModelError;
 pub use load::LoadProgress;

@@ -1,7 +1,7 @@
 //! Tensors of a checkpoint onto a device, with progress.
 
 use exrail_checkpoint::Tensors;
-use exrail_kernels::{Backend, WeightView};
+use exrail_kernels::{Backend, InputRounding, WeightView};
 
 use crate::ModelError;
 
@@ -29,14 +29,37 @@ impl<B: Backend> Loader<'_, B> {
     pub(crate) fn matrix(
         &mut self,
         name: &str,
-        rows: usize,
-        columns: usize,
+        (rows, columns): (usize, usize),
+        rounding: InputRounding,
     ) -> Result<B::Weight, ModelError> {
-        let view = self.tensors.require(name, &[rows, columns])?;
-        let (dtype, bytes) = (view.dtype, view.bytes);
-        let weight = self.backend.weight(&WeightView { name, dtype, rows, columns, bytes })?;
-        self.advance(bytes.len());
-        Ok(weight)
+        self.tensors.require_info(name, &[rows, columns])?;
+        let mut parts = self.parts(name, &[rows], columns, rounding)?;
+        Ok(parts.pop().expect("one part was asked for"))
+    }
+
+    /// Runs of rows of the tensor called `name`, whose rows have `columns` values: the matrices
+    /// that it is made of, first to last.
+    pub(crate) fn parts(
+        &mut self,
+        name: &str,
+        rows: &[usize],
+        columns: usize,
+        rounding: InputRounding,
+    ) -> Result<Vec<B::Weight>, ModelError> {
+        let view = self.tensors.tensor(name)?;
+        let dtype = view.dtype;
+        let row_bytes = view.bytes.len() / rows.iter().sum::<usize>().max(1);
+        let mut weights = Vec::with_capacity(rows.len());
+        let mut rest = &*view.bytes;
+        for &rows in rows {
+            let (bytes, others) = rest.split_at(rows * row_bytes);
+            rest = others;
+            let view = WeightView { name, dtype, rows, columns, bytes, rounding };
+            weights.push(self.backend.weight(&view)?);
+        }
+        self.advance(view.bytes.len());
+        self.tensors.release(name);
+        Ok(weights)
     }
 
     /// The vector called `name`, as f32.
@@ -46,6 +69,29 @@ impl<B: Backend> Loader<'_, B> {
         self.backend.write(&mut buffer, &view.to_f32()?);
         self.advance(view.bytes.len());
         Ok(buffer)
+    }
+
+    /// Runs of the vector called `name`, if it is there.
+    pub(crate) fn bias(
+        &mut self,
+        name: &str,
+        lens: &[usize],
+    ) -> Result<Option<Vec<B::Buffer>>, ModelError> {
+        if self.tensors.info(name).is_none() {
+            return Ok(None);
+        }
+        let values = self.tensors.require(name, &[lens.iter().sum()])?.to_f32()?;
+        let mut rest = &values[..];
+        let mut buffers = Vec::with_capacity(lens.len());
+        for &len in lens {
+            let (part, others) = rest.split_at(len);
+            rest = others;
+            let mut buffer = self.backend.buffer(len)?;
+            self.backend.write(&mut buffer, part);
+            buffers.push(buffer);
+        }
+        self.advance(4 * values.len());
+        Ok(Some(buffers))
     }
 
     fn advance(&mut self, len_bytes: usize) {

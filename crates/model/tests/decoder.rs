@@ -6,7 +6,7 @@
 
 #![expect(clippy::unwrap_used, reason = "helpers of tests may panic as tests may")]
 
-use exrail_checkpoint::{Gguf, LlamaConfig, LoadError, TensorView, Tensors};
+use exrail_checkpoint::{DecoderConfig, Gguf, LoadError, TensorInfo, TensorView, Tensors};
 use exrail_kernels::reference::{Reference, ReferenceKvPool};
 use exrail_kernels::{AttentionSpan, Backend, KvDtype, PAGE_TOKENS, PageId, TokenId};
 use exrail_model::{Batch, Decoder, LoadProgress, ModelError, Scratch};
@@ -26,7 +26,7 @@ struct Loaded {
 impl Loaded {
     fn new(spec: TinyLlama, kv: KvDtype) -> Self {
         let gguf = Gguf::parse(tiny_llama(11, spec)).unwrap();
-        let config = LlamaConfig::from_gguf(&gguf).unwrap();
+        let config = DecoderConfig::from_gguf(&gguf).unwrap();
         let decoder = Decoder::load(&Reference, &config, &gguf, &mut |_| {}).unwrap();
         let scratch = decoder.scratch(&Reference, MAX_ROWS, MAX_ROWS).unwrap();
         let pool = Reference.kv_pool(decoder.kv_shape(N_PAGES, kv)).unwrap();
@@ -117,7 +117,7 @@ fn logits_agree_with_a_textbook_forward_pass() {
         let mut model = Loaded::new(spec, KvDtype::F32);
         let ids = random_ids(&mut random, 23, model.decoder.config().vocab_size);
         let gguf = Gguf::parse(tiny_llama(11, spec)).unwrap();
-        let config = LlamaConfig::from_gguf(&gguf).unwrap();
+        let config = DecoderConfig::from_gguf(&gguf).unwrap();
         let expected = textbook::logits(&gguf, &config, &ids);
         for (position, (found, expected)) in model.alone(&ids).iter().zip(&expected).enumerate() {
             for (found, expected) in found.iter().zip(expected) {
@@ -153,7 +153,7 @@ fn more_rows_than_the_scratch_holds_are_the_callers_error() {
 fn progress_ends_at_the_total() {
     for tied in [true, false] {
         let gguf = Gguf::parse(tiny_llama(1, TinyLlama { tied, ..TinyLlama::default() })).unwrap();
-        let config = LlamaConfig::from_gguf(&gguf).unwrap();
+        let config = DecoderConfig::from_gguf(&gguf).unwrap();
         let mut reports: Vec<LoadProgress> = Vec::new();
         Decoder::load(&Reference, &config, &gguf, &mut |p| reports.push(p)).unwrap();
         let last = reports.last().unwrap();
@@ -171,19 +171,27 @@ struct Damaged<'a> {
 }
 
 impl Tensors for Damaged<'_> {
-    fn tensor(&self, name: &str) -> Option<TensorView<'_>> {
-        let view = self.gguf.tensor(name)?;
+    fn info(&self, name: &str) -> Option<TensorInfo<'_>> {
+        let info = self.gguf.info(name)?;
         if name != self.name {
-            return Some(view);
+            return Some(info);
         }
-        self.shape.map(|shape| TensorView { shape, ..view })
+        self.shape.map(|shape| TensorInfo { shape, ..info })
+    }
+
+    fn tensor(&self, name: &str) -> Result<TensorView<'_>, LoadError> {
+        Tensors::tensor(self.gguf, name)
+    }
+
+    fn names(&self) -> Box<dyn Iterator<Item = &str> + '_> {
+        self.gguf.names()
     }
 }
 
 #[test]
 fn missing_and_misshapen_tensors_are_refused_by_name() {
     let gguf = Gguf::parse(tiny_llama(1, TinyLlama::default())).unwrap();
-    let config = LlamaConfig::from_gguf(&gguf).unwrap();
+    let config = DecoderConfig::from_gguf(&gguf).unwrap();
     for view in gguf.tensors() {
         for shape in [None, Some(&[3usize, 5][..])] {
             let damaged = Damaged { gguf: &gguf, name: view.name, shape };
@@ -220,11 +228,11 @@ mod textbook {
         x.iter().zip(&weight[0]).map(|(x, w)| x / (mean + eps).sqrt() * w).collect()
     }
 
-    fn rotate(heads: &mut [f64], config: &LlamaConfig, position: usize) {
+    fn rotate(heads: &mut [f64], config: &DecoderConfig, position: usize) {
         for head in heads.chunks_mut(config.head_dim) {
-            for i in 0..config.rope_dim / 2 {
-                let exponent = -2.0 * i as f64 / config.rope_dim as f64;
-                let angle = position as f64 * f64::from(config.rope_theta).powf(exponent);
+            for i in 0..config.ropes[0].dim / 2 {
+                let exponent = -2.0 * i as f64 / config.ropes[0].dim as f64;
+                let angle = position as f64 * f64::from(config.ropes[0].theta).powf(exponent);
                 let (a, b) = (head[2 * i], head[2 * i + 1]);
                 head[2 * i] = a * angle.cos() - b * angle.sin();
                 head[2 * i + 1] = a * angle.sin() + b * angle.cos();
@@ -232,7 +240,7 @@ mod textbook {
         }
     }
 
-    fn attend(q: &[f64], keys: &Matrix, values: &Matrix, config: &LlamaConfig) -> Vec<f64> {
+    fn attend(q: &[f64], keys: &Matrix, values: &Matrix, config: &DecoderConfig) -> Vec<f64> {
         let d = config.head_dim;
         let group = config.n_heads / config.n_kv_heads;
         let mut out = Vec::new();
@@ -251,11 +259,11 @@ mod textbook {
         out
     }
 
-    pub(super) fn logits(gguf: &Gguf, config: &LlamaConfig, ids: &[TokenId]) -> Matrix {
+    pub(super) fn logits(gguf: &Gguf, config: &DecoderConfig, ids: &[TokenId]) -> Matrix {
         let embedding = matrix(gguf, "token_embd.weight");
         let mut x: Matrix = ids.iter().map(|id| embedding[id.0 as usize].clone()).collect();
-        let eps = f64::from(config.rms_eps);
-        for layer in 0..config.n_layers {
+        let eps = f64::from(config.norm.eps);
+        for layer in 0..config.n_layers() {
             let weight = |name: &str| matrix(gguf, &format!("blk.{layer}.{name}.weight"));
             let (mut keys, mut values) = (Vec::new(), Vec::new());
             for (position, x) in x.iter_mut().enumerate() {

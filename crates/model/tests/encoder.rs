@@ -2,7 +2,7 @@
 
 #![expect(clippy::unwrap_used, reason = "helpers of tests may panic as tests may")]
 
-use exrail_checkpoint::{BertConfig, LoadError, SafetensorsFile, TensorView, Tensors};
+use exrail_checkpoint::{BertConfig, LoadError, SafetensorsFile, TensorInfo, TensorView, Tensors};
 use exrail_kernels::reference::Reference;
 use exrail_model::{Encoder, ModelError};
 use exrail_testkit::{Random, tiny_bert};
@@ -71,9 +71,20 @@ struct Renamed<'a> {
 }
 
 impl Tensors for Renamed<'_> {
-    fn tensor(&self, name: &str) -> Option<TensorView<'_>> {
+    fn info(&self, name: &str) -> Option<TensorInfo<'_>> {
         let name = name.strip_prefix(self.prefix)?;
-        self.file.tensor(name).filter(|_| name != self.hidden)
+        self.file.info(name).filter(|_| name != self.hidden)
+    }
+
+    fn tensor(&self, name: &str) -> Result<TensorView<'_>, LoadError> {
+        if self.info(name).is_none() {
+            return Err(LoadError::MissingTensor { tensor: name.to_owned(), expected: Vec::new() });
+        }
+        Tensors::tensor(self.file, name.strip_prefix(self.prefix).unwrap())
+    }
+
+    fn names(&self) -> Box<dyn Iterator<Item = &str> + '_> {
+        Tensors::names(self.file)
     }
 }
 

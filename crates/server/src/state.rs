@@ -126,6 +126,7 @@ pub(crate) fn kv_name(dtype: KvDtype) -> &'static str {
     match dtype {
         KvDtype::F32 => "f32",
         KvDtype::F16 => "f16",
+        KvDtype::Int8 => "int8",
     }
 }
 

@@ -12,6 +12,7 @@ mod block_few_bits;
 mod block_table;
 mod dtype;
 mod format;
+mod grid;
 
 pub use block::Block;
 pub use block_few_bits::{BlockQ2_K, BlockQ3_K, pack_signed_scales, unpack_signed_scales};
@@ -20,3 +21,4 @@ pub use block32::{BlockQ4_0, BlockQ4_1, BlockQ5_0, BlockQ5_1, BlockQ8_0};
 pub use block256::{BlockQ4_K, BlockQ5_K, BlockQ6_K, pack_scales, unpack_scales};
 pub use dtype::{DType, ggml_type_name};
 pub use format::{FormatError, dequantize, quantize};
+pub use grid::IntGrid;

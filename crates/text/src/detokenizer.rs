@@ -12,6 +12,8 @@
 pub struct Detokenizer {
     /// Start of a character whose continuation has not arrived, at most 3 bytes.
     pending: Vec<u8>,
+    /// One space at the start of the stream is not part of the text.
+    drops_space: bool,
 }
 
 impl Detokenizer {
@@ -21,11 +23,23 @@ impl Detokenizer {
         Detokenizer::default()
     }
 
+    /// Returns a detokenizer that leaves out one space, if the stream begins with it: the one that
+    /// sentencepiece and `WordPiece` vocabularies have before the first word of a text.
+    #[must_use]
+    pub fn without_first_space() -> Detokenizer {
+        Detokenizer { drops_space: true, ..Detokenizer::default() }
+    }
+
     /// Takes the bytes of the next token and returns the text that is complete now.
     ///
     /// Bytes that can never become UTF-8 turn into U+FFFD at once, one per maximal invalid
     /// sequence (Unicode Standard §3.9, "substitution of maximal subparts").
     pub fn push(&mut self, bytes: &[u8]) -> String {
+        let mut bytes = bytes;
+        if self.drops_space && !bytes.is_empty() {
+            bytes = bytes.strip_prefix(b" ").unwrap_or(bytes);
+            self.drops_space = false;
+        }
         self.pending.extend_from_slice(bytes);
         let mut text = String::with_capacity(self.pending.len());
         let mut rest = self.pending.as_slice();
@@ -94,6 +108,15 @@ mod tests {
             prop_assert_eq!(detokenizer.finish(), "");
             prop_assert_eq!(released, text);
         }
+    }
+
+    #[test]
+    fn one_space_at_the_start_is_left_out_if_that_is_asked_for() {
+        let mut detokenizer = Detokenizer::without_first_space();
+        let pieces = ["", "  ", " a"].map(|piece| detokenizer.push(piece.as_bytes()));
+        assert_eq!(pieces, ["", " ", " a"]);
+        assert_eq!(Detokenizer::without_first_space().push(b"a "), "a ");
+        assert_eq!(Detokenizer::new().push(b" a"), " a");
     }
 
     #[test]

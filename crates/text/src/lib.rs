@@ -11,24 +11,39 @@
 //! therefore untrusted code, runs with bounded work, output and time ([`TemplateLimits`]).
 //! This crate knows no devices, no files and no model; ids are plain `u32`.
 
+mod charsmap;
 mod chat;
 mod detokenizer;
+mod error;
+mod from_gguf;
+mod from_json;
+mod json_file;
+mod json_spelling;
+mod normaliser;
+mod pieces;
 mod pre_tokenizer;
 mod prompt;
 mod provenance;
+mod sentencepiece;
 mod sha256;
 mod specials;
+mod splitter;
 mod stop;
 mod template;
 mod template_functions;
+mod token_table;
 mod tokenizer;
+mod unigram;
 mod vocabulary;
+mod words;
 
 pub use chat::{ChatMessage, RenderOptions, ToolCall};
 pub use detokenizer::Detokenizer;
+pub use error::TokenizerError;
+pub use from_json::TokenRoles;
 pub use prompt::{Prompt, PromptError, Segment, encode_completion, encode_prompt};
 pub use specials::Specials;
 pub use stop::{Released, StopMatcher};
 pub use template::{ChatTemplate, TemplateError, TemplateLimits};
-pub use tokenizer::{Tokenizer, TokenizerError};
+pub use tokenizer::Tokenizer;
 pub use vocabulary::Vocabulary;

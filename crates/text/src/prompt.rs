@@ -2,8 +2,7 @@
 
 use std::ops::Range;
 
-use crate::Specials;
-use crate::tokenizer::{Tokenizer, TokenizerError};
+use crate::{Specials, Tokenizer, TokenizerError};
 
 /// A stretch of a prompt that comes from one side.
 #[derive(Clone, Debug, PartialEq, Eq)]

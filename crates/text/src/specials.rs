@@ -17,7 +17,7 @@ pub enum Specials {
 }
 
 /// An added token as it is looked for in text.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub(crate) struct Literal {
     pub(crate) id: u32,
     pub(crate) text: String,
@@ -27,6 +27,8 @@ pub(crate) struct Literal {
     pub(crate) takes_left: bool,
     /// Takes the whitespace after it along (`rstrip` of `tokenizer.json`).
     pub(crate) takes_right: bool,
+    /// Counts only where no letter or digit adjoins it (`single_word` of `tokenizer.json`).
+    pub(crate) single_word: bool,
 }
 
 /// A literal found in a text.
@@ -53,19 +55,26 @@ pub(crate) struct Literals {
 
 impl Literals {
     pub(crate) fn new(literals: Vec<Literal>) -> Literals {
-        let mut nodes = vec![Node::default()];
-        for (which, literal) in literals.iter().enumerate().filter(|(_, it)| !it.text.is_empty()) {
-            let mut node = 0;
-            for byte in literal.text.bytes() {
-                let fresh = nodes.len();
-                node = *nodes[node].children.entry(byte).or_insert(fresh);
-                if node == fresh {
-                    nodes.push(Node::default());
-                }
-            }
-            nodes[node].literal.get_or_insert(which);
+        let mut all = Literals { literals: Vec::new(), nodes: vec![Node::default()] };
+        literals.into_iter().for_each(|literal| all.add(literal));
+        all
+    }
+
+    /// Adds a literal; one that is there already stays.
+    pub(crate) fn add(&mut self, literal: Literal) {
+        if literal.text.is_empty() {
+            return;
         }
-        Literals { literals, nodes }
+        let mut node = 0;
+        for byte in literal.text.bytes() {
+            let fresh = self.nodes.len();
+            node = *self.nodes[node].children.entry(byte).or_insert(fresh);
+            if node == fresh {
+                self.nodes.push(Node::default());
+            }
+        }
+        self.nodes[node].literal.get_or_insert(self.literals.len());
+        self.literals.push(literal);
     }
 
     /// Leftmost-longest literals of `text`, in order and disjoint. A control literal counts only
@@ -115,7 +124,11 @@ impl Literals {
         permitted: &dyn Fn(Range<usize>) -> bool,
     ) -> Option<(usize, usize)> {
         self.walk(text, at)
-            .filter(|&(which, end)| !self.literals[which].control || permitted(at..end))
+            .filter(|&(which, end)| {
+                let literal = &self.literals[which];
+                (!literal.control || permitted(at..end))
+                    && (!literal.single_word || stands_alone(text, at..end))
+            })
             .last()
     }
 
@@ -133,6 +146,13 @@ impl Literals {
     }
 }
 
+/// Whether no word character adjoins `span`.
+fn stands_alone(text: &str, span: Range<usize>) -> bool {
+    let is_word = |char: char| char.is_alphanumeric() || char == '_';
+    !text[..span.start].chars().next_back().is_some_and(is_word)
+        && !text[span.end..].chars().next().is_some_and(is_word)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -144,6 +164,7 @@ mod tests {
             control: true,
             takes_left: false,
             takes_right: false,
+            single_word: false,
         };
         Literals::new(vec![
             control(1, "<|a|>"),
@@ -167,6 +188,17 @@ mod tests {
     #[test]
     fn literals_take_whitespace_along_where_the_tokenizer_says_so() {
         assert_eq!(ids("a  <mask> \n b", &|_| true), [(3, 1..12)]);
+    }
+
+    #[test]
+    fn a_single_word_is_not_found_inside_another() {
+        let literals =
+            Literals::new(vec![Literal { single_word: true, ..literals().literals[0].clone() }]);
+        let found = |text: &str| literals.find(text, &|_| true).len();
+        assert_eq!(
+            [found("<|a|>"), found("a<|a|>"), found("<|a|>é"), found("-<|a|> ")],
+            [1, 0, 0, 1]
+        );
     }
 
     #[test]

@@ -4,23 +4,25 @@ use std::collections::HashMap;
 
 use crate::TokenizerError;
 
-/// Plain data of a byte-level BPE vocabulary; the field names follow `tokenizer.ggml.*`.
+/// Plain data of a vocabulary; the field names follow `tokenizer.ggml.*`.
 ///
 /// Nothing here is checked until [`crate::Tokenizer::from_vocabulary`].
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Vocabulary {
-    /// `tokenizer.ggml.model`; only `gpt2` (byte-level BPE) is supported.
+    /// `tokenizer.ggml.model`: `gpt2` (byte-level BPE), `llama` (sentencepiece BPE), `t5`
+    /// (Unigram) or `bert` (`WordPiece`).
     pub model: String,
-    /// `tokenizer.ggml.pre`: name of the rule that cuts text into words.
+    /// `tokenizer.ggml.pre`: name of the rule that cuts text into words; only for `gpt2`.
     pub pre: String,
-    /// (V) token texts in the byte alphabet; the index is the token id.
+    /// (V) token texts; the index is the token id. In the byte alphabet for `gpt2`, with U+2581
+    /// for a space in the others.
     pub tokens: Vec<String>,
     /// (V) token kinds: 1 normal, 2 unknown, 3 control, 4 user-defined, 5 unused, 6 byte.
     /// Empty means all normal.
     pub kinds: Vec<i32>,
     /// Merges `left right`, best first.
     pub merges: Vec<String>,
-    /// (V) scores; byte-level BPE does not use them.
+    /// (V) scores of `llama` and `t5`.
     pub scores: Vec<f32>,
     /// First token of every sequence, if the model has one.
     pub bos: Option<u32>,
@@ -32,10 +34,25 @@ pub struct Vocabulary {
     pub unknown: Option<u32>,
     /// Padding token.
     pub padding: Option<u32>,
+    /// Ends each sentence for an encoder (`seperator_token_id`, as GGUF spells it).
+    pub separator: Option<u32>,
     /// Whether the model was trained with `bos` before every sequence.
     pub add_bos: bool,
-    /// Whether a space is put before the text; byte-level BPE does not do this.
+    /// Whether an encoder was trained with `eos` after every sequence.
+    pub add_eos: bool,
+    /// Whether a space is put before the text; only for `llama` and `t5`.
     pub add_space_prefix: bool,
+    /// Whether spaces at the ends are cut and runs of them joined; only for `llama` and `t5`.
+    pub remove_extra_whitespaces: bool,
+    /// Map of characters in sentencepiece's format; empty if there is none. Only for `t5`.
+    pub precompiled_charsmap: Vec<u8>,
+    /// Whether text is lower-cased; only for `bert`.
+    pub lowercase: Option<bool>,
+    /// Whether accents are taken off letters; only for `bert`. `None` does so where text is
+    /// lower-cased.
+    pub strip_accents: Option<bool>,
+    /// Whether control tokens take the white space after them along (Phi-3).
+    pub strips_right: bool,
 }
 
 /// What a token is for.
@@ -49,11 +66,13 @@ pub(crate) enum Kind {
     Control,
     /// In the file, never produced.
     Unused,
+    /// Stands for one byte, where no token has its character; spelled `<0x0A>`.
+    Byte,
 }
 
 /// Literals that end or begin turns. Some converters store them as user-defined tokens; they
 /// are control tokens whatever the file says (llama.cpp repairs such a list too).
-const TURN_LITERALS: [&str; 16] = [
+const TURN_LITERALS: [&str; 20] = [
     "<|endoftext|>",
     "<|im_start|>",
     "<|im_end|>",
@@ -70,11 +89,15 @@ const TURN_LITERALS: [&str; 16] = [
     "<s>",
     "</s>",
     "[INST]",
+    "<|START_OF_TURN_TOKEN|>",
+    "<|END_OF_TURN_TOKEN|>",
+    "<|start_of_role|>",
+    "<|end_of_role|>",
 ];
 
 /// The turn literals after which a model must stop, joined with the `eos` of the file
 /// (field-faults E10: a list that *replaces* lets generation run on).
-const END_LITERALS: [&str; 7] = [
+const END_LITERALS: [&str; 8] = [
     "<|im_end|>",
     "<|eot_id|>",
     "<|eom_id|>",
@@ -82,7 +105,15 @@ const END_LITERALS: [&str; 7] = [
     "<|end_of_text|>",
     "<end_of_turn>",
     "<|endoftext|>",
+    "<|END_OF_TURN_TOKEN|>",
 ];
+
+/// The byte that a token `<0x0A>` stands for.
+pub(crate) fn byte_of(token: &str) -> Option<u8> {
+    let digits = token.strip_prefix("<0x")?.strip_suffix('>')?;
+    let is_hex = digits.len() == 2 && digits.bytes().all(|it| it.is_ascii_hexdigit());
+    is_hex.then(|| u8::from_str_radix(digits, 16).ok()).flatten()
+}
 
 /// Whether `literal` ends a turn in the known families.
 pub(crate) fn ends_turn(literal: &str) -> bool {
@@ -98,19 +129,34 @@ impl Vocabulary {
                 found: self.kinds.len(),
             });
         }
-        for (role, id) in [("bos", self.bos), ("eos", self.eos), ("eot", self.eot)] {
+        let roles = [
+            ("bos", self.bos),
+            ("eos", self.eos),
+            ("eot", self.eot),
+            ("separator", self.separator),
+            ("unknown", self.unknown),
+        ];
+        for (role, id) in roles {
             self.check_id(role, id)?;
         }
-        let named = [self.bos, self.eos, self.eot];
+        let spelled = |id: Option<u32>| id.and_then(|id| self.tokens.get(id as usize));
+        // In the vocabulary of Gemma these two are HTML: struck-out text.
+        let is_html = |token: &str| {
+            ["<s>", "</s>"].contains(&token)
+                && spelled(self.bos).is_some_and(|bos| bos != "<s>")
+                && spelled(self.eos).is_some_and(|eos| eos != "</s>")
+        };
+        let named = [self.bos, self.eos, self.eot, self.separator];
         let mut kinds = Vec::with_capacity(self.tokens.len());
         for (id, token) in self.tokens.iter().enumerate() {
             let stored = self.kinds.get(id).copied().unwrap_or(1);
             let is_named = named.iter().flatten().any(|&named| named as usize == id);
             kinds.push(match stored {
                 _ if is_named => Kind::Control,
-                1 | 6 => Kind::Text,
+                1 => Kind::Text,
+                6 => Kind::Byte,
                 2 | 3 => Kind::Control,
-                4 if TURN_LITERALS.contains(&token.as_str()) => Kind::Control,
+                4 if TURN_LITERALS.contains(&token.as_str()) && !is_html(token) => Kind::Control,
                 4 => Kind::Added,
                 5 => Kind::Unused,
                 found => return Err(TokenizerError::UnknownKind { id, found }),
@@ -139,14 +185,22 @@ impl Vocabulary {
         for (rank, merge) in self.merges.iter().enumerate() {
             let bad = || TokenizerError::BadMerge { rank, merge: merge.clone() };
             let (left, right) = merge.split_once(' ').ok_or_else(bad)?;
-            let joined = format!("{left}{right}");
-            if left.is_empty() || ![left, right, &joined].iter().all(|it| ids.contains_key(it)) {
+            if !is_merge(left, right, |token| ids.contains_key(token)) {
                 return Err(bad());
             }
             merges.push((left.to_owned(), right.to_owned()));
         }
         Ok(merges)
     }
+}
+
+/// Whether both parts and their concatenation are tokens.
+pub(crate) fn is_merge(left: &str, right: &str, is_token: impl Fn(&str) -> bool) -> bool {
+    !left.is_empty()
+        && !right.is_empty()
+        && is_token(left)
+        && is_token(right)
+        && is_token(&format!("{left}{right}"))
 }
 
 /// The GPT-2 alphabet: every byte as one printable character (`bytes_to_unicode` in openai/gpt-2).

@@ -175,7 +175,7 @@ fn faults_in_a_vocabulary_are_named() {
     };
     let unknown = build(&|it| it.pre = "frob".into());
     assert!(unknown.to_string().contains("frob"), "{unknown}");
-    assert!(matches!(build(&|it| it.model = "llama".into()), TokenizerError::UnknownModel { .. }));
+    assert!(matches!(build(&|it| it.model = "rwkv".into()), TokenizerError::UnknownModel { .. }));
     assert!(matches!(build(&|it| it.tokens.clear()), TokenizerError::VocabularySize { .. }));
     assert!(matches!(build(&|it| it.kinds.truncate(3)), TokenizerError::KindCount { .. }));
     assert!(matches!(build(&|it| it.kinds[3] = 9), TokenizerError::UnknownKind { id: 3, .. }));

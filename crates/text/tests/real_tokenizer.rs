@@ -40,8 +40,15 @@ fn generator() -> (Gguf, Tokenizer) {
         eot: table.eot,
         unknown: table.unknown,
         padding: table.padding,
+        separator: table.separator,
         add_bos: table.add_bos,
+        add_eos: table.add_eos,
         add_space_prefix: table.add_space_prefix,
+        remove_extra_whitespaces: table.remove_extra_whitespaces,
+        precompiled_charsmap: table.precompiled_charsmap,
+        lowercase: table.lowercase,
+        strip_accents: table.strip_accents,
+        strips_right: table.strips_right,
     });
     (gguf, tokenizer.expect("a supported vocabulary"))
 }

@@ -1,22 +1,33 @@
 //! `exrail inspect`.
 
-use std::{collections::BTreeMap, path::PathBuf};
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+};
 
 use anyhow::Result;
 use clap::Args;
-use exrail_checkpoint::{Array, Gguf, SafetensorsFile, TensorView, Value as MetadataValue};
+use exrail_checkpoint::{
+    Array, Checkpoint, Gguf, HfFolder, SafetensorsFile, TensorInfo, TensorView, Tensors,
+    Value as MetadataValue, checkpoint_files,
+};
+use exrail_engine::{CheckedGenerator, LoadOptions, check_generator};
 use serde_json::{Map, Value, json};
 
 use crate::{Ended, output::Output};
 
-/// Print what a model file holds: header, tensors, sizes, chat template.
+/// Print what a model file or folder holds: header, tensors, sizes, chat template.
 #[derive(Debug, Args)]
 pub(crate) struct Inspect {
-    /// A .gguf or .safetensors file.
-    file: PathBuf,
+    /// A .gguf or .safetensors file, or a Hugging Face folder.
+    #[arg(value_name = "FILE")]
+    path: PathBuf,
     /// Print every tensor.
-    #[arg(long)]
+    #[arg(long, conflicts_with = "check")]
     tensors: bool,
+    /// Say whether this generator would load, and if not why, without loading its weights.
+    #[arg(long)]
+    check: bool,
 }
 
 struct Contents {
@@ -45,18 +56,65 @@ impl From<TensorView<'_>> for Tensor {
     }
 }
 
+impl From<TensorInfo<'_>> for Tensor {
+    fn from(info: TensorInfo<'_>) -> Self {
+        Self {
+            name: info.name.into(),
+            dtype: info.dtype.to_string(),
+            shape: info.shape.to_vec(),
+            bytes: info.n_bytes(),
+        }
+    }
+}
+
 impl Inspect {
     pub(crate) fn run(&self, output: &Output) -> Result<Ended> {
+        if self.check {
+            return self.check(*output);
+        }
         let contents = self.read()?;
         output.value(&contents.to_json());
         contents.print(*output, self.tensors);
         Ok(Ended::Done)
     }
 
+    /// Everything that a load checks, but for what only a device can say.
+    fn check(&self, output: Output) -> Result<Ended> {
+        let checkpoint = Checkpoint::open(&self.path)?;
+        let checked = check_generator(&checkpoint, LoadOptions::default())?;
+        let CheckedGenerator { config, tokenizer, template, .. } = checked;
+        let n_tensors = checkpoint.tensors().names().count();
+        output.value(&json!({
+            "loads": true,
+            "architecture": config.architecture,
+            "layers": config.n_layers(),
+            "width": config.width,
+            "context": config.context_len,
+            "max_context": config.max_context_len,
+            "vocabulary": tokenizer.vocab_len(),
+            "embedding_rows": config.vocab_size,
+            "tensors": n_tensors,
+            "chat_template": template.is_some(),
+        }));
+        let (layers, width, context) = (config.n_layers(), config.width, config.context_len);
+        output.line(format!("loads     {}", self.path.display()));
+        output.line(format!("model     {}, {layers} layers of {width}", config.architecture));
+        output.line(format!("context   {context} tokens, at most {}", config.max_context_len));
+        output.line(format!("tensors   {n_tensors}, all there in their shape"));
+        let (tokens, rows) = (tokenizer.vocab_len(), config.vocab_size);
+        output.line(format!("tokens    {tokens} of {rows} rows of the embedding"));
+        let template = if template.is_some() { "compiles" } else { "none" };
+        output.line(format!("template  {template}"));
+        Ok(Ended::Done)
+    }
+
     fn read(&self) -> Result<Contents> {
-        let file_bytes = std::fs::metadata(&self.file).map_or(0, |metadata| metadata.len());
-        if self.file.extension().is_some_and(|extension| extension == "safetensors") {
-            let file = SafetensorsFile::open(&self.file)?;
+        if self.path.is_dir() {
+            return read_folder(&HfFolder::open(&self.path)?, &self.path);
+        }
+        let file_bytes = std::fs::metadata(&self.path).map_or(0, |metadata| metadata.len());
+        if self.path.extension().is_some_and(|extension| extension == "safetensors") {
+            let file = SafetensorsFile::open(&self.path)?;
             return Ok(Contents {
                 format: "safetensors",
                 metadata: Vec::new(),
@@ -65,7 +123,7 @@ impl Inspect {
                 file_bytes,
             });
         }
-        let gguf = Gguf::open(&self.file)?;
+        let gguf = Gguf::open(&self.path)?;
         let metadata = gguf.metadata().iter();
         Ok(Contents {
             format: "GGUF",
@@ -75,6 +133,20 @@ impl Inspect {
             file_bytes,
         })
     }
+}
+
+fn read_folder(folder: &HfFolder, path: &Path) -> Result<Contents> {
+    let config = std::fs::read(path.join("config.json"))?;
+    let config: Map<String, Value> = serde_json::from_slice(&config)?;
+    let files = checkpoint_files(path)?;
+    let lens = files.iter().map(|file| file.metadata().map_or(0, |metadata| metadata.len()));
+    Ok(Contents {
+        format: "Hugging Face folder",
+        metadata: config.into_iter().collect(),
+        template: folder.text().chat_template().map(str::to_owned),
+        tensors: folder.names().filter_map(|name| folder.info(name)).map(Tensor::from).collect(),
+        file_bytes: lens.sum(),
+    })
 }
 
 /// A value for people: long arrays and texts are cut, with their length.

@@ -2,15 +2,15 @@
 
 use std::time::{Duration, Instant};
 
-use exrail_checkpoint::Gguf;
+use exrail_checkpoint::{Checkpoint, Gguf};
 use exrail_engine::{
-    Engine, EngineHandle, EngineOptions, Event, Finished, GenerateRequest, Generation, Loaded,
-    Sampling, SequenceFault, TokenEvent, prepare_generator,
+    Engine, EngineHandle, EngineOptions, Event, Finished, GenerateRequest, Generation, Identity,
+    LoadOptions, Loaded, Sampling, SequenceFault, TokenEvent, prepare_generator,
 };
 use exrail_kernels::reference::Reference;
 use exrail_kernels::{
-    AttentionShape, AttentionSpan, Backend, KernelError, KvDtype, KvShape, KvSlot, PageId, Rope,
-    Span, TokenId, WeightView,
+    AttentionShape, AttentionSpan, Backend, GateActivation, KernelError, KvDtype, KvShape, KvSlot,
+    NormKind, PageId, Rope, Span, TokenId, WeightView,
 };
 use exrail_testkit::{TinyLlama, tiny_llama};
 
@@ -50,9 +50,9 @@ impl<B: Backend> Backend for Faulty<B> {
         self.0.kv_pool(shape)
     }
 
-    fn embed(&self, table: &B::Weight, ids: &[TokenId], out: &mut B::Buffer) {
+    fn embed(&self, table: &B::Weight, ids: &[TokenId], scale: f32, out: &mut B::Buffer) {
         assert!(!ids.contains(&TokenId(PANIC_TOKEN)), "injected panic");
-        self.0.embed(table, ids, out);
+        self.0.embed(table, ids, scale, out);
         let width = self.0.weight_shape(table).1;
         let mut values = vec![0.0; ids.len() * width];
         self.0.read(out, &mut values);
@@ -68,8 +68,12 @@ impl<B: Backend> Backend for Faulty<B> {
         write(&self, buffer: &mut B::Buffer, values: &[f32]);
         read(&self, buffer: &B::Buffer, values: &mut [f32]);
         kv_copy_page(&self, pool: &mut B::KvPool, from: PageId, to: PageId);
-        rms_norm(&self, x: &B::Buffer, n_rows: usize, weight: &B::Buffer, eps: f32,
+        norm(&self, kind: NormKind, x: &B::Buffer, n_rows: usize, weight: &B::Buffer, eps: f32,
             out: &mut B::Buffer);
+        norm_in_place(&self, kind: NormKind, x: &mut B::Buffer, n_rows: usize, weight: &B::Buffer,
+            eps: f32);
+        norm_add(&self, kind: NormKind, x: &B::Buffer, n_rows: usize, weight: &B::Buffer, eps: f32,
+            y: &mut B::Buffer);
         layer_norm(&self, x: &mut B::Buffer, n_rows: usize, weight: &B::Buffer, bias: &B::Buffer,
             eps: f32);
         linear(&self, x: &B::Buffer, n_rows: usize, weight: &B::Weight, bias: Option<&B::Buffer>,
@@ -77,9 +81,11 @@ impl<B: Backend> Backend for Faulty<B> {
         linear_qkv(&self, x: &B::Buffer, n_rows: usize, weights: [&B::Weight; 3],
             biases: Option<[&B::Buffer; 3]>, outs: [&mut B::Buffer; 3]);
         linear_add(&self, x: &B::Buffer, n_rows: usize, weight: &B::Weight,
-            bias: Option<&B::Buffer>, y: &mut B::Buffer);
-        linear_silu_gate(&self, x: &B::Buffer, n_rows: usize, gate: &B::Weight, up: &B::Weight,
-            out: &mut B::Buffer);
+            bias: Option<&B::Buffer>, scale: f32, y: &mut B::Buffer);
+        linear_add_rows(&self, x: &B::Buffer, weight: &B::Weight, rows: &[u32], scales: &[f32],
+            y: &mut B::Buffer);
+        linear_gate(&self, x: &B::Buffer, n_rows: usize, gate: &B::Weight, up: &B::Weight,
+            activation: GateActivation, out: &mut B::Buffer);
         linear_gelu(&self, x: &B::Buffer, n_rows: usize, weight: &B::Weight, bias: &B::Buffer,
             out: &mut B::Buffer);
         rope(&self, x: &mut B::Buffer, n_heads: usize, head_dim: usize, positions: &[u32],
@@ -92,6 +98,7 @@ impl<B: Backend> Backend for Faulty<B> {
             spans: &[Span], out: &mut B::Buffer);
         gather_rows(&self, x: &B::Buffer, width: usize, rows: &[u32], out: &mut B::Buffer);
         add(&self, x: &mut B::Buffer, y: &B::Buffer, len: usize);
+        scale_and_cap(&self, x: &mut B::Buffer, len: usize, scale: f32, soft_cap: Option<f32>);
         mean_rows(&self, x: &B::Buffer, width: usize, spans: &[Span], out: &mut B::Buffer);
     }
 }
@@ -101,7 +108,9 @@ pub(crate) fn gguf() -> Gguf {
 }
 
 pub(crate) fn load<B: Backend>(backend: B) -> Loaded<B> {
-    prepare_generator(backend, &gguf(), "tiny", "0".repeat(64), &mut |_| {}).unwrap()
+    let who = Identity { name: "tiny".to_owned(), sha256: "0".repeat(64) };
+    let checkpoint = Checkpoint::Gguf(gguf());
+    prepare_generator(backend, &checkpoint, who, LoadOptions::default(), &mut |_| {}).unwrap()
 }
 
 /// f32 cache, so that nothing but the order of sums can differ between schedules.

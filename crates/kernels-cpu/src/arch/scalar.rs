@@ -150,6 +150,10 @@ impl Lanes for Scalar {
     fn add_i(self, a: [i32; 16], b: [i32; 16]) -> [i32; 16] {
         std::array::from_fn(|i| a[i] + b[i])
     }
+    #[inline(always)]
+    fn times_256(self, v: [i32; 16]) -> [i32; 16] {
+        v.map(|x| x << 8)
+    }
     #[inline(never)]
     fn nibbles(self, tile: &[u8; 256]) -> [[i32; 16]; 8] {
         let (lanes, _) = tile.as_chunks::<4>();

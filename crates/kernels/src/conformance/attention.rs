@@ -2,11 +2,13 @@
 //!
 //! **Bound.** A score errs by s = (D + 8) · u · scale · ‖q‖‖k‖, by Cauchy-Schwarz over the largest
 //! norms of the case; the eight stand for the scaling, the subtraction of the maximum and the
-//! argument of exp. A probability then errs by 2 (eˢ - 1) relative, plus 8 u for a kernel's own exp
+//! argument of exp. A soft cap does not magnify that, since |tanh'| <= 1; a kernel's own tanh and the
+//! operations around it err by 8 u of the cap more. A probability then errs by 2 (eˢ - 1) relative, plus 8 u for a kernel's own exp
 //! and its division, and the sums over S positions by S · u each: together `relative`, applied to
 //! Σ p|v|, which the reference computes from |v|.
 //!
-//! Cached values are rounded to half precision by one rule, so both sides see the same ones.
+//! Cached values are rounded to half precision, or to int8 as [`int8_scale`] says, by one rule, so
+//! both sides see the same ones; rounding lengthens a key by 2⁻¹¹ or by √D / 254 at most.
 
 use super::{ConformanceError, Suite, U, accepted, defined};
 use crate::reference::{Reference, ReferenceKvPool};
@@ -26,6 +28,21 @@ const HEADS: [(usize, usize, usize); 5] =
 const SEQUENCES: [(&[u32], usize, usize); 5] =
     [(&[7, 2, 5], 600, 1), (&[4], 0, 7), (&[1, 8], 254, 3), (&[6], 255, 1), (&[3, 0], 240, 33)];
 
+/// Soft caps and windows. Windows hold the row alone, end inside a tile of sixteen, fill some tiles,
+/// and cross page edges; the last is longer than most sequences.
+const MASKS: [(Option<f32>, Option<usize>); 7] = [
+    (None, None),
+    (Some(2.5), None),
+    (None, Some(1)),
+    (None, Some(7)),
+    (None, Some(32)),
+    (Some(30.0), Some(100)),
+    (None, Some(300)),
+];
+
+/// A page that no pool has, for pages that no row sees.
+const NO_PAGE: PageId = PageId(u32::MAX);
+
 /// The pools of one case.
 struct Pools<P> {
     tested: P,
@@ -39,12 +56,20 @@ impl<B: Backend> Suite<'_, B> {
     pub(super) fn attention(&mut self) -> Result<(), ConformanceError> {
         for (n_heads, n_kv_heads, head_dim) in HEADS {
             let scale = 1.0 / (head_dim as f32).sqrt();
-            let shape = AttentionShape { n_heads, n_kv_heads, head_dim, scale };
-            for dtype in [KvDtype::F32, KvDtype::F16] {
+            for (soft_cap, window) in MASKS {
+                let shape =
+                    AttentionShape { n_heads, n_kv_heads, head_dim, scale, soft_cap, window };
                 // With queries twenty times as large one position takes nearly all the weight, and
                 // exp without the subtraction of the maximum overflows.
-                for deviation in [1.0, 20.0] {
-                    self.attention_case(shape, dtype, deviation)?;
+                let deviations: &[f32] = match (soft_cap, window) {
+                    (None, None) => &[1.0, 20.0],
+                    (Some(_), _) => &[20.0],
+                    (None, Some(_)) => &[1.0],
+                };
+                for dtype in [KvDtype::F32, KvDtype::F16, KvDtype::Int8] {
+                    for &deviation in deviations {
+                        self.attention_case(shape, dtype, deviation)?;
+                    }
                 }
             }
         }
@@ -57,17 +82,19 @@ impl<B: Backend> Suite<'_, B> {
         dtype: KvDtype,
         deviation: f32,
     ) -> Result<(), ConformanceError> {
-        let AttentionShape { n_heads, n_kv_heads, head_dim, .. } = shape;
-        let case = format!(
-            "attention {dtype:?} cache, H={n_heads} K={n_kv_heads} D={head_dim}, queries x{deviation}"
-        );
+        let AttentionShape { n_heads, n_kv_heads, head_dim, window, .. } = shape;
+        let case = format!("attention {dtype:?} cache, {}, queries x{deviation}", label(shape));
         let kv_shape =
             KvShape { n_layers: N_LAYERS, n_kv_heads, head_dim, n_pages: N_PAGES, dtype };
         let tables: Vec<Vec<PageId>> = SEQUENCES
             .iter()
-            .map(|(pages, ..)| pages.iter().map(|&p| PageId(p)).collect())
+            .map(|&(pages, first_position, _)| {
+                let unseen = first_seen(first_position, window) / PAGE_TOKENS;
+                let page = |(i, &page)| if i < unseen { NO_PAGE } else { PageId(page) };
+                pages.iter().enumerate().map(page).collect()
+            })
             .collect();
-        let mut pools = self.filled_pools(&case, kv_shape)?;
+        let mut pools = self.filled_pools(&case, kv_shape, window)?;
         for layer in 0..N_LAYERS {
             self.next_case();
             let mut spans = Vec::new();
@@ -93,8 +120,10 @@ impl<B: Backend> Suite<'_, B> {
         self.backend.kv_copy_page(&mut pools.tested, PageId(5), PageId(3));
         Reference.kv_copy_page(&mut pools.reference, PageId(5), PageId(3));
         Reference.kv_copy_page(&mut pools.magnitudes, PageId(5), PageId(3));
-        let pages = [PageId(7), PageId(2), PageId(3)];
-        let span = AttentionSpan { first_row: 0, n_rows: 1, first_position: 590, pages: &pages };
+        let mut pages = tables[0].clone();
+        pages[2] = PageId(3);
+        let first_position = SEQUENCES[0].1;
+        let span = AttentionSpan { first_row: 0, n_rows: 1, first_position, pages: &pages };
         let q = self.random.normals(n_heads * head_dim, 0.0, deviation);
         for layer in 0..N_LAYERS {
             let case = format!("{case}, layer {layer} after kv_copy_page");
@@ -127,12 +156,13 @@ impl<B: Backend> Suite<'_, B> {
         self.check(case, &out, &expected, |i| relative * f64::from(reach[i]))
     }
 
-    /// Pools with every position of [`SEQUENCES`] written, a few rows a call, and NaN in the other
-    /// slots of their last pages.
+    /// Pools with every position of [`SEQUENCES`] written, a few rows a call, and NaN in those that
+    /// no row sees: before the first row's window and behind the last row.
     fn filled_pools(
         &mut self,
         case: &str,
         shape: KvShape,
+        window: Option<usize>,
     ) -> Result<Pools<B::KvPool>, ConformanceError> {
         let mut pools = Pools {
             tested: accepted(case, self.backend.kv_pool(shape))?,
@@ -142,7 +172,7 @@ impl<B: Backend> Suite<'_, B> {
         };
         let width = shape.n_kv_heads * shape.head_dim;
         for (pages, first_position, n_rows) in SEQUENCES {
-            let n_seen = first_position + n_rows;
+            let seen = first_seen(first_position, window)..first_position + n_rows;
             let slots: Vec<KvSlot> = (0..pages.len() * PAGE_TOKENS)
                 .map(|position| KvSlot {
                     page: PageId(pages[position / PAGE_TOKENS]),
@@ -151,10 +181,17 @@ impl<B: Backend> Suite<'_, B> {
                 .collect();
             for layer in 0..shape.n_layers {
                 let mut position = 0;
-                for slots in slots[..n_seen].chunks(37).chain(slots[n_seen..].chunks(64)) {
-                    let (k, v) = if position < n_seen {
+                let parts = [0..seen.start, seen.clone(), seen.end..slots.len()];
+                for slots in parts.into_iter().flat_map(|part| slots[part].chunks(37)) {
+                    let (k, v) = if seen.contains(&position) {
                         let k = self.random.normals(slots.len() * width, 0.0, 1.0);
-                        pools.key_norm = pools.key_norm.max(norm(&k, shape.head_dim));
+                        let lengthened = match shape.dtype {
+                            KvDtype::F32 => 1.0,
+                            KvDtype::F16 => 1.001,
+                            KvDtype::Int8 => 1.001 + (shape.head_dim as f64).sqrt() / 254.0,
+                        };
+                        let key_norm = lengthened * norm(&k, shape.head_dim);
+                        pools.key_norm = pools.key_norm.max(key_norm);
                         (k, self.random.normals(slots.len() * width, 0.0, 1.0))
                     } else {
                         (vec![f32::NAN; slots.len() * width], vec![f32::NAN; slots.len() * width])
@@ -179,12 +216,11 @@ impl<B: Backend> Suite<'_, B> {
         let n_rows = 48;
         for (n_heads, n_kv_heads, head_dim) in HEADS {
             let scale = 1.0 / (head_dim as f32).sqrt();
-            let shape = AttentionShape { n_heads, n_kv_heads, head_dim, scale };
-            for deviation in [1.0, 20.0] {
+            for (soft_cap, deviation) in [(None, 1.0), (None, 20.0), (Some(2.5), 20.0)] {
+                let shape =
+                    AttentionShape { n_heads, n_kv_heads, head_dim, scale, soft_cap, window: None };
                 self.next_case();
-                let case = format!(
-                    "attention_full H={n_heads} K={n_kv_heads} D={head_dim}, queries x{deviation}"
-                );
+                let case = format!("attention_full {}, queries x{deviation}", label(shape));
                 let q = self.random.normals(n_rows * n_heads * head_dim, 0.0, deviation);
                 let kv_len = n_rows * n_kv_heads * head_dim;
                 let k = self.random.normals(kv_len, 0.0, 1.0);
@@ -211,11 +247,28 @@ impl<B: Backend> Suite<'_, B> {
     }
 }
 
+/// The first position that the row at `first_position` sees.
+fn first_seen(first_position: usize, window: Option<usize>) -> usize {
+    window.map_or(0, |window| (first_position + 1).saturating_sub(window))
+}
+
+fn label(shape: AttentionShape) -> String {
+    let AttentionShape { n_heads, n_kv_heads, head_dim, soft_cap, window, .. } = shape;
+    let mut text = format!("H={n_heads} K={n_kv_heads} D={head_dim}");
+    if let Some(cap) = soft_cap {
+        text += &format!(" cap={cap}");
+    }
+    if let Some(window) = window {
+        text += &format!(" window={window}");
+    }
+    text
+}
+
 /// `relative` of the file header.
 fn relative_bound(shape: AttentionShape, n_seen: usize, q_norm: f64, k_norm: f64) -> f64 {
-    // Half precision lengthens a key by 2⁻¹¹ at most.
-    let reach = f64::from(shape.scale) * q_norm * k_norm * 1.001;
-    let score_error = (shape.head_dim + 8) as f64 * U * reach;
+    let reach = f64::from(shape.scale) * q_norm * k_norm;
+    let capped = 8.0 * U * shape.soft_cap.map_or(0.0, f64::from);
+    let score_error = (shape.head_dim + 8) as f64 * U * reach + capped;
     2.0 * score_error.exp_m1() + (2 * n_seen + 16) as f64 * U
 }
 

@@ -8,8 +8,9 @@
 //! **Int8 bound.** Rounding to a grid of step d = max|x| / 127 per 32 activations moves each by at
 //! most d/2, so the product moves by Σ|wᵢ| · dᵢ/2; computing d in f32 adds less than 1/1000 of it.
 //!
-//! **Behind the product.** |silu'| < 1.1 and |gelu'| < 1.13 carry a product's bound through; a
-//! kernel's own exp may err by 16 u relative and its erf by 4 u absolute.
+//! **Behind the product.** |silu'| < 1.1 and |gelu'| < 1.13, exact or by tanh, carry a product's bound
+//! through; a kernel's own exp may err by 16 u relative, its erf by 4 u absolute and its gelu by
+//! tanh by 4 u |x|. A scale multiplies the bound and rounds once.
 //!
 //! Every bound has `f32::MIN_POSITIVE` per summand on top, so that denormals may be flushed.
 
@@ -17,7 +18,7 @@ use exrail_tensor::{DType, quantize};
 
 use super::{ConformanceError, ROW_COUNTS, Suite, U, accepted, defined};
 use crate::reference::{Reference, ReferenceWeight};
-use crate::{Activation, Backend, TokenId, WeightView};
+use crate::{Activation, Backend, GateActivation, InputRounding, TokenId, WeightView};
 
 /// Activations that share one int8 scale.
 const INT8_RUN: usize = 32;
@@ -48,9 +49,11 @@ impl<B: Backend> Suite<'_, B> {
                     self.plain_linear(dtype, rows, columns, n_rows)?;
                     self.linear_add(dtype, rows, columns, n_rows)?;
                     self.linear_qkv(dtype, rows, columns, n_rows)?;
-                    self.linear_silu_gate(dtype, rows, columns, n_rows)?;
+                    self.linear_add_rows(dtype, rows, columns, n_rows)?;
+                    self.linear_gate(GateActivation::Silu, dtype, (rows, columns), n_rows)?;
                     self.linear_gelu(dtype, rows, columns, n_rows)?;
                 }
+                self.linear_gate(GateActivation::GeluTanh, dtype, (rows, columns), 7)?;
             }
         }
         Ok(())
@@ -60,11 +63,16 @@ impl<B: Backend> Suite<'_, B> {
         self.next_case();
         let table = self.pair("embed", dtype, rows, columns)?;
         let ids: Vec<TokenId> = (0..9).map(|_| TokenId(self.random.below(rows) as u32)).collect();
-        let mut out = self.output(&table.case, ids.len() * columns)?;
-        self.backend.embed(&table.tested, &ids, &mut out);
-        let expected = defined(ids.len() * columns, |r, out| r.embed(&table.reference, &ids, out));
-        let spreads = defined(ids.len() * columns, |r, out| r.embed(&table.spreads, &ids, out));
-        self.check(&table.case, &out, &expected, |i| 2.0 * U * f64::from(spreads[i]))
+        let len = ids.len() * columns;
+        for scale in [1.0, 25.3] {
+            let mut out = self.output(&table.case, len)?;
+            self.backend.embed(&table.tested, &ids, scale, &mut out);
+            let expected = defined(len, |r, out| r.embed(&table.reference, &ids, scale, out));
+            let spreads = defined(len, |r, out| r.embed(&table.spreads, &ids, scale, out));
+            let case = format!("{} scale={scale}", table.case);
+            self.check(&case, &out, &expected, |i| 3.0 * U * f64::from(spreads[i]))?;
+        }
+        Ok(())
     }
 
     fn plain_linear(
@@ -112,19 +120,65 @@ impl<B: Backend> Suite<'_, B> {
         let x_tested = self.upload(&case, &x)?;
         let bias_tested = self.upload(&case, &bias)?;
         let bound = self.product_bound(&x, n_rows, &weight);
-        for (label, bias, bias_tested) in
-            [("no bias", None, None), ("bias", Some(&bias), Some(&bias_tested))]
-        {
+        for (label, bias, bias_tested, scale) in [
+            ("no bias", None, None, 1.0),
+            ("bias", Some(&bias), Some(&bias_tested), 1.0),
+            ("bias and scale", Some(&bias), Some(&bias_tested), -0.22),
+        ] {
             let mut sum = self.upload(&case, &y)?;
-            self.backend.linear_add(&x_tested, n_rows, &weight.tested, bias_tested, &mut sum);
+            let (tested, reference) = (&weight.tested, &weight.reference);
+            self.backend.linear_add(&x_tested, n_rows, tested, bias_tested, scale, &mut sum);
             let mut expected = y.clone();
-            Reference.linear_add(&x, n_rows, &weight.reference, bias, &mut expected);
+            Reference.linear_add(&x, n_rows, reference, bias, scale, &mut expected);
             let case = format!("{case} {label}");
             self.check(&case, &sum, &expected, |i| {
-                bound[i] + 2.0 * U * (magnitude(bias, i) + f64::from(y[i].abs()))
+                scaled_bound(scale, bound[i] + 2.0 * U * magnitude(bias, i))
+                    + 2.0 * U * f64::from(y[i].abs())
             })?;
         }
         Ok(())
+    }
+
+    /// What an expert adds to some rows, in no order; the others must stay as they are.
+    fn linear_add_rows(
+        &mut self,
+        dtype: DType,
+        rows: usize,
+        columns: usize,
+        n_rows: usize,
+    ) -> Result<(), ConformanceError> {
+        self.next_case();
+        let weight = self.pair("linear_add_rows", dtype, rows, columns)?;
+        let case = format!("{} T={n_rows}", weight.case);
+        // A shuffled part of 2 T rows (Fisher and Yates).
+        let mut targets: Vec<u32> = (0..2 * n_rows as u32).collect();
+        for i in (1..targets.len()).rev() {
+            targets.swap(i, self.random.below(i + 1));
+        }
+        targets.truncate(n_rows);
+        let mut scales = self.random.normals(n_rows, 0.0, 1.0);
+        scales[0] = 0.0;
+        let x = self.random.activations(n_rows, columns);
+        let y = self.random.normals(2 * n_rows * rows, 0.0, 10.0);
+        let x_tested = self.upload(&case, &x)?;
+        let mut sum = self.upload(&case, &y)?;
+        self.backend.linear_add_rows(&x_tested, &weight.tested, &targets, &scales, &mut sum);
+        let mut expected = y.clone();
+        Reference.linear_add_rows(&x, &weight.reference, &targets, &scales, &mut expected);
+        let bound = self.product_bound(&x, n_rows, &weight);
+        let mut bounds = vec![0.0; y.len()];
+        for (i, (&target, &scale)) in targets.iter().zip(&scales).enumerate() {
+            for n in 0..rows {
+                let at = target as usize * rows + n;
+                bounds[at] =
+                    scaled_bound(scale, bound[i * rows + n]) + 2.0 * U * f64::from(y[at].abs());
+            }
+        }
+        self.check(&case, &sum, &expected, |i| bounds[i])?;
+
+        let mut same = self.upload(&case, &y)?;
+        self.backend.linear_add_rows(&x_tested, &weight.tested, &[], &[], &mut same);
+        self.check(&format!("{case} no rows"), &same, &y, |_| 0.0)
     }
 
     fn linear_qkv(
@@ -168,34 +222,42 @@ impl<B: Backend> Suite<'_, B> {
         Ok(())
     }
 
-    fn linear_silu_gate(
+    fn linear_gate(
         &mut self,
+        activation: GateActivation,
         dtype: DType,
-        rows: usize,
-        columns: usize,
+        (rows, columns): (usize, usize),
         n_rows: usize,
     ) -> Result<(), ConformanceError> {
         self.next_case();
-        let gate = self.pair("linear_silu_gate", dtype, rows, columns)?;
-        let up = self.pair("linear_silu_gate", dtype, rows, columns)?;
+        let op = format!("linear_gate {activation:?}");
+        let gate = self.pair(&op, dtype, rows, columns)?;
+        let up = self.pair(&op, dtype, rows, columns)?;
         let case = format!("{} T={n_rows}", gate.case);
         let x = self.random.activations(n_rows, columns);
         let x_tested = self.upload(&case, &x)?;
         let len = n_rows * rows;
         let mut out = self.output(&case, len)?;
-        self.backend.linear_silu_gate(&x_tested, n_rows, &gate.tested, &up.tested, &mut out);
+        self.backend.linear_gate(&x_tested, n_rows, &gate.tested, &up.tested, activation, &mut out);
         let expected = defined(len, |r, out| {
-            r.linear_silu_gate(&x, n_rows, &gate.reference, &up.reference, out);
+            r.linear_gate(&x, n_rows, &gate.reference, &up.reference, activation, out);
         });
         let gates = defined(len, |r, out| r.linear(&x, n_rows, &gate.reference, None, out));
         let ups = defined(len, |r, out| r.linear(&x, n_rows, &up.reference, None, out));
         let gate_bound = self.product_bound(&x, n_rows, &gate);
         let up_bound = self.product_bound(&x, n_rows, &up);
+        let (slope, own) = match activation {
+            GateActivation::Silu => (1.1, 0.0),
+            GateActivation::GeluTanh => (1.13, 4.0 * U),
+        };
         self.check(&case, &out, &expected, |i| {
-            // |silu(g)| <= |g|, which spares a second formula for silu here.
+            // |f(g)| <= |g| for both, which spares a second formula here.
             let (g, u) = (f64::from(gates[i].abs()), f64::from(ups[i].abs()));
-            let moved = 1.1 * gate_bound[i] * (u + up_bound[i]) + g * up_bound[i];
-            moved + 16.0 * U * f64::from(expected[i].abs()) + f64::from(f32::MIN_POSITIVE)
+            let moved = slope * gate_bound[i] * (u + up_bound[i]) + g * up_bound[i];
+            moved
+                + own * g * (u + up_bound[i])
+                + 16.0 * U * f64::from(expected[i].abs())
+                + f64::from(f32::MIN_POSITIVE)
         })
     }
 
@@ -242,7 +304,8 @@ impl<B: Backend> Suite<'_, B> {
             values[columns..2 * columns].fill(0.0);
         }
         let bytes = quantize(dtype, &values).expect("the sizes above are whole blocks");
-        let view = WeightView { name: &case, dtype, rows, columns, bytes: &bytes };
+        let rounding = self.next_rounding();
+        let view = WeightView { name: &case, dtype, rows, columns, bytes: &bytes, rounding };
         let tested = accepted(&case, self.backend.weight(&view))?;
         let found = self.backend.weight_shape(&tested);
         if found != (rows, columns) {
@@ -261,6 +324,15 @@ impl<B: Backend> Suite<'_, B> {
         let magnitudes = f32_weight(rows, columns, &magnitudes);
         let spreads = f32_weight(rows, columns, &spreads);
         Ok(Pair { case, rows, columns, tested, reference, magnitudes, spreads })
+    }
+
+    /// Each in turn, two cases long, so that both meet buffers with and without a tail.
+    fn next_rounding(&self) -> InputRounding {
+        if (self.n_cases / 2).is_multiple_of(2) {
+            InputRounding::Once
+        } else {
+            InputRounding::Twice
+        }
     }
 
     /// How far each value of `x Wᵀ` may lie from the reference, `(T, N)`.
@@ -295,11 +367,18 @@ impl<B: Backend> Suite<'_, B> {
 
 fn f32_weight(rows: usize, columns: usize, values: &[f32]) -> ReferenceWeight {
     let bytes = quantize(DType::F32, values).expect("f32 has no blocks");
-    let view = WeightView { name: "bound", dtype: DType::F32, rows, columns, bytes: &bytes };
+    let rounding = InputRounding::Twice;
+    let view =
+        WeightView { name: "bound", dtype: DType::F32, rows, columns, bytes: &bytes, rounding };
     Reference.weight(&view).expect("the bytes were made for this shape")
 }
 
 /// |bias| behind output `index`.
 fn magnitude(bias: Option<&Vec<f32>>, index: usize) -> f64 {
     bias.map_or(0.0, |bias| f64::from(bias[index % bias.len()].abs()))
+}
+
+/// The bound of a value that is multiplied by `scale`, and how far that may round.
+fn scaled_bound(scale: f32, bound: f64) -> f64 {
+    f64::from(scale.abs()) * bound + f64::from(f32::MIN_POSITIVE)
 }

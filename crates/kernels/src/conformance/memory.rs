@@ -1,9 +1,11 @@
-//! Buffers, refusals, and the operations that move or add rows. All but the mean are exact.
+//! Buffers, refusals, and the operations that move, add or scale rows. All but the mean and the cap
+//! are exact or round once.
 
 use exrail_tensor::DType;
 
 use super::{ConformanceError, ROW_COUNTS, Suite, U, accepted, defined};
-use crate::{Backend, KernelError, Span, WeightView};
+use crate::reference::Reference;
+use crate::{Backend, InputRounding, KernelError, Span, WeightView};
 
 impl<B: Backend> Suite<'_, B> {
     /// Buffers start zeroed and keep what is written; malformed weights are refused.
@@ -35,6 +37,9 @@ impl<B: Backend> Suite<'_, B> {
                 self.mean_rows(n_rows, width)?;
             }
         }
+        for len in [1, 15, 16, 17, 100, 50_003] {
+            self.scale_and_cap(len)?;
+        }
         Ok(())
     }
 
@@ -48,7 +53,8 @@ impl<B: Backend> Suite<'_, B> {
         right: impl Fn(&KernelError) -> bool,
     ) -> Result<(), ConformanceError> {
         let bytes = vec![0; len_bytes];
-        let view = WeightView { name: case, dtype, rows, columns, bytes: &bytes };
+        let rounding = InputRounding::Once;
+        let view = WeightView { name: case, dtype, rows, columns, bytes: &bytes, rounding };
         match self.backend.weight(&view) {
             Ok(_) => Err(ConformanceError::Accepted {
                 case: case.to_owned(),
@@ -97,5 +103,28 @@ impl<B: Backend> Suite<'_, B> {
         let expected = defined(len, |r, out| r.mean_rows(&x, width, &spans, out));
         let reach = defined(len, |r, out| r.mean_rows(&magnitudes, width, &spans, out));
         self.check(&case, &out, &expected, |i| (n_rows + 2) as f64 * U * f64::from(reach[i]))
+    }
+    /// The scaling rounds once. A kernel's own tanh errs by 4 u relative, the division and the
+    /// product around it by u each, and tanh does not magnify the relative error of its argument.
+    fn scale_and_cap(&mut self, len: usize) -> Result<(), ConformanceError> {
+        for (scale, cap) in [(1.0, None), (0.0625, None), (0.3, Some(30.0)), (1.0, Some(0.5))] {
+            self.next_case();
+            let case = format!("scale_and_cap len={len} scale={scale} cap={cap:?}");
+            // From where tanh is its argument to where it is one.
+            let mut x = self.random.normals(len, 0.0, 100.0);
+            for (i, x) in x.iter_mut().enumerate() {
+                *x *= [1.0, 0.1, 1e-3, 1e-6][i % 4];
+            }
+            if len > 1 {
+                x[len / 2] = f32::NAN;
+            }
+            let mut tested = self.upload(&case, &x)?;
+            self.backend.scale_and_cap(&mut tested, len, scale, cap);
+            let mut expected = x;
+            Reference.scale_and_cap(&mut expected, len, scale, cap);
+            let relative = if cap.is_some() { 8.0 * U } else { U };
+            self.check(&case, &tested, &expected, |i| relative * f64::from(expected[i].abs()))?;
+        }
+        Ok(())
     }
 }

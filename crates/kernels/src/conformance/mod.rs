@@ -100,7 +100,7 @@ pub enum ConformanceError {
 /// Runs every operation of `backend` against the reference; `activation` says how the backend under
 /// test treats the activations of its matrix products.
 ///
-/// The inputs are the same in every run. About two seconds on one core with the reference
+/// The inputs are the same in every run. About five seconds on one core with the reference
 /// under test, optimised.
 ///
 /// # Errors
@@ -147,7 +147,8 @@ impl<B: Backend> Suite<'_, B> {
         self.upload(case, &vec![f32::NAN; len])
     }
 
-    /// Compares the head of `buffer` with the reference and its tail with NaN.
+    /// Compares the head of `buffer` with the reference, where NaN must stay NaN, and its tail with
+    /// NaN.
     fn check(
         &self,
         case: &str,
@@ -160,6 +161,9 @@ impl<B: Backend> Suite<'_, B> {
         self.backend.read(buffer, &mut found);
         let device = || self.backend.name();
         for (index, (&expected, &found)) in expected.iter().zip(&found).enumerate() {
+            if expected.is_nan() && found.is_nan() {
+                continue;
+            }
             let bound = bound(index);
             let distance = (f64::from(expected) - f64::from(found)).abs();
             if distance.is_nan() || distance > bound {

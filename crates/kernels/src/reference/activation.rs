@@ -1,7 +1,17 @@
-//! Activation functions in f64: silu, and gelu by the error function.
+//! Activation functions in f64: silu, gelu by the error function and by tanh, the soft cap.
+
+use crate::GateActivation;
+
+/// The activation of a gate.
+pub(super) fn gate(activation: GateActivation, x: f64) -> f64 {
+    match activation {
+        GateActivation::Silu => silu(x),
+        GateActivation::GeluTanh => gelu_tanh(x),
+    }
+}
 
 /// silu(x) = x / (1 + e^-x) (Elfwing et al. 2018, arXiv:1702.03118).
-pub(super) fn silu(x: f64) -> f64 {
+fn silu(x: f64) -> f64 {
     x / (1.0 + (-x).exp())
 }
 
@@ -9,6 +19,21 @@ pub(super) fn silu(x: f64) -> f64 {
 /// tanh approximation: BERT checkpoints with `hidden_act: gelu` were trained with this one.
 pub(super) fn gelu(x: f64) -> f64 {
     0.5 * x * (1.0 + erf(x * std::f64::consts::FRAC_1_SQRT_2))
+}
+
+/// The approximation of [`gelu`] by tanh (same paper, §2), which Gemma checkpoints were trained
+/// with.
+fn gelu_tanh(x: f64) -> f64 {
+    let inner = (2.0 / std::f64::consts::PI).sqrt() * (x + 0.044_715 * x * x * x);
+    0.5 * x * (1.0 + inner.tanh())
+}
+
+/// cap · tanh(x / cap), or x without a cap (Gemma Team 2024, arXiv:2408.00118, §2).
+pub(super) fn soft_cap(x: f64, cap: Option<f32>) -> f64 {
+    match cap {
+        Some(cap) => f64::from(cap) * (x / f64::from(cap)).tanh(),
+        None => x,
+    }
 }
 
 /// The error function, within 1e-14.
@@ -57,6 +82,30 @@ mod tests {
             assert!((erf(x) - expected).abs() < 1e-14, "erf({x}) = {}", erf(x));
             assert!((erf(-x) + expected).abs() < 1e-14);
         }
+    }
+
+    #[test]
+    fn gelu_by_tanh_agrees_with_published_digits() {
+        // PyTorch's documentation gives the formula; the digits are from Python's math.tanh.
+        let table = [
+            (0.0, 0.0),
+            (0.5, 0.345_714_009_825_143_9),
+            (1.0, 0.841_191_990_608_276_8),
+            (-2.0, -0.045_402_305_912_224_9),
+        ];
+        for (x, expected) in table {
+            assert!((gelu_tanh(x) - expected).abs() < 1e-14, "{}", gelu_tanh(x));
+        }
+        assert_eq!(gelu_tanh(-200.0), 0.0);
+        assert_eq!(gelu_tanh(200.0), 200.0);
+    }
+
+    #[test]
+    fn a_soft_cap_bounds_and_keeps_small_values() {
+        assert_eq!(soft_cap(1e9, Some(30.0)), 30.0);
+        assert_eq!(soft_cap(-1e9, Some(30.0)), -30.0);
+        assert_eq!(soft_cap(1e9, None), 1e9);
+        assert!((soft_cap(1e-3, Some(30.0)) - 1e-3).abs() < 1e-12);
     }
 
     #[test]

@@ -3,11 +3,11 @@
 use half::f16;
 
 use super::zeroed;
-use crate::{KernelError, KvDtype, KvShape, KvSlot, PAGE_TOKENS, PageId};
+use crate::{KernelError, KvDtype, KvShape, KvSlot, PAGE_TOKENS, PageId, int8_scale};
 
-/// Keys and values of all pages, `(page, layer, offset, K * D)` each, held as f32; a pool of
-/// [`KvDtype::F16`] rounds each value to half precision (to nearest, ties to even) when it is
-/// written.
+/// Keys and values of all pages, `(page, layer, offset, K * D)` each, held as f32. They are rounded
+/// when they are written: in a pool of [`KvDtype::F16`] each value to half precision (to nearest,
+/// ties to even), in one of [`KvDtype::Int8`] each head of a row as [`int8_scale`] says.
 #[derive(Clone, Debug)]
 pub struct ReferenceKvPool {
     shape: KvShape,
@@ -42,12 +42,14 @@ impl ReferenceKvPool {
 
     /// See [`crate::Backend::kv_write`].
     pub(super) fn write(&mut self, layer: usize, k: &[f32], v: &[f32], slots: &[KvSlot]) {
-        let width = self.row_len();
+        let (width, head_dim) = (self.row_len(), self.shape.head_dim);
         for (t, slot) in slots.iter().enumerate() {
             let start = self.row_start(layer, slot.page, slot.offset as usize);
-            for c in 0..width {
-                self.keys[start + c] = self.stored(k[t * width + c]);
-                self.values[start + c] = self.stored(v[t * width + c]);
+            for c in (0..width).step_by(head_dim) {
+                let (from, to) = (t * width + c, start + c);
+                let (k, v) = (&k[from..from + head_dim], &v[from..from + head_dim]);
+                store(self.shape.dtype, k, &mut self.keys[to..to + head_dim]);
+                store(self.shape.dtype, v, &mut self.values[to..to + head_dim]);
             }
         }
     }
@@ -77,11 +79,47 @@ impl ReferenceKvPool {
         assert!(page < self.shape.n_pages, "page {page} of {}", self.shape.n_pages);
         ((page * self.shape.n_layers + layer) * PAGE_TOKENS + offset) * self.row_len()
     }
+}
 
-    fn stored(&self, value: f32) -> f32 {
-        match self.shape.dtype {
-            KvDtype::F32 => value,
-            KvDtype::F16 => f16::from_f32(value).to_f32(),
+/// Rounds one key or value.
+fn store(dtype: KvDtype, x: &[f32], out: &mut [f32]) {
+    match dtype {
+        KvDtype::F32 => out.copy_from_slice(x),
+        KvDtype::F16 => {
+            for (out, &x) in out.iter_mut().zip(x) {
+                *out = f16::from_f32(x).to_f32();
+            }
+        }
+        KvDtype::Int8 => {
+            let (factor, scale) = int8_scale(x);
+            for (out, &x) in out.iter_mut().zip(x) {
+                *out = scale * (factor * x).round_ties_even();
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn int8_moves_a_value_by_half_a_step_at_most_and_keeps_faults() {
+        let x: Vec<f32> = (0..100).map(|i| (i as f32 * 0.7).sin() * 3.0).collect();
+        let mut stored = vec![0.0; x.len()];
+        store(KvDtype::Int8, &x, &mut stored);
+        let largest = x.iter().fold(0.0_f32, |most, x| most.max(x.abs()));
+        for (x, stored) in x.iter().zip(&stored) {
+            assert!((x - stored).abs() <= largest / 254.0 * 1.0001, "{x} became {stored}");
+        }
+        assert!(stored.iter().any(|stored| stored.abs() >= largest * 0.9999));
+
+        let mut stored = [1.0; 3];
+        store(KvDtype::Int8, &[0.0, -0.0, 1e-36], &mut stored);
+        assert_eq!(stored, [0.0; 3]);
+        for fault in [f32::NAN, f32::INFINITY] {
+            store(KvDtype::Int8, &[0.0, fault, 1.0], &mut stored);
+            assert!(stored.iter().all(|x| x.is_nan()));
         }
     }
 }

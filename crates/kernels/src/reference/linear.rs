@@ -1,7 +1,8 @@
 //! Matrix products `x Wᵀ` and what is fused behind them.
 
 use super::ReferenceWeight;
-use super::activation::{gelu, silu};
+use super::activation::{gate as activated, gelu};
+use crate::GateActivation;
 
 /// See [`crate::Backend::linear`].
 pub(super) fn linear(
@@ -20,9 +21,29 @@ pub(super) fn linear_add(
     n_rows: usize,
     weight: &ReferenceWeight,
     bias: Option<&Vec<f32>>,
+    scale: f32,
     y: &mut [f32],
 ) {
-    products(x, n_rows, weight, bias, y, |before, product| (f64::from(before) + product) as f32);
+    products(x, n_rows, weight, bias, y, |before, product| {
+        (f64::from(before) + f64::from(scale) * product) as f32
+    });
+}
+
+/// See [`crate::Backend::linear_add_rows`].
+pub(super) fn linear_add_rows(
+    x: &[f32],
+    weight: &ReferenceWeight,
+    rows: &[u32],
+    scales: &[f32],
+    y: &mut [f32],
+) {
+    assert_eq!(rows.len(), scales.len(), "one scale a row");
+    let (width, columns) = (weight.rows, weight.columns);
+    for (i, (&row, &scale)) in rows.iter().zip(scales).enumerate() {
+        let x = &x[i * columns..(i + 1) * columns];
+        let y = &mut y[row as usize * width..(row as usize + 1) * width];
+        linear_add(x, 1, weight, None, scale, y);
+    }
 }
 
 /// See [`crate::Backend::linear_gelu`].
@@ -36,12 +57,13 @@ pub(super) fn linear_gelu(
     products(x, n_rows, weight, Some(bias), out, |_, product| gelu(product) as f32);
 }
 
-/// See [`crate::Backend::linear_silu_gate`].
-pub(super) fn linear_silu_gate(
+/// See [`crate::Backend::linear_gate`].
+pub(super) fn linear_gate(
     x: &[f32],
     n_rows: usize,
     gate: &ReferenceWeight,
     up: &ReferenceWeight,
+    activation: GateActivation,
     out: &mut [f32],
 ) {
     assert_eq!((gate.rows, gate.columns), (up.rows, up.columns), "gate and up have one shape");
@@ -49,7 +71,7 @@ pub(super) fn linear_silu_gate(
         for n in 0..gate.rows {
             let g = dot(row(x, t, gate.columns), row(&gate.values, n, gate.columns));
             let u = dot(row(x, t, up.columns), row(&up.values, n, up.columns));
-            out[t * gate.rows + n] = (silu(g) * u) as f32;
+            out[t * gate.rows + n] = (activated(activation, g) * u) as f32;
         }
     }
 }

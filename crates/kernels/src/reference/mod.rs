@@ -3,8 +3,8 @@
 //!
 //! Values are f32 in memory. Sums (dot products, means, variances, softmax) run in f64 and are
 //! rounded to f32 once, so the reference's own error is half an ulp of the result and the bounds
-//! of [`crate::conformance`] belong to the backend under test alone. Angles, exponentials and erf
-//! are taken in f64 as well.
+//! of [`crate::conformance`] belong to the backend under test alone. Angles, exponentials, erf
+//! and tanh are taken in f64 as well.
 
 mod activation;
 mod attention;
@@ -19,8 +19,8 @@ use exrail_tensor::{DType, dequantize};
 pub use kv::ReferenceKvPool;
 
 use crate::{
-    AttentionShape, AttentionSpan, Backend, KernelError, KvShape, KvSlot, PageId, Rope, Span,
-    TokenId, WeightView,
+    AttentionShape, AttentionSpan, Backend, GateActivation, KernelError, KvShape, KvSlot, NormKind,
+    PageId, Rope, Span, TokenId, WeightView,
 };
 
 /// The scalar backend.
@@ -91,19 +91,43 @@ impl Backend for Reference {
         pool.copy_page(from, to);
     }
 
-    fn embed(&self, table: &Self::Weight, ids: &[TokenId], out: &mut Self::Buffer) {
-        rows::embed(table, ids, out);
+    fn embed(&self, table: &Self::Weight, ids: &[TokenId], scale: f32, out: &mut Self::Buffer) {
+        rows::embed(table, ids, scale, out);
     }
 
-    fn rms_norm(
+    fn norm(
         &self,
+        kind: NormKind,
         x: &Self::Buffer,
         n_rows: usize,
         weight: &Self::Buffer,
         eps: f32,
         out: &mut Self::Buffer,
     ) {
-        norm::rms_norm(x, n_rows, weight, eps, out);
+        norm::norm(kind, x, n_rows, weight, eps, out);
+    }
+
+    fn norm_in_place(
+        &self,
+        kind: NormKind,
+        x: &mut Self::Buffer,
+        n_rows: usize,
+        weight: &Self::Buffer,
+        eps: f32,
+    ) {
+        norm::norm_in_place(kind, x, n_rows, weight, eps);
+    }
+
+    fn norm_add(
+        &self,
+        kind: NormKind,
+        x: &Self::Buffer,
+        n_rows: usize,
+        weight: &Self::Buffer,
+        eps: f32,
+        y: &mut Self::Buffer,
+    ) {
+        norm::norm_add(kind, x, n_rows, weight, eps, y);
     }
 
     fn layer_norm(
@@ -147,20 +171,33 @@ impl Backend for Reference {
         n_rows: usize,
         weight: &Self::Weight,
         bias: Option<&Self::Buffer>,
+        scale: f32,
         y: &mut Self::Buffer,
     ) {
-        linear::linear_add(x, n_rows, weight, bias, y);
+        linear::linear_add(x, n_rows, weight, bias, scale, y);
     }
 
-    fn linear_silu_gate(
+    fn linear_add_rows(
+        &self,
+        x: &Self::Buffer,
+        weight: &Self::Weight,
+        rows: &[u32],
+        scales: &[f32],
+        y: &mut Self::Buffer,
+    ) {
+        linear::linear_add_rows(x, weight, rows, scales, y);
+    }
+
+    fn linear_gate(
         &self,
         x: &Self::Buffer,
         n_rows: usize,
         gate: &Self::Weight,
         up: &Self::Weight,
+        activation: GateActivation,
         out: &mut Self::Buffer,
     ) {
-        linear::linear_silu_gate(x, n_rows, gate, up, out);
+        linear::linear_gate(x, n_rows, gate, up, activation, out);
     }
 
     fn linear_gelu(
@@ -226,6 +263,10 @@ impl Backend for Reference {
 
     fn add(&self, x: &mut Self::Buffer, y: &Self::Buffer, len: usize) {
         rows::add(x, y, len);
+    }
+
+    fn scale_and_cap(&self, x: &mut Self::Buffer, len: usize, scale: f32, soft_cap: Option<f32>) {
+        rows::scale_and_cap(x, len, scale, soft_cap);
     }
 
     fn mean_rows(&self, x: &Self::Buffer, width: usize, spans: &[Span], out: &mut Self::Buffer) {

@@ -1,32 +1,75 @@
 //! Row normalisations.
 
-/// See [`crate::Backend::rms_norm`] (Zhang and Sennrich 2019, arXiv:1910.07467).
-pub(super) fn rms_norm(x: &[f32], n_rows: usize, weight: &[f32], eps: f32, out: &mut [f32]) {
-    let width = weight.len();
-    for t in 0..n_rows {
-        let x = &x[t * width..(t + 1) * width];
-        let mean_square =
-            x.iter().map(|&x| f64::from(x) * f64::from(x)).sum::<f64>() / width as f64;
-        let inverse = 1.0 / (mean_square + f64::from(eps)).sqrt();
-        let out = &mut out[t * width..(t + 1) * width];
-        for ((out, &x), &weight) in out.iter_mut().zip(x).zip(weight) {
-            *out = (f64::from(x) * inverse * f64::from(weight)) as f32;
-        }
-    }
+use crate::NormKind;
+
+/// See [`crate::Backend::norm`].
+pub(super) fn norm(
+    kind: NormKind,
+    x: &[f32],
+    n_rows: usize,
+    weight: &[f32],
+    eps: f32,
+    out: &mut [f32],
+) {
+    normalize(kind, x, n_rows, weight, eps, |i, value| out[i] = value as f32);
 }
 
-/// See [`crate::Backend::layer_norm`] (Ba et al. 2016, arXiv:1607.06450); the variance is the biased
-/// one, over `width`.
+/// See [`crate::Backend::norm_in_place`].
+pub(super) fn norm_in_place(
+    kind: NormKind,
+    x: &mut [f32],
+    n_rows: usize,
+    weight: &[f32],
+    eps: f32,
+) {
+    let before = x.to_vec();
+    norm(kind, &before, n_rows, weight, eps, x);
+}
+
+/// See [`crate::Backend::norm_add`].
+pub(super) fn norm_add(
+    kind: NormKind,
+    x: &[f32],
+    n_rows: usize,
+    weight: &[f32],
+    eps: f32,
+    y: &mut [f32],
+) {
+    normalize(kind, x, n_rows, weight, eps, |i, value| y[i] = (f64::from(y[i]) + value) as f32);
+}
+
+/// See [`crate::Backend::layer_norm`].
 pub(super) fn layer_norm(x: &mut [f32], n_rows: usize, weight: &[f32], bias: &[f32], eps: f32) {
     let width = weight.len();
     assert_eq!(width, bias.len(), "weight and bias have one length");
+    let before = x.to_vec();
+    normalize(NormKind::Layer, &before, n_rows, weight, eps, |i, value| {
+        x[i] = (value + f64::from(bias[i % width])) as f32;
+    });
+}
+
+/// Hands every index with its normed and weighted value to `put`. The formulas are those of
+/// [`NormKind`].
+fn normalize(
+    kind: NormKind,
+    x: &[f32],
+    n_rows: usize,
+    weight: &[f32],
+    eps: f32,
+    mut put: impl FnMut(usize, f64),
+) {
+    let width = weight.len();
     for t in 0..n_rows {
-        let x = &mut x[t * width..(t + 1) * width];
-        let mean = x.iter().map(|&x| f64::from(x)).sum::<f64>() / width as f64;
-        let variance = x.iter().map(|&x| (f64::from(x) - mean).powi(2)).sum::<f64>() / width as f64;
+        let row = &x[t * width..(t + 1) * width];
+        let mean = match kind {
+            NormKind::Rms => 0.0,
+            NormKind::Layer => row.iter().map(|&x| f64::from(x)).sum::<f64>() / width as f64,
+        };
+        let variance =
+            row.iter().map(|&x| (f64::from(x) - mean).powi(2)).sum::<f64>() / width as f64;
         let inverse = 1.0 / (variance + f64::from(eps)).sqrt();
-        for ((x, &weight), &bias) in x.iter_mut().zip(weight).zip(bias) {
-            *x = ((f64::from(*x) - mean) * inverse * f64::from(weight) + f64::from(bias)) as f32;
+        for (c, (&x, &weight)) in row.iter().zip(weight).enumerate() {
+            put(t * width + c, (f64::from(x) - mean) * inverse * f64::from(weight));
         }
     }
 }

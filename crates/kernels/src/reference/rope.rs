@@ -13,6 +13,8 @@ pub(super) fn rope(x: &mut [f32], n_heads: usize, head_dim: usize, positions: &[
             let head = &mut x[start..start + head_dim];
             for (i, &inverse_frequency) in rope.inverse_frequencies.iter().enumerate() {
                 let (sin, cos) = (f64::from(position) * f64::from(inverse_frequency)).sin_cos();
+                let magnitude = f64::from(rope.magnitude);
+                let (sin, cos) = (magnitude * sin, magnitude * cos);
                 let (first, second) = match rope.style {
                     RopeStyle::Interleaved => (2 * i, 2 * i + 1),
                     RopeStyle::Halves => (i, i + n_pairs),

@@ -6,8 +6,10 @@ use axum::{
     body::{Body, to_bytes},
     http::{HeaderMap, Method, Request, StatusCode, header},
 };
-use exrail_checkpoint::{Gguf, sha256_hex};
-use exrail_engine::{Engine, EngineHandle, EngineOptions, prepare_generator};
+use exrail_checkpoint::{Checkpoint, Gguf, sha256_hex};
+use exrail_engine::{
+    Engine, EngineHandle, EngineOptions, Identity, LoadOptions, prepare_generator,
+};
 use exrail_kernels::Activation;
 use exrail_kernels_cpu::{CpuBackend, CpuOptions};
 use exrail_retrieval::{
@@ -55,7 +57,10 @@ pub(crate) fn engine() -> EngineHandle {
     let gguf = Gguf::parse(bytes).unwrap();
     let options = CpuOptions { threads: Some(1), activation: Activation::F32, isa: None };
     let backend = CpuBackend::new(options).unwrap();
-    let loaded = prepare_generator(backend, &gguf, MODEL, sha256, &mut |_| {}).unwrap();
+    let who = Identity { name: MODEL.to_owned(), sha256 };
+    let options = LoadOptions::default();
+    let checkpoint = Checkpoint::Gguf(gguf);
+    let loaded = prepare_generator(backend, &checkpoint, who, options, &mut |_| {}).unwrap();
     Engine::start(loaded, EngineOptions { max_sequences: 4, ..EngineOptions::default() }).unwrap()
 }
 

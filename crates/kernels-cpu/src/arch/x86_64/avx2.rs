@@ -1,8 +1,11 @@
 //! AVX2 with FMA and F16C: two registers are sixteen lanes, lanes 0..8 first.
 #![expect(unsafe_code, reason = "vector intrinsics; the token proves that they exist")]
 
+mod dot;
+
 use crate::lanes::{Kernel, Lanes};
 use core::arch::x86_64::*;
+use dot::{dot_bytes, dot_nibbles};
 
 /// Proof that this CPU has AVX2, FMA and F16C. Only [`Avx2::detect`] makes one.
 #[derive(Clone, Copy, Debug)]
@@ -258,6 +261,12 @@ fn to_f32(v: [__m256i; 2]) -> [__m256; 2] {
 
 #[inline]
 #[target_feature(enable = "avx2")]
+fn times_256(v: [__m256i; 2]) -> [__m256i; 2] {
+    [_mm256_slli_epi32::<8>(v[0]), _mm256_slli_epi32::<8>(v[1])]
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
 fn add_i(a: [__m256i; 2], b: [__m256i; 2]) -> [__m256i; 2] {
     [_mm256_add_epi32(a[0], b[0]), _mm256_add_epi32(a[1], b[1])]
 }
@@ -331,59 +340,6 @@ fn bytes(tile: &[u8; 512]) -> [[__m256i; 2]; 8] {
         *lane = [load_32(&parts[2 * j]), load_32(&parts[2 * j + 1])];
     }
     out
-}
-
-#[inline]
-#[target_feature(enable = "avx2")]
-fn broadcast(x: &[i8; 4]) -> __m256i {
-    _mm256_set1_epi32(i32::from_le_bytes(x.map(i8::cast_unsigned)))
-}
-
-#[inline]
-#[target_feature(enable = "avx2")]
-fn dot_nibbles(w: &[[__m256i; 2]; 8], x: &[i8; 32], start: i32) -> [__m256i; 2] {
-    // A pair product is at most 2 * 15 * 127 = 3810; eight of them fit sixteen bits (30480).
-    let mut words = [_mm256_setzero_si256(); 2];
-    let (x, _) = x.as_chunks::<4>();
-    for j in 0..8 {
-        let four = broadcast(&x[j]);
-        words[0] = _mm256_add_epi16(words[0], _mm256_maddubs_epi16(w[j][0], four));
-        words[1] = _mm256_add_epi16(words[1], _mm256_maddubs_epi16(w[j][1], four));
-    }
-    let ones = _mm256_set1_epi16(1);
-    let start = _mm256_set1_epi32(start);
-    [
-        _mm256_add_epi32(start, _mm256_madd_epi16(words[0], ones)),
-        _mm256_add_epi32(start, _mm256_madd_epi16(words[1], ones)),
-    ]
-}
-
-#[inline]
-#[target_feature(enable = "avx2")]
-fn dot_bytes_half(w: [__m256i; 4], x: &[i8; 16]) -> __m256i {
-    let flip = _mm256_set1_epi8(-128);
-    let ones = _mm256_set1_epi16(1);
-    let mut total = _mm256_setzero_si256();
-    let (x, _) = x.as_chunks::<4>();
-    for j in 0..4 {
-        let signed = _mm256_xor_si256(w[j], flip);
-        // |w| <= 128 and |x| <= 127, so a pair is at most 32512 and VPMADDUBSW does not saturate.
-        let pairs = _mm256_maddubs_epi16(
-            _mm256_abs_epi8(signed),
-            _mm256_sign_epi8(broadcast(&x[j]), signed),
-        );
-        total = _mm256_add_epi32(total, _mm256_madd_epi16(pairs, ones));
-    }
-    total
-}
-
-#[inline]
-#[target_feature(enable = "avx2")]
-fn dot_bytes(w: [[__m256i; 2]; 4], x: &[i8; 16], _sum: i32) -> [__m256i; 2] {
-    [
-        dot_bytes_half([w[0][0], w[1][0], w[2][0], w[3][0]], x),
-        dot_bytes_half([w[0][1], w[1][1], w[2][1], w[3][1]], x),
-    ]
 }
 
 #[inline]
@@ -541,6 +497,11 @@ impl Lanes for Avx2 {
     fn add_i(self, a: Self::I, b: Self::I) -> Self::I {
         // SAFETY: `self` proves that the instruction set of this function is present.
         unsafe { add_i(a, b) }
+    }
+    #[inline(always)]
+    fn times_256(self, v: Self::I) -> Self::I {
+        // SAFETY: `self` proves that the instruction set of this function is present.
+        unsafe { times_256(v) }
     }
     #[inline(always)]
     fn nibbles(self, tile: &[u8; 256]) -> [Self::I; 8] {

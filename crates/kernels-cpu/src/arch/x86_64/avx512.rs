@@ -378,6 +378,11 @@ impl Lanes for Avx512Vnni {
         unsafe { _mm512_add_epi32(a, b) }
     }
     #[inline(always)]
+    fn times_256(self, v: Self::I) -> Self::I {
+        // SAFETY: `self` proves that the instruction set of this function is present.
+        unsafe { _mm512_slli_epi32::<8>(v) }
+    }
+    #[inline(always)]
     fn nibbles(self, tile: &[u8; 256]) -> [Self::I; 8] {
         // SAFETY: `self` proves that the instruction set of this function is present.
         unsafe { nibbles(tile) }

@@ -1,0 +1,98 @@
+//! From nothing to the first token, once, in a process of its own: the way of every command that
+//! generates, from the file's hash to the engine's thread, without the warm-up fence that a server
+//! puts behind it.
+
+use std::{path::Path, time::Instant};
+
+use anyhow::{Context, Result, bail};
+use exrail_engine::{
+    Engine, EngineOptions, Event, GenerateRequest, Generation, LoadOptions, Sampling,
+    load_generator,
+};
+use exrail_kernels_cpu::CpuBackend;
+use exrail_text::Specials;
+use serde::{Deserialize, Serialize};
+
+use super::{
+    plan::Plan,
+    process::{self, Resident},
+};
+
+/// Positions of the KV cache at most: one page, so that its size says nothing about the engine's.
+const CONTEXT: usize = 256;
+
+/// The prompt.
+const PROMPT: &str = "Hello";
+
+/// What one process measured of itself.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(super) struct FirstToken {
+    /// Seconds until the weights and the tokenizer were loaded.
+    pub(super) load_s: f64,
+    /// Seconds until the first token.
+    pub(super) first_token_s: f64,
+    /// Memory after the first token.
+    pub(super) resident: Option<Resident>,
+    /// Bytes of the KV pool.
+    pub(super) kv_bytes: u64,
+    /// Hex sha256 of the file.
+    pub(super) sha256: String,
+    /// Format of the largest part of the weights.
+    pub(super) quant: String,
+    /// Architecture in the file.
+    pub(super) architecture: String,
+    /// Device and kernels.
+    pub(super) kernels: String,
+}
+
+/// Measures; `since` is the start of the process, or near it.
+///
+/// # Errors
+/// The model cannot be loaded, or gives no token.
+pub(super) fn run(plan: &Plan, path: &Path, since: Instant) -> Result<FirstToken> {
+    let backend = CpuBackend::new(plan.cpu())?;
+    let loaded = load_generator(backend, path, LoadOptions::default(), &mut |_| {})?;
+    let load_s = since.elapsed().as_secs_f64();
+    let architecture = loaded.config.architecture.clone();
+    let options = EngineOptions {
+        max_sequences: 1,
+        kv_pages: Some(1),
+        max_context: Some(CONTEXT.min(loaded.config.context_len)),
+        kv_dtype: plan.kv_dtype(),
+        ..EngineOptions::default()
+    };
+    let engine = Engine::start(loaded, options)?;
+    let tokenizer = engine.tokenizer();
+    let start = tokenizer.bos().filter(|_| tokenizer.add_bos());
+    let text = tokenizer.encode(PROMPT, Specials::AsText)?;
+    let prompt = start.into_iter().chain(text).collect();
+    let mut request = GenerateRequest::new(prompt, 1);
+    request.sampling = Sampling::greedy();
+    request.stop_at_eos = false;
+    wait_for_token(&engine.submit(request)?)?;
+    let first_token_s = since.elapsed().as_secs_f64();
+    let resident = process::resident();
+    let facts = engine.facts().clone();
+    engine.shutdown();
+    Ok(FirstToken {
+        load_s,
+        first_token_s,
+        resident,
+        kv_bytes: facts.kv_bytes as u64,
+        sha256: facts.model_sha256,
+        quant: facts.quant,
+        architecture,
+        kernels: facts.backend,
+    })
+}
+
+fn wait_for_token(generation: &Generation) -> Result<()> {
+    loop {
+        match generation.events.recv().context("the engine ended before the first token")? {
+            Event::Token(_) => return Ok(()),
+            Event::Started { .. } | Event::Tail(_) => {}
+            Event::Finished(_) => bail!("expected one token, found none"),
+            Event::Failed(fault) => return Err(fault.into()),
+        }
+    }
+}

@@ -1,0 +1,205 @@
+//! What `--json` prints of a model.
+
+use anyhow::Result;
+use exrail_metrics::median;
+use serde::Serialize;
+
+use super::{first_token::FirstToken, process::Resident, speed::Speed, weights::Weights};
+
+/// A model's row.
+#[derive(Clone, Debug, Serialize)]
+#[serde(untagged)]
+pub(super) enum ModelRecord {
+    /// It ran.
+    Measured(Box<Measured>),
+    /// It cannot be measured.
+    Refused {
+        /// The file's name, or the name as given.
+        model: String,
+        /// Why.
+        refused: String,
+    },
+}
+
+/// Everything that was measured of a model.
+#[derive(Clone, Debug, Serialize)]
+pub(super) struct Measured {
+    /// The file's name.
+    pub(super) model: String,
+    /// Hex sha256 of the file.
+    pub(super) sha256: String,
+    /// Architecture in the file.
+    pub(super) architecture: String,
+    /// Format of the largest part of the weights.
+    pub(super) quant: String,
+    /// Device, threads and instruction set.
+    pub(super) kernels: String,
+    /// Bytes of all tensors of the file.
+    pub(super) weight_bytes: u64,
+    /// KLD between prefill and decode of the same tokens, nats: the check before the timing.
+    pub(super) kld_prefill_decode: f64,
+    /// Bytes per second that the same threads read from memory in the same run.
+    pub(super) read_bytes_per_s: Spread,
+    /// Prefill tests.
+    pub(super) prefill: Vec<PrefillRecord>,
+    /// Decode tests.
+    pub(super) decode: Vec<DecodeRecord>,
+    /// Load times.
+    pub(super) first_token: FirstTokens,
+    /// Memory with one sequence of one KV page, after the first token.
+    pub(super) memory: Memory,
+    /// Memory with the sequences of the decode tests.
+    pub(super) memory_at_speed: Memory,
+}
+
+/// Median, smallest and largest of some samples.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub(super) struct Spread {
+    /// The middle one.
+    pub(super) median: f64,
+    /// The smallest.
+    pub(super) min: f64,
+    /// The largest.
+    pub(super) max: f64,
+    /// All, in order of time.
+    pub(super) samples: Vec<f64>,
+}
+
+impl Spread {
+    /// # Errors
+    /// No samples, or one that is not finite.
+    pub(super) fn of(samples: Vec<f64>) -> Result<Self> {
+        let median = median(&samples)?;
+        let min = samples.iter().copied().fold(f64::INFINITY, f64::min);
+        let max = samples.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        Ok(Self { median, min, max, samples })
+    }
+}
+
+/// A prefill test.
+#[derive(Clone, Debug, Serialize)]
+pub(super) struct PrefillRecord {
+    /// Tokens of the prompt, into an empty cache.
+    pub(super) tokens: usize,
+    /// Tokens per second.
+    pub(super) tokens_per_s: Spread,
+}
+
+/// A decode test.
+#[derive(Clone, Debug, Serialize)]
+pub(super) struct DecodeRecord {
+    /// Cached positions before.
+    pub(super) depth: usize,
+    /// Sequences at once.
+    pub(super) batch: usize,
+    /// Tokens of all sequences per second.
+    pub(super) tokens_per_s: Spread,
+    /// Bytes of weights that a step reads.
+    pub(super) weight_step_bytes: f64,
+    /// Bytes of keys and values that a step reads on average.
+    pub(super) kv_step_bytes: f64,
+    /// Both, times steps per second at the median.
+    pub(super) bytes_per_s: f64,
+    /// That over the fastest read of memory; above 1 when a cache holds part of the model.
+    pub(super) share_of_read: f64,
+}
+
+/// Load times in seconds, files in the page cache.
+#[derive(Clone, Debug, Serialize)]
+pub(super) struct FirstTokens {
+    /// From the start of a process to its end, the first token in between.
+    pub(super) process_s: Spread,
+    /// Inside it, until weights and tokenizer were loaded.
+    pub(super) load_s: Spread,
+    /// Inside it, until the first token.
+    pub(super) first_token_s: Spread,
+}
+
+/// Memory in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub(super) struct Memory {
+    /// Weights as the file stores them.
+    pub(super) weight_bytes: u64,
+    /// The KV pool.
+    pub(super) kv_bytes: u64,
+    /// Of the whole process; none where the system does not tell.
+    pub(super) resident: Option<Resident>,
+    /// Resident memory over weights and KV pool.
+    pub(super) resident_ratio: Option<f64>,
+}
+
+impl Memory {
+    fn new(weight_bytes: u64, kv_bytes: u64, resident: Option<Resident>) -> Self {
+        let needed = (weight_bytes + kv_bytes) as f64;
+        let resident_ratio = resident.map(|resident| resident.now as f64 / needed);
+        Self { weight_bytes, kv_bytes, resident, resident_ratio }
+    }
+}
+
+impl Measured {
+    pub(super) fn new(
+        model: String,
+        weights: &Weights,
+        first_token: FirstTokens,
+        inside: FirstToken,
+        speed: Speed,
+    ) -> Result<Self> {
+        let read = Spread::of(speed.read_bytes_per_s)?;
+        let prefill = speed.prefill.into_iter().map(|test| {
+            let tokens_per_s = Spread::of(test.tokens_per_s)?;
+            Ok(PrefillRecord { tokens: test.tokens, tokens_per_s })
+        });
+        let decode = speed.decode.into_iter().map(|test| {
+            let tokens_per_s = Spread::of(test.tokens_per_s)?;
+            let weight_step_bytes = weights.step_bytes(test.batch);
+            let steps_per_s = tokens_per_s.median / test.batch as f64;
+            let bytes_per_s = (weight_step_bytes + test.kv_step_bytes) * steps_per_s;
+            Ok(DecodeRecord {
+                depth: test.depth,
+                batch: test.batch,
+                tokens_per_s,
+                weight_step_bytes,
+                kv_step_bytes: test.kv_step_bytes,
+                bytes_per_s,
+                share_of_read: bytes_per_s / read.max,
+            })
+        });
+        let total = weights.total_bytes;
+        Ok(Self {
+            model,
+            sha256: inside.sha256,
+            architecture: inside.architecture,
+            quant: inside.quant,
+            kernels: inside.kernels,
+            weight_bytes: total,
+            kld_prefill_decode: speed.kld,
+            prefill: prefill.collect::<Result<_>>()?,
+            decode: decode.collect::<Result<_>>()?,
+            read_bytes_per_s: read,
+            first_token,
+            memory: Memory::new(total, inside.kv_bytes, inside.resident),
+            memory_at_speed: Memory::new(total, speed.kv_bytes, speed.resident),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_spread_keeps_all_samples_and_refuses_none() {
+        let spread = Spread::of(vec![3.0, 1.0, 2.0]).unwrap();
+        assert_eq!((spread.median, spread.min, spread.max), (2.0, 1.0, 3.0));
+        assert_eq!(spread.samples, [3.0, 1.0, 2.0]);
+        assert!(Spread::of(Vec::new()).is_err());
+        assert!(Spread::of(vec![f64::NAN]).is_err());
+    }
+
+    #[test]
+    fn the_memory_ratio_is_absent_where_memory_is() {
+        let resident = Resident { now: 150, peak: 400 };
+        assert_eq!(Memory::new(90, 10, Some(resident)).resident_ratio, Some(1.5));
+        assert_eq!(Memory::new(90, 10, None).resident_ratio, None);
+    }
+}

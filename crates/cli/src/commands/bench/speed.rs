@@ -1,0 +1,299 @@
+//! Prefill and decode of one model, in a process of its own, the way `llama-bench` and
+//! `llama-batched-bench` time them: fixed tokens, logits of the last row of a prompt and of every
+//! decode row copied out, nothing sampled.
+//!
+//! Every repetition runs every test once, so that a slow moment of the machine meets all tests and
+//! not all samples of one. The first repetition warms up and is not counted.
+
+use std::{path::Path, time::Instant};
+
+use anyhow::{Result, ensure};
+use exrail_engine::{LoadOptions, load_generator};
+use exrail_kernels::{AttentionSpan, Backend, KvShape, PAGE_TOKENS, PageId, TokenId};
+use exrail_kernels_cpu::{CpuBackend, ReadProbe};
+use exrail_model::{Batch, Decoder, Scratch};
+use serde::{Deserialize, Serialize};
+
+use super::{
+    plan::Plan,
+    process::{self, Resident},
+};
+use crate::progress::Bars;
+
+/// Largest KLD, in nats, between the logits of a prefill and of token-by-token decode: what int8
+/// activations may cost against exact ones. The two round the same activations, so that they may
+/// not differ by more. A kernel that computes something else has no speed.
+const KLD_LIMIT: f64 = 2e-3;
+
+/// Positions of that comparison.
+const CHECKED_TOKENS: usize = 48;
+
+/// Bytes that the bandwidth measurement reads: far more than a last-level cache holds.
+const PROBE_BYTES: usize = 512 << 20;
+
+/// Reads of the probe in every repetition.
+const PROBE_PASSES: usize = 3;
+
+/// Samples of one process.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(super) struct Speed {
+    /// Tests in the order of the plan.
+    pub(super) prefill: Vec<Prefill>,
+    /// Tests by depth, then by batch.
+    pub(super) decode: Vec<Decode>,
+    /// Bytes per second that the same threads read from memory, between the repetitions.
+    pub(super) read_bytes_per_s: Vec<f64>,
+    /// KLD between prefill and decode of the same tokens, nats.
+    pub(super) kld: f64,
+    /// Memory after every test ran once, before the probe's buffer.
+    pub(super) resident: Option<Resident>,
+    /// Bytes of the KV pool.
+    pub(super) kv_bytes: u64,
+}
+
+/// One prefill test.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(super) struct Prefill {
+    /// Tokens of the prompt.
+    pub(super) tokens: usize,
+    /// Tokens per second of each repetition.
+    pub(super) tokens_per_s: Vec<f64>,
+}
+
+/// One decode test.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(super) struct Decode {
+    /// Cached positions of each sequence before.
+    pub(super) depth: usize,
+    /// Sequences at once.
+    pub(super) batch: usize,
+    /// Tokens of all sequences per second, of each repetition.
+    pub(super) tokens_per_s: Vec<f64>,
+    /// Bytes of keys and values that a step reads on average.
+    pub(super) kv_step_bytes: f64,
+}
+
+/// Loads and measures.
+///
+/// # Errors
+/// The model cannot be loaded, its context is too short, or prefill and decode disagree.
+pub(super) fn run(plan: &Plan, path: &Path, bars: &mut Bars) -> Result<Speed> {
+    let mut subject = Subject::load(plan, path, bars)?;
+    let kld = subject.check()?;
+    subject.fill(plan.deepest());
+    let mut speed = plan_tests(plan, &subject);
+    speed.kld = kld;
+    for prefill in &speed.prefill {
+        subject.prefill(prefill.tokens);
+    }
+    for decode in &speed.decode {
+        subject.decode(decode, plan.generated.min(16));
+    }
+    speed.resident = process::resident();
+    let probe = ReadProbe::new(&subject.backend, PROBE_BYTES)?;
+    for repetition in 0..plan.repeat {
+        bars.bench("prefill and decode", repetition, plan.repeat);
+        speed.read_bytes_per_s.extend((0..PROBE_PASSES).map(|_| probe.pass()));
+        for test in &mut speed.prefill {
+            let since = Instant::now();
+            subject.prefill(test.tokens);
+            test.tokens_per_s.push(test.tokens as f64 / since.elapsed().as_secs_f64());
+        }
+        for test in &mut speed.decode {
+            let since = Instant::now();
+            subject.decode(test, plan.generated);
+            let n_tokens = test.batch * plan.generated;
+            test.tokens_per_s.push(n_tokens as f64 / since.elapsed().as_secs_f64());
+        }
+    }
+    bars.clear();
+    Ok(speed)
+}
+
+/// The tests of the plan, without samples.
+fn plan_tests(plan: &Plan, subject: &Subject) -> Speed {
+    let prefill = plan.prompt.iter().map(|&tokens| Prefill { tokens, tokens_per_s: Vec::new() });
+    let pairs = plan.depth.iter().flat_map(|d| plan.batch.iter().map(move |b| (*d, *b)));
+    let decode = pairs.map(|(depth, batch)| Decode {
+        depth,
+        batch,
+        tokens_per_s: Vec::new(),
+        kv_step_bytes: batch as f64 * subject.kv_step_bytes(depth, plan.generated),
+    });
+    Speed {
+        prefill: prefill.collect(),
+        decode: decode.collect(),
+        read_bytes_per_s: Vec::new(),
+        kld: 0.0,
+        resident: None,
+        kv_bytes: (subject.shape.page_bytes() * subject.shape.n_pages) as u64,
+    }
+}
+
+/// The model with its sequences.
+struct Subject {
+    backend: CpuBackend,
+    decoder: Decoder<CpuBackend>,
+    scratch: Scratch<CpuBackend>,
+    pool: <CpuBackend as Backend>::KvPool,
+    shape: KvShape,
+    /// Page table of each sequence.
+    pages: Vec<Vec<PageId>>,
+    /// Rows of a prefill step at most.
+    chunk: usize,
+    checked_tokens: usize,
+    logits: Vec<f32>,
+}
+
+impl Subject {
+    fn load(plan: &Plan, path: &Path, bars: &mut Bars) -> Result<Self> {
+        let backend = CpuBackend::new(plan.cpu())?;
+        if let Some(asked) = plan.threads {
+            let found = backend.n_threads();
+            ensure!(found == asked, "--threads: expected {asked}, the system gave {found}");
+        }
+        let options = LoadOptions::default();
+        let loaded = load_generator(backend.clone(), path, options, &mut |step| bars.load(&step))?;
+        bars.clear();
+        let decoder = loaded.decoder;
+        let (longest, context) = (plan.longest(), decoder.config().context_len);
+        ensure!(
+            longest <= context,
+            "context: expected at least {longest} tokens for this plan, the model has {context}"
+        );
+        let n_sequences = plan.most_sequences();
+        let each = longest.div_ceil(PAGE_TOKENS);
+        let shape = decoder.kv_shape(n_sequences * each, plan.kv_dtype());
+        let pool = backend.kv_pool(shape)?;
+        let rows = plan.chunk.min(longest).max(n_sequences);
+        let scratch = decoder.scratch(&backend, rows, n_sequences)?;
+        let ids = (0..u32::try_from(shape.n_pages)?).map(PageId).collect::<Vec<_>>();
+        Ok(Self {
+            pages: ids.chunks(each).map(<[PageId]>::to_vec).collect(),
+            chunk: plan.chunk,
+            checked_tokens: CHECKED_TOKENS.min(longest),
+            logits: Vec::new(),
+            backend,
+            decoder,
+            scratch,
+            pool,
+            shape,
+        })
+    }
+
+    /// Compares the last logits of a prefill with those of token-by-token decode.
+    ///
+    /// # Errors
+    /// They differ by more than [`KLD_LIMIT`], or are not finite: then no timing means anything.
+    fn check(&mut self) -> Result<f64> {
+        let n = self.checked_tokens;
+        self.prefill(n);
+        let prefill = std::mem::take(&mut self.logits);
+        for position in 0..n {
+            let id = self.id(position, 0);
+            self.step(&[id], &[(0, position, 1)], &[0]);
+        }
+        self.scratch.read_logits(&self.backend, &mut self.logits);
+        let kld = exrail_metrics::kld_from_logits(&prefill, &self.logits)?;
+        ensure!(
+            kld <= KLD_LIMIT,
+            "prefill and decode differ: expected a KLD of at most {KLD_LIMIT}, found {kld}"
+        );
+        Ok(kld)
+    }
+
+    /// Writes keys and values of `depth` positions of every sequence. Tests overwrite them with
+    /// others of the same size, which takes the same time to read.
+    fn fill(&mut self, depth: usize) {
+        if depth == 0 {
+            return;
+        }
+        self.prefill(depth);
+        for pages in &self.pages[1..] {
+            for (from, to) in self.pages[0].iter().zip(pages) {
+                self.backend.kv_copy_page(&mut self.pool, *from, *to);
+            }
+        }
+    }
+
+    /// Reads `n_tokens` of the first sequence into an empty cache and copies the last logits out.
+    fn prefill(&mut self, n_tokens: usize) {
+        for first in (0..n_tokens).step_by(self.chunk) {
+            let n_rows = self.chunk.min(n_tokens - first);
+            let ids: Vec<_> = (first..first + n_rows).map(|p| self.id(p, 0)).collect();
+            let last = [u32::try_from(n_rows - 1).expect("a prompt is far below 2^32 tokens")];
+            let logit_rows = if first + n_rows == n_tokens { &last[..] } else { &[] };
+            self.step(&ids, &[(0, first, n_rows)], logit_rows);
+        }
+        self.scratch.read_logits(&self.backend, &mut self.logits);
+    }
+
+    /// Decodes `n_tokens` of each sequence of the test, one a step, and copies all logits out.
+    fn decode(&mut self, test: &Decode, n_tokens: usize) {
+        let rows: Vec<u32> = (0..).take(test.batch).collect();
+        for position in test.depth..test.depth + n_tokens {
+            let ids: Vec<_> = (0..test.batch).map(|s| self.id(position, s)).collect();
+            let spans: Vec<_> = (0..test.batch).map(|s| (s, position, 1)).collect();
+            self.step(&ids, &spans, &rows);
+            self.scratch.read_logits(&self.backend, &mut self.logits);
+        }
+    }
+
+    /// One step; spans are (sequence, first position, rows).
+    fn step(&mut self, ids: &[TokenId], spans: &[(usize, usize, usize)], logit_rows: &[u32]) {
+        let mut first_row = 0;
+        let spans: Vec<_> = spans
+            .iter()
+            .map(|&(sequence, first_position, n_rows)| {
+                let pages = &self.pages[sequence];
+                let span = AttentionSpan { first_row, n_rows, first_position, pages };
+                first_row += n_rows;
+                span
+            })
+            .collect();
+        let batch = Batch { ids, spans: &spans, logit_rows };
+        self.decoder.forward(&self.backend, &mut self.scratch, &mut self.pool, &batch);
+    }
+
+    /// A token of the vocabulary, another one for each position and sequence.
+    fn id(&self, position: usize, sequence: usize) -> TokenId {
+        let id = (101 + 31 * position + 7 * sequence) % self.decoder.config().vocab_size;
+        TokenId(u32::try_from(id).expect("token ids are 32 bits wide"))
+    }
+
+    /// Bytes of keys and values that a sequence's decode step reads, on average over `n_tokens`
+    /// steps from `depth` on.
+    fn kv_step_bytes(&self, depth: usize, n_tokens: usize) -> f64 {
+        let one = self.shape.page_bytes() / PAGE_TOKENS / self.shape.n_layers;
+        let windows = windows(&self.decoder);
+        mean_visible(&windows, depth, n_tokens) * one as f64
+    }
+}
+
+/// How many tokens each layer sees at most; `None`: all.
+fn windows(decoder: &Decoder<CpuBackend>) -> Vec<Option<usize>> {
+    decoder.config().layers.iter().map(|layer| layer.window).collect()
+}
+
+/// Positions that one step reads in all layers together, on average over `n_tokens` steps from
+/// `depth` on; the first step sees `depth` positions and itself.
+fn mean_visible(windows: &[Option<usize>], depth: usize, n_tokens: usize) -> f64 {
+    let seen =
+        |window: &Option<usize>, position: usize| window.map_or(position, |w| w.min(position));
+    let steps = depth + 1..=depth + n_tokens;
+    let all: usize = steps.map(|p| windows.iter().map(|w| seen(w, p)).sum::<usize>()).sum();
+    all as f64 / n_tokens as f64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_step_reads_what_is_cached_and_no_more_than_its_window() {
+        assert_eq!(mean_visible(&[None], 0, 1), 1.0);
+        assert_eq!(mean_visible(&[None, None], 10, 3), 2.0 * 12.0);
+        assert_eq!(mean_visible(&[None, Some(4)], 10, 3), 12.0 + 4.0);
+        assert_eq!(mean_visible(&[Some(12)], 10, 4), (11.0 + 12.0 * 3.0) / 4.0);
+    }
+}

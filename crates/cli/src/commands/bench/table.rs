@@ -1,0 +1,71 @@
+//! A model's results for people.
+
+use super::{
+    plan::Plan,
+    record::{Measured, Memory, Spread},
+};
+use crate::output::Output;
+
+pub(super) fn print(output: Output, plan: &Plan, measured: &Measured) {
+    let Measured { model, architecture, quant, kernels, .. } = measured;
+    let weights = measured.weight_bytes as f64 / 1e6;
+    output.line(model);
+    output.line(format!("  {architecture}, {quant}, {weights:.1} MB of weights; {kernels}"));
+    output.line(format!(
+        "  {:20} {:>9}   {:^19} {:>9} {:>7} {:>8}",
+        "", "tok/s", "range", "ms/step", "GB/s", "of read"
+    ));
+    for test in &measured.prefill {
+        let ms = test.tokens as f64 / test.tokens_per_s.median * 1e3;
+        let name = format!("prefill {}", test.tokens);
+        output.line(format!("{} {ms:9.2}", row(&name, &test.tokens_per_s)));
+    }
+    for test in &measured.decode {
+        let ms = test.batch as f64 / test.tokens_per_s.median * 1e3;
+        let name = format!("decode @{} x{}", test.depth, test.batch);
+        let (rate, share) = (test.bytes_per_s / 1e9, test.share_of_read * 100.0);
+        let row = row(&name, &test.tokens_per_s);
+        output.line(format!("{row} {ms:9.2} {rate:7.1} {share:6.0} %"));
+    }
+    let read = &measured.read_bytes_per_s;
+    output.line(format!(
+        "  memory reads: {:.1} GB/s at best, {:.1} in the median, same threads, same run",
+        read.max / 1e9,
+        read.median / 1e9
+    ));
+    let first = &measured.first_token;
+    output.line(format!(
+        "  first token: {} ms from process start to end; loaded after {:.0} ms",
+        milliseconds(&first.process_s),
+        first.load_s.median * 1e3
+    ));
+    output.line(format!("  memory, one sequence of one page: {}", memory(&measured.memory)));
+    let n = plan.most_sequences();
+    let sequences = if n == 1 { "1 sequence".to_owned() } else { format!("{n} sequences") };
+    output.line(format!("  memory, {sequences}: {}", memory(&measured.memory_at_speed)));
+    output.line("");
+}
+
+fn row(name: &str, rate: &Spread) -> String {
+    let range = format!("{:.1} to {:.1}", rate.min, rate.max);
+    format!("  {name:20} {:9.1}   {range:^19}", rate.median)
+}
+
+fn milliseconds(spread: &Spread) -> String {
+    let ms = |seconds: f64| seconds * 1e3;
+    format!("{:.0} ({:.0} to {:.0})", ms(spread.median), ms(spread.min), ms(spread.max))
+}
+
+fn memory(memory: &Memory) -> String {
+    let mb = |bytes: u64| bytes as f64 / 1e6;
+    let needed =
+        format!("weights {:.1} MB, KV {:.1} MB", mb(memory.weight_bytes), mb(memory.kv_bytes));
+    match memory.resident.zip(memory.resident_ratio) {
+        Some((resident, ratio)) => format!(
+            "{needed}, resident {:.1} MB ({ratio:.2} of both), peak {:.1} MB",
+            mb(resident.now),
+            mb(resident.peak)
+        ),
+        None => format!("{needed}, resident memory not available"),
+    }
+}

@@ -1,0 +1,139 @@
+//! Hugging Face folders and GGUF files of the same models say the same, from text to text.
+
+#![expect(clippy::unwrap_used, reason = "helpers of tests may panic as tests may")]
+
+use std::path::{Path, PathBuf};
+
+use exrail_engine::{
+    Engine, EngineError, EngineHandle, EngineOptions, Event, GenerateRequest, LoadOptions,
+    Sampling, load_generator,
+};
+use exrail_kernels::KvDtype;
+use exrail_kernels::reference::Reference;
+use exrail_tensor::IntGrid;
+use exrail_text::{ChatMessage, RenderOptions, Specials, encode_prompt};
+
+fn families() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../golden/families")
+}
+
+fn start(path: &Path, max_context: Option<usize>) -> Result<EngineHandle, EngineError> {
+    let loaded = load_generator(
+        Reference,
+        path,
+        LoadOptions { max_context, ..LoadOptions::default() },
+        &mut |_| {},
+    )?;
+    let options = EngineOptions {
+        kv_pages: Some(4),
+        max_context,
+        kv_dtype: KvDtype::F32,
+        ..EngineOptions::default()
+    };
+    Engine::start(loaded, options)
+}
+
+/// The ids of a chat prompt, those of a greedy answer, and its text.
+fn answer(engine: &EngineHandle) -> (Vec<u32>, Vec<u32>, String) {
+    let messages = [ChatMessage::new("user", "Grüß Gott, <|im_end|> 12  spaces?")];
+    let template = engine.template().expect("every folder has a template");
+    let prompt = template.render(&messages, &RenderOptions::default()).unwrap();
+    let ids = encode_prompt(engine.tokenizer(), &prompt).unwrap();
+    let mut request = GenerateRequest::new(ids.clone(), 24);
+    request.sampling = Sampling::greedy();
+    let generation = engine.submit(request).unwrap();
+    let (mut answered, mut text) = (Vec::new(), String::new());
+    loop {
+        match generation.events.recv().expect("an answer ends with an event") {
+            Event::Token(token) => {
+                answered.push(token.id);
+                text.push_str(&token.text);
+            }
+            Event::Tail(tail) => text.push_str(&tail),
+            Event::Finished(_) => return (ids, answered, text),
+            Event::Started { .. } => {}
+            Event::Failed(fault) => panic!("{fault:?}"),
+        }
+    }
+}
+
+#[test]
+fn every_family_answers_from_its_folder_as_from_its_gguf_file() {
+    let (mut n_folders, mut n_pairs) = (0, 0);
+    for entry in std::fs::read_dir(families()).unwrap() {
+        let dir = entry.unwrap().path();
+        if !dir.is_dir() {
+            continue;
+        }
+        n_folders += 1;
+        let context = Some(64);
+        let from_folder = answer(&start(&dir, context).unwrap());
+        assert!(!from_folder.1.is_empty(), "{}", dir.display());
+        let gguf = dir.join("model.gguf");
+        if gguf.exists() {
+            n_pairs += 1;
+            let engine = start(&gguf, context).unwrap();
+            assert_eq!(answer(&engine), from_folder, "{}", dir.display());
+        }
+    }
+    assert_eq!((n_folders, n_pairs), (21, 15));
+}
+
+#[test]
+fn ends_of_an_answer_come_from_both_files() {
+    let engine = start(&families().join("llama"), None).unwrap();
+    // generation_config.json names two, tokenizer_config.json one of them.
+    let mut eos = engine.tokenizer().eos_ids().to_vec();
+    eos.sort_unstable();
+    assert_eq!(eos, [0, 2]);
+    let end = engine.tokenizer().encode("<|im_end|>", Specials::Parse).unwrap();
+    assert_eq!(end, [2]);
+}
+
+#[test]
+fn a_length_beyond_the_model_is_refused_by_name() {
+    let Err(error) = start(&families().join("llama"), Some(1 << 20)) else {
+        panic!("a context of a million tokens was accepted");
+    };
+    assert!(error.to_string().contains("`context length`: expected 1 to"), "{error}");
+}
+
+#[test]
+fn a_folder_without_a_tokenizer_is_refused_with_what_to_do() {
+    let dir = tempfile::tempdir().unwrap();
+    for name in ["config.json", "model.safetensors"] {
+        std::fs::copy(families().join("llama").join(name), dir.path().join(name)).unwrap();
+    }
+    for (file, found) in [(None, "no tokenizer"), (Some("tokenizer.model"), "tokenizer.model only")]
+    {
+        if let Some(file) = file {
+            std::fs::write(dir.path().join(file), "not read").unwrap();
+        }
+        let Err(error) = start(dir.path(), None) else { panic!("accepted without a tokenizer") };
+        let text = error.to_string();
+        assert!(text.contains(found) && text.contains("save_pretrained"), "{text}");
+    }
+}
+
+#[test]
+fn weights_are_rounded_on_the_way_when_asked_and_never_twice() {
+    let options = |grid| LoadOptions { quant: Some(grid), ..LoadOptions::default() };
+    let quant = |path: &Path, grid| {
+        load_generator(Reference, path, options(grid), &mut |_| {}).map(|loaded| loaded.quant)
+    };
+    let (folder, gguf) = (families().join("llama"), families().join("llama/model.gguf"));
+    for path in [&folder, &gguf] {
+        assert_eq!(quant(path, IntGrid::Int8).unwrap(), "Q8_0");
+    }
+    // Both sources hold the same weights, so they are rounded alike.
+    let rounded = |path: &Path| {
+        let loaded = load_generator(Reference, path, options(IntGrid::Int4), &mut |_| {}).unwrap();
+        let options =
+            EngineOptions { kv_pages: Some(4), max_context: Some(64), ..EngineOptions::default() };
+        answer(&Engine::start(loaded, options).unwrap())
+    };
+    assert_eq!(rounded(&folder), rounded(&gguf));
+    let packed = families().join("../quantised/gptq");
+    let error = quant(&packed, IntGrid::Int8).unwrap_err().to_string();
+    assert!(error.contains("expected 16-bit or 32-bit weights to quantise"), "{error}");
+}

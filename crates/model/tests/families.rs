@@ -1,0 +1,158 @@
+//! Every family, with all its features on, against the logits of transformers: from its folder and,
+//! where GGUF can say it, from its GGUF file. See golden/families/README.md.
+
+#![expect(clippy::unwrap_used, reason = "helpers of tests may panic as tests may")]
+
+mod golden;
+
+use std::path::{Path, PathBuf};
+
+use exrail_checkpoint::{DecoderConfig, Gguf, HfFolder, Tensors};
+use exrail_kernels::reference::Reference;
+use exrail_kernels::{Activation, AttentionSpan, Backend, KvDtype, PageId, TokenId};
+use exrail_kernels_cpu::{CpuBackend, CpuOptions};
+use exrail_model::{Batch, Decoder};
+use golden::Reader;
+
+/// Families in golden/families, and whether they have a GGUF file.
+const FAMILIES: [(&str, bool); 21] = [
+    ("cohere2", true),
+    ("gemma2", true),
+    ("gemma2-scalar", false),
+    ("gemma3", true),
+    ("granite", true),
+    ("llama", true),
+    ("llama-dynamic", false),
+    ("llama-linear", true),
+    ("llama-llama3", true),
+    ("llama-yarn", true),
+    ("mistral", false),
+    ("mixtral", true),
+    ("olmo2", true),
+    ("phi3", true),
+    ("phi3-window", false),
+    ("qwen2", true),
+    ("qwen2-tied", false),
+    ("qwen3", true),
+    ("qwen3_moe", true),
+    ("qwen3_moe-mixed", false),
+    ("smollm3", true),
+];
+
+/// Largest distance of a logit; their standard deviation is 0.8 to 1.8. Both sides sum in f32, in
+/// another order.
+const MAX_DISTANCE: f32 = 2e-4;
+
+/// Sequences of the goldens.
+const N_SEQUENCES: usize = 2;
+
+struct Sequence {
+    ids: Vec<TokenId>,
+    logits: Vec<f32>, // (positions, V)
+}
+
+fn folder(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../golden/families").join(name)
+}
+
+fn goldens(name: &str) -> (usize, Vec<Sequence>) {
+    let mut file = Reader::open(&format!("families/{name}/golden.bin"), b"EXRFAMIL");
+    assert_eq!(file.u32() as usize, N_SEQUENCES);
+    let vocab_size = file.u32() as usize;
+    let lens = [(); N_SEQUENCES].map(|()| file.u32() as usize);
+    let ids = lens.map(|len| file.u32s(len).into_iter().map(TokenId).collect());
+    let logits = lens.map(|len| file.f32s(len * vocab_size));
+    file.end();
+    let sequences = ids.into_iter().zip(logits).map(|(ids, logits)| Sequence { ids, logits });
+    (vocab_size, sequences.collect())
+}
+
+/// Logits of all positions, fed in steps of at most `step` tokens.
+fn logits<B: Backend>(
+    backend: &B,
+    (config, tensors): (&DecoderConfig, &dyn Tensors),
+    ids: &[TokenId],
+    step: usize,
+) -> Vec<f32> {
+    let config = config.clone().with_context_len(ids.len().min(config.max_context_len)).unwrap();
+    let decoder = Decoder::load(backend, &config, tensors, &mut |_| {}).unwrap();
+    let pages = [PageId(1)];
+    let mut pool = backend.kv_pool(decoder.kv_shape(2, KvDtype::F32)).unwrap();
+    let mut scratch = decoder.scratch(backend, ids.len(), ids.len()).unwrap();
+    let mut all = Vec::new();
+    for (i, ids) in ids.chunks(step).enumerate() {
+        let (n_rows, first_position) = (ids.len(), i * step);
+        let span = AttentionSpan { first_row: 0, n_rows, first_position, pages: &pages };
+        let rows: Vec<u32> = (0..n_rows as u32).collect();
+        let batch = Batch { ids, spans: &[span], logit_rows: &rows };
+        decoder.forward(backend, &mut scratch, &mut pool, &batch);
+        let mut logits = Vec::new();
+        scratch.read_logits(backend, &mut logits);
+        all.extend(logits);
+    }
+    all
+}
+
+fn distance(found: &[f32], expected: &[f32]) -> f32 {
+    assert_eq!(found.len(), expected.len());
+    // f32::max would drop a NaN.
+    let further = |max: f32, d: f32| if d.is_nan() { f32::INFINITY } else { max.max(d) };
+    found.iter().zip(expected).map(|(found, expected)| (found - expected).abs()).fold(0.0, further)
+}
+
+fn exact_cpu() -> CpuBackend {
+    let activation = Activation::F32;
+    CpuBackend::new(CpuOptions { activation, threads: Some(2), ..CpuOptions::default() }).unwrap()
+}
+
+/// Every source of a family: its folder, and its GGUF file where there is one.
+fn sources(name: &str, has_gguf: bool) -> Vec<(&'static str, DecoderConfig, Box<dyn Tensors>)> {
+    let hf = HfFolder::open(&folder(name)).unwrap();
+    let mut sources: Vec<(_, _, Box<dyn Tensors>)> =
+        vec![("folder", hf.config().clone(), Box::new(hf))];
+    let path = folder(name).join("model.gguf");
+    assert_eq!(path.exists(), has_gguf, "{}", path.display());
+    if has_gguf {
+        let gguf = Gguf::open(&path).unwrap();
+        sources.push(("GGUF", DecoderConfig::from_gguf(&gguf).unwrap(), Box::new(gguf)));
+    }
+    sources
+}
+
+#[test]
+fn no_family_is_forgotten() {
+    let mut found: Vec<String> = std::fs::read_dir(folder(""))
+        .unwrap()
+        .map(|entry| entry.unwrap())
+        .filter(|entry| entry.path().join("golden.bin").exists())
+        .map(|entry| entry.file_name().into_string().unwrap())
+        .collect();
+    found.sort();
+    assert_eq!(found, FAMILIES.map(|family| family.0));
+}
+
+#[test]
+fn logits_of_every_family_agree_with_transformers() {
+    let cpu = exact_cpu();
+    let mut faults = Vec::new();
+    for (name, has_gguf) in FAMILIES {
+        let (vocab_size, sequences) = goldens(name);
+        for (source, config, tensors) in sources(name, has_gguf) {
+            assert_eq!(config.vocab_size, vocab_size, "{name}");
+            for Sequence { ids, logits: expected } in &sequences {
+                let model = (&config, &*tensors);
+                let all = ids.len();
+                let by_reference = logits(&Reference, model, ids, all);
+                let in_steps = logits(&Reference, model, ids, 7);
+                assert_eq!(by_reference, in_steps, "{name} {source}: steps change the logits");
+                let reference = distance(&by_reference, expected);
+                let cpu = distance(&logits(&cpu, model, ids, all), expected);
+                eprintln!("{name:16} {source:6} {all:3} tokens: {reference:.1e} {cpu:.1e}");
+                if reference.max(cpu) > MAX_DISTANCE {
+                    faults.push(format!("{name} {source} {all}: {reference:e} {cpu:e}"));
+                }
+            }
+        }
+    }
+    assert!(faults.is_empty(), "{}", faults.join("\n"));
+}
