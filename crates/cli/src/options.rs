@@ -95,8 +95,8 @@ impl QuantOption {
 #[derive(Clone, Debug, Args)]
 #[command(next_help_heading = "Engine")]
 pub(crate) struct EngineArgs {
-    /// Generator: a name of the registry or a GGUF file.
-    #[arg(long, value_name = "NAME|FILE", default_value = DEFAULT_MODEL, env = "EXRAIL_MODEL")]
+    /// Generator: a name of the registry, a GGUF file or a Hugging Face folder.
+    #[arg(long, value_name = "NAME|PATH", default_value = DEFAULT_MODEL, env = "EXRAIL_MODEL")]
     pub(crate) model: String,
     /// Threads; one per physical core when absent.
     #[arg(long, value_name = "N", env = "EXRAIL_THREADS")]

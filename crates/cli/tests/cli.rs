@@ -152,6 +152,45 @@ fn a_folder_is_quantised_once_and_what_cannot_be_is_refused() {
     let short = short.display().to_string();
     let output = quantize(&[&source, &other, "--mode", "int4", "--calibrate", &short]);
     fails(&output, &["calibration text", "2048"]);
-    let usage = quantize(&[&source, &other, "--mode", "int4", "--group", "48"]);
-    assert_eq!(usage.status.code(), Some(2));
+    // Threads are those of a calibration: without one they would do nothing.
+    for option in [["--group", "48"], ["--threads", "2"]] {
+        let usage = quantize(&[&[&source[..], &other, "--mode", "int4"], &option[..]].concat());
+        assert_eq!(usage.status.code(), Some(2), "{option:?}");
+    }
+}
+
+#[test]
+fn inspect_check_says_whether_a_folder_would_load() {
+    let home = tempfile::tempdir().unwrap();
+    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../golden");
+    let check = |path: &Path| {
+        exrail(home.path(), &["inspect", "--check", "--json", path.to_str().unwrap()])
+    };
+    let output = check(&golden.join("families/qwen3"));
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    let json: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!((&json["loads"], &json["architecture"]), (&true.into(), &"qwen3".into()));
+    fails(&check(&golden.join("quantised/gptq")), &["tokenizer.json", "expected"]);
+    let broken = home.path().join("broken");
+    std::fs::create_dir(&broken).unwrap();
+    for file in ["config.json", "tokenizer.json"] {
+        std::fs::copy(golden.join("families/qwen3").join(file), broken.join(file)).unwrap();
+    }
+    fails(&check(&broken), &["broken"]);
+}
+
+#[test]
+fn a_closed_pipe_ends_a_command_without_a_panic() {
+    let home = tempfile::tempdir().unwrap();
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../golden/families/llama");
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let output = Command::new(env!("CARGO_BIN_EXE_exrail"))
+        .args(["inspect", folder.to_str().unwrap()])
+        .env("EXRAIL_HOME", home.path())
+        .stdout(writer)
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(141));
+    assert_eq!(text(&output.stderr), "");
 }

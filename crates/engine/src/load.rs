@@ -209,16 +209,14 @@ impl TextParts {
         };
         let (text, generation) = (folder.text(), folder.generation());
         let tokenizer = Tokenizer::from_json(&json)?;
-        let named =
-            |literal: &Option<String>| literal.as_deref().and_then(|it| tokenizer.token_id(it));
+        let named = |role, literal: &Option<String>| {
+            literal.as_deref().map(|literal| tokenizer.named_token(role, literal)).transpose()
+        };
+        let named_bos = named("bos", &text.bos)?;
         // Whatever either file calls an end of an answer is one.
         let mut eos = generation.eos.clone();
-        eos.extend(named(&text.eos).filter(|id| !generation.eos.contains(id)));
-        let roles = TokenRoles {
-            bos: generation.bos.or_else(|| named(&text.bos)),
-            eos,
-            add_bos: text.adds_bos,
-        };
+        eos.extend(named("eos", &text.eos)?);
+        let roles = TokenRoles { bos: generation.bos.or(named_bos), eos, add_bos: text.adds_bos };
         let literal = |literal: &Option<String>, id: Option<u32>| {
             let decoded = || id.map(|id| tokenizer.decode(&[id])).unwrap_or_default();
             literal.clone().unwrap_or_else(decoded)

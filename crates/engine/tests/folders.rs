@@ -91,6 +91,17 @@ fn ends_of_an_answer_come_from_both_files() {
 }
 
 #[test]
+fn a_named_token_that_the_vocabulary_lacks_is_refused() {
+    let (dir, llama) = (tempfile::tempdir().unwrap(), families().join("llama"));
+    for name in ["config.json", "model.safetensors", "tokenizer.json"] {
+        std::fs::copy(llama.join(name), dir.path().join(name)).unwrap();
+    }
+    std::fs::write(dir.path().join("tokenizer_config.json"), r#"{"eos_token": "<end>"}"#).unwrap();
+    let Err(error) = start(dir.path(), None) else { panic!("an unknown end was accepted") };
+    assert_eq!(error.to_string(), "eos token `<end>` is not in the vocabulary");
+}
+
+#[test]
 fn a_length_beyond_the_model_is_refused_by_name() {
     let Err(error) = start(&families().join("llama"), Some(1 << 20)) else {
         panic!("a context of a million tokens was accepted");

@@ -21,7 +21,7 @@ use tokenizers::{
 use crate::TokenizerError;
 use crate::charsmap::CharsMap;
 use crate::from_gguf::MAX_LITERAL_BYTES;
-use crate::json_file::{Added, File, Model, Roles, Vocabulary};
+use crate::json_file::{Added, File, Model, Vocabulary};
 use crate::json_spelling::Spelling;
 use crate::pre_tokenizer::GPT2;
 use crate::sha256::Fingerprint;
@@ -75,41 +75,6 @@ pub struct TokenRoles {
     /// Whether `bos` belongs before every sequence; `None` for what the post-processor of the
     /// `tokenizer.json` does.
     pub add_bos: Option<bool>,
-}
-
-impl TokenRoles {
-    /// Reads the roles out of `tokenizer_config.json` and `generation_config.json`, either of
-    /// which may be missing. Both name ends of generation; all of them count.
-    ///
-    /// # Errors
-    /// [`TokenizerError::BadJson`] if a file is not what its name says, and
-    /// [`TokenizerError::NoSuchToken`] if it names a token that `tokenizer` does not have.
-    pub fn from_json(
-        tokenizer: &Tokenizer,
-        tokenizer_config: Option<&[u8]>,
-        generation_config: Option<&[u8]>,
-    ) -> Result<TokenRoles, TokenizerError> {
-        let mut roles = TokenRoles::default();
-        if let Some(json) = tokenizer_config {
-            let named: Roles = parse("tokenizer_config.json", json)?;
-            let id = |role, literal: Option<&str>| {
-                let Some(literal) = literal else { return Ok(None) };
-                tokenizer
-                    .token_id(literal)
-                    .map(Some)
-                    .ok_or_else(|| TokenizerError::NoSuchToken { role, found: literal.to_owned() })
-            };
-            roles.bos = id("bos", named.bos_token.as_ref().map(|it| it.literal()))?;
-            roles.eos.extend(id("eos", named.eos_token.as_ref().map(|it| it.literal()))?);
-            roles.add_bos = named.add_bos_token;
-        }
-        if let Some(json) = generation_config {
-            let named: Roles = parse("generation_config.json", json)?;
-            roles.bos = roles.bos.or(named.bos_token_id);
-            roles.eos.extend(named.eos_token_id.iter().flat_map(|it| it.ids()));
-        }
-        Ok(roles)
-    }
 }
 
 impl Tokenizer {

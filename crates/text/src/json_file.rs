@@ -80,32 +80,6 @@ pub(crate) enum Merge {
     Two(String, String),
 }
 
-/// What `tokenizer_config.json` and `generation_config.json` say about single tokens.
-#[derive(Debug, Deserialize)]
-pub(crate) struct Roles {
-    pub(crate) bos_token: Option<Literal>,
-    pub(crate) eos_token: Option<Literal>,
-    pub(crate) add_bos_token: Option<bool>,
-    pub(crate) bos_token_id: Option<u32>,
-    pub(crate) eos_token_id: Option<Ids>,
-}
-
-/// A token by its literal, or with its properties.
-#[derive(Debug, Deserialize)]
-#[serde(untagged)]
-pub(crate) enum Literal {
-    Bare(String),
-    Full { content: String },
-}
-
-/// One id or several.
-#[derive(Debug, Deserialize)]
-#[serde(untagged)]
-pub(crate) enum Ids {
-    One(u32),
-    Many(Vec<u32>),
-}
-
 impl File {
     /// One more than the largest id; 0 without tokens.
     pub(crate) fn vocab_len(&self) -> usize {
@@ -156,23 +130,6 @@ impl fmt::Display for Merge {
         match self {
             Merge::One(merge) => out.write_str(merge),
             Merge::Two(left, right) => write!(out, "{left} {right}"),
-        }
-    }
-}
-
-impl Literal {
-    pub(crate) fn literal(&self) -> &str {
-        match self {
-            Literal::Bare(literal) | Literal::Full { content: literal } => literal,
-        }
-    }
-}
-
-impl Ids {
-    pub(crate) fn ids(&self) -> &[u32] {
-        match self {
-            Ids::One(id) => std::slice::from_ref(id),
-            Ids::Many(ids) => ids,
         }
     }
 }

@@ -133,6 +133,15 @@ impl Tokenizer {
         self.tokens.id(literal)
     }
 
+    /// Id of the token that a file beside the vocabulary names as `role`, such as `bos`.
+    ///
+    /// # Errors
+    /// [`TokenizerError::NoSuchToken`] when the vocabulary does not have it.
+    pub fn named_token(&self, role: &'static str, literal: &str) -> Result<u32, TokenizerError> {
+        let missing = || TokenizerError::NoSuchToken { role, found: literal.to_owned() };
+        self.token_id(literal).ok_or_else(missing)
+    }
+
     /// Whether `id` steers the model and is no text for a reader.
     #[must_use]
     pub fn is_control(&self, id: u32) -> bool {

@@ -108,19 +108,9 @@ fn added_tokens_take_white_space_and_need_room_as_the_file_says() {
 }
 
 #[test]
-fn roles_come_from_the_files_beside_it() {
+fn roles_are_taken_as_they_are_given_or_refused() {
     let tokenizer = || build(&file()).unwrap();
-    let config = json!({ "bos_token": "<s>", "eos_token": { "content": "</s>" } }).to_string();
-    let generation = json!({ "bos_token_id": 1, "eos_token_id": [2, 264] }).to_string();
-    let read = |config: Option<&str>, generation: Option<&str>| {
-        TokenRoles::from_json(
-            &tokenizer(),
-            config.map(str::as_bytes),
-            generation.map(str::as_bytes),
-        )
-    };
-    let roles = read(Some(&config), Some(&generation)).unwrap();
-    assert_eq!(roles, TokenRoles { bos: Some(1), eos: vec![2, 2, 264], add_bos: None });
+    let roles = TokenRoles { bos: Some(1), eos: vec![2, 2, 264], add_bos: None };
     let with_roles = tokenizer().with_roles(&roles).unwrap();
     assert_eq!((with_roles.bos(), with_roles.eos_ids()), (Some(1), &[2, 264][..]));
     // The post-processor puts `<s>` first, so that is how the model was trained.
@@ -129,16 +119,10 @@ fn roles_come_from_the_files_beside_it() {
     let without = TokenRoles { add_bos: Some(false), ..roles.clone() };
     assert!(!tokenizer().with_roles(&without).unwrap().add_bos());
     assert_ne!(with_roles.fingerprint(), tokenizer().with_roles(&without).unwrap().fingerprint());
-    let generation = read(None, Some(r#"{ "eos_token_id": 264 }"#)).unwrap();
-    assert_eq!(generation, TokenRoles { bos: None, eos: vec![264], add_bos: None });
 
-    let error = read(Some(r#"{ "eos_token": "<end>" }"#), None).unwrap_err();
+    assert_eq!(tokenizer().named_token("eos", "</s>").unwrap(), 2);
+    let error = tokenizer().named_token("eos", "<end>").unwrap_err();
     assert!(matches!(error, TokenizerError::NoSuchToken { role: "eos", .. }), "{error}");
-    let error = read(Some("[]"), None).unwrap_err();
-    assert!(
-        matches!(error, TokenizerError::BadJson { file: "tokenizer_config.json", .. }),
-        "{error}"
-    );
     let far = TokenRoles { eos: vec![999], ..TokenRoles::default() };
     let error = tokenizer().with_roles(&far).unwrap_err();
     assert!(

@@ -67,8 +67,6 @@ pub struct TextSettings {
     pub padding: Option<String>,
     /// Whether a text starts with `bos`, where the file says so.
     pub adds_bos: Option<bool>,
-    /// Whether a text ends with `eos`, where the file says so.
-    pub adds_eos: Option<bool>,
 }
 
 impl GenerationSettings {
@@ -205,7 +203,6 @@ impl TextSettings {
         self.unknown = literal(fields, "unk_token")?;
         self.padding = literal(fields, "pad_token")?;
         self.adds_bos = fields.bool("add_bos_token")?;
-        self.adds_eos = fields.bool("add_eos_token")?;
         self.templates = templates(fields)?;
         Ok(())
     }

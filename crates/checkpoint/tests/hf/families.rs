@@ -260,7 +260,7 @@ fn what_the_folder_says_about_text_is_read() {
         (text.bos.as_deref(), text.eos.as_deref()),
         (Some("<|im_start|>"), Some("<|endoftext|>"))
     );
-    assert_eq!((text.adds_bos, text.adds_eos), (Some(false), None));
+    assert_eq!(text.adds_bos, Some(false));
     let template = text.chat_template().unwrap();
     assert_eq!(
         template,

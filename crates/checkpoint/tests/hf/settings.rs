@@ -265,11 +265,11 @@ fn chat_templates_are_found_in_every_place() {
     assert_eq!(one.text().chat_template(), Some("{{ a }}"));
     let named = json!({"chat_template": [{"name": "default", "template": "d"},
                                          {"name": "tool_use", "template": "t"}],
-                       "eos_token": {"content": "</s>", "lstrip": false}, "add_eos_token": true});
+                       "eos_token": {"content": "</s>", "lstrip": false}});
     let named = text_of(&named).unwrap();
     assert_eq!(named.text().chat_template(), Some("d"));
     assert_eq!(named.text().template("tool_use"), Some("t"));
-    assert_eq!((named.text().eos.as_deref(), named.text().adds_eos), (Some("</s>"), Some(true)));
+    assert_eq!(named.text().eos.as_deref(), Some("</s>"));
     assert_eq!(text_of(&json!({})).unwrap().text().chat_template(), None);
     let two =
         json!({"chat_template": [{"name": "a", "template": "1"}, {"name": "b", "template": "2"}]});

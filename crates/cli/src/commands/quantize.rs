@@ -15,8 +15,8 @@ use crate::{Ended, options::QuantOption, output::Output, progress::Bars};
 
 /// Quantise a 16-bit Hugging Face folder to int4 or int8.
 ///
-/// The result is a folder in the layout of GPTQ checkpoints, which other engines read as well, with
-/// a manifest of what each matrix lost. The embedding, the head, norms, biases, routers and matrices
+/// The result is a folder in the layout of GPTQ checkpoints, with a manifest of what each matrix
+/// lost. The embedding, the head, norms, biases, routers and matrices
 /// below 1,024 weights stay as they are. A run that was interrupted goes on when it is started again.
 #[derive(Debug, Args)]
 pub(crate) struct Quantize {
@@ -36,7 +36,7 @@ pub(crate) struct Quantize {
     #[arg(long, value_name = "TEXT")]
     calibrate: Option<PathBuf>,
     /// Threads of a calibration; one per physical core when absent.
-    #[arg(long, value_name = "N", env = "EXRAIL_THREADS")]
+    #[arg(long, value_name = "N", requires = "calibrate")]
     threads: Option<usize>,
 }
 

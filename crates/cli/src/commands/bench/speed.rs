@@ -194,12 +194,7 @@ impl Subject {
             self.step(&[id], &[(0, position, 1)], &[0]);
         }
         self.scratch.read_logits(&self.backend, &mut self.logits);
-        let kld = exrail_metrics::kld_from_logits(&prefill, &self.logits)?;
-        ensure!(
-            kld <= KLD_LIMIT,
-            "prefill and decode differ: expected a KLD of at most {KLD_LIMIT}, found {kld}"
-        );
-        Ok(kld)
+        agreement(&prefill, &self.logits)
     }
 
     /// Writes keys and values of `depth` positions of every sequence. Tests overwrite them with
@@ -270,6 +265,19 @@ impl Subject {
     }
 }
 
+/// The divergence of decode from prefill, in nats.
+///
+/// # Errors
+/// It is more than [`KLD_LIMIT`], or a logit is not finite.
+fn agreement(prefill: &[f32], decode: &[f32]) -> Result<f64> {
+    let kld = exrail_metrics::kld_from_logits(prefill, decode)?;
+    ensure!(
+        kld <= KLD_LIMIT,
+        "prefill and decode differ: expected a KLD of at most {KLD_LIMIT}, found {kld}"
+    );
+    Ok(kld)
+}
+
 /// How many tokens each layer sees at most; `None`: all.
 fn windows(decoder: &Decoder<CpuBackend>) -> Vec<Option<usize>> {
     decoder.config().layers.iter().map(|layer| layer.window).collect()
@@ -295,5 +303,14 @@ mod tests {
         assert_eq!(mean_visible(&[None, None], 10, 3), 2.0 * 12.0);
         assert_eq!(mean_visible(&[None, Some(4)], 10, 3), 12.0 + 4.0);
         assert_eq!(mean_visible(&[Some(12)], 10, 4), (11.0 + 12.0 * 3.0) / 4.0);
+    }
+    #[test]
+    fn logits_that_differ_or_are_not_numbers_refuse_the_model() {
+        let logits = [0.5, -1.0, 2.0];
+        assert_eq!(agreement(&logits, &logits).unwrap(), 0.0);
+        assert!(agreement(&logits, &[0.51, -1.0, 2.0]).unwrap() < KLD_LIMIT);
+        let error = agreement(&logits, &[2.0, -1.0, 0.5]).unwrap_err().to_string();
+        assert!(error.contains("at most 0.002"), "{error}");
+        assert!(agreement(&logits, &[f32::NAN, -1.0, 2.0]).is_err());
     }
 }
