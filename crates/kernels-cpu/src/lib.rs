@@ -22,6 +22,7 @@ mod lanes;
 mod linear;
 mod math;
 mod memory;
+mod pack;
 mod pool;
 mod processor;
 mod product;
