@@ -75,11 +75,14 @@ pub fn checkpoint_files(path: &Path) -> io::Result<Vec<PathBuf>> {
 
 /// The fingerprint of the checkpoint at `path`: the SHA-256 of a file, or of the lines
 /// "SHA-256, two spaces, name" of a folder's [`checkpoint_files`]; what `sha256sum * | sha256sum`
-/// prints. `progress` is told the bytes hashed so far.
+/// prints. `progress` is told the bytes hashed so far; its error ends the hash.
 ///
 /// # Errors
-/// When a file cannot be read.
-pub fn checkpoint_sha256(path: &Path, progress: &mut dyn FnMut(u64)) -> io::Result<String> {
+/// When a file cannot be read, and what `progress` says.
+pub fn checkpoint_sha256(
+    path: &Path,
+    progress: &mut dyn FnMut(u64) -> io::Result<()>,
+) -> io::Result<String> {
     if !path.is_dir() {
         return sha256_file(path, progress);
     }
@@ -104,7 +107,7 @@ mod tests {
     fn the_fingerprint_of_a_folder_follows_its_model_files_only() {
         let dir = tempfile::tempdir().unwrap();
         let write = |name: &str, text: &str| fs::write(dir.path().join(name), text).unwrap();
-        let fingerprint = || checkpoint_sha256(dir.path(), &mut |_| {}).unwrap();
+        let fingerprint = || checkpoint_sha256(dir.path(), &mut |_| Ok(())).unwrap();
         write("model.safetensors", "abc");
         write("config.json", "{}");
         let first = fingerprint();

@@ -10,11 +10,14 @@ use sha2::{Digest, Sha256};
 const CHUNK_BYTES: usize = 1 << 20;
 
 /// The SHA-256 of the file at `path` as 64 lower-case hexadecimal digits. `progress` is told the
-/// number of bytes hashed so far, about once per MiB.
+/// number of bytes hashed so far, about once per MiB; its error ends the hash.
 ///
 /// # Errors
-/// When the file cannot be opened or read.
-pub fn sha256_file(path: &Path, progress: &mut dyn FnMut(u64)) -> io::Result<String> {
+/// When the file cannot be opened or read, and what `progress` says.
+pub fn sha256_file(
+    path: &Path,
+    progress: &mut dyn FnMut(u64) -> io::Result<()>,
+) -> io::Result<String> {
     let mut file = File::open(path)?;
     let mut hasher = Sha256::new();
     let mut chunk = vec![0; CHUNK_BYTES];
@@ -28,7 +31,7 @@ pub fn sha256_file(path: &Path, progress: &mut dyn FnMut(u64)) -> io::Result<Str
         };
         hasher.update(&chunk[..n_read]);
         n_bytes += n_read as u64;
-        progress(n_bytes);
+        progress(n_bytes)?;
     }
 }
 
@@ -60,8 +63,25 @@ mod tests {
         let file = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(file.path(), &bytes).unwrap();
         let mut last = 0;
-        let digest = sha256_file(file.path(), &mut |n| last = n).unwrap();
+        let mut progress = |n| {
+            last = n;
+            Ok(())
+        };
+        let digest = sha256_file(file.path(), &mut progress).unwrap();
         assert_eq!(digest, sha256_hex(&bytes));
         assert_eq!(last, bytes.len() as u64);
+    }
+
+    #[test]
+    fn an_error_of_the_listener_ends_the_hash() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), vec![7; 3 * CHUNK_BYTES]).unwrap();
+        let mut calls = 0;
+        let mut progress = |_| {
+            calls += 1;
+            Err(io::Error::other("enough"))
+        };
+        let error = sha256_file(file.path(), &mut progress).unwrap_err();
+        assert_eq!((error.to_string().as_str(), calls), ("enough", 1));
     }
 }

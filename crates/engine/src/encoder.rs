@@ -42,8 +42,8 @@ impl<B: Backend> SentenceEncoder<B> {
             return Err(EngineError::VocabularyTooLarge { rows, tokens });
         }
         let encoder = Encoder::load(&backend, &config, &weights)?;
-        let weights_sha256 =
-            sha256_file(&weights_path, &mut |_| {}).map_err(|source| io(&weights_path, source))?;
+        let weights_sha256 = sha256_file(&weights_path, &mut |_| Ok(()))
+            .map_err(|source| io(&weights_path, source))?;
         let n_special = tokenizer.wrap_sentence(&[])?.len();
         let pooling = match config.pooling {
             Pooling::Mean => "mean",

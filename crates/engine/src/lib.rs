@@ -16,6 +16,7 @@ mod distribution;
 mod encoder;
 mod error;
 mod event;
+mod fingerprint;
 mod handle;
 mod load;
 mod output;

@@ -1,13 +1,13 @@
 //! From a model file to everything an engine needs.
 
 use std::collections::BTreeMap;
-use std::io;
+use std::panic::resume_unwind;
 use std::path::Path;
 use std::sync::Arc;
+use std::thread::{self, ScopedJoinHandle};
 
 use exrail_checkpoint::{
     Checkpoint, DecoderConfig, Gguf, HfFolder, LoadError, Rounded, Tensors, VocabularyTable,
-    checkpoint_files, checkpoint_sha256,
 };
 use exrail_kernels::Backend;
 use exrail_model::{Decoder, LoadProgress};
@@ -15,6 +15,7 @@ use exrail_tensor::IntGrid;
 use exrail_text::{ChatTemplate, TokenRoles, Tokenizer, Vocabulary};
 
 use crate::error::EngineError;
+use crate::fingerprint::Fingerprint;
 
 /// A generator on a device, not running yet.
 pub struct Loaded<B: Backend> {
@@ -74,20 +75,17 @@ pub fn load_generator<B: Backend>(
 ) -> Result<Loaded<B>, EngineError> {
     let checkpoint = Checkpoint::open(path)?;
     let io = |source| EngineError::Io { path: path.display().to_string(), source };
-    let total_bytes = total_bytes(path).map_err(io)?;
-    let sha256 = checkpoint_sha256(path, &mut |bytes| {
+    let fingerprint = Fingerprint::start(path).map_err(io)?;
+    let prepared = Prepared::of(backend, &checkpoint, options, &mut |step| {
+        progress(GeneratorProgress::Weights(step));
+    })?;
+    let mut hashed = |bytes, total_bytes| {
         progress(GeneratorProgress::Hashed { bytes, total_bytes });
-    })
-    .map_err(io)?;
+    };
+    let sha256 = fingerprint.wait(&mut hashed).map_err(io)?;
     let file_name = path.file_stem().map(|stem| stem.to_string_lossy().into_owned());
     let name = file_name.unwrap_or_else(|| path.display().to_string());
-    prepare_generator(backend, &checkpoint, Identity { name, sha256 }, options, &mut |step| {
-        progress(GeneratorProgress::Weights(step));
-    })
-}
-
-fn total_bytes(path: &Path) -> io::Result<u64> {
-    checkpoint_files(path)?.iter().map(|file| Ok(file.metadata()?.len())).sum()
+    Ok(prepared.identify(Identity { name, sha256 }))
 }
 
 /// Who a checkpoint is.
@@ -95,7 +93,7 @@ fn total_bytes(path: &Path) -> io::Result<u64> {
 pub struct Identity {
     /// Its name, if it does not name itself.
     pub name: String,
-    /// Its fingerprint, see [`checkpoint_sha256`].
+    /// Its fingerprint, see [`exrail_checkpoint::checkpoint_sha256`].
     pub sha256: String,
 }
 
@@ -110,24 +108,62 @@ pub fn prepare_generator<B: Backend>(
     options: LoadOptions,
     progress: &mut dyn FnMut(LoadProgress),
 ) -> Result<Loaded<B>, EngineError> {
-    let rounded = options.quant.map(|grid| round(checkpoint, grid)).transpose()?;
-    let CheckedGenerator { config, tokenizer, template, name } =
-        check_generator(checkpoint, options)?;
-    let tensors = rounded.as_ref().map_or(checkpoint.tensors(), |rounded| rounded);
-    let decoder = Decoder::load(&backend, &config, tensors, progress)?;
-    Ok(Loaded {
-        decoder,
-        tokenizer: Arc::new(tokenizer),
-        template: template.map(Arc::new),
-        model_name: name.unwrap_or(identity.name),
-        model_sha256: identity.sha256,
-        quant: match rounded {
+    Ok(Prepared::of(backend, checkpoint, options, progress)?.identify(identity))
+}
+
+/// [`Loaded`] without the identity of the checkpoint.
+struct Prepared<B: Backend> {
+    backend: B,
+    decoder: Decoder<B>,
+    text: TextParts,
+    quant: String,
+    config: DecoderConfig,
+}
+
+impl<B: Backend> Prepared<B> {
+    fn of(
+        backend: B,
+        checkpoint: &Checkpoint,
+        options: LoadOptions,
+        progress: &mut dyn FnMut(LoadProgress),
+    ) -> Result<Self, EngineError> {
+        let rounded = options.quant.map(|grid| round(checkpoint, grid)).transpose()?;
+        let tensors = rounded.as_ref().map_or(checkpoint.tensors(), |rounded| rounded);
+        let config = served_config(checkpoint, options)?;
+        let text = || TextParts::checked(checkpoint, &config);
+        // A vocabulary takes about as long as the weights of a small model.
+        let (text, decoder) = thread::scope(|scope| {
+            let beside = thread::Builder::new().name("exrail-text".to_owned());
+            let beside = beside.spawn_scoped(scope, text);
+            let decoder = Decoder::load(&backend, &config, tensors, progress);
+            let text = match beside.map(ScopedJoinHandle::join) {
+                Ok(Ok(text)) => text,
+                Ok(Err(panic)) => resume_unwind(panic),
+                Err(_no_thread) => text(),
+            };
+            (text, decoder)
+        });
+        let (text, decoder) = (text?, decoder?);
+        let quant = match rounded {
             None => storage_format(checkpoint),
             Some(_) => main_format(tensors),
-        },
-        config,
-        backend,
-    })
+        };
+        Ok(Self { backend, decoder, text, quant, config })
+    }
+
+    fn identify(self, identity: Identity) -> Loaded<B> {
+        let TextParts { tokenizer, template, name } = self.text;
+        Loaded {
+            backend: self.backend,
+            decoder: self.decoder,
+            tokenizer: Arc::new(tokenizer),
+            template: template.map(Arc::new),
+            model_name: name.unwrap_or(identity.name),
+            model_sha256: identity.sha256,
+            quant: self.quant,
+            config: self.config,
+        }
+    }
 }
 
 /// The weights of a checkpoint, rounded on the way.
@@ -160,16 +196,21 @@ pub fn check_generator(
     checkpoint: &Checkpoint,
     options: LoadOptions,
 ) -> Result<CheckedGenerator, EngineError> {
-    let mut config = checkpoint.config()?;
-    if let Some(max_context) = options.max_context {
-        config = config.with_context_len(max_context)?;
-    }
-    let TextParts { tokenizer, template, name } = TextParts::of(checkpoint)?;
-    let (tokens, rows) = (tokenizer.vocab_len(), config.vocab_size);
-    if tokens > rows {
-        return Err(EngineError::VocabularyTooLarge { rows, tokens });
-    }
+    let config = served_config(checkpoint, options)?;
+    let TextParts { tokenizer, template, name } = TextParts::checked(checkpoint, &config)?;
     Ok(CheckedGenerator { config, tokenizer, template, name })
+}
+
+/// The architecture, for as many positions as are asked for.
+fn served_config(
+    checkpoint: &Checkpoint,
+    options: LoadOptions,
+) -> Result<DecoderConfig, LoadError> {
+    let config = checkpoint.config()?;
+    match options.max_context {
+        Some(max_context) => config.with_context_len(max_context),
+        None => Ok(config),
+    }
 }
 
 /// What stands beside the weights.
@@ -180,6 +221,16 @@ struct TextParts {
 }
 
 impl TextParts {
+    /// The parts, whose tokens all have a row in the embedding.
+    fn checked(checkpoint: &Checkpoint, config: &DecoderConfig) -> Result<TextParts, EngineError> {
+        let parts = TextParts::of(checkpoint)?;
+        let (tokens, rows) = (parts.tokenizer.vocab_len(), config.vocab_size);
+        if tokens > rows {
+            return Err(EngineError::VocabularyTooLarge { rows, tokens });
+        }
+        Ok(parts)
+    }
+
     fn of(checkpoint: &Checkpoint) -> Result<TextParts, EngineError> {
         match checkpoint {
             Checkpoint::Gguf(gguf) => TextParts::of_gguf(gguf),

@@ -5,7 +5,7 @@ use crate::affinity;
 use crate::attention;
 use crate::kv::CpuKvPool;
 use crate::linear::{Engine, Epilogue, Product};
-use crate::memory::Arena;
+use crate::memory::{Arena, zeros};
 use crate::pool::Pool;
 use crate::processor::{Isa, Processor};
 use crate::rows::{Add, Norm, NormInPlace, RopeTable, Rotate, ScaleAndCap};
@@ -184,13 +184,12 @@ impl Backend for CpuBackend {
     }
 
     fn buffer(&self, len: usize) -> Result<CpuBuffer, KernelError> {
-        let mut values = Vec::new();
-        values.try_reserve_exact(len).map_err(|_| KernelError::OutOfMemory {
+        // Buffers are as large as the largest step: one that is never made should cost nothing.
+        let values = zeros(len).ok_or_else(|| KernelError::OutOfMemory {
             what: "activations".to_owned(),
             wanted_bytes: len.saturating_mul(4),
             device: self.name(),
         })?;
-        values.resize(len, 0.0);
         Ok(CpuBuffer(values))
     }
 

@@ -53,6 +53,18 @@ unsafe impl Send for Bytes {}
 // SAFETY: shared `Bytes` give shared access to plain bytes, like a `Box<[u8]>`.
 unsafe impl Sync for Bytes {}
 
+/// `len` zeros that take memory only where they are written, or `None` when the system has none.
+pub(crate) fn zeros(len: usize) -> Option<Vec<f32>> {
+    let layout = Layout::array::<f32>(len).ok()?;
+    if layout.size() == 0 {
+        return Some(Vec::new());
+    }
+    // SAFETY: the size is not zero.
+    let start = NonNull::new(unsafe { alloc_zeroed(layout) })?.cast::<f32>();
+    // SAFETY: the global allocator gave `len` values of this layout, and zero bits are 0.0.
+    Some(unsafe { Vec::from_raw_parts(start.as_ptr(), len, len) })
+}
+
 impl Arena {
     /// `len` zeroed bytes, or `None` when the system has none.
     pub(crate) fn bytes(&self, len: usize) -> Option<Bytes> {
@@ -154,6 +166,14 @@ impl Drop for Region {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn zeros_are_zeros_and_too_many_are_refused() {
+        assert_eq!(zeros(3), Some(vec![0.0; 3]));
+        assert_eq!(zeros(0), Some(Vec::new()));
+        assert_eq!(zeros(usize::MAX / 2), None);
+        assert_eq!(zeros(1 << 60), None);
+    }
 
     #[test]
     fn parts_are_aligned_zeroed_and_disjoint() {

@@ -124,6 +124,7 @@ fn identity(
             // config.json is not counted in the total.
             let bytes = (before + bytes).min(total_bytes);
             report(QuantizeProgress::Hashed { bytes, total_bytes });
+            Ok(())
         })
         .map_err(QuantizeError::io(&path))?;
         before += len;
