@@ -1,13 +1,14 @@
 //! Tokenizers out of the vocabulary of a GGUF file.
 
-use std::collections::HashMap;
+use std::sync::Arc;
 
-use tokenizers::models::bpe::{BPE, Vocab};
+use tokenizers::models::bpe::Vocab;
 use tokenizers::models::wordpiece::WordPiece;
 use tokenizers::normalizers::bert::BertNormalizer;
 use tokenizers::pre_tokenizers::bert::BertPreTokenizer;
 
 use crate::TokenizerError;
+use crate::bpe::{Bpe, BytePairs};
 use crate::charsmap::CharsMap;
 use crate::normaliser::{Normaliser, SPACE};
 use crate::pieces::Pieces;
@@ -15,6 +16,7 @@ use crate::pre_tokenizer::{Family, family};
 use crate::sentencepiece::SentencePiece;
 use crate::sha256::Fingerprint;
 use crate::specials::{Literal, Literals};
+use crate::spellings::Spellings;
 use crate::token_table::{TokenTable, check_vocab_len};
 use crate::tokenizer::{Around, Tokenizer, end_ids};
 use crate::unigram::Unigram;
@@ -56,11 +58,17 @@ impl Tokenizer {
             _ => return Err(TokenizerError::UnknownModel { found: vocabulary.model }),
         };
         let (tokens, literals) = tokens(&vocabulary, &kinds, &spelling)?;
-        let words = words(&vocabulary, &kinds, &spelling)?;
-        let (encodable, has_space_prefix) = match &spelling {
-            Spelling::Bytes(alphabet) => (Some(encodable(&vocabulary, &kinds, alphabet)), false),
-            Spelling::Spaces => (None, vocabulary.add_space_prefix),
-            Spelling::Words => (None, true),
+        let words = words(&vocabulary, &kinds, &spelling, tokens.spellings())?;
+        let encodable = match (&spelling, &words) {
+            (Spelling::Bytes(alphabet), Words::BytePairs(words)) => {
+                Some(words.bpe.encodable(alphabet))
+            }
+            _ => None,
+        };
+        let has_space_prefix = match &spelling {
+            Spelling::Bytes(_) => false,
+            Spelling::Spaces => vocabulary.add_space_prefix,
+            Spelling::Words => true,
         };
         let around = if is_bert {
             Around::Tokens { before: vocabulary.bos, after: vocabulary.separator }
@@ -134,7 +142,8 @@ fn tokens(
     kinds: &[Kind],
     spelling: &Spelling,
 ) -> Result<(TokenTable, Vec<Literal>), TokenizerError> {
-    let mut tokens = TokenTable::default();
+    let spellings: Spellings = vocabulary.tokens.iter().map(String::as_str).collect();
+    let mut tokens = TokenTable::new(Arc::new(spellings));
     let mut literals = Vec::new();
     for ((id, token), &kind) in (0_u32..).zip(&vocabulary.tokens).zip(kinds) {
         let control = kind == Kind::Control;
@@ -159,7 +168,7 @@ fn tokens(
             let text = checked_literal(id, text)?;
             literals.push(Literal { id, text, control, takes_right, ..Literal::default() });
         }
-        tokens.push(token, &bytes, control);
+        tokens.push(&bytes, control);
     }
     Ok((tokens, literals))
 }
@@ -168,12 +177,18 @@ fn words(
     vocabulary: &Vocabulary,
     kinds: &[Kind],
     spelling: &Spelling,
+    spellings: &Arc<Spellings>,
 ) -> Result<Words, TokenizerError> {
     match spelling {
-        Spelling::Bytes(_) => byte_level_words(vocabulary, kinds, family(&vocabulary.pre)?),
+        Spelling::Bytes(_) => {
+            let Family { normalizer, steps, whole_words } = family(&vocabulary.pre)?;
+            let ids = text_ids(vocabulary, kinds);
+            let bpe = Bpe::new(Arc::clone(spellings), ids, &vocabulary.merges, whole_words)?;
+            Ok(Words::BytePairs(Box::new(BytePairs { normalizer, steps, bpe })))
+        }
         Spelling::Words => word_pieces(vocabulary, kinds),
         Spelling::Spaces => {
-            let pieces = Pieces::new(vocabulary, kinds)?;
+            let pieces = Pieces::new(vocabulary, kinds, spellings)?;
             let is_unigram = vocabulary.model == "t5";
             let has_map = is_unigram && !vocabulary.precompiled_charsmap.is_empty();
             let normaliser = Normaliser {
@@ -226,48 +241,12 @@ fn checked_literal(id: u32, text: String) -> Result<String, TokenizerError> {
     Ok(text)
 }
 
-/// Ordinary tokens with their ids. Control tokens are not among them, so merges cannot give one.
-fn text_ids<'a>(vocabulary: &'a Vocabulary, kinds: &[Kind]) -> HashMap<&'a str, u32> {
-    let mut ids = HashMap::with_capacity(vocabulary.tokens.len());
-    for ((id, token), kind) in (0_u32..).zip(&vocabulary.tokens).zip(kinds) {
-        if matches!(kind, Kind::Text | Kind::Byte) && !token.is_empty() {
-            ids.entry(token.as_str()).or_insert(id);
-        }
-    }
-    ids
-}
-
-fn encodable(vocabulary: &Vocabulary, kinds: &[Kind], alphabet: &ByteAlphabet) -> Box<[bool; 256]> {
-    let ids = text_ids(vocabulary, kinds);
-    Box::new(std::array::from_fn(|byte| {
-        let char = alphabet.char(u8::try_from(byte).expect("an index below 256"));
-        ids.contains_key(&*char.encode_utf8(&mut [0; 4]))
-    }))
-}
-
-fn byte_level_words(
-    vocabulary: &Vocabulary,
-    kinds: &[Kind],
-    family: Family,
-) -> Result<Words, TokenizerError> {
-    let ids = text_ids(vocabulary, kinds);
-    let merges = vocabulary.checked_merges(&ids)?;
-    let mut table = Vocab::default();
-    table.extend(ids.into_iter().map(|(token, id)| (token.to_owned(), id)));
-    let model = BPE::builder()
-        .vocab_and_merges(table, merges)
-        .ignore_merges(family.whole_words)
-        .build()
-        .map_err(|source| TokenizerError::Library { doing: "building the merges", source })?;
-    let mut tokenizer = tokenizers::Tokenizer::new(model);
-    if let Some(normalizer) = family.normalizer {
-        let normalized = tokenizer.with_normalizer(Some(normalizer)).map(|_| ());
-        normalized.map_err(|source| TokenizerError::Library {
-            doing: "setting the normalizer",
-            source,
-        })?;
-    }
-    Ok(Words::Library(Box::new(Library { tokenizer, steps: family.steps })))
+/// Ordinary tokens. Control tokens are not among them, so merges cannot give one.
+fn text_ids<'a>(vocabulary: &'a Vocabulary, kinds: &'a [Kind]) -> impl Iterator<Item = u32> + 'a {
+    let tokens = (0_u32..).zip(&vocabulary.tokens).zip(kinds);
+    let ordinary = tokens
+        .filter(|((_, token), kind)| matches!(kind, Kind::Text | Kind::Byte) && !token.is_empty());
+    ordinary.map(|((id, _), _)| id)
 }
 
 /// BERT's tokenizer. GGUF writes U+2581 before what starts a word and drops the `##` of the rest.
@@ -277,12 +256,13 @@ fn word_pieces(vocabulary: &Vocabulary, kinds: &[Kind]) -> Result<Words, Tokeniz
     vocabulary.bos.ok_or(missing("first", "[CLS]"))?;
     vocabulary.separator.ok_or(missing("last", "[SEP]"))?;
     let mut table = Vocab::default();
-    for (token, id) in text_ids(vocabulary, kinds) {
+    for id in text_ids(vocabulary, kinds) {
+        let token = vocabulary.tokens[id as usize].as_str();
         if vocabulary.lowercase.is_none() && token.to_lowercase() != token {
             return Err(TokenizerError::UnknownCase { id, token: token.to_owned() });
         }
         let spelled = token.strip_prefix(SPACE).map_or_else(|| format!("##{token}"), str::to_owned);
-        table.insert(spelled, id);
+        table.entry(spelled).or_insert(id);
     }
     let unknown_literal = vocabulary.tokens[unknown as usize].clone();
     table.insert(unknown_literal.clone(), unknown);

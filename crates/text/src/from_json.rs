@@ -5,6 +5,7 @@
 //! and this crate cannot keep within bounds is refused by name.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
 use serde::de::DeserializeOwned;
 use serde_json::Value;
@@ -26,6 +27,7 @@ use crate::json_spelling::Spelling;
 use crate::pre_tokenizer::GPT2;
 use crate::sha256::Fingerprint;
 use crate::specials::{Literal, Literals};
+use crate::spellings::Spellings;
 use crate::splitter::Splitter;
 use crate::token_table::{TokenTable, check_vocab_len};
 use crate::tokenizer::{Around, Tokenizer, end_ids};
@@ -194,12 +196,14 @@ fn tokens(
         by_id[token.id as usize] = Some(&token.content);
         added.insert(token.id, token);
     }
-    let mut tokens = TokenTable::default();
+    let spellings: Spellings = by_id.into_iter().map(Option::unwrap_or_default).collect();
+    let spellings = Arc::new(spellings);
+    let mut tokens = TokenTable::new(Arc::clone(&spellings));
     let mut literals = Vec::new();
-    for (id, token) in (0_u32..).zip(by_id) {
-        let token = token.unwrap_or_default();
+    for id in 0..u32::try_from(vocab_len).expect("the vocabulary size has been checked") {
+        let token = spellings.get(id);
         let Some(added) = added.get(&id) else {
-            tokens.push(token, &spelling.bytes(token), false);
+            tokens.push(&spelling.bytes(token), false);
             continue;
         };
         if token.len() > MAX_LITERAL_BYTES {
@@ -208,7 +212,7 @@ fn tokens(
         }
         // Gemma has tokens that are both: a run of U+2581 is written by merges and listed as added.
         let bytes = if added.special { token.as_bytes().to_vec() } else { spelling.bytes(token) };
-        tokens.push(token, &bytes, added.special);
+        tokens.push(&bytes, added.special);
         if added.special {
             literals.push(Literal {
                 id,
@@ -347,6 +351,8 @@ fn check_normalizer(value: &Value, growth: &mut usize) -> Result<(), TokenizerEr
             let map = CharsMap::parse(&map.ok_or_else(|| unsupported("normalizer", value))?)?;
             grow(growth, map.longest_replacement() + 1)
         }
+        // The crate then takes the first character for an addition, and panics at the next step.
+        Some("Prepend") if text("prepend") == Some("") => Err(unsupported("normalizer", value)),
         Some("Replace" | "Prepend") => {
             if let Some(pattern) = value.pointer("/pattern/Regex").and_then(Value::as_str) {
                 Splitter::new(pattern)?;

@@ -11,6 +11,7 @@
 //! therefore untrusted code, runs with bounded work, output and time ([`TemplateLimits`]).
 //! This crate knows no devices, no files and no model; ids are plain `u32`.
 
+mod bpe;
 mod charsmap;
 mod chat;
 mod detokenizer;
@@ -27,6 +28,7 @@ mod provenance;
 mod sentencepiece;
 mod sha256;
 mod specials;
+mod spellings;
 mod splitter;
 mod stop;
 mod template;

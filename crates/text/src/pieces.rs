@@ -1,16 +1,18 @@
 //! The pieces of a sentencepiece vocabulary, and what becomes of text that has none.
 
-use std::collections::HashMap;
 use std::ops::Range;
+use std::sync::Arc;
 
 use crate::TokenizerError;
 use crate::normaliser::Normalised;
+use crate::spellings::{Index, Spellings};
 use crate::vocabulary::{Kind, Vocabulary, byte_of};
 
 /// Pieces with ids and scores. Control tokens are not among them, so no text can give one.
 #[derive(Debug)]
 pub(crate) struct Pieces {
-    ids: HashMap<Box<str>, u32>,
+    spellings: Arc<Spellings>,
+    index: Index,
     /// (V) higher is better.
     scores: Vec<f32>,
     /// (V) pieces that may arise on the way but are taken apart again.
@@ -30,7 +32,11 @@ pub(crate) struct Piece {
 
 impl Pieces {
     /// Collects the pieces; scores must be finite and one per token.
-    pub(crate) fn new(vocabulary: &Vocabulary, kinds: &[Kind]) -> Result<Pieces, TokenizerError> {
+    pub(crate) fn new(
+        vocabulary: &Vocabulary,
+        kinds: &[Kind],
+        spellings: &Arc<Spellings>,
+    ) -> Result<Pieces, TokenizerError> {
         let expected = vocabulary.tokens.len();
         if vocabulary.scores.len() != expected {
             let found = vocabulary.scores.len();
@@ -39,34 +45,34 @@ impl Pieces {
         if let Some(id) = vocabulary.scores.iter().position(|score| !score.is_finite()) {
             return Err(TokenizerError::BadScore { id, found: vocabulary.scores[id] });
         }
+        let is_piece = |&(id, kind): &(u32, &Kind)| match kind {
+            Kind::Text | Kind::Added | Kind::Unused => !spellings.get(id).is_empty(),
+            Kind::Byte | Kind::Control => false,
+        };
+        let ids = (0_u32..).zip(kinds).filter(is_piece).map(|(id, _)| id);
         let mut pieces = Pieces {
-            ids: HashMap::with_capacity(expected),
+            index: Index::new(spellings, ids),
+            spellings: Arc::clone(spellings),
             scores: vocabulary.scores.clone(),
             unused: kinds.iter().map(|&kind| kind == Kind::Unused).collect(),
             bytes: [None; 256],
             unknown: vocabulary.unknown,
             longest_bytes: 0,
         };
-        for ((id, token), kind) in (0_u32..).zip(&vocabulary.tokens).zip(kinds) {
-            match kind {
-                Kind::Byte => {
-                    let byte = byte_of(token)
-                        .ok_or_else(|| TokenizerError::BadByteToken { id, found: token.clone() })?;
-                    pieces.bytes[usize::from(byte)].get_or_insert(id);
-                }
-                Kind::Text | Kind::Added | Kind::Unused if !token.is_empty() => {
-                    pieces.longest_bytes = pieces.longest_bytes.max(token.len());
-                    pieces.ids.entry(token.as_str().into()).or_insert(id);
-                }
-                Kind::Text | Kind::Added | Kind::Unused | Kind::Control => {}
-            }
+        let longest = pieces.index.ids().map(|id| spellings.get(id).len()).max();
+        pieces.longest_bytes = longest.unwrap_or(0);
+        for (id, _) in (0_u32..).zip(kinds).filter(|it| *it.1 == Kind::Byte) {
+            let token = spellings.get(id);
+            let byte = byte_of(token)
+                .ok_or_else(|| TokenizerError::BadByteToken { id, found: token.to_owned() })?;
+            pieces.bytes[usize::from(byte)].get_or_insert(id);
         }
         Ok(pieces)
     }
 
     pub(crate) fn id(&self, piece: &str) -> Option<u32> {
         // Hashing a long text costs more than to see that it cannot be there.
-        (piece.len() <= self.longest_bytes).then(|| self.ids.get(piece).copied()).flatten()
+        (piece.len() <= self.longest_bytes).then(|| self.index.id(&self.spellings, piece)).flatten()
     }
 
     pub(crate) fn score(&self, id: u32) -> f32 {
@@ -79,7 +85,7 @@ impl Pieces {
 
     /// All pieces with their ids, in no order.
     pub(crate) fn iter(&self) -> impl Iterator<Item = (&str, u32)> {
-        self.ids.iter().map(|(piece, &id)| (&**piece, id))
+        self.index.ids().map(|id| (self.spellings.get(id), id))
     }
 
     /// Ids of `pieces` with their ranges in the original text. What has no id becomes the tokens

@@ -1,49 +1,68 @@
 //! Per token of a vocabulary: the bytes it stands for, its literal, and whether it steers the model.
 
-use std::collections::HashMap;
+use std::sync::Arc;
 
 use crate::TokenizerError;
+use crate::spellings::{Index, Spellings};
 
 /// More tokens than any published vocabulary; keeps a hostile file from asking for memory.
 const MAX_VOCAB_LEN: usize = 1 << 22;
 
 /// Per token: its bytes, its literal and whether it is a control token.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct TokenTable {
+    spellings: Arc<Spellings>,
+    index: Index,
     /// Bytes of all tokens, one after another.
     bytes: Vec<u8>,
-    /// (V + 1) where each token starts in `bytes`.
-    starts: Vec<usize>,
+    /// (V) where each token ends in `bytes`.
+    ends: Vec<usize>,
     /// (V)
     control: Vec<bool>,
-    ids: HashMap<String, u32>,
 }
 
 impl TokenTable {
-    pub(crate) fn push(&mut self, literal: &str, bytes: &[u8], control: bool) {
-        let id = u32::try_from(self.control.len()).expect("the vocabulary size has been checked");
-        if self.starts.is_empty() {
-            self.starts.push(0);
+    /// A table for tokens that are written like this; what they stand for is yet to be told, token
+    /// by token.
+    pub(crate) fn new(spellings: Arc<Spellings>) -> TokenTable {
+        let n_tokens = spellings.len();
+        let ids = 0..u32::try_from(n_tokens).expect("the vocabulary size has been checked");
+        TokenTable {
+            index: Index::new(&spellings, ids),
+            spellings,
+            bytes: Vec::new(),
+            ends: Vec::with_capacity(n_tokens),
+            control: Vec::with_capacity(n_tokens),
         }
+    }
+
+    /// Tells the bytes of the next token, and whether it is a control token.
+    pub(crate) fn push(&mut self, bytes: &[u8], control: bool) {
         self.bytes.extend_from_slice(bytes);
-        self.starts.push(self.bytes.len());
+        self.ends.push(self.bytes.len());
         self.control.push(control);
-        self.ids.entry(literal.to_owned()).or_insert(id);
+    }
+
+    /// How the tokens are written.
+    pub(crate) fn spellings(&self) -> &Arc<Spellings> {
+        &self.spellings
     }
 
     pub(crate) fn bytes(&self, id: u32) -> Option<&[u8]> {
         let id = id as usize;
-        (id < self.control.len()).then(|| &self.bytes[self.starts[id]..self.starts[id + 1]])
+        let end = *self.ends.get(id)?;
+        let start = id.checked_sub(1).map_or(0, |before| self.ends[before]);
+        Some(&self.bytes[start..end])
     }
 
     /// Id of the first token that is spelled like this.
     pub(crate) fn id(&self, literal: &str) -> Option<u32> {
-        self.ids.get(literal).copied()
+        self.index.id(&self.spellings, literal)
     }
 
     /// All spellings with their ids, in no order.
     pub(crate) fn literals(&self) -> impl Iterator<Item = (&str, u32)> {
-        self.ids.iter().map(|(literal, &id)| (literal.as_str(), id))
+        self.index.ids().map(|id| (self.spellings.get(id), id))
     }
 
     pub(crate) fn is_control(&self, id: u32) -> bool {

@@ -85,9 +85,10 @@ impl Tokenizer {
     pub fn wrap_sentence(&self, ids: &[u32]) -> Result<Vec<u32>, TokenizerError> {
         let library = match (self.around, &self.words) {
             (Around::PostProcessor, Words::Library(library)) => library,
-            (Around::PostProcessor, Words::SentencePiece(_) | Words::Unigram(_)) => {
-                return Ok(ids.to_vec());
-            }
+            (
+                Around::PostProcessor,
+                Words::BytePairs(_) | Words::SentencePiece(_) | Words::Unigram(_),
+            ) => return Ok(ids.to_vec()),
             (Around::Tokens { before, after }, _) => {
                 return Ok(before.into_iter().chain(ids.iter().copied()).chain(after).collect());
             }

@@ -173,25 +173,6 @@ impl Vocabulary {
             Some(_) | None => Ok(()),
         }
     }
-
-    /// Splits the merges and proves what the `tokenizers` crate takes for granted: both parts and
-    /// their concatenation are in `ids`. (It indexes a buffer with the length of the
-    /// concatenation, so a hostile merge would otherwise end the process.)
-    pub(crate) fn checked_merges(
-        &self,
-        ids: &HashMap<&str, u32>,
-    ) -> Result<Vec<(String, String)>, TokenizerError> {
-        let mut merges = Vec::with_capacity(self.merges.len());
-        for (rank, merge) in self.merges.iter().enumerate() {
-            let bad = || TokenizerError::BadMerge { rank, merge: merge.clone() };
-            let (left, right) = merge.split_once(' ').ok_or_else(bad)?;
-            if !is_merge(left, right, |token| ids.contains_key(token)) {
-                return Err(bad());
-            }
-            merges.push((left.to_owned(), right.to_owned()));
-        }
-        Ok(merges)
-    }
 }
 
 /// Whether both parts and their concatenation are tokens.

@@ -1,4 +1,4 @@
-//! From a stretch of text without literals to ids: one of three ways, by kind of vocabulary.
+//! From a stretch of text without literals to ids: one of four ways, by kind of vocabulary.
 
 use std::ops::Range;
 
@@ -6,11 +6,12 @@ use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::pre_tokenizers::metaspace::{Metaspace, PrependScheme};
 use tokenizers::tokenizer::pattern::Invert;
 use tokenizers::{
-    Model as _, OffsetType, PreTokenizedString, PreTokenizer as _, PreTokenizerWrapper,
+    Encoding, Model as _, OffsetType, PreTokenizedString, PreTokenizer as _, PreTokenizerWrapper,
     SplitDelimiterBehavior,
 };
 
 use crate::TokenizerError;
+use crate::bpe::BytePairs;
 use crate::sentencepiece::SentencePiece;
 use crate::splitter::Splitter;
 use crate::unigram::Unigram;
@@ -20,10 +21,21 @@ use crate::unigram::Unigram;
 pub(crate) enum Words {
     /// Normaliser and model of the `tokenizers` crate, with our own cutting.
     Library(Box<Library>),
+    /// Merges by rank, with our own cutting.
+    BytePairs(Box<BytePairs>),
     /// Merges by score.
     SentencePiece(SentencePiece),
     /// The most likely pieces.
     Unigram(Unigram),
+}
+
+/// An id with its byte range in the text.
+pub(crate) type Spanned = (u32, Range<usize>);
+
+/// Ids of an encoding.
+pub(crate) fn spanned(encoding: &Encoding) -> Vec<Spanned> {
+    let ids = encoding.get_ids().iter().copied();
+    ids.zip(encoding.get_offsets().iter().map(|&(start, end)| start..end)).collect()
 }
 
 /// Where a stretch stands in its text.
@@ -73,7 +85,11 @@ impl Step {
         Step::Other(ByteLevel::new(false, false, false).into())
     }
 
-    fn run(&self, text: &mut PreTokenizedString, place: Place) -> tokenizers::Result<()> {
+    pub(crate) fn run(
+        &self,
+        text: &mut PreTokenizedString,
+        place: Place,
+    ) -> tokenizers::Result<()> {
         match self {
             Step::Prefix => text.split(|_, mut word| {
                 if !word.get().starts_with(' ') {
@@ -101,30 +117,24 @@ impl Step {
 }
 
 impl Library {
-    fn encode(&self, text: &str, place: Place) -> tokenizers::Result<Vec<(u32, Range<usize>)>> {
+    fn encode(&self, text: &str, place: Place) -> tokenizers::Result<Vec<Spanned>> {
         let added = self.tokenizer.get_added_vocabulary();
         let mut text = added.extract_and_normalize(self.tokenizer.get_normalizer(), text);
         for step in &self.steps {
             step.run(&mut text, place)?;
         }
         self.tokenizer.get_model().tokenize_in_pretokenized(&mut text, None)?;
-        let encoding = text.into_encoding(None, 0, OffsetType::Byte)?;
-        let ids = encoding.get_ids().iter().copied();
-        Ok(ids.zip(encoding.get_offsets().iter().map(|&(start, end)| start..end)).collect())
+        Ok(spanned(&text.into_encoding(None, 0, OffsetType::Byte)?))
     }
 }
 
 impl Words {
     /// Ids of `text` with their byte ranges in it.
-    pub(crate) fn encode(
-        &self,
-        text: &str,
-        place: Place,
-    ) -> Result<Vec<(u32, Range<usize>)>, TokenizerError> {
+    pub(crate) fn encode(&self, text: &str, place: Place) -> Result<Vec<Spanned>, TokenizerError> {
+        let fault = |source| TokenizerError::Library { doing: "encoding text", source };
         match self {
-            Words::Library(library) => library
-                .encode(text, place)
-                .map_err(|source| TokenizerError::Library { doing: "encoding text", source }),
+            Words::Library(library) => library.encode(text, place).map_err(fault),
+            Words::BytePairs(words) => words.encode(text, place).map_err(fault),
             Words::SentencePiece(words) => words.encode(text),
             Words::Unigram(words) => words.encode(text),
         }

@@ -167,7 +167,8 @@ fn what_is_not_supported_is_refused_by_name() {
     );
     named(&|it| it["pre_tokenizer"] = json!({ "type": "Frob" }), "Frob");
     named(&|it| it["normalizer"] = json!({ "type": "Frob" }), "Frob");
-    // Both make the tokenizers crate panic.
+    // These make the tokenizers crate panic.
+    named(&|it| it["normalizer"] = json!({ "type": "Prepend", "prepend": "" }), "Prepend");
     named(&|it| it["pre_tokenizer"] = json!({ "type": "FixedLength", "length": 0 }), "FixedLength");
     named(
         &|it| {

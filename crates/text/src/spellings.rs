@@ -1,0 +1,99 @@
+//! [`Spellings`]: how the tokens of a vocabulary are written, in one piece of memory, and [`Index`],
+//! which finds the id of a spelling.
+//!
+//! A vocabulary has up to 262,144 tokens, and several tables need their text: a string of its own
+//! for every token and table takes ten times the memory, and most of the time of a load.
+
+use std::hash::BuildHasher as _;
+
+use hashbrown::{DefaultHashBuilder, HashTable};
+
+/// The spellings of all tokens, one after another.
+#[derive(Debug, Default)]
+pub(crate) struct Spellings {
+    text: String,
+    /// (V) where each token ends in `text`.
+    ends: Vec<usize>,
+}
+
+impl<'a> FromIterator<&'a str> for Spellings {
+    fn from_iter<I: IntoIterator<Item = &'a str>>(tokens: I) -> Spellings {
+        let mut spellings = Spellings::default();
+        for token in tokens {
+            spellings.text.push_str(token);
+            spellings.ends.push(spellings.text.len());
+        }
+        spellings.text.shrink_to_fit();
+        spellings.ends.shrink_to_fit();
+        spellings
+    }
+}
+
+impl Spellings {
+    /// How token `id` is written.
+    ///
+    /// # Panics
+    /// When the vocabulary has no such token.
+    pub(crate) fn get(&self, id: u32) -> &str {
+        let id = id as usize;
+        let start = id.checked_sub(1).map_or(0, |before| self.ends[before]);
+        &self.text[start..self.ends[id]]
+    }
+
+    /// Number of tokens, V.
+    pub(crate) fn len(&self) -> usize {
+        self.ends.len()
+    }
+}
+
+/// Ids by spelling, for some tokens of a vocabulary.
+#[derive(Debug, Default)]
+pub(crate) struct Index {
+    ids: HashTable<u32>,
+    hasher: DefaultHashBuilder,
+}
+
+impl Index {
+    /// Finds `ids`; of several that are written the same, the first.
+    pub(crate) fn new(spellings: &Spellings, ids: impl Iterator<Item = u32>) -> Index {
+        let mut index = Index::default();
+        index.ids.reserve(spellings.len(), |_| 0);
+        for id in ids {
+            let spelling = spellings.get(id);
+            let hash = index.hasher.hash_one(spelling);
+            let is_same = |&other: &u32| spellings.get(other) == spelling;
+            let rehash = |&other: &u32| index.hasher.hash_one(spellings.get(other));
+            index.ids.entry(hash, is_same, rehash).or_insert(id);
+        }
+        index
+    }
+
+    /// Id of the token that is written like this.
+    pub(crate) fn id(&self, spellings: &Spellings, spelling: &str) -> Option<u32> {
+        let hash = self.hasher.hash_one(spelling);
+        self.ids.find(hash, |&id| spellings.get(id) == spelling).copied()
+    }
+
+    /// All ids that can be found, in no order.
+    pub(crate) fn ids(&self) -> impl Iterator<Item = u32> {
+        self.ids.iter().copied()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_of_equal_spellings_is_found_and_only_what_was_asked_for() {
+        let spellings: Spellings = ["a", "", "bc", "a", "d"].into_iter().collect();
+        assert_eq!((spellings.len(), spellings.get(0), spellings.get(1)), (5, "a", ""));
+        assert_eq!((spellings.get(2), spellings.get(4)), ("bc", "d"));
+        let index = Index::new(&spellings, [0, 2, 3].into_iter());
+        let found = ["a", "bc", "d", ""].map(|it| index.id(&spellings, it));
+        assert_eq!(found, [Some(0), Some(2), None, None]);
+        let mut ids: Vec<u32> = index.ids().collect();
+        ids.sort_unstable();
+        assert_eq!(ids, [0, 2]);
+    }
+}
