@@ -85,6 +85,8 @@ pub fn load_generator<B: Backend>(
     let sha256 = fingerprint.wait(&mut hashed).map_err(io)?;
     let file_name = path.file_stem().map(|stem| stem.to_string_lossy().into_owned());
     let name = file_name.unwrap_or_else(|| path.display().to_string());
+    drop(checkpoint);
+    prepared.backend.release_unused();
     Ok(prepared.identify(Identity { name, sha256 }))
 }
 

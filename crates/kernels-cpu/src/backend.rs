@@ -5,7 +5,7 @@ use crate::affinity;
 use crate::attention;
 use crate::kv::CpuKvPool;
 use crate::linear::{Engine, Epilogue, Product};
-use crate::memory::{Arena, zeros};
+use crate::memory::{Arena, Floats, release_free_pages};
 use crate::pool::Pool;
 use crate::processor::{Isa, Processor};
 use crate::rows::{Add, Norm, NormInPlace, RopeTable, Rotate, ScaleAndCap};
@@ -39,7 +39,7 @@ impl Default for CpuOptions {
 
 /// f32 values in memory.
 #[derive(Debug)]
-pub struct CpuBuffer(Vec<f32>);
+pub struct CpuBuffer(Floats);
 
 /// The CPU as a device. Clones share the threads; their operations take turns.
 ///
@@ -175,6 +175,10 @@ impl Backend for CpuBackend {
         format!("cpu {}, {threads}, {activation} activations", self.isa())
     }
 
+    fn release_unused(&self) {
+        release_free_pages();
+    }
+
     fn weight(&self, view: &WeightView<'_>) -> Result<CpuWeight, KernelError> {
         CpuWeight::pack(view, &self.shared.arena, &self.shared.pool, || self.name())
     }
@@ -185,7 +189,7 @@ impl Backend for CpuBackend {
 
     fn buffer(&self, len: usize) -> Result<CpuBuffer, KernelError> {
         // Buffers are as large as the largest step: one that is never made should cost nothing.
-        let values = zeros(len).ok_or_else(|| KernelError::OutOfMemory {
+        let values = Floats::zeros(len).ok_or_else(|| KernelError::OutOfMemory {
             what: "activations".to_owned(),
             wanted_bytes: len.saturating_mul(4),
             device: self.name(),

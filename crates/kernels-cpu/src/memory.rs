@@ -1,4 +1,5 @@
-//! Memory for weights and pages: zeroed, 64-byte aligned, in regions that may use huge pages.
+//! Memory for weights, pages and activations: zeroed, 64-byte aligned, in regions that may use huge
+//! pages.
 //!
 //! Weights are cut from regions of 32 MiB, so that small matrices share huge pages: reading a
 //! model streams 10 to 20 % faster than from 4 KiB pages.
@@ -53,16 +54,44 @@ unsafe impl Send for Bytes {}
 // SAFETY: shared `Bytes` give shared access to plain bytes, like a `Box<[u8]>`.
 unsafe impl Sync for Bytes {}
 
-/// `len` zeros that take memory only where they are written, or `None` when the system has none.
-pub(crate) fn zeros(len: usize) -> Option<Vec<f32>> {
-    let layout = Layout::array::<f32>(len).ok()?;
-    if layout.size() == 0 {
-        return Some(Vec::new());
+/// Zeros that take memory only where they are written, 64-byte aligned.
+#[derive(Debug)]
+pub(crate) struct Floats(Bytes);
+
+impl Floats {
+    /// `len` zeros, or `None` when the system has none.
+    pub(crate) fn zeros(len: usize) -> Option<Floats> {
+        let len_bytes = len.checked_mul(size_of::<f32>())?;
+        Some(Floats(Bytes::of(Region::new(len_bytes.max(1), Pages::Small)?, len_bytes)))
     }
-    // SAFETY: the size is not zero.
-    let start = NonNull::new(unsafe { alloc_zeroed(layout) })?.cast::<f32>();
-    // SAFETY: the global allocator gave `len` values of this layout, and zero bits are 0.0.
-    Some(unsafe { Vec::from_raw_parts(start.as_ptr(), len, len) })
+}
+
+impl Deref for Floats {
+    type Target = [f32];
+    fn deref(&self) -> &[f32] {
+        let len = self.0.len / size_of::<f32>();
+        // SAFETY: as for `Bytes`, which is aligned to more than an f32 and has only zeros and what
+        // was written as f32.
+        unsafe { std::slice::from_raw_parts(self.0.start.as_ptr().cast(), len) }
+    }
+}
+
+impl DerefMut for Floats {
+    fn deref_mut(&mut self) -> &mut [f32] {
+        let len = self.0.len / size_of::<f32>();
+        // SAFETY: as for `deref`, and `self` is borrowed exclusively.
+        unsafe { std::slice::from_raw_parts_mut(self.0.start.as_ptr().cast(), len) }
+    }
+}
+
+/// Gives the free pages of the heap back to the system. The allocator keeps what was freed below
+/// something in use, after a load about as much as the tokenizer holds.
+pub(crate) fn release_free_pages() {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    // SAFETY: no argument but a number, and safe on any thread.
+    unsafe {
+        libc::malloc_trim(0);
+    }
 }
 
 impl Arena {
@@ -75,7 +104,7 @@ impl Arena {
         let mut current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
         let (region, used) = match current.take() {
             Some((region, used)) if used + padded <= REGION_BYTES => (region, used),
-            _ => (Arc::new(Region::new(REGION_BYTES)?), 0),
+            _ => (Arc::new(Region::new(REGION_BYTES, Pages::Huge)?), 0),
         };
         *current = Some((Arc::clone(&region), used + padded));
         // SAFETY: `used + padded` is at most the region's size.
@@ -87,8 +116,12 @@ impl Arena {
 impl Bytes {
     /// Bytes with an allocation of their own.
     pub(crate) fn alone(len: usize) -> Option<Bytes> {
-        let region = Arc::new(Region::new(len.max(1))?);
-        Some(Bytes { start: region.start, len, _region: region })
+        Some(Bytes::of(Region::new(len.max(1), Pages::Huge)?, len))
+    }
+
+    /// The first `len` bytes of a region.
+    fn of(region: Region, len: usize) -> Bytes {
+        Bytes { start: region.start, len, _region: Arc::new(region) }
     }
 }
 
@@ -108,10 +141,30 @@ impl DerefMut for Bytes {
     }
 }
 
+/// How memory is touched.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Pages {
+    /// All of it, again and again: from this size on in huge pages.
+    Huge,
+    /// Often only its start: in pages as small as they come.
+    Small,
+}
+
+impl Pages {
+    /// Length from which a region is mapped. The heap would hand out memory that was used before,
+    /// and write zeros over all of it.
+    fn mapped_from(self) -> usize {
+        match self {
+            Pages::Huge => HUGE_PAGE,
+            Pages::Small => 64 << 10,
+        }
+    }
+}
+
 impl Region {
-    fn new(len: usize) -> Option<Region> {
-        if len >= HUGE_PAGE
-            && let Some(region) = Region::mapped(len)
+    fn new(len: usize, pages: Pages) -> Option<Region> {
+        if len >= pages.mapped_from()
+            && let Some(region) = Region::mapped(len, pages)
         {
             return Some(region);
         }
@@ -123,7 +176,7 @@ impl Region {
 
     /// Pages from the system, zeroed when first touched, aligned to a huge page.
     #[cfg(target_os = "linux")]
-    fn mapped(len: usize) -> Option<Region> {
+    fn mapped(len: usize, pages: Pages) -> Option<Region> {
         let mapped_len = len.checked_add(HUGE_PAGE)?;
         let (prot, flags) =
             (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
@@ -137,14 +190,18 @@ impl Region {
         let skip = base.as_ptr().addr().next_multiple_of(HUGE_PAGE) - base.as_ptr().addr();
         // SAFETY: `skip` is below HUGE_PAGE, hence inside the mapping.
         let start = unsafe { base.add(skip) };
+        let advice = match pages {
+            Pages::Huge => libc::MADV_HUGEPAGE,
+            Pages::Small => libc::MADV_NOHUGEPAGE,
+        };
         // SAFETY: the range is inside the mapping and starts on a page; the advice changes no
         // bytes, and a refusal changes nothing.
-        unsafe { libc::madvise(start.as_ptr().cast(), len, libc::MADV_HUGEPAGE) };
+        unsafe { libc::madvise(start.as_ptr().cast(), len, advice) };
         Some(Region { start, source: Source::Mapping { base, len: mapped_len } })
     }
 
     #[cfg(not(target_os = "linux"))]
-    fn mapped(_len: usize) -> Option<Region> {
+    fn mapped(_len: usize, _pages: Pages) -> Option<Region> {
         None
     }
 }
@@ -169,10 +226,14 @@ mod tests {
 
     #[test]
     fn zeros_are_zeros_and_too_many_are_refused() {
-        assert_eq!(zeros(3), Some(vec![0.0; 3]));
-        assert_eq!(zeros(0), Some(Vec::new()));
-        assert_eq!(zeros(usize::MAX / 2), None);
-        assert_eq!(zeros(1 << 60), None);
+        for len in [0, 3, 1 << 20] {
+            let mut zeros = Floats::zeros(len).expect("memory");
+            assert_eq!(*zeros, vec![0.0; len]);
+            zeros.fill(1.0);
+            assert_eq!(*zeros, vec![1.0; len]);
+        }
+        assert!(Floats::zeros(usize::MAX / 2).is_none());
+        assert!(Floats::zeros(1 << 58).is_none());
     }
 
     #[test]

@@ -315,6 +315,10 @@ pub trait Backend: Send + Sync + 'static {
     /// For reports, such as `cpu avx512-vnni, 2 threads, int8 activations`.
     fn name(&self) -> String;
 
+    /// Gives memory that loading needed and nothing uses any more back to the system, as far as
+    /// the device can tell. Called when a model is ready; changes no value.
+    fn release_unused(&self) {}
+
     /// Prepares a matrix.
     ///
     /// # Errors
