@@ -22,7 +22,7 @@ impl Ours<'_> {
         let shown = || self.program.display().to_string();
         let output = Command::new(self.program).arg("--version").output().with_context(shown)?;
         let version = String::from_utf8_lossy(&output.stdout).trim().to_owned();
-        let sha256 = sha256_file(self.program, &mut |_| {}).with_context(shown)?;
+        let sha256 = sha256_file(self.program, &mut |_| Ok(())).with_context(shown)?;
         Ok(json!({ "version": version, "sha256": sha256 }))
     }
 
@@ -76,7 +76,12 @@ fn parse(told: &Value) -> Result<Vec<Reading>> {
     }
     for test in list(model, "decode")? {
         let (depth, batch) = (number(test, "depth")?, number(test, "batch")?);
-        add(Test::Decode { depth, batch }, &test["tokens_per_s"])?;
+        let decode = match test["output"].as_str() {
+            Some("logits") => Test::Decode { depth, batch },
+            Some("token") if batch == 1 => Test::Greedy { depth },
+            output => bail!("`output`: expected logits or token of one sequence, found {output:?}"),
+        };
+        add(decode, &test["tokens_per_s"])?;
     }
     add(Test::FirstToken, &model["first_token"]["process_s"])?;
     let memory = &model["memory"];
@@ -110,19 +115,23 @@ mod tests {
         let spread = |values: &[f64]| json!({ "median": 0.0, "samples": values });
         let told = json!({ "models": [{
             "prefill": [{ "tokens": 512, "tokens_per_s": spread(&[700.0, 710.0]) }],
-            "decode": [{ "depth": 0, "batch": 8, "tokens_per_s": spread(&[300.0]) }],
+            "decode": [
+                { "depth": 0, "batch": 8, "output": "logits", "tokens_per_s": spread(&[300.0]) },
+                { "depth": 9, "batch": 1, "output": "token", "tokens_per_s": spread(&[90.0]) },
+            ],
             "first_token": { "process_s": spread(&[0.25]) },
             "memory": { "resident": { "now": 100, "peak": 200 }, "resident_ratio": 1.1 },
         }]});
         let readings = parse(&told).unwrap();
         let of = |test| readings.iter().filter(|r| r.test == test).map(|r| r.value).collect();
-        let values: [Vec<f64>; 4] = [
+        let values: [Vec<f64>; 5] = [
+            of(Test::Greedy { depth: 9 }),
             of(Test::Prefill { tokens: 512 }),
             of(Test::Decode { depth: 0, batch: 8 }),
             of(Test::FirstToken),
             of(Test::ResidentRatio),
         ];
-        assert_eq!(values, [vec![700.0, 710.0], vec![300.0], vec![0.25], vec![1.1]]);
+        assert_eq!(values, [vec![90.0], vec![700.0, 710.0], vec![300.0], vec![0.25], vec![1.1]]);
     }
 
     #[test]

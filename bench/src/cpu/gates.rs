@@ -85,9 +85,15 @@ pub(super) fn of(comparisons: &[Comparison], sizes: &Sizes) -> Vec<Gate> {
     let single = Test::Decode { depth: 0, batch: 1 };
     let batched = ours(Test::Decode { depth: 0, batch }).zip(ours(single)).map(|(b, s)| b / s);
     vec![
-        at_least("decode / llama.cpp".into(), DECODE, ratio(single)),
+        at_least("decode, greedy / llama.cpp".into(), DECODE, ratio(Test::Greedy { depth: 0 })),
+        at_least("decode, all logits / llama.cpp".into(), DECODE, ratio(single)),
         at_least(
-            format!("decode at depth {depth} / llama.cpp"),
+            format!("decode at depth {depth}, greedy / llama.cpp"),
+            DECODE,
+            ratio(Test::Greedy { depth }),
+        ),
+        at_least(
+            format!("decode at depth {depth}, all logits / llama.cpp"),
             DECODE,
             ratio(Test::Decode { depth, batch: 1 }),
         ),
@@ -143,6 +149,8 @@ mod tests {
             comparison(Test::Decode { depth: 0, batch: 1 }, decode, Some(100.0)),
             comparison(Test::Decode { depth: 0, batch: 8 }, 600.0, Some(300.0)),
             comparison(Test::Decode { depth: 1000, batch: 1 }, 190.0, Some(100.0)),
+            comparison(Test::Greedy { depth: 0 }, 200.0, Some(100.0)),
+            comparison(Test::Greedy { depth: 1000 }, 180.0, Some(100.0)),
             comparison(Test::FirstToken, first_token_s, Some(0.5)),
             comparison(Test::ResidentRatio, resident, None),
         ]
@@ -151,14 +159,14 @@ mod tests {
     #[test]
     fn every_gate_passes_at_its_limit() {
         let gates = of(&all(180.0, 0.5, 1.15), &SIZES);
-        assert_eq!(gates.len(), 6);
+        assert_eq!(gates.len(), 8);
         assert!(gates.iter().all(Gate::passes), "{gates:?}");
     }
 
     #[test]
     fn a_number_beyond_its_limit_fails_its_gate_and_no_other() {
         for (measured, failing) in [
-            (all(179.9, 0.5, 1.15), "decode / llama.cpp"),
+            (all(179.9, 0.5, 1.15), "decode, all logits / llama.cpp"),
             (all(200.1, 0.5, 1.15), "batch 8 decode / batch 1"),
             (all(180.0, 0.501, 1.15), "load to first token / llama.cpp"),
             (all(180.0, 0.5, 1.151), "resident / (weights + KV)"),
@@ -178,8 +186,9 @@ mod tests {
         let mut measured = all(180.0, 0.5, 1.0);
         measured[1] = comparison(Test::Decode { depth: 0, batch: 1 }, 180.0, None);
         let gates = of(&measured, &SIZES);
-        assert_eq!(gates[0].status, Status::NotAvailable);
-        assert_eq!(gates[3].status, Status::Pass);
+        assert_eq!(gates[0].status, Status::Pass);
+        assert_eq!(gates[1].status, Status::NotAvailable);
+        assert_eq!(gates[5].status, Status::Pass);
     }
 
     #[test]

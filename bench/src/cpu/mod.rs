@@ -202,7 +202,7 @@ fn measure(
     let model = record::last_part(&std::path::absolute(path)?.to_string_lossy());
     let file_bytes = std::fs::metadata(path).with_context(|| path.display().to_string())?.len();
     ensure!(file_bytes > 0, "{}: expected a GGUF file, found no bytes", path.display());
-    let sha256 = sha256_file(path, &mut |_| {}).with_context(|| path.display().to_string())?;
+    let sha256 = sha256_file(path, &mut |_| Ok(())).with_context(|| path.display().to_string())?;
     let mut report = ModelReport {
         model,
         file_bytes,

@@ -24,6 +24,12 @@ pub(super) enum Test {
         /// Sequences at once.
         batch: usize,
     },
+    /// Tokens of one sequence per second where only the most likely one is asked for. The peer has
+    /// no such way: its side of this is [`Test::Decode`].
+    Greedy {
+        /// Cached positions before.
+        depth: usize,
+    },
     /// Seconds from the start of a process to its end, one token in between.
     FirstToken,
     /// Bytes of the process after that token.
@@ -40,6 +46,7 @@ impl Test {
         match self {
             Test::Prefill { tokens } => format!("prefill {tokens}, tok/s"),
             Test::Decode { depth, batch } => format!("decode @{depth} x{batch}, tok/s"),
+            Test::Greedy { depth } => format!("greedy decode @{depth}, tok/s"),
             Test::FirstToken => "load to first token, s".to_owned(),
             Test::Resident => "resident, MB".to_owned(),
             Test::Peak => "resident at most, MB".to_owned(),
@@ -50,7 +57,9 @@ impl Test {
     /// A value as [`Test::name`] announces it.
     pub(super) fn show(self, value: f64) -> String {
         match self {
-            Test::Prefill { .. } | Test::Decode { .. } => format!("{value:.1}"),
+            Test::Prefill { .. } | Test::Decode { .. } | Test::Greedy { .. } => {
+                format!("{value:.1}")
+            }
             Test::FirstToken | Test::ResidentRatio => format!("{value:.3}"),
             Test::Resident | Test::Peak => format!("{:.1}", value / 1e6),
         }

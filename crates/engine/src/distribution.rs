@@ -99,7 +99,7 @@ pub(crate) fn exp_nonpositive(x: f32) -> f32 {
 }
 
 /// Exponent bits all set means NaN or infinity; an OR over integers vectorises, `all` does not.
-fn all_finite(values: &[f32]) -> bool {
+pub(crate) fn all_finite(values: &[f32]) -> bool {
     const EXPONENT: u32 = 0x7f80_0000;
     values
         .chunks(BLOCK)

@@ -41,8 +41,9 @@ pub struct TokenEvent {
     pub text: String,
     /// Present when the request asked for log-probabilities.
     pub logprob: Option<TokenLogprob>,
-    /// Entropy of the model's distribution in nats, before penalties and temperature.
-    pub entropy: f32,
+    /// Entropy of the model's distribution in nats, before penalties and temperature. Present when
+    /// the request asked for it.
+    pub entropy: Option<f32>,
 }
 
 /// Log-probabilities at one position: log-softmax of the raw logits over the tokenizer's
@@ -90,8 +91,9 @@ pub struct Finished {
     pub usage: Usage,
     /// Where the time went.
     pub timings: Timings,
-    /// Mean entropy of the sampled positions in nats; 0 without any.
-    pub entropy_mean: f32,
+    /// Mean entropy of the sampled positions in nats; 0 without any. Present when the request asked
+    /// for it.
+    pub entropy_mean: Option<f32>,
 }
 
 /// Token counts of one sequence.

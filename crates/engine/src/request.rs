@@ -24,6 +24,10 @@ pub struct GenerateRequest {
     pub stop: Vec<String>,
     /// `Some(n)`: each token event carries its log-probability and the n most likely tokens.
     pub logprobs: Option<usize>,
+    /// Whether each token event carries the entropy of the model's distribution. Without it, and
+    /// with nothing else that needs every logit, a greedy answer is decoded from the largest one
+    /// alone, which is faster; its tokens are the same.
+    pub entropy: bool,
     /// Whether an end-of-sequence token ends the answer; `false` runs to `max_tokens`.
     pub stop_at_eos: bool,
 }
@@ -38,8 +42,18 @@ impl GenerateRequest {
             sampling: Sampling::default(),
             stop: Vec::new(),
             logprobs: None,
+            entropy: false,
             stop_at_eos: true,
         }
+    }
+
+    /// Whether the most likely token is all that it needs of the logits.
+    pub(crate) fn needs_only_the_largest(&self) -> bool {
+        let sampling = &self.sampling;
+        sampling.temperature <= 0.0
+            && !sampling.adjusts()
+            && self.logprobs.is_none()
+            && !self.entropy
     }
 
     /// Refuses options that cannot be honoured; lengths are checked by the engine.
@@ -134,6 +148,15 @@ impl Sampling {
     #[must_use]
     pub fn greedy() -> Sampling {
         Sampling { temperature: 0.0, ..Sampling::default() }
+    }
+
+    /// Whether logits are changed before the draw.
+    #[expect(clippy::float_cmp, reason = "exact values mean off")]
+    pub(crate) fn adjusts(&self) -> bool {
+        self.repetition_penalty != 1.0
+            || self.presence_penalty != 0.0
+            || self.frequency_penalty != 0.0
+            || !self.logit_bias.is_empty()
     }
 
     /// Refuses values that are not numbers or out of range. NaN fails every range.

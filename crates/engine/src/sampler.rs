@@ -48,7 +48,7 @@ impl Sampler {
         tokens: &[u32],
         scratch: &mut SamplerScratch,
     ) -> u32 {
-        let values = if self.adjusts() {
+        let values = if self.sampling.adjusts() {
             scratch.adjusted.clear();
             scratch.adjusted.extend_from_slice(logits);
             self.adjust(&mut scratch.adjusted, tokens);
@@ -64,18 +64,14 @@ impl Sampler {
             let u = uniform(self.sampling.seed, self.sampling.sequence, self.step);
             draw(&scratch.candidates, u)
         };
-        self.step += 1;
-        *self.counts.entry(id).or_default() += 1;
+        self.note(id);
         id
     }
 
-    #[expect(clippy::float_cmp, reason = "exact values mean off")]
-    fn adjusts(&self) -> bool {
-        let s = &self.sampling;
-        s.repetition_penalty != 1.0
-            || s.presence_penalty != 0.0
-            || s.frequency_penalty != 0.0
-            || !s.logit_bias.is_empty()
+    /// Counts a token that was chosen elsewhere: the most likely one, where nothing else is needed.
+    pub(crate) fn note(&mut self, id: u32) {
+        self.step += 1;
+        *self.counts.entry(id).or_default() += 1;
     }
 
     fn adjust(&self, logits: &mut [f32], tokens: &[u32]) {

@@ -6,11 +6,11 @@
 
 use std::time::Instant;
 
-use exrail_kernels::PageId;
+use exrail_kernels::{Largest, PageId};
 use exrail_text::Tokenizer;
 
 use crate::counters::Total;
-use crate::distribution::{Summary, largest};
+use crate::distribution::{Summary, all_finite, largest};
 use crate::event::{
     Alternative, Event, Finish, Finished, SequenceFault, SequenceId, Timings, TokenEvent,
     TokenLogprob, Usage,
@@ -66,7 +66,7 @@ impl Waiting {
                         stop_string,
                         usage: Usage { prompt_tokens: request.prompt.len(), ..Usage::default() },
                         timings: Timings { queue_ms, ..Timings::default() },
-                        entropy_mean: 0.0,
+                        entropy_mean: None,
                     }),
                     Ending::Gone => return,
                 };
@@ -155,7 +155,18 @@ struct Generating {
     n_sampled: usize,
     /// Token events sent.
     n_completion: usize,
-    entropy_sum: f64,
+    /// Of all sampled positions, if asked for.
+    entropy_sum: Option<f64>,
+    needs_only_the_largest: bool,
+}
+
+/// What the device says of one row.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Row<'a> {
+    /// The tokenizer's vocabulary only.
+    Logits(&'a [f32]),
+    /// The most likely token of it.
+    Largest(Largest),
 }
 
 impl Running {
@@ -165,7 +176,9 @@ impl Running {
         let (tokens, purpose) = match waiting.job {
             Job::Score { ids, rows } => (ids, Purpose::Score(rows)),
             Job::Generate { request, events } => {
+                let needs_only_the_largest = request.needs_only_the_largest();
                 let generating = Generating {
+                    needs_only_the_largest,
                     prompt_tokens: request.prompt.len(),
                     max_tokens: request.max_tokens,
                     top_logprobs: request.logprobs,
@@ -180,7 +193,7 @@ impl Running {
                     last_token: None,
                     n_sampled: 0,
                     n_completion: 0,
-                    entropy_sum: 0.0,
+                    entropy_sum: request.entropy.then_some(0.0),
                 };
                 (request.prompt, Purpose::Generate(Box::new(generating)))
             }
@@ -232,12 +245,26 @@ impl Running {
         }
     }
 
-    /// Takes the logits of one row (the tokenizer's vocabulary only); `Some` when the sequence ends
-    /// with it.
-    pub(crate) fn accept(&mut self, logits: &[f32], shared: &mut Shared<'_>) -> Option<Ending> {
-        match &mut self.purpose {
-            Purpose::Generate(generating) => generating.accept(logits, &mut self.tokens, shared),
-            Purpose::Score(rows) => rows.send(Ok(logits.to_vec())).is_err().then_some(Ending::Gone),
+    /// Whether it takes [`Row::Largest`].
+    pub(crate) fn needs_only_the_largest(&self) -> bool {
+        match &self.purpose {
+            Purpose::Generate(generating) => generating.needs_only_the_largest,
+            Purpose::Score(_) => false,
+        }
+    }
+
+    /// Takes one row; `Some` when the sequence ends with it.
+    pub(crate) fn accept(&mut self, row: Row<'_>, shared: &mut Shared<'_>) -> Option<Ending> {
+        match (&mut self.purpose, row) {
+            (Purpose::Generate(generating), row) => {
+                generating.accept(row, &mut self.tokens, shared)
+            }
+            (Purpose::Score(rows), Row::Logits(logits)) => {
+                rows.send(Ok(logits.to_vec())).is_err().then_some(Ending::Gone)
+            }
+            (Purpose::Score(_), Row::Largest(_)) => {
+                unreachable!("a score needs every logit, and the worker asks before")
+            }
         }
     }
 
@@ -256,31 +283,57 @@ impl Running {
 }
 
 impl Generating {
+    /// The next token, and what was asked for beside it; `None` when a logit is no number.
+    fn choose(
+        &mut self,
+        row: Row<'_>,
+        tokens: &[u32],
+        shared: &mut Shared<'_>,
+    ) -> Option<(u32, Option<TokenLogprob>, Option<f32>)> {
+        let logits = match row {
+            Row::Logits(logits) => logits,
+            Row::Largest(largest) => {
+                self.sampler.note(largest.index);
+                return largest.value.is_finite().then_some((largest.index, None, None));
+            }
+        };
+        if self.top_logprobs.is_none() && self.entropy_sum.is_none() {
+            let is_finite = all_finite(logits);
+            let id = is_finite.then(|| self.sampler.sample(logits, tokens, shared.scratch));
+            return id.map(|id| (id, None, None));
+        }
+        let summary = Summary::of(logits)?;
+        let id = self.sampler.sample(logits, tokens, shared.scratch);
+        let logprob =
+            self.top_logprobs.map(|n| describe(shared.tokenizer, &summary, logits, id, n));
+        let entropy = self.entropy_sum.map(|_| summary.entropy);
+        Some((id, logprob, entropy))
+    }
+
     fn accept(
         &mut self,
-        logits: &[f32],
+        row: Row<'_>,
         tokens: &mut Vec<u32>,
         shared: &mut Shared<'_>,
     ) -> Option<Ending> {
-        let Some(summary) = Summary::of(logits) else {
+        let Some((id, logprob, entropy)) = self.choose(row, tokens, shared) else {
             let step = self.n_sampled;
             return Some(Ending::Fault(SequenceFault::NumericFault { step }));
         };
-        let id = self.sampler.sample(logits, tokens, shared.scratch);
         tokens.push(id);
         let now = Instant::now();
         self.first_token.get_or_insert(now);
         self.last_token = Some(now);
         self.n_sampled += 1;
-        self.entropy_sum += f64::from(summary.entropy);
+        if let (Some(sum), Some(entropy)) = (&mut self.entropy_sum, entropy) {
+            *sum += f64::from(entropy);
+        }
         if self.stop_at_eos && shared.eos.contains(&id) {
             return Some(Ending::finish(Finish::Stop));
         }
 
         let piece = self.answer.push(text_bytes(shared.tokenizer, id));
-        let logprob =
-            self.top_logprobs.map(|n| describe(shared.tokenizer, &summary, logits, id, n));
-        let event = TokenEvent { id, text: piece.text, logprob, entropy: summary.entropy };
+        let event = TokenEvent { id, text: piece.text, logprob, entropy };
         self.n_completion += 1;
         if self.events.send(Event::Token(event)).is_err() {
             return Some(Ending::Gone);
@@ -312,7 +365,7 @@ impl Generating {
         #[expect(clippy::cast_precision_loss, reason = "answers are far below 2^52 tokens")]
         let n = self.n_sampled.max(1) as f64;
         #[expect(clippy::cast_possible_truncation, reason = "entropies are reported in f32")]
-        let entropy_mean = (self.entropy_sum / n) as f32;
+        let entropy_mean = self.entropy_sum.map(|sum| (sum / n) as f32);
         let end = Instant::now();
         let first = self.first_token.unwrap_or(end);
         drop(self.events.send(Event::Finished(Finished {

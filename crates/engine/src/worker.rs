@@ -16,7 +16,7 @@ use std::convert::Infallible;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
-use exrail_kernels::{AttentionSpan, Backend, PAGE_TOKENS, TokenId};
+use exrail_kernels::{AttentionSpan, Backend, Largest, PAGE_TOKENS, TokenId};
 use exrail_model::{Batch, Scratch};
 
 use crate::counters::{EngineState, Gauges, Total};
@@ -27,7 +27,7 @@ use crate::load::Loaded;
 use crate::pages::{PageFault, Pages};
 use crate::sampler::SamplerScratch;
 use crate::scheduler::{Demand, PlannedSpan, StepLimits, plan};
-use crate::sequence::{Ending, Running, Shared, Traffic, Waiting};
+use crate::sequence::{Ending, Row, Running, Shared, Traffic, Waiting};
 
 /// Panicking steps after which the engine gives up.
 pub(crate) const MAX_PANICS_IN_A_ROW: u32 = 3;
@@ -52,6 +52,9 @@ pub(crate) struct Worker<B: Backend> {
     sampling: SamplerScratch,
     /// One row, `(V,)`.
     logits: Vec<f32>,
+    /// The most likely token of each logit row of the last step, where no sequence of it needed
+    /// more; else nothing.
+    largest: Vec<Largest>,
     n_steps: u64,
     panics_in_a_row: u32,
 }
@@ -90,6 +93,7 @@ impl<B: Backend> Worker<B> {
             gauges,
             sampling: SamplerScratch::default(),
             logits: vec![0.0; loaded.config.vocab_size],
+            largest: Vec::new(),
             n_steps: 0,
             panics_in_a_row: 0,
             loaded,
@@ -257,9 +261,18 @@ impl<B: Backend> Worker<B> {
         }
         let batch = Batch { ids: &ids, spans: &attention, logit_rows: &logit_rows };
         let Loaded { decoder, backend, .. } = &self.loaded;
-        let (scratch, pool) = (&mut self.scratch, &mut self.pool);
-        catch_unwind(AssertUnwindSafe(|| decoder.forward(backend, scratch, pool, &batch)))
-            .map_err(|panic| panic_message(panic.as_ref()))
+        let (scratch, pool, limit) = (&mut self.scratch, &mut self.pool, self.vocab_len);
+        let mut asked = spans.iter().filter(|span| span.n_logit_rows > 0);
+        let greedy = asked.all(|span| self.running[span.sequence_idx].needs_only_the_largest());
+        let step = AssertUnwindSafe(|| {
+            if greedy {
+                return decoder.forward_largest(backend, scratch, pool, &batch, limit);
+            }
+            decoder.forward(backend, scratch, pool, &batch);
+            Vec::new()
+        });
+        self.largest = catch_unwind(step).map_err(|panic| panic_message(panic.as_ref()))?;
+        Ok(())
     }
 
     /// Hands the logits out. Ends are collected first: retiring moves sequences.
@@ -283,11 +296,17 @@ impl<B: Backend> Worker<B> {
         self.gauges.count(sequence.traffic, Total::PromptTokens, sequence.feed(span.n_rows));
         let mut shared = Shared { tokenizer, eos: &self.eos, scratch: &mut self.sampling };
         for row in first_logit_row..first_logit_row + span.n_logit_rows {
-            self.scratch.logits(backend, row, &mut self.logits);
-            // Rows beyond the tokenizer are padding of the output matrix and never sampled (E11).
-            let logits = &self.logits[..self.vocab_len];
+            let found = match self.largest.get(row) {
+                Some(&largest) => Row::Largest(largest),
+                None => {
+                    self.scratch.logits(backend, row, &mut self.logits);
+                    // Rows beyond the tokenizer are padding of the output matrix and never sampled
+                    // (E11).
+                    Row::Logits(&self.logits[..self.vocab_len])
+                }
+            };
             let before = sequence.n_completion();
-            let accepted = catch_unwind(AssertUnwindSafe(|| sequence.accept(logits, &mut shared)));
+            let accepted = catch_unwind(AssertUnwindSafe(|| sequence.accept(found, &mut shared)));
             let ending = accepted.unwrap_or_else(|panic| {
                 let message = panic_message(panic.as_ref());
                 Some(Ending::Fault(SequenceFault::StepPanicked { step: self.n_steps, message }))

@@ -108,7 +108,7 @@ fn rounded_weight(
         bytes.extend_from_slice(&row[cut..]);
         bytes.extend_from_slice(&row[..cut]);
     }
-    let view = WeightView { name: "w", dtype, rows, columns, bytes: &bytes, rounding };
+    let view = WeightView { name: "w", dtype, rows, columns, bytes: &bytes, rounding, head: false };
     (backend.weight(&view).expect("weight"), bytes)
 }
 

@@ -5,14 +5,14 @@ use crate::affinity;
 use crate::attention;
 use crate::kv::CpuKvPool;
 use crate::linear::{Engine, Epilogue, Product};
-use crate::memory::{Arena, Floats, release_free_pages};
+use crate::memory::{Arena, Floats, release_code, release_free_pages};
 use crate::pool::Pool;
 use crate::processor::{Isa, Processor};
 use crate::rows::{Add, Norm, NormInPlace, RopeTable, Rotate, ScaleAndCap};
 use crate::weight::CpuWeight;
 use exrail_kernels::{
     Activation, AttentionShape, AttentionSpan, Backend, GateActivation, KernelError, KvShape,
-    KvSlot, NormKind, PageId, Rope, Span, TokenId, WeightView,
+    KvSlot, Largest, NormKind, PageId, Rope, Span, TokenId, WeightView,
 };
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -177,6 +177,7 @@ impl Backend for CpuBackend {
 
     fn release_unused(&self) {
         release_free_pages();
+        release_code();
     }
 
     fn weight(&self, view: &WeightView<'_>) -> Result<CpuWeight, KernelError> {
@@ -296,6 +297,25 @@ impl Backend for CpuBackend {
         out: &mut CpuBuffer,
     ) {
         self.products(x, n_rows, &mut [product(weight, bias, Epilogue::Store, out)]);
+    }
+
+    fn linear_largest(
+        &self,
+        x: &CpuBuffer,
+        n_rows: usize,
+        weight: &CpuWeight,
+        limit: usize,
+        work: &mut CpuBuffer,
+    ) -> Vec<Largest> {
+        let scratch = &mut *self.scratch();
+        let mut engine = self.engine(&mut scratch.quantised);
+        // Several rows share what is read of the head, and together need most of it.
+        if n_rows == 1 {
+            return vec![engine.largest(&x.0, weight, limit)];
+        }
+        engine.products(&x.0, n_rows, &mut [product(weight, None, Epilogue::Store, work)]);
+        let outputs = work.0[..n_rows * weight.rows()].chunks_exact(weight.rows());
+        outputs.map(|row| Largest::of(&row[..limit])).collect()
     }
 
     fn linear_qkv(

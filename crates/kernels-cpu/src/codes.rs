@@ -6,12 +6,14 @@
 //!
 //! | format | planes | a code q means |
 //! |---|---|---|
-//! | Q8_0 | 8 | `q - 128` |
+//! | Q8_0 | 8; of a head 4, and 4 apart | `q - 128` |
 //! | Q5_0; Q5_1, Q5_K; Q6_K | 4 + 1; 4 + 1; 4 + 2 | `q - 16`; `q`; `q - 32` |
 //! | Q2_K; Q3_K | 2; 2 + 1 | `q`; `q - 4` |
 //! | IQ4_NL, IQ4_XS; MXFP4 | 4 | `table[q]` |
 
 use crate::lanes::Lanes;
+use crate::product::PREFETCH;
+use crate::tile::Group;
 use exrail_tensor::{E2M1_TABLE, IQ4_TABLE};
 
 /// Bytes of a line: one byte each for sixteen rows and four k.
@@ -21,8 +23,16 @@ pub(crate) const LINE: usize = 64;
 pub(crate) trait Codes: Copy + Send + Sync {
     /// Lines of a block.
     const LINES: usize;
-    /// Eight entries of four k, each byte the signed weight plus 128.
-    fn bytes<L: Lanes>(lanes: L, tile: &[u8]) -> [L::I; 8];
+    /// Eight entries of four k of a block, each byte the signed weight plus 128.
+    fn bytes<L: Lanes>(lanes: L, group: Group<'_>, block: usize) -> [L::I; 8];
+
+    /// Asks for what a core reads some blocks later.
+    #[inline(always)]
+    fn prefetch<L: Lanes>(lanes: L, group: Group<'_>, block: usize) {
+        for line in 0..=Self::LINES {
+            lanes.prefetch(group.block(block), PREFETCH + LINE * line);
+        }
+    }
 }
 
 /// Entry j of a plane of `BITS` bits at the start of `lines`, moved up by `up` bits.
@@ -41,8 +51,41 @@ impl Codes for Whole {
     const LINES: usize = 8;
 
     #[inline(always)]
-    fn bytes<L: Lanes>(lanes: L, tile: &[u8]) -> [L::I; 8] {
-        lanes.bytes(tile.first_chunk().expect("eight lines"))
+    fn bytes<L: Lanes>(lanes: L, group: Group<'_>, block: usize) -> [L::I; 8] {
+        lanes.bytes(group.weights::<512>(block))
+    }
+}
+
+/// Bytes whose low half lies apart.
+#[derive(Clone, Copy)]
+pub(crate) struct Split;
+
+impl Codes for Split {
+    const LINES: usize = 4;
+
+    #[inline(always)]
+    fn bytes<L: Lanes>(lanes: L, group: Group<'_>, block: usize) -> [L::I; 8] {
+        let high = group.weights::<256>(block).as_chunks::<LINE>().0;
+        let low = group.low(block).as_chunks::<LINE>().0;
+        let mut out = [lanes.load_codes(&[0; LINE]); 8];
+        for line in 0..4 {
+            let (high, low) = (lanes.load_codes(&high[line]), lanes.load_codes(&low[line]));
+            let first = lanes.shift_mask(high, 4, 0xf0);
+            out[line] = lanes.or(first, lanes.shift_mask(low, 0, 0x0f));
+            let second = lanes.shift_mask(high, 0, 0xf0);
+            out[line + 4] = lanes.or(second, lanes.shift_mask(low, -4, 0x0f));
+        }
+        out
+    }
+
+    #[inline(always)]
+    fn prefetch<L: Lanes>(lanes: L, group: Group<'_>, block: usize) {
+        for line in 0..=Self::LINES {
+            lanes.prefetch(group.block(block), PREFETCH + LINE * line);
+        }
+        for line in 0..Self::LINES {
+            lanes.prefetch(group.low(block), PREFETCH + LINE * line);
+        }
     }
 }
 
@@ -54,8 +97,8 @@ impl<const LOW: usize, const HIGH: usize, const BIAS: u8> Codes for Planes<LOW, 
     const LINES: usize = LOW + HIGH;
 
     #[inline(always)]
-    fn bytes<L: Lanes>(lanes: L, tile: &[u8]) -> [L::I; 8] {
-        let (low, high) = tile.split_at(LOW * LINE);
+    fn bytes<L: Lanes>(lanes: L, group: Group<'_>, block: usize) -> [L::I; 8] {
+        let (low, high) = group.block(block).split_at(LOW * LINE);
         // A loop, not `from_fn`: a closure would not be compiled for the instruction set.
         let mut out = [lanes.load_codes(&[0; LINE]); 8];
         for (j, out) in out.iter_mut().enumerate() {
@@ -108,8 +151,8 @@ impl<T: Table> Codes for Indices<T> {
     const LINES: usize = 4;
 
     #[inline(always)]
-    fn bytes<L: Lanes>(lanes: L, tile: &[u8]) -> [L::I; 8] {
-        let mut codes = lanes.nibbles(tile.first_chunk().expect("four lines"));
+    fn bytes<L: Lanes>(lanes: L, group: Group<'_>, block: usize) -> [L::I; 8] {
+        let mut codes = lanes.nibbles(group.weights::<256>(block));
         for code in &mut codes {
             *code = lanes.lookup(*code, &T::BYTES);
         }

@@ -19,6 +19,7 @@ mod codes;
 mod disjoint;
 mod kv;
 mod lanes;
+mod largest;
 mod linear;
 mod math;
 mod memory;

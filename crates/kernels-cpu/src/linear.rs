@@ -2,7 +2,7 @@
 #![expect(unsafe_code, reason = "threads write disjoint columns of one output")]
 
 use crate::activation::{QuantBlock, Quantise, n_blocks};
-use crate::codes::{E2m1, Indices, Iq4, Planes, Whole};
+use crate::codes::{E2m1, Indices, Iq4, Planes, Split, Whole};
 use crate::disjoint::{MatrixBlock, MatrixBlocks};
 use crate::lanes::{Kernel, Lanes};
 use crate::math;
@@ -169,12 +169,18 @@ impl Engine<'_> {
         });
     }
 
-    fn is_integer(&self, weight: &CpuWeight) -> bool {
+    pub(crate) fn is_integer(&self, weight: &CpuWeight) -> bool {
         let float = matches!(weight.dtype(), DType::F32 | DType::F16 | DType::BF16);
         self.activation == Activation::Int8 && !float
     }
 
-    fn quantise(&mut self, x: &[f32], columns: usize, rounding: InputRounding, wanted: bool) {
+    pub(crate) fn quantise(
+        &mut self,
+        x: &[f32],
+        columns: usize,
+        rounding: InputRounding,
+        wanted: bool,
+    ) {
         self.quantised.clear();
         if !wanted {
             return;
@@ -295,15 +301,15 @@ impl Chunk<'_> {
 }
 
 /// Dot products of one row group with consecutive activation rows, from `row`.
-struct Sums<'a> {
-    group: Group<'a>,
-    input: Input<'a>,
-    row: usize,
-    sums: &'a mut [[f32; ROWS]],
+pub(crate) struct Sums<'a> {
+    pub(crate) group: Group<'a>,
+    pub(crate) input: Input<'a>,
+    pub(crate) row: usize,
+    pub(crate) sums: &'a mut [[f32; ROWS]],
 }
 
 impl Sums<'_> {
-    fn run(self, dtype: DType, activation: Activation, processor: Processor) {
+    pub(crate) fn run(self, dtype: DType, activation: Activation, processor: Processor) {
         match (dtype, activation) {
             (DType::F32, _) => self.with::<Floats<SingleElement>>(processor),
             (DType::F16, _) => self.with::<Floats<HalfElement>>(processor),
@@ -331,7 +337,11 @@ impl Sums<'_> {
             DType::IQ4_XS => self.with::<CodesInt8<Indices<Iq4>, Supers<false, 1>, P>>(processor),
             DType::MXFP4 => self.with::<CodesInt8<Indices<E2m1>, Brains, P>>(processor),
             DType::Q8_0 | DType::F32 | DType::F16 | DType::BF16 => {
-                self.with::<CodesInt8<Whole, Halves<false>, P>>(processor);
+                if self.group.is_split() {
+                    self.with::<CodesInt8<Split, Halves<false>, P>>(processor);
+                } else {
+                    self.with::<CodesInt8<Whole, Halves<false>, P>>(processor);
+                }
             }
         }
     }
@@ -351,7 +361,11 @@ impl Sums<'_> {
             DType::IQ4_XS => self.with::<CodesFloat<Indices<Iq4>, Supers<false, 1>>>(processor),
             DType::MXFP4 => self.with::<CodesFloat<Indices<E2m1>, Brains>>(processor),
             DType::Q8_0 | DType::F32 | DType::F16 | DType::BF16 => {
-                self.with::<CodesFloat<Whole, Halves<false>>>(processor);
+                if self.group.is_split() {
+                    self.with::<CodesFloat<Split, Halves<false>>>(processor);
+                } else {
+                    self.with::<CodesFloat<Whole, Halves<false>>>(processor);
+                }
             }
         }
     }

@@ -26,11 +26,12 @@ pub(crate) struct Packer {
 
 impl Packer {
     /// Packs sixteen rows of `row_bytes`, or fewer of the last group, whose others stay zero.
-    pub(crate) fn group(&self, rows: &[u8], row_bytes: usize, group: &mut [u8]) {
+    /// `apart` takes the low bits of a head.
+    pub(crate) fn group(&self, rows: &[u8], row_bytes: usize, group: &mut [u8], apart: &mut [u8]) {
         match self.kind.scales {
             ScaleKind::None if self.dtype == DType::F32 => self.floats::<4>(rows, row_bytes, group),
             ScaleKind::None => self.floats::<2>(rows, row_bytes, group),
-            ScaleKind::Half | ScaleKind::Brain => self.blocks(rows, row_bytes, group),
+            ScaleKind::Half | ScaleKind::Brain => self.blocks(rows, row_bytes, group, apart),
             ScaleKind::Super { per_block } => {
                 self.super_blocks(rows, row_bytes, per_block, group);
             }
@@ -47,7 +48,7 @@ impl Packer {
         }
     }
 
-    fn blocks(&self, rows: &[u8], row_bytes: usize, group: &mut [u8]) {
+    fn blocks(&self, rows: &[u8], row_bytes: usize, group: &mut [u8], apart: &mut [u8]) {
         let (layout, block_bytes) = (&self.layout, self.dtype.block_bytes());
         let mut codes = [[0; BLOCK]; ROWS];
         for b in 0..layout.n_blocks {
@@ -61,7 +62,12 @@ impl Packer {
                     group[layout.minima + at..][..2].copy_from_slice(&block[2..4]);
                 }
             }
-            self.tile(&entries(&codes), b, group);
+            let entries = entries(&codes);
+            self.tile(&entries, b, group);
+            if self.kind.apart > 0 {
+                let low = &mut apart[b * self.kind.apart_bytes()..][..self.kind.apart_bytes()];
+                plane(&entries, 0, self.kind.apart, low.as_chunks_mut().0);
+            }
         }
     }
 
@@ -100,7 +106,7 @@ impl Packer {
         let tile = &mut group[start..start + self.kind.block_bytes()];
         let [low_bits, high_bits] = self.kind.planes;
         let (low, high) = tile.as_chunks_mut::<LINE>().0.split_at_mut(low_bits);
-        plane(entries, 0, low_bits, low);
+        plane(entries, self.kind.apart, low_bits, low);
         if high_bits > 0 {
             plane(entries, low_bits, high_bits, high);
         }

@@ -19,7 +19,7 @@ use exrail_kernels::InputRounding;
 use std::marker::PhantomData;
 
 /// Bytes ahead of the current block to prefetch: DRAM latency times one core's bandwidth.
-const PREFETCH: usize = 4096;
+pub(crate) const PREFETCH: usize = 4096;
 
 /// The activations of a product.
 #[derive(Clone, Copy)]
@@ -272,11 +272,8 @@ impl<C: Codes, S: ScaleFamily, const P: usize> Format for CodesInt8<C, S, P> {
         }
         let mut acc = [lanes.splat(0.0); N];
         for b in group.blocks() {
-            let tile = group.block(b);
-            for line in 0..=C::LINES {
-                lanes.prefetch(tile, PREFETCH + 64 * line);
-            }
-            let w = C::bytes(lanes, tile);
+            C::prefetch(lanes, group, b);
+            let w = C::bytes(lanes, group, b);
             let (first, second) = ([w[0], w[1], w[2], w[3]], [w[4], w[5], w[6], w[7]]);
             let scale = scales.scale(lanes, b, 0);
             for n in 0..N {
@@ -424,7 +421,6 @@ impl<C: Codes, S: ScaleFamily> Format for CodesFloat<C, S> {
         let mut sums = FloatSums([[lanes.splat(0.0); 2]; N]);
         let bias = lanes.splat(128.0);
         for b in group.blocks() {
-            let tile = group.block(b);
             let x = float_blocks::<N>(input, row, b);
             let last = S::Of::PER_BLOCK - 1;
             let scale = [scales.scale(lanes, b, 0), scales.scale(lanes, b, last)];
@@ -433,7 +429,7 @@ impl<C: Codes, S: ScaleFamily> Format for CodesFloat<C, S> {
             } else {
                 [lanes.splat(0.0); 2]
             };
-            for (j, &q) in C::bytes(lanes, tile).iter().enumerate() {
+            for (j, &q) in C::bytes(lanes, group, b).iter().enumerate() {
                 let half = j / 4;
                 let mut w = lanes.unpack_bytes(q);
                 for w in &mut w {

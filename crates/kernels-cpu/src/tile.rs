@@ -18,10 +18,12 @@
 //! | Q5_K | u8 x 16, f16 x 16 a 256 k | the same | 4 + 1 bits, 320 B | 5.6 |
 //! | Q6_K | i8 x 16 a 16 k, f16 x 16 a 256 k | - | 4 + 2 bits, 384 B | 6.6 |
 //! | IQ4_XS | i8 x 16, f16 x 16 a 256 k | - | 4 bits, 256 B | 4.3 |
+//! | Q8_0 of a head | f16 x 16 | - | 4 high bits, 256 B; 4 low bits apart, 256 B | 8.5 |
 //! | F32, F16, BF16 | - | - | the values, k-major | 32, 16, 16 |
 //!
 //! Nothing is rounded: dequantising a tile gives the same f32 as dequantising the checkpoint's
-//! block. The order of the bits: see [`crate::codes`].
+//! block. The order of the bits: see [`crate::codes`]. The low bits of a head lie behind all groups, so
+//! that [`crate::largest`] can leave out those of most rows.
 
 use crate::codes::LINE;
 use exrail_tensor::{DType, E2M1_TABLE, IQ4_TABLE};
@@ -61,6 +63,8 @@ pub(crate) struct GroupLayout {
 pub(crate) struct TileKind {
     /// Bits a weight of the low and of the high plane; see [`crate::codes`].
     pub(crate) planes: [usize; 2],
+    /// Low bits that lie apart, in a plane of their own.
+    pub(crate) apart: usize,
     /// What a code stands for.
     pub(crate) meaning: Meaning,
     /// `w = scale q + minimum` rather than `w = scale q`.
@@ -99,7 +103,13 @@ pub(crate) enum ScaleKind {
 impl TileKind {
     /// The tiles of a checkpoint format.
     pub(crate) fn of(dtype: DType) -> TileKind {
-        let kind = |planes, meaning, minima, scales| TileKind { planes, meaning, minima, scales };
+        let kind = |planes, meaning, minima, scales| TileKind {
+            planes,
+            apart: 0,
+            meaning,
+            minima,
+            scales,
+        };
         let (half, plain) = (ScaleKind::Half, Meaning::Minus);
         let sub = |per_block| ScaleKind::Super { per_block };
         match dtype {
@@ -121,9 +131,20 @@ impl TileKind {
         }
     }
 
-    /// Bytes of one block's weights, all sixteen rows.
+    /// The tiles of a matrix whose largest output may be asked for.
+    pub(crate) fn of_head(dtype: DType) -> TileKind {
+        let kind = TileKind::of(dtype);
+        if dtype == DType::Q8_0 { TileKind { planes: [4, 0], apart: 4, ..kind } } else { kind }
+    }
+
+    /// Bytes of one block's weights in its record, all sixteen rows.
     pub(crate) fn block_bytes(self) -> usize {
         (self.planes[0] + self.planes[1]) * LINE
+    }
+
+    /// Bytes of one block's low bits that lie apart, all sixteen rows.
+    pub(crate) fn apart_bytes(self) -> usize {
+        self.apart * LINE
     }
 
     /// The layout of a group; `None` when the size overflows.
@@ -157,6 +178,8 @@ impl TileKind {
 pub(crate) struct Group<'a> {
     pub(crate) layout: GroupLayout,
     pub(crate) bytes: &'a [u8],
+    /// Low bits that lie apart, 256 bytes a block, or nothing.
+    pub(crate) apart: &'a [u8],
 }
 
 impl<'a> Group<'a> {
@@ -211,6 +234,18 @@ impl<'a> Group<'a> {
     #[inline(always)]
     pub(crate) fn block(self, block: usize) -> &'a [u8] {
         &self.bytes[self.layout.weights + block * self.layout.stride..]
+    }
+
+    /// Whether low bits lie apart.
+    #[inline(always)]
+    pub(crate) fn is_split(self) -> bool {
+        !self.apart.is_empty()
+    }
+
+    /// The low bits of a block that lie apart, and whatever follows.
+    #[inline(always)]
+    pub(crate) fn low(self, block: usize) -> &'a [u8] {
+        &self.apart[block * 4 * LINE..]
     }
 
     /// The weights, `B` bytes a block.

@@ -1,6 +1,7 @@
 //! [`CpuWeight`]: a checkpoint matrix repacked into the tiles of [`crate::tile`] when it is loaded.
 
 use crate::codes::LINE;
+use crate::largest::Screen;
 use crate::memory::{Arena, Bytes};
 use crate::pack::Packer;
 use crate::pool::Pool;
@@ -20,6 +21,9 @@ pub struct CpuWeight {
     layout: GroupLayout,
     rounding: InputRounding,
     bytes: Bytes,
+    /// Low bits of a head; see [`TileKind::of_head`].
+    apart: Bytes,
+    screen: Screen,
 }
 
 impl CpuWeight {
@@ -31,7 +35,7 @@ impl CpuWeight {
         device: impl Fn() -> String,
     ) -> Result<CpuWeight, KernelError> {
         let row_bytes = view.row_bytes()?;
-        let kind = TileKind::of(view.dtype);
+        let kind = if view.head { TileKind::of_head(view.dtype) } else { TileKind::of(view.dtype) };
         let n_groups = view.rows.div_ceil(ROWS);
         let out_of_memory = |wanted_bytes| KernelError::OutOfMemory {
             what: format!("weight `{}`", view.name),
@@ -42,19 +46,34 @@ impl CpuWeight {
         let len =
             layout.len_bytes.checked_mul(n_groups).ok_or_else(|| out_of_memory(usize::MAX))?;
         let mut bytes = arena.bytes(len).ok_or_else(|| out_of_memory(len))?;
+        // No longer than the groups, whose records hold as many bits and the scales.
+        let apart_bytes = layout.n_blocks * kind.apart_bytes();
+        let len = apart_bytes * n_groups;
+        let mut apart = arena.bytes(len).ok_or_else(|| out_of_memory(len))?;
         let packer = Packer { dtype: view.dtype, kind, layout };
         // Each lock is taken once: the pool hands out every index once.
-        let groups: Vec<Mutex<&mut [u8]>> =
-            bytes.chunks_exact_mut(layout.len_bytes.max(1)).map(Mutex::new).collect();
+        let groups = bytes.chunks_exact_mut(layout.len_bytes.max(1));
+        let mut low = apart.chunks_exact_mut(apart_bytes.max(1));
+        let groups: Vec<Mutex<(&mut [u8], &mut [u8])>> =
+            groups.map(|group| Mutex::new((group, low.next().unwrap_or_default()))).collect();
         pool.run(n_groups, &|g| {
-            let group = &mut **groups[g].lock().unwrap_or_else(PoisonError::into_inner);
+            let (group, apart) = &mut *groups[g].lock().unwrap_or_else(PoisonError::into_inner);
             let rows = g * ROWS..view.rows.min((g + 1) * ROWS);
             let bytes = &view.bytes[rows.start * row_bytes..rows.end * row_bytes];
-            packer.group(bytes, row_bytes, group);
+            packer.group(bytes, row_bytes, group, apart);
         });
         drop(groups);
         let WeightView { dtype, rows, columns, rounding, .. } = *view;
-        Ok(CpuWeight { dtype, rows, columns, layout, rounding, bytes })
+        Ok(CpuWeight {
+            dtype,
+            rows,
+            columns,
+            layout,
+            rounding,
+            bytes,
+            apart,
+            screen: Screen::default(),
+        })
     }
 
     /// Format of the checkpoint's matrix.
@@ -84,10 +103,20 @@ impl CpuWeight {
 
     /// Bytes of all groups.
     pub(crate) fn len_bytes(&self) -> usize {
-        self.n_groups() * self.layout.len_bytes
+        self.bytes.len() + self.apart.len()
     }
 
-    /// Where some groups lie.
+    /// Whether low bits lie apart.
+    pub(crate) fn is_split(&self) -> bool {
+        !self.apart.is_empty()
+    }
+
+    /// Whether its high bits help to find its largest output.
+    pub(crate) fn screen(&self) -> &Screen {
+        &self.screen
+    }
+
+    /// Where some groups lie, without what lies apart.
     pub(crate) fn addresses(&self, groups: Range<usize>) -> Range<usize> {
         let (start, len) = (self.bytes.as_ptr().addr(), self.layout.len_bytes);
         start + groups.start * len..start + groups.end * len
@@ -96,8 +125,14 @@ impl CpuWeight {
     /// One group of rows.
     #[inline(always)]
     pub(crate) fn group(&self, group: usize) -> Group<'_> {
-        let start = group * self.layout.len_bytes;
-        Group { layout: self.layout, bytes: &self.bytes[start..start + self.layout.len_bytes] }
+        let (layout, start) = (self.layout, group * self.layout.len_bytes);
+        let apart = if self.is_split() {
+            let len = layout.n_blocks * 4 * LINE;
+            &self.apart[group * len..(group + 1) * len]
+        } else {
+            &[]
+        };
+        Group { layout, bytes: &self.bytes[start..start + layout.len_bytes], apart }
     }
 }
 
@@ -106,13 +141,15 @@ impl CpuWeight {
     pub(crate) fn dequantise_row(&self, row: usize, out: &mut [f32]) {
         let group = self.group(row / ROWS);
         let r = row % ROWS;
-        let kind = TileKind::of(self.dtype);
+        let is_head = self.is_split();
+        let kind = if is_head { TileKind::of_head(self.dtype) } else { TileKind::of(self.dtype) };
         let half = |entry: &[u8; 32]| f16::from_le_bytes([entry[2 * r], entry[2 * r + 1]]).to_f32();
         let weights = &group.bytes[group.layout.weights..];
         for (b, out) in out[..self.columns].chunks_mut(BLOCK).enumerate() {
             let tile = &weights[b * group.layout.stride..][..kind.block_bytes()];
+            let tile = (tile, if is_head { group.low(b) } else { &[] });
             match kind.scales {
-                ScaleKind::None => float_block(self.dtype, tile, r, out),
+                ScaleKind::None => float_block(self.dtype, tile.0, r, out),
                 ScaleKind::Half => {
                     let minimum = if kind.minima { half(group.minima(b)) } else { 0.0 };
                     let scale = half(group.scales(b));
@@ -161,7 +198,7 @@ fn float_block(dtype: DType, tile: &[u8], r: usize, out: &mut [f32]) {
 /// `out[k] = value(k, q)`, q the weight before its scale.
 fn quant_block(
     kind: TileKind,
-    tile: &[u8],
+    (tile, apart): (&[u8], &[u8]),
     r: usize,
     value: impl Fn(usize, f32) -> f32,
     out: &mut [f32],
@@ -172,6 +209,9 @@ fn quant_block(
         let mut code = code(low, low_bits, r, k);
         if high_bits > 0 {
             code |= self::code(high, high_bits, r, k) << low_bits;
+        }
+        if kind.apart > 0 {
+            code = code << kind.apart | self::code(apart, kind.apart, r, k);
         }
         let q = match kind.meaning {
             Meaning::Float => 0.0,

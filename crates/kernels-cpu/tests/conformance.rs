@@ -70,7 +70,7 @@ proptest! {
         let activation = if integers { Activation::Int8 } else { Activation::F32 };
         let bytes = exrail_tensor::quantize(dtype, &noise(seed, rows * columns)).expect("whole blocks");
         let rounding = if once { InputRounding::Once } else { InputRounding::Twice };
-        let view = WeightView { name: "w", dtype, rows, columns, bytes: &bytes, rounding };
+        let view = WeightView { name: "w", dtype, rows, columns, bytes: &bytes, rounding, head: false };
         let x = noise(seed ^ 1, n_rows * columns);
         let expected = product(&backend(Isa::Scalar, 1, activation), &view, &x);
         for isa in Isa::available() {
@@ -99,6 +99,7 @@ fn a_nan_activation_reaches_the_output_of_its_row_only() {
                 columns: 64,
                 bytes: &bytes,
                 rounding,
+                head: false,
             };
             let mut x = noise(4, 3 * 64);
             x[64 + 40] = bad;

@@ -107,6 +107,9 @@ pub struct WeightView<'a> {
     /// What its activations tolerate. Matrices of one product are rounded as the one that tolerates
     /// least.
     pub rounding: InputRounding,
+    /// Whether [`Backend::linear_largest`] may be asked of it: the head of a decoder. The device may
+    /// store it so that most rows are told apart by a part of their bits.
+    pub head: bool,
 }
 
 impl WeightView<'_> {
@@ -258,6 +261,38 @@ pub struct AttentionShape {
     pub window: Option<usize>,
 }
 
+/// The largest output of a row.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Largest {
+    /// Its row of the matrix; of equal ones the first.
+    pub index: u32,
+    /// Its value; NaN where that, or what it was compared with, is not finite.
+    pub value: f32,
+}
+
+impl Largest {
+    /// The largest of `values`, which are not empty.
+    #[must_use]
+    ///
+    /// # Panics
+    /// When they are.
+    pub fn of(values: &[f32]) -> Largest {
+        let each = (0_u32..).zip(values).map(|(index, &value)| Largest { index, value });
+        each.reduce(Largest::or).expect("a row has outputs")
+    }
+
+    /// The larger of two, the earlier of equal ones.
+    #[must_use]
+    pub fn or(self, other: Largest) -> Largest {
+        if !self.value.is_finite() || !other.value.is_finite() {
+            return Largest { value: f32::NAN, ..self };
+        }
+        let wins =
+            other.value > self.value || other.value == self.value && other.index < self.index;
+        if wins { other } else { self }
+    }
+}
+
 /// Which norm of a row.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum NormKind {
@@ -395,6 +430,22 @@ pub trait Backend: Send + Sync + 'static {
         bias: Option<&Self::Buffer>,
         out: &mut Self::Buffer,
     );
+    /// The largest of the first `limit` outputs of every row of `x Wᵀ`; x `(T, columns)`. The same
+    /// index and value as [`Backend::linear`] gives; `work` `(T, N)` may hold anything afterwards.
+    fn linear_largest(
+        &self,
+        x: &Self::Buffer,
+        n_rows: usize,
+        weight: &Self::Weight,
+        limit: usize,
+        work: &mut Self::Buffer,
+    ) -> Vec<Largest> {
+        let (n_outputs, _) = self.weight_shape(weight);
+        self.linear(x, n_rows, weight, None, work);
+        let mut outputs = vec![0.0; n_rows * n_outputs];
+        self.read(work, &mut outputs);
+        outputs.chunks_exact(n_outputs).map(|row| Largest::of(&row[..limit])).collect()
+    }
     /// Three products of one x (query, key, value), so that x is quantised once.
     fn linear_qkv(
         &self,

@@ -8,6 +8,6 @@ pub mod reference;
 
 pub use backend::{
     Activation, AttentionShape, AttentionSpan, Backend, GateActivation, InputRounding, KernelError,
-    KvDtype, KvShape, KvSlot, NormKind, PAGE_TOKENS, PageId, Rope, RopeStyle, Span, TokenId,
-    WeightView, int8_scale,
+    KvDtype, KvShape, KvSlot, Largest, NormKind, PAGE_TOKENS, PageId, Rope, RopeStyle, Span,
+    TokenId, WeightView, int8_scale,
 };

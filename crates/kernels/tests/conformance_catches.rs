@@ -4,7 +4,8 @@ use exrail_kernels::conformance::{ConformanceError, run};
 use exrail_kernels::reference::{Reference, ReferenceKvPool, ReferenceWeight};
 use exrail_kernels::{
     Activation, AttentionShape, AttentionSpan, Backend, GateActivation, KernelError, KvDtype,
-    KvShape, KvSlot, NormKind, PAGE_TOKENS, PageId, Rope, RopeStyle, Span, TokenId, WeightView,
+    KvShape, KvSlot, Largest, NormKind, PAGE_TOKENS, PageId, Rope, RopeStyle, Span, TokenId,
+    WeightView,
 };
 
 /// What is wrong with a [`Faulty`] backend.
@@ -22,6 +23,7 @@ enum Fault {
     LayerNormUnbiased,
     LinearDropsBias,
     LinearSkipsLastRow,
+    LargestBeyondTheLimit,
     LinearAddOverwrites,
     LinearAddUnscaled,
     AddsRowsInOrder,
@@ -56,7 +58,8 @@ enum Fault {
     RoundsActivations,
 }
 
-const FAULTS: [Fault; 42] = [
+const FAULTS: [Fault; 43] = [
+    Fault::LargestBeyondTheLimit,
     Fault::AcceptsShortWeights,
     Fault::SwapsShape,
     Fault::StaleBuffer,
@@ -133,6 +136,7 @@ fn every_fault_is_caught_at_its_operation() {
             Fault::LinearDropsBias | Fault::LinearSkipsLastRow | Fault::RoundsActivations => {
                 "linear F32"
             }
+            Fault::LargestBeyondTheLimit => "linear_largest F32",
             Fault::LinearAddOverwrites | Fault::LinearAddUnscaled => "linear_add F32",
             Fault::AddsRowsInOrder | Fault::AddsRowsWithOneScale | Fault::AddsRowsUnscaled => {
                 "linear_add_rows"
@@ -332,6 +336,21 @@ impl Backend for Faulty {
             bias,
             out,
         );
+    }
+
+    fn linear_largest(
+        &self,
+        x: &Vec<f32>,
+        n_rows: usize,
+        weight: &ReferenceWeight,
+        limit: usize,
+        work: &mut Vec<f32>,
+    ) -> Vec<Largest> {
+        let (n_outputs, _) = Reference.weight_shape(weight);
+        let limit = if self.is(Fault::LargestBeyondTheLimit) { n_outputs } else { limit };
+        self.linear(x, n_rows, weight, None, work);
+        let rows = work[..n_rows * n_outputs].chunks_exact(n_outputs);
+        rows.map(|row| Largest::of(&row[..limit])).collect()
     }
 
     fn linear_qkv(

@@ -5,7 +5,7 @@
 mod block;
 
 use exrail_checkpoint::{BlockNorms, DecoderConfig, NormKind, QkNorm, Tensors};
-use exrail_kernels::{AttentionShape, Backend, InputRounding, KvDtype, KvShape, Rope};
+use exrail_kernels::{AttentionShape, Backend, InputRounding, KvDtype, KvShape, Largest, Rope};
 
 pub use block::{Block, embed_tokens};
 
@@ -47,8 +47,12 @@ impl<B: Backend> Decoder<B> {
         let progress_at_start = LoadProgress { n_total, ..LoadProgress::default() };
         let mut loader = Loader { backend, tensors, report: progress, progress: progress_at_start };
         let (vocab_size, width) = (config.vocab_size, config.width);
-        let embedding =
-            loader.matrix("token_embd.weight", (vocab_size, width), InputRounding::Twice)?;
+        let (name, shape) = ("token_embd.weight", (vocab_size, width));
+        let embedding = if config.tied_head {
+            loader.head(name, shape)?
+        } else {
+            loader.matrix(name, shape, InputRounding::Twice)?
+        };
         let mut layers = Vec::with_capacity(config.n_layers());
         for layer_idx in 0..config.n_layers() {
             layers.push(Layer::load(&mut loader, config, layer_idx)?);
@@ -58,7 +62,7 @@ impl<B: Backend> Decoder<B> {
         let head = if config.tied_head {
             Head::Tied
         } else {
-            Head::Own(loader.matrix("output.weight", (vocab_size, width), InputRounding::Twice)?)
+            Head::Own(loader.head("output.weight", shape)?)
         };
         Ok(Self { config: config.clone(), embedding, layers, norm, head, ropes })
     }
@@ -111,6 +115,46 @@ impl<B: Backend> Decoder<B> {
         pool: &mut B::KvPool,
         batch: &Batch<'_>,
     ) {
+        self.run(backend, scratch, pool, batch);
+        self.logits(backend, scratch, batch.logit_rows.len());
+    }
+
+    /// Runs one step as [`Decoder::forward`] does, and gives the most likely of the first `limit`
+    /// tokens for every logit row, with its logit: the one that the logits of `forward` have. There
+    /// are no logits to read afterwards, and where one row is asked for, most of them were never
+    /// computed.
+    ///
+    /// # Panics
+    /// As [`Decoder::forward`], or when `limit` is zero or beyond the vocabulary.
+    pub fn forward_largest(
+        &self,
+        backend: &B,
+        scratch: &mut Scratch<B>,
+        pool: &mut B::KvPool,
+        batch: &Batch<'_>,
+        limit: usize,
+    ) -> Vec<Largest> {
+        let n_rows = batch.logit_rows.len();
+        assert!((1..=self.config.vocab_size).contains(&limit), "{limit} tokens");
+        self.run(backend, scratch, pool, batch);
+        if n_rows == 0 {
+            return Vec::new();
+        }
+        if self.has_plain_logits() {
+            let (normed, work) = scratch.logits_for(0);
+            return backend.linear_largest(normed, n_rows, self.head(), limit, work);
+        }
+        // A cap may make different logits equal, and then the first counts.
+        self.logits(backend, scratch, n_rows);
+        let mut logits = Vec::new();
+        scratch.read_logits(backend, &mut logits);
+        scratch.logits_for(0);
+        let rows = logits.chunks_exact(self.config.vocab_size);
+        rows.map(|row| Largest::of(&row[..limit])).collect()
+    }
+
+    /// All layers, and the norm before the head for the logit rows.
+    fn run(&self, backend: &B, scratch: &mut Scratch<B>, pool: &mut B::KvPool, batch: &Batch<'_>) {
         let (n_rows, n_logit_rows) = (batch.ids.len(), batch.logit_rows.len());
         assert!(n_rows <= scratch.max_rows, "{n_rows} rows of {}", scratch.max_rows);
         assert!(
@@ -211,11 +255,10 @@ impl<B: Backend> Decoder<B> {
         }
     }
 
-    /// The rest of the last layer and the head, for the logit rows alone.
+    /// The rest of the last layer and the norm before the head, for the logit rows alone.
     fn finish(&self, backend: &B, scratch: &mut Scratch<B>, pool: &B::KvPool, batch: &Batch<'_>) {
         let (rows, n_rows) = (batch.logit_rows, batch.logit_rows.len());
         if n_rows == 0 {
-            scratch.logits_for(0);
             return;
         }
         let config = &self.config;
@@ -237,16 +280,32 @@ impl<B: Backend> Decoder<B> {
         let (kind, eps) = (self.norm_kind(), config.norm.eps);
         backend.norm(kind, &scratch.residual, n_rows, &self.norm, eps, &mut scratch.normed);
         std::mem::swap(&mut scratch.residual, &mut scratch.last_residual);
-        let head = match &self.head {
+    }
+
+    /// The logits of the logit rows, whose states are normed.
+    fn logits(&self, backend: &B, scratch: &mut Scratch<B>, n_rows: usize) {
+        let (normed, logits) = scratch.logits_for(n_rows);
+        if n_rows == 0 {
+            return;
+        }
+        backend.linear(normed, n_rows, self.head(), None, logits);
+        if !self.has_plain_logits() {
+            let (scale, cap) = (self.config.logit_scale, self.config.logit_soft_cap);
+            backend.scale_and_cap(logits, n_rows * self.config.vocab_size, scale, cap);
+        }
+    }
+
+    fn head(&self) -> &B::Weight {
+        match &self.head {
             Head::Tied => &self.embedding,
             Head::Own(head) => head,
-        };
-        let (normed, logits) = scratch.logits_for(n_rows);
-        backend.linear(normed, n_rows, head, None, logits);
-        let (scale, cap) = (config.logit_scale, config.logit_soft_cap);
-        if scale.to_bits() != 1.0_f32.to_bits() || cap.is_some() {
-            backend.scale_and_cap(logits, n_rows * config.vocab_size, scale, cap);
         }
+    }
+
+    /// Whether a logit is the output of the head.
+    fn has_plain_logits(&self) -> bool {
+        let (scale, cap) = (self.config.logit_scale, self.config.logit_soft_cap);
+        scale.to_bits() == 1.0_f32.to_bits() && cap.is_none()
     }
 
     fn norm_kind(&self) -> exrail_kernels::NormKind {

@@ -37,6 +37,18 @@ impl<B: Backend> Loader<'_, B> {
         Ok(parts.pop().expect("one part was asked for"))
     }
 
+    /// The matrix called `name`, `(V, columns)`, that gives the logits.
+    pub(crate) fn head(
+        &mut self,
+        name: &str,
+        (rows, columns): (usize, usize),
+    ) -> Result<B::Weight, ModelError> {
+        self.tensors.require_info(name, &[rows, columns])?;
+        let usage = (InputRounding::Twice, true);
+        let mut parts = self.parts_for(name, &[rows], columns, usage)?;
+        Ok(parts.pop().expect("one part was asked for"))
+    }
+
     /// Runs of rows of the tensor called `name`, whose rows have `columns` values: the matrices
     /// that it is made of, first to last.
     pub(crate) fn parts(
@@ -46,6 +58,16 @@ impl<B: Backend> Loader<'_, B> {
         columns: usize,
         rounding: InputRounding,
     ) -> Result<Vec<B::Weight>, ModelError> {
+        self.parts_for(name, rows, columns, (rounding, false))
+    }
+
+    fn parts_for(
+        &mut self,
+        name: &str,
+        rows: &[usize],
+        columns: usize,
+        (rounding, head): (InputRounding, bool),
+    ) -> Result<Vec<B::Weight>, ModelError> {
         let view = self.tensors.tensor(name)?;
         let dtype = view.dtype;
         let row_bytes = view.bytes.len() / rows.iter().sum::<usize>().max(1);
@@ -54,7 +76,7 @@ impl<B: Backend> Loader<'_, B> {
         for &rows in rows {
             let (bytes, others) = rest.split_at(rows * row_bytes);
             rest = others;
-            let view = WeightView { name, dtype, rows, columns, bytes, rounding };
+            let view = WeightView { name, dtype, rows, columns, bytes, rounding, head };
             weights.push(self.backend.weight(&view)?);
         }
         self.advance(view.bytes.len());

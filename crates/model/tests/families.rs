@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use exrail_checkpoint::{DecoderConfig, Gguf, HfFolder, Tensors};
 use exrail_kernels::reference::Reference;
-use exrail_kernels::{Activation, AttentionSpan, Backend, KvDtype, PageId, TokenId};
+use exrail_kernels::{Activation, AttentionSpan, Backend, KvDtype, Largest, PageId, TokenId};
 use exrail_kernels_cpu::{CpuBackend, CpuOptions};
 use exrail_model::{Batch, Decoder};
 use golden::Reader;
@@ -93,6 +93,28 @@ fn logits<B: Backend>(
     all
 }
 
+/// The most likely of the first `limit` tokens at all positions, fed one by one.
+fn largest<B: Backend>(
+    backend: &B,
+    (config, tensors): (&DecoderConfig, &dyn Tensors),
+    ids: &[TokenId],
+    limit: usize,
+) -> Vec<Largest> {
+    let config = config.clone().with_context_len(ids.len().min(config.max_context_len)).unwrap();
+    let decoder = Decoder::load(backend, &config, tensors, &mut |_| {}).unwrap();
+    let pages = [PageId(1)];
+    let mut pool = backend.kv_pool(decoder.kv_shape(2, KvDtype::F32)).unwrap();
+    let mut scratch = decoder.scratch(backend, 1, 1).unwrap();
+    let steps = ids.iter().enumerate().flat_map(|(first_position, &id)| {
+        let span = AttentionSpan { first_row: 0, n_rows: 1, first_position, pages: &pages };
+        let batch = Batch { ids: &[id], spans: &[span], logit_rows: &[0] };
+        let found = decoder.forward_largest(backend, &mut scratch, &mut pool, &batch, limit);
+        assert_eq!(scratch.n_logit_rows(), 0);
+        found
+    });
+    steps.collect()
+}
+
 fn distance(found: &[f32], expected: &[f32]) -> f32 {
     assert_eq!(found.len(), expected.len());
     // f32::max would drop a NaN.
@@ -155,4 +177,22 @@ fn logits_of_every_family_agree_with_transformers() {
         }
     }
     assert!(faults.is_empty(), "{}", faults.join("\n"));
+}
+
+/// With integer activations, where a head may be stored in two halves.
+#[test]
+fn the_most_likely_token_is_that_of_the_logits() {
+    let cpu = CpuBackend::new(CpuOptions { threads: Some(2), ..CpuOptions::default() }).unwrap();
+    for (name, has_gguf) in FAMILIES {
+        let (vocab_size, sequences) = goldens(name);
+        let limit = vocab_size - 3;
+        for (source, config, tensors) in sources(name, has_gguf) {
+            let model = (&config, &*tensors);
+            let ids = &sequences[0].ids;
+            let logits = logits(&cpu, model, ids, 1);
+            let expected = logits.chunks_exact(vocab_size).map(|row| Largest::of(&row[..limit]));
+            let found = largest(&cpu, model, ids, limit);
+            assert_eq!(found, expected.collect::<Vec<_>>(), "{name} {source}");
+        }
+    }
 }

@@ -60,8 +60,8 @@ pub struct Measured {
     pub prefill_ms: f64,
     /// Generating.
     pub decode_ms: f64,
-    /// Mean next-token entropy in nats.
-    pub entropy_mean: f64,
+    /// Mean next-token entropy in nats, if the engine measured it.
+    pub entropy_mean: Option<f64>,
     /// Prompt tokens from the cache.
     pub cached_tokens: usize,
 }
@@ -94,6 +94,8 @@ impl Generate for EngineGenerate<'_> {
     fn generate(&self, messages: &[FrameMessage], seed: u64) -> Result<Generated, GenerateError> {
         let request = GenerateRequest {
             sampling: Sampling { seed, ..self.sampling.clone() },
+            // The trace of a verified answer carries it.
+            entropy: true,
             ..GenerateRequest::new(self.prompt(messages)?, self.max_tokens)
         };
         let submitted = Instant::now();
@@ -156,7 +158,7 @@ fn measured(first_token_ms: Option<f64>, finished: &Finished) -> Measured {
         queue_ms: finished.timings.queue_ms,
         prefill_ms: finished.timings.prefill_ms,
         decode_ms: finished.timings.decode_ms,
-        entropy_mean: f64::from(finished.entropy_mean),
+        entropy_mean: finished.entropy_mean.map(f64::from),
         cached_tokens: finished.usage.cached_tokens,
     }
 }

@@ -125,11 +125,32 @@ fn text_is_the_repaired_bytes_of_all_tokens_and_log_probabilities_carry_them() {
     }
 }
 
+/// The most likely token alone, or found among all logits: alone, and beside a sequence that needs
+/// them.
+#[test]
+fn a_greedy_answer_is_the_same_whatever_is_measured_beside_it() {
+    let engine = start(options());
+    for seed in 0..6 {
+        let plain = greedy(prompt(seed, 9), 12);
+        let measured = GenerateRequest { entropy: true, ..plain.clone() };
+        let expected = generate(&engine, measured.clone());
+        assert!(expected.tokens.iter().all(|token| token.entropy.is_some()));
+        assert!(expected.finished().entropy_mean.is_some());
+        let found = generate(&engine, plain.clone());
+        assert!(found.tokens.iter().all(|token| token.entropy.is_none()));
+        assert_eq!((found.ids(), found.finished().entropy_mean), (expected.ids(), None));
+        let beside = engine.submit(measured).unwrap();
+        assert_eq!(generate(&engine, plain).ids(), expected.ids());
+        drop(beside);
+    }
+}
+
 #[test]
 fn log_probabilities_and_entropy_are_those_of_the_raw_logits() {
     let engine = start(options());
     let mut request = greedy(prompt(4, 12), 8);
     request.logprobs = Some(20);
+    request.entropy = true;
     request.sampling.repetition_penalty = 1.3; // must not show in the log-probabilities
     let answer = generate(&engine, request);
     let mut ids = prompt(4, 12);
@@ -142,7 +163,7 @@ fn log_probabilities_and_entropy_are_those_of_the_raw_logits() {
         let exact = row[token.id as usize] - log_sum;
         assert!((f64::from(logprob.logprob) - exact).abs() < 1e-5);
         let entropy: f64 = row.iter().map(|x| -(x - log_sum).exp() * (x - log_sum)).sum();
-        assert!((f64::from(token.entropy) - entropy).abs() < 1e-4);
+        assert!((f64::from(token.entropy.unwrap()) - entropy).abs() < 1e-4);
         assert_eq!(logprob.top.len(), 20);
         assert!(logprob.top.windows(2).all(|pair| pair[0].logprob >= pair[1].logprob));
         for alternative in &logprob.top {

@@ -18,7 +18,7 @@ use exrail_tensor::{DType, quantize};
 
 use super::{ConformanceError, ROW_COUNTS, Suite, U, accepted, defined};
 use crate::reference::{Reference, ReferenceWeight};
-use crate::{Activation, Backend, GateActivation, InputRounding, TokenId, WeightView};
+use crate::{Activation, Backend, GateActivation, InputRounding, Largest, TokenId, WeightView};
 
 /// Activations that share one int8 scale.
 const INT8_RUN: usize = 32;
@@ -52,6 +52,9 @@ impl<B: Backend> Suite<'_, B> {
                     self.linear_add_rows(dtype, rows, columns, n_rows)?;
                     self.linear_gate(GateActivation::Silu, dtype, (rows, columns), n_rows)?;
                     self.linear_gelu(dtype, rows, columns, n_rows)?;
+                }
+                for n_rows in [1, 3] {
+                    self.linear_largest(dtype, rows, columns, n_rows)?;
                 }
                 self.linear_gate(GateActivation::GeluTanh, dtype, (rows, columns), 7)?;
             }
@@ -100,6 +103,52 @@ impl<B: Backend> Suite<'_, B> {
             });
             let case = format!("{case} {label}");
             self.check(&case, &out, &expected, |i| bound[i] + U * magnitude(bias, i))?;
+        }
+        Ok(())
+    }
+
+    /// Not within a bound but the very outputs of `linear`: sharp ones, equal ones, one beyond the
+    /// limit, and one that is no number.
+    fn linear_largest(
+        &mut self,
+        dtype: DType,
+        rows: usize,
+        columns: usize,
+        n_rows: usize,
+    ) -> Result<(), ConformanceError> {
+        for kind in ["sharp", "flat", "zero", "nan"] {
+            self.next_case();
+            let rounding = InputRounding::Twice;
+            let case = format!("linear_largest {dtype} {rows}x{columns} T={n_rows} {kind}");
+            let mut values = self.random.normals(rows * columns, 0.0, 0.5);
+            let mut x = self.random.activations(n_rows, columns);
+            let limit = rows.div_ceil(2);
+            match kind {
+                "flat" => values.chunks_exact_mut(columns).for_each(|row| row.fill(0.25)),
+                "zero" => x.fill(0.0),
+                "nan" => x[columns / 2] = f32::NAN,
+                _ => values[(limit - 1) * columns..limit * columns].copy_from_slice(&x[..columns]),
+            }
+            let bytes = quantize(dtype, &values).expect("the sizes above are whole blocks");
+            let name = case.as_str();
+            let view =
+                WeightView { name, dtype, rows, columns, bytes: &bytes, rounding, head: true };
+            let weight = accepted(&case, self.backend.weight(&view))?;
+            let x = self.upload(&case, &x)?;
+            let mut out = self.output(&case, n_rows * rows)?;
+            self.backend.linear(&x, n_rows, &weight, None, &mut out);
+            let mut outputs = vec![0.0; n_rows * rows];
+            self.backend.read(&out, &mut outputs);
+            let found = self.backend.linear_largest(&x, n_rows, &weight, limit, &mut out);
+            let expected = outputs.chunks_exact(rows).map(|row| Largest::of(&row[..limit]));
+            for (t, (found, expected)) in found.iter().zip(expected).enumerate() {
+                let same = found.index == expected.index && found.value == expected.value;
+                if !same && !(found.value.is_nan() && expected.value.is_nan()) {
+                    let device = self.backend.name();
+                    let (expected, found) = (format!("{expected:?}"), format!("{found:?}"));
+                    return Err(ConformanceError::Largest { case, t, expected, found, device });
+                }
+            }
         }
         Ok(())
     }
@@ -304,8 +353,9 @@ impl<B: Backend> Suite<'_, B> {
             values[columns..2 * columns].fill(0.0);
         }
         let bytes = quantize(dtype, &values).expect("the sizes above are whole blocks");
-        let rounding = self.next_rounding();
-        let view = WeightView { name: &case, dtype, rows, columns, bytes: &bytes, rounding };
+        // Every operation must take a head, which may be stored in another way.
+        let (rounding, head) = (self.next_rounding(), self.n_cases.is_multiple_of(3));
+        let view = WeightView { name: &case, dtype, rows, columns, bytes: &bytes, rounding, head };
         let tested = accepted(&case, self.backend.weight(&view))?;
         let found = self.backend.weight_shape(&tested);
         if found != (rows, columns) {
@@ -368,8 +418,15 @@ impl<B: Backend> Suite<'_, B> {
 fn f32_weight(rows: usize, columns: usize, values: &[f32]) -> ReferenceWeight {
     let bytes = quantize(DType::F32, values).expect("f32 has no blocks");
     let rounding = InputRounding::Twice;
-    let view =
-        WeightView { name: "bound", dtype: DType::F32, rows, columns, bytes: &bytes, rounding };
+    let view = WeightView {
+        name: "bound",
+        dtype: DType::F32,
+        rows,
+        columns,
+        bytes: &bytes,
+        rounding,
+        head: false,
+    };
     Reference.weight(&view).expect("the bytes were made for this shape")
 }
 

@@ -54,7 +54,8 @@ impl<B: Backend> Suite<'_, B> {
     ) -> Result<(), ConformanceError> {
         let bytes = vec![0; len_bytes];
         let rounding = InputRounding::Once;
-        let view = WeightView { name: case, dtype, rows, columns, bytes: &bytes, rounding };
+        let view =
+            WeightView { name: case, dtype, rows, columns, bytes: &bytes, rounding, head: true };
         match self.backend.weight(&view) {
             Ok(_) => Err(ConformanceError::Accepted {
                 case: case.to_owned(),

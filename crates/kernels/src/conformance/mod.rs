@@ -95,6 +95,20 @@ pub enum ConformanceError {
         /// Backend name.
         device: String,
     },
+    /// The largest output is not that of the backend's own `linear`.
+    #[error("{case} row {t}: expected {expected}, found {found} ({device})")]
+    Largest {
+        /// Format and sizes.
+        case: String,
+        /// Row of activations.
+        t: usize,
+        /// What `linear` gives.
+        expected: String,
+        /// What `linear_largest` gives.
+        found: String,
+        /// Backend name.
+        device: String,
+    },
 }
 
 /// Runs every operation of `backend` against the reference; `activation` says how the backend under

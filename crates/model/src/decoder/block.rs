@@ -52,6 +52,7 @@ impl<B: Backend> Block<B> {
             columns: config.width,
             bytes: &vec![0; 4 * config.width],
             rounding: InputRounding::Twice,
+            head: false,
         };
         let decoder = Decoder {
             embedding: backend.weight(&nothing)?,

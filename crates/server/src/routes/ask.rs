@@ -262,7 +262,7 @@ fn answer_metrics(asked: &Asked, ds_mean: Option<f64>) -> AnswerMetrics {
         ds_min: asked.outcome.gate.cal_min(),
         ds_mean,
         ds_status: status(&asked.outcome.gate).into(),
-        h_mean: asked.measured.map(|measured| measured.entropy_mean),
+        h_mean: asked.measured.and_then(|measured| measured.entropy_mean),
         latency_ms: Latency {
             retrieve: asked.retrieve_ms,
             queue: measured.queue_ms,

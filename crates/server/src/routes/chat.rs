@@ -89,6 +89,7 @@ fn accept(
         sampling,
         stop: translate::stops(request.stop),
         logprobs: logprobs(request.logprobs, request.top_logprobs)?,
+        entropy: false,
         stop_at_eos: true,
     };
     let generations = generation::submit(&services.engine, &generate, choices)?;

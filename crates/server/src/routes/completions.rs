@@ -98,6 +98,7 @@ fn accept(
             sampling: sampling.clone(),
             stop: stop.clone(),
             logprobs: request.logprobs,
+            entropy: false,
             stop_at_eos: true,
         };
         generations.extend(generation::submit(engine, &generate, per_prompt)?);

@@ -4,7 +4,12 @@ use anyhow::Result;
 use exrail_metrics::median;
 use serde::Serialize;
 
-use super::{first_token::FirstToken, process::Resident, speed::Speed, weights::Weights};
+use super::{
+    first_token::FirstToken,
+    process::Resident,
+    speed::{Speed, StepOutput},
+    weights::Weights,
+};
 
 /// A model's row.
 #[derive(Clone, Debug, Serialize)]
@@ -92,9 +97,11 @@ pub(super) struct DecodeRecord {
     pub(super) depth: usize,
     /// Sequences at once.
     pub(super) batch: usize,
+    /// What comes out of every step: `logits`, or `token` for the most likely one alone.
+    pub(super) output: StepOutput,
     /// Tokens of all sequences per second.
     pub(super) tokens_per_s: Spread,
-    /// Bytes of weights that a step reads.
+    /// Bytes of weights that a step reads; that one token may need fewer is not counted.
     pub(super) weight_step_bytes: f64,
     /// Bytes of keys and values that a step reads on average.
     pub(super) kv_step_bytes: f64,
@@ -157,6 +164,7 @@ impl Measured {
             Ok(DecodeRecord {
                 depth: test.depth,
                 batch: test.batch,
+                output: test.output,
                 tokens_per_s,
                 weight_step_bytes,
                 kv_step_bytes: test.kv_step_bytes,

@@ -1,6 +1,7 @@
 //! Prefill and decode of one model, in a process of its own, the way `llama-bench` and
 //! `llama-batched-bench` time them: fixed tokens, logits of the last row of a prompt and of every
-//! decode row copied out, nothing sampled.
+//! decode row copied out, nothing sampled. Decode of one sequence runs once more the way that a
+//! greedy answer takes: the most likely token instead of the logits.
 //!
 //! Every repetition runs every test once, so that a slow moment of the machine meets all tests and
 //! not all samples of one. The first repetition warms up and is not counted.
@@ -9,7 +10,7 @@ use std::{path::Path, time::Instant};
 
 use anyhow::{Result, ensure};
 use exrail_engine::{LoadOptions, load_generator};
-use exrail_kernels::{AttentionSpan, Backend, KvShape, PAGE_TOKENS, PageId, TokenId};
+use exrail_kernels::{AttentionSpan, Backend, KvShape, Largest, PAGE_TOKENS, PageId, TokenId};
 use exrail_kernels_cpu::{CpuBackend, ReadProbe};
 use exrail_model::{Batch, Decoder, Scratch};
 use serde::{Deserialize, Serialize};
@@ -67,10 +68,22 @@ pub(super) struct Decode {
     pub(super) depth: usize,
     /// Sequences at once.
     pub(super) batch: usize,
+    /// What comes out of every step.
+    pub(super) output: StepOutput,
     /// Tokens of all sequences per second, of each repetition.
     pub(super) tokens_per_s: Vec<f64>,
     /// Bytes of keys and values that a step reads on average.
     pub(super) kv_step_bytes: f64,
+}
+
+/// What a decode step gives.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum StepOutput {
+    /// All logits, copied out.
+    Logits,
+    /// The most likely token: what a greedy request needs.
+    Token,
 }
 
 /// Loads and measures.
@@ -114,9 +127,14 @@ pub(super) fn run(plan: &Plan, path: &Path, bars: &mut Bars) -> Result<Speed> {
 fn plan_tests(plan: &Plan, subject: &Subject) -> Speed {
     let prefill = plan.prompt.iter().map(|&tokens| Prefill { tokens, tokens_per_s: Vec::new() });
     let pairs = plan.depth.iter().flat_map(|d| plan.batch.iter().map(move |b| (*d, *b)));
-    let decode = pairs.map(|(depth, batch)| Decode {
+    let tests = pairs.flat_map(|(depth, batch)| {
+        let alone = (batch == 1).then_some((depth, batch, StepOutput::Token));
+        [(depth, batch, StepOutput::Logits)].into_iter().chain(alone)
+    });
+    let decode = tests.map(|(depth, batch, output)| Decode {
         depth,
         batch,
+        output,
         tokens_per_s: Vec::new(),
         kv_step_bytes: batch as f64 * subject.kv_step_bytes(depth, plan.generated),
     });
@@ -194,7 +212,12 @@ impl Subject {
             self.step(&[id], &[(0, position, 1)], &[0]);
         }
         self.scratch.read_logits(&self.backend, &mut self.logits);
-        agreement(&prefill, &self.logits)
+        let kld = agreement(&prefill, &self.logits)?;
+        let last = self.id(n - 1, 0);
+        let found = self.largest(&[last], &[(0, n - 1, 1)], &[0])[0];
+        let expected = Largest::of(&self.logits);
+        ensure!(found == expected, "the most likely token: expected {expected:?}, found {found:?}");
+        Ok(kld)
     }
 
     /// Writes keys and values of `depth` positions of every sequence. Tests overwrite them with
@@ -223,31 +246,57 @@ impl Subject {
         self.scratch.read_logits(&self.backend, &mut self.logits);
     }
 
-    /// Decodes `n_tokens` of each sequence of the test, one a step, and copies all logits out.
+    /// Decodes `n_tokens` of each sequence of the test, one a step.
     fn decode(&mut self, test: &Decode, n_tokens: usize) {
         let rows: Vec<u32> = (0..).take(test.batch).collect();
         for position in test.depth..test.depth + n_tokens {
             let ids: Vec<_> = (0..test.batch).map(|s| self.id(position, s)).collect();
             let spans: Vec<_> = (0..test.batch).map(|s| (s, position, 1)).collect();
-            self.step(&ids, &spans, &rows);
-            self.scratch.read_logits(&self.backend, &mut self.logits);
+            match test.output {
+                StepOutput::Logits => {
+                    self.step(&ids, &spans, &rows);
+                    self.scratch.read_logits(&self.backend, &mut self.logits);
+                }
+                StepOutput::Token => {
+                    std::hint::black_box(self.largest(&ids, &spans, &rows));
+                }
+            }
         }
     }
 
     /// One step; spans are (sequence, first position, rows).
     fn step(&mut self, ids: &[TokenId], spans: &[(usize, usize, usize)], logit_rows: &[u32]) {
-        let mut first_row = 0;
-        let spans: Vec<_> = spans
-            .iter()
-            .map(|&(sequence, first_position, n_rows)| {
-                let pages = &self.pages[sequence];
-                let span = AttentionSpan { first_row, n_rows, first_position, pages };
-                first_row += n_rows;
-                span
-            })
-            .collect();
+        let spans = Self::spans(&self.pages, spans);
         let batch = Batch { ids, spans: &spans, logit_rows };
         self.decoder.forward(&self.backend, &mut self.scratch, &mut self.pool, &batch);
+    }
+
+    /// [`Subject::step`] that gives the most likely tokens.
+    fn largest(
+        &mut self,
+        ids: &[TokenId],
+        spans: &[(usize, usize, usize)],
+        logit_rows: &[u32],
+    ) -> Vec<Largest> {
+        let spans = Self::spans(&self.pages, spans);
+        let batch = Batch { ids, spans: &spans, logit_rows };
+        let limit = self.decoder.config().vocab_size;
+        let (scratch, pool) = (&mut self.scratch, &mut self.pool);
+        self.decoder.forward_largest(&self.backend, scratch, pool, &batch, limit)
+    }
+
+    fn spans<'a>(
+        pages: &'a [Vec<PageId>],
+        spans: &[(usize, usize, usize)],
+    ) -> Vec<AttentionSpan<'a>> {
+        let mut first_row = 0;
+        let span = |&(sequence, first_position, n_rows): &(usize, usize, usize)| {
+            let pages: &[PageId] = &pages[sequence];
+            let span = AttentionSpan { first_row, n_rows, first_position, pages };
+            first_row += n_rows;
+            span
+        };
+        spans.iter().map(span).collect()
     }
 
     /// A token of the vocabulary, another one for each position and sequence.

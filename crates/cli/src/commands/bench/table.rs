@@ -3,6 +3,7 @@
 use super::{
     plan::Plan,
     record::{Measured, Memory, Spread},
+    speed::StepOutput,
 };
 use crate::output::Output;
 
@@ -22,7 +23,8 @@ pub(super) fn print(output: Output, plan: &Plan, measured: &Measured) {
     }
     for test in &measured.decode {
         let ms = test.batch as f64 / test.tokens_per_s.median * 1e3;
-        let name = format!("decode @{} x{}", test.depth, test.batch);
+        let greedy = if test.output == StepOutput::Token { " greedy" } else { "" };
+        let name = format!("decode @{} x{}{greedy}", test.depth, test.batch);
         let (rate, share) = (test.bytes_per_s / 1e9, test.share_of_read * 100.0);
         let row = row(&name, &test.tokens_per_s);
         output.line(format!("{row} {ms:9.2} {rate:7.1} {share:6.0} %"));
