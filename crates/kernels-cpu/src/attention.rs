@@ -217,15 +217,18 @@ impl<S: Source, E: Element> Kernel for Attend<'_, S, E> {
     #[inline(always)]
     fn run<L: Lanes>(self, lanes: L) {
         let width = padded_head(self.queries.shape.head_dim) / 16;
-        // Heads of up to 128 values need no allocation.
-        let (mut small, mut large) = ([[0.0; 16]; 72], Vec::new());
-        let n_rows = 4 * (2 + width) + 4 * width;
-        let memory = if n_rows <= small.len() {
-            &mut small[..]
-        } else {
-            large.resize(n_rows, [0.0; 16]);
-            &mut large[..]
-        };
+        // Heads of up to 128 values need no allocation, and those of 64 less to clear.
+        match 4 * (2 + width) + 4 * width {
+            0..=40 => self.tiles(lanes, &mut [[0.0; 16]; 40]),
+            41..=72 => self.tiles(lanes, &mut [[0.0; 16]; 72]),
+            n_rows => self.tiles(lanes, &mut vec![[0.0; 16]; n_rows]),
+        }
+    }
+}
+
+impl<S: Source, E: Element> Attend<'_, S, E> {
+    #[inline(always)]
+    fn tiles<L: Lanes>(&self, lanes: L, memory: &mut [[f32; 16]]) {
         let mut next = self.range.start;
         if L::WIDEST >= 4 {
             while next + 4 <= self.range.end {

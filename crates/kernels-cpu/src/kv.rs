@@ -8,6 +8,7 @@
 use crate::memory::Bytes;
 use exrail_kernels::{KernelError, KvDtype, KvShape, KvSlot, PAGE_TOKENS, PageId, int8_scale};
 use half::f16;
+use half::slice::HalfFloatSliceExt;
 
 /// Tokens of a key tile.
 pub(crate) const TOKENS: usize = 16;
@@ -99,11 +100,18 @@ impl CpuKvPool {
             }
             KvDtype::F16 => {
                 let (keys, values) = (keys.as_chunks_mut::<2>().0, values.as_chunks_mut::<2>().0);
-                for (d, &x) in k.iter().enumerate() {
-                    keys[tile + d * TOKENS + offset % TOKENS] = f16::from_f32(x).to_le_bytes();
-                }
-                for (d, &x) in v.iter().enumerate() {
-                    values[value_row + d] = f16::from_f32(x).to_le_bytes();
+                // A slice at a time: the crate asks for the processor's instruction once a call.
+                let mut halves = [f16::ZERO; 64];
+                for (i, (k, v)) in k.chunks(64).zip(v.chunks(64)).enumerate() {
+                    let halves = &mut halves[..k.len()];
+                    halves.convert_from_f32_slice(k);
+                    for (d, x) in halves.iter().enumerate() {
+                        keys[tile + (64 * i + d) * TOKENS + offset % TOKENS] = x.to_le_bytes();
+                    }
+                    halves.convert_from_f32_slice(v);
+                    for (d, x) in halves.iter().enumerate() {
+                        values[value_row + 64 * i + d] = x.to_le_bytes();
+                    }
                 }
             }
             KvDtype::Int8 => {

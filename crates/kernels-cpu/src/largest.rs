@@ -183,17 +183,15 @@ impl Engine<'_> {
     fn largest_of(&self, exact: &Exact<'_>, groups: &[usize]) -> Largest {
         let found = Mutex::new(None);
         let is_whole = groups.len() > exact.weight.n_groups() / 2;
-        let reads = |chunks: Range<usize>| {
-            let groups = chunks.start * GROUPS..groups.len().min(chunks.end * GROUPS);
+        let reads = |groups: Range<usize>| {
             // Few groups lie anywhere.
             let stream = if is_whole { exact.weight.addresses(groups) } else { 0..0 };
             let mut streams = Streams::default();
             streams[0] = stream;
             streams
         };
-        self.pool.run_reading(groups.len().div_ceil(GROUPS), &reads, &|chunk| {
-            let groups = &groups[chunk * GROUPS..groups.len().min((chunk + 1) * GROUPS)];
-            let each = groups.iter().map(|&group| exact.group(group));
+        self.pool.run_reading((groups.len(), GROUPS), &reads, &|chunk| {
+            let each = groups[chunk].iter().map(|&group| exact.group(group));
             let largest = each.reduce(Largest::or).expect("no chunk is empty");
             let mut found = found.lock().unwrap_or_else(PoisonError::into_inner);
             *found = Some(found.map_or(largest, |found: Largest| found.or(largest)));

@@ -23,8 +23,7 @@ use std::ops::Range;
 const ALONE: usize = 1 << 17;
 /// Rows of activations up to which a product waits for weights rather than for arithmetic.
 const FEW_ROWS: usize = 8;
-/// Bytes of weights that a core takes at once then: about 2 µs, because at the end of a product the
-/// other threads wait for the last chunk.
+/// Bytes of weights that a core takes at once then, at the most: about 2 µs.
 const CHUNK_BYTES: usize = 32 << 10;
 /// Bytes of quantised activations that stay in a core's L2 next to the weights.
 const PANEL_BYTES: usize = 384 << 10;
@@ -181,11 +180,12 @@ impl Engine<'_> {
         rounding: InputRounding,
         wanted: bool,
     ) {
-        self.quantised.clear();
         if !wanted {
+            self.quantised.clear();
             return;
         }
         let n_blocks = n_blocks(rounding);
+        // What is left of the last product is overwritten.
         self.quantised.resize(n_blocks * x.len() / BLOCK, QuantBlock::default());
         let processor = self.processor;
         // Eight thousand values are about 2 µs: one row is never worth a second thread.
@@ -198,7 +198,7 @@ impl Engine<'_> {
         });
     }
 
-    /// Splits groups into chunks: eight a thread or more, so that a disturbed core can take fewer.
+    /// Shares groups out, several at once, so that a disturbed core can take fewer.
     fn share(
         &self,
         job: &Job,
@@ -209,15 +209,12 @@ impl Engine<'_> {
         if n_groups * ROWS * job.n_rows * job.columns < ALONE {
             return run(0..n_groups);
         }
-        let mut per_chunk = n_groups / (8 * self.pool.n_threads());
-        if job.n_rows <= FEW_ROWS {
-            per_chunk = per_chunk.min(CHUNK_BYTES * n_groups / job.len_bytes.max(1));
-        }
-        let per_chunk = per_chunk.max(1);
-        let groups =
-            |chunks: Range<usize>| chunks.start * per_chunk..n_groups.min(chunks.end * per_chunk);
-        let reads = |chunks| reads(groups(chunks));
-        self.pool.run_reading(n_groups.div_ceil(per_chunk), &reads, &|i| run(groups(i..i + 1)));
+        let most = if job.n_rows <= FEW_ROWS {
+            CHUNK_BYTES * n_groups / job.len_bytes.max(1)
+        } else {
+            n_groups / (8 * self.pool.n_threads())
+        };
+        self.pool.run_reading((n_groups, most.max(1)), reads, run);
     }
 }
 
@@ -263,20 +260,30 @@ struct Chunk<'a> {
 impl Chunk<'_> {
     /// Activation rows by panels that stay in L2, inside them weight groups. The sums of a group go
     /// to a small buffer first, so that what follows does not depend on the weight format.
-    fn run(mut self, weights: &[&CpuWeight], finish: &Finish<'_>) {
+    fn run(self, weights: &[&CpuWeight], finish: &Finish<'_>) {
         let n_blocks = self.input.columns.div_ceil(BLOCK) * n_blocks(self.input.rounding);
         let row_bytes = size_of::<QuantBlock>() * n_blocks;
         let panel = (PANEL_BYTES / row_bytes.max(1)).next_multiple_of(8).min(self.n_rows);
-        // Decode runs a thousand chunks a token: no allocation for few rows.
-        let mut few = [[0.0; ROWS]; 2 * FEW_ROWS];
-        let mut many = Vec::new();
-        let n_sums = weights.len() * panel;
-        let sums = if n_sums <= few.len() {
-            &mut few[..n_sums]
-        } else {
-            many.resize(n_sums, [0.0; ROWS]);
-            &mut many[..]
-        };
+        // Decode runs a thousand chunks a token: no allocation for few rows, no kilobyte for one.
+        match weights.len() * panel {
+            n_sums @ 0..=2 => {
+                self.panels(panel, weights, finish, &mut [[0.0; ROWS]; 2][..n_sums]);
+            }
+            n_sums if n_sums <= 2 * FEW_ROWS => {
+                self.panels(panel, weights, finish, &mut [[0.0; ROWS]; 2 * FEW_ROWS][..n_sums]);
+            }
+            n_sums => self.panels(panel, weights, finish, &mut vec![[0.0; ROWS]; n_sums]),
+        }
+    }
+
+    /// `sums` has `panel` entries for each of the weights.
+    fn panels(
+        mut self,
+        panel: usize,
+        weights: &[&CpuWeight],
+        finish: &Finish<'_>,
+        sums: &mut [[f32; ROWS]],
+    ) {
         for start in (0..self.n_rows).step_by(panel.max(1)) {
             let rows = start..self.n_rows.min(start + panel);
             for (i, group) in self.groups.clone().enumerate() {

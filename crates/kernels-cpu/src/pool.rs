@@ -2,8 +2,9 @@
 //!
 //! A job is a number of chunks and a closure. Every thread has a home range of consecutive chunks,
 //! so that it reads weights as one stream and prefetches for itself; when its own are done it takes
-//! those that the others have left, the last one first, so that a slow core does fewer and goes on
-//! with what it has fetched. The gate is one word:
+//! those that the others have left, the last ones first, so that a slow core does fewer and goes on
+//! with what it has fetched. A thread takes a quarter of what is left of a range, so that the last
+//! ones, which the others wait for, are small (Polychronopoulos and Kuck 1987). The gate is one word:
 //! `epoch << 32 | open << 31 | workers inside`.
 //!
 //! ```text
@@ -60,7 +61,9 @@ pub(crate) struct Pool {
 
 #[derive(Clone, Copy)]
 struct Job {
-    run: *const (dyn Fn(usize) + Sync),
+    run: *const (dyn Fn(Range<usize>) + Sync),
+    /// Chunks that a thread takes at once.
+    most: usize,
 }
 
 /// Own cache line, so that the counters do not slow each other down.
@@ -90,8 +93,8 @@ impl Left {
         self.0.store((chunks.end as u64) << 32 | chunks.start as u64, Ordering::Relaxed);
     }
 
-    /// Takes the first chunk, or the last one.
-    fn take(&self, first: bool) -> Option<usize> {
+    /// Takes the first chunks, or the last ones: a quarter of what is left, one or up to `most`.
+    fn take(&self, first: bool, most: usize) -> Option<Range<usize>> {
         // Reading first keeps the line shared once a range is used up.
         let mut left = self.0.load(Ordering::Relaxed);
         loop {
@@ -99,9 +102,11 @@ impl Left {
             if start >= end {
                 return None;
             }
-            let (chunk, rest) = if first { (start, left + 1) } else { (end - 1, left - (1 << 32)) };
+            let n = ((end - start) / 4).clamp(1, most as u64);
+            let (taken, rest) =
+                if first { (start..start + n, left + n) } else { (end - n..end, left - (n << 32)) };
             match self.0.compare_exchange_weak(left, rest, Ordering::Relaxed, Ordering::Relaxed) {
-                Ok(_) => return Some(chunk as usize),
+                Ok(_) => return Some(taken.start as usize..taken.end as usize),
                 Err(now) => left = now,
             }
         }
@@ -172,36 +177,40 @@ impl Pool {
     /// # Panics
     /// When a call panicked (the pool stays usable), or with 2^32 chunks or more.
     pub(crate) fn run(&self, n_chunks: usize, run: &(dyn Fn(usize) + Sync)) {
-        self.run_reading(n_chunks, &|_| Streams::default(), run);
+        self.run_reading((n_chunks, 1), &|_| Streams::default(), &|chunks| chunks.for_each(run));
     }
 
-    /// [`Pool::run`], where `reads` says which memory some chunks read. Jobs come in the same order
-    /// step after step, so the pool remembers which job followed which, and a worker that waits
-    /// for a job fetches the start of what it will read there.
+    /// [`Pool::run`] that calls `run` with one or several chunks, up to `most`, each once, and where
+    /// `reads` says which memory some chunks read. Jobs come in the same order step after step, so
+    /// the pool remembers which job followed which, and a worker that waits for a job fetches the
+    /// start of what it will read there.
     pub(crate) fn run_reading(
         &self,
-        n_chunks: usize,
+        (n_chunks, most): (usize, usize),
         reads: &dyn Fn(Range<usize>) -> Streams,
-        run: &(dyn Fn(usize) + Sync),
+        run: &(dyn Fn(Range<usize>) + Sync),
     ) {
-        assert!(u32::try_from(n_chunks).is_ok(), "{n_chunks} chunks");
-        if n_chunks <= 1 || self.workers.is_empty() || IN_JOB.get() {
-            (0..n_chunks).for_each(run);
+        assert!(u32::try_from(n_chunks).is_ok() && most > 0, "{n_chunks} chunks, {most} at once");
+        if n_chunks == 0 {
+            return;
+        }
+        if n_chunks == 1 || self.workers.is_empty() || IN_JOB.get() {
+            (0..n_chunks).step_by(most).for_each(|i| run(i..n_chunks.min(i.saturating_add(most))));
             return;
         }
         let mut turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
         let state = &*self.state;
-        let pointer: *const (dyn Fn(usize) + Sync + '_) = run;
+        let pointer: *const (dyn Fn(Range<usize>) + Sync + '_) = run;
         // SAFETY: only the lifetime changes. The pointer is followed by workers inside the gate, and
         // this function does not return or unwind before the gate is closed and empty.
         let run_unbound = unsafe {
             std::mem::transmute::<
-                *const (dyn Fn(usize) + Sync + '_),
-                *const (dyn Fn(usize) + Sync + 'static),
+                *const (dyn Fn(Range<usize>) + Sync + '_),
+                *const (dyn Fn(Range<usize>) + Sync + 'static),
             >(pointer)
         };
         // SAFETY: `turn` is held, and the last holder left the gate closed and empty.
-        unsafe { *state.job.get() = Some(Job { run: run_unbound }) };
+        unsafe { *state.job.get() = Some(Job { run: run_unbound, most }) };
         if let Some(following) = turn.step(n_chunks, state, reads) {
             state.plan(following);
         }
@@ -214,7 +223,7 @@ impl Pool {
         state.gate.0.store((epoch << 32) | OPEN, Ordering::SeqCst);
         state.wake();
         IN_JOB.set(true);
-        let own = catch_unwind(AssertUnwindSafe(|| state.take_chunks(0, run)));
+        let own = catch_unwind(AssertUnwindSafe(|| state.take_chunks(0, most, run)));
         IN_JOB.set(false);
         state.close();
         let worker_panicked = state.panicked.swap(false, Ordering::Relaxed);
@@ -313,10 +322,10 @@ impl State {
     }
 
     /// Its own chunks, then what is left of the next thread's, and so on.
-    fn take_chunks(&self, thread: usize, run: &(dyn Fn(usize) + Sync)) {
+    fn take_chunks(&self, thread: usize, most: usize, run: &(dyn Fn(Range<usize>) + Sync)) {
         for home in (thread..self.left.len()).chain(0..thread) {
-            while let Some(chunk) = self.left[home].0.take(home == thread) {
-                run(chunk);
+            while let Some(chunks) = self.left[home].0.take(home == thread, most) {
+                run(chunks);
             }
         }
     }
@@ -361,7 +370,7 @@ impl State {
                 let job = unsafe { *self.job.get() }.expect("an open gate has a job");
                 // SAFETY: the closure outlives the time this thread is counted inside.
                 let run = unsafe { &*job.run };
-                let take = || self.take_chunks(index + 1, run);
+                let take = || self.take_chunks(index + 1, job.most, run);
                 let result = catch_unwind(AssertUnwindSafe(take));
                 if result.is_err() {
                     self.panicked.store(true, Ordering::Relaxed);
@@ -467,6 +476,23 @@ mod tests {
     }
 
     #[test]
+    fn every_chunk_runs_once_when_several_are_taken() {
+        for threads in [1, 2, 5] {
+            let pool = pool(threads);
+            for (n_chunks, most) in [(1, 1), (7, 3), (100, 1), (1000, 7), (1000, usize::MAX)] {
+                let counts: Vec<AtomicUsize> = (0..n_chunks).map(|_| AtomicUsize::new(0)).collect();
+                pool.run_reading((n_chunks, most), &|_| Streams::default(), &|chunks| {
+                    assert!(!chunks.is_empty() && chunks.len() <= most);
+                    for count in &counts[chunks] {
+                        count.fetch_add(1, Ordering::Relaxed);
+                    }
+                });
+                assert!(counts.iter().all(|count| count.load(Ordering::Relaxed) == 1));
+            }
+        }
+    }
+
+    #[test]
     fn every_chunk_runs_once_over_many_jobs() {
         let pool = pool(4);
         for n in 0..2000 {
@@ -520,7 +546,7 @@ mod tests {
             let reads = |chunks: Range<usize>| {
                 [start + chunks.start * 1000..start + chunks.end * 1000, 0..0, 0..0]
             };
-            pool.run_reading(4, &reads, &|_| {});
+            pool.run_reading((4, 1), &reads, &|_| {});
             // A job that names no memory changes no plan.
             pool.run(4, &|_| {});
             let ahead = &pool.state.ahead[0].0;
