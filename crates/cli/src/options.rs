@@ -136,7 +136,7 @@ impl EngineArgs {
             ActivationOption::Int8 => Activation::Int8,
             ActivationOption::F32 => Activation::F32,
         };
-        CpuOptions { threads: self.threads, activation, isa: None }
+        CpuOptions { threads: self.threads, activation, ..CpuOptions::default() }
     }
 
     pub(crate) fn engine(&self) -> EngineOptions {

@@ -30,12 +30,11 @@ impl CpuWeight {
     /// Repacks, a row group a chunk.
     pub(crate) fn pack(
         view: &WeightView<'_>,
-        arena: &Arena,
-        pool: &Pool,
+        kind: TileKind,
+        (arena, pool): (&Arena, &Pool),
         device: impl Fn() -> String,
     ) -> Result<CpuWeight, KernelError> {
         let row_bytes = view.row_bytes()?;
-        let kind = if view.head { TileKind::of_head(view.dtype) } else { TileKind::of(view.dtype) };
         let n_groups = view.rows.div_ceil(ROWS);
         let out_of_memory = |wanted_bytes| KernelError::OutOfMemory {
             what: format!("weight `{}`", view.name),

@@ -92,6 +92,7 @@ fn a_query_alone_equals_the_query_in_a_batch_on_any_threads() {
                         threads: Some(threads),
                         activation: Activation::Int8,
                         isa: Some(isa),
+                        ..CpuOptions::default()
                     };
                     let backend = CpuBackend::new(options).expect("available");
                     let n_pages = pages.len();

@@ -7,8 +7,14 @@ use exrail_tensor::DType;
 use proptest::prelude::*;
 
 fn backend(isa: Isa, threads: usize, activation: Activation) -> CpuBackend {
-    CpuBackend::new(CpuOptions { threads: Some(threads), activation, isa: Some(isa) })
-        .expect("the instruction set is available")
+    CpuBackend::new(CpuOptions {
+        threads: Some(threads),
+        activation,
+        isa: Some(isa),
+        // The heads of these tests are small.
+        split_heads_from: 0,
+    })
+    .expect("the instruction set is available")
 }
 
 #[test]

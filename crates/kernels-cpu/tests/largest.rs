@@ -6,7 +6,12 @@ use exrail_tensor::{DType, quantize};
 use proptest::prelude::*;
 
 fn backend(isa: Isa) -> CpuBackend {
-    let options = CpuOptions { threads: Some(2), activation: Activation::Int8, isa: Some(isa) };
+    let options = CpuOptions {
+        threads: Some(2),
+        activation: Activation::Int8,
+        isa: Some(isa),
+        split_heads_from: 0,
+    };
     CpuBackend::new(options).expect("an available instruction set")
 }
 

@@ -66,7 +66,11 @@ impl Quantize {
             self.calibrate.as_ref().map(|text| calibration(&self.source, text)).transpose()?;
         let options = QuantizeOptions::new(self.mode.grid(), self.group.len(), calibration)?;
         // Exact activations: what calibration sees must not be rounded itself.
-        let cpu = CpuOptions { threads: self.threads, activation: Activation::F32, isa: None };
+        let cpu = CpuOptions {
+            threads: self.threads,
+            activation: Activation::F32,
+            ..CpuOptions::default()
+        };
         let backend = CpuBackend::new(cpu)?;
         let mut bars = Bars::new(*output);
         let manifest =

@@ -22,7 +22,8 @@ fn family(name: &str) -> PathBuf {
 }
 
 fn cpu() -> CpuBackend {
-    let options = CpuOptions { threads: Some(1), activation: Activation::F32, isa: None };
+    let options =
+        CpuOptions { threads: Some(1), activation: Activation::F32, ..CpuOptions::default() };
     CpuBackend::new(options).unwrap()
 }
 

@@ -63,7 +63,8 @@ fn int8_is_nearer_than_calibrated_int4_and_that_nearer_than_rounded_int4() {
         let text_sha256 = sha256_hex(calibration_text.as_bytes());
         Some(Calibration { text_sha256, ids: encode(&calibration_text, n_tokens) })
     };
-    let options = CpuOptions { threads: None, activation: Activation::F32, isa: None };
+    let options =
+        CpuOptions { threads: None, activation: Activation::F32, ..CpuOptions::default() };
     let backend = CpuBackend::new(options).unwrap();
     let mut variants = vec![
         ("int8, groups of 32", IntGrid::Int8, 32, None),

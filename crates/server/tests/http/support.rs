@@ -55,7 +55,8 @@ pub(crate) fn engine() -> EngineHandle {
     let bytes = tiny_llama(7, TinyLlama::default());
     let sha256 = sha256_hex(&bytes);
     let gguf = Gguf::parse(bytes).unwrap();
-    let options = CpuOptions { threads: Some(1), activation: Activation::F32, isa: None };
+    let options =
+        CpuOptions { threads: Some(1), activation: Activation::F32, ..CpuOptions::default() };
     let backend = CpuBackend::new(options).unwrap();
     let who = Identity { name: MODEL.to_owned(), sha256 };
     let options = LoadOptions::default();

@@ -125,7 +125,7 @@ impl Plan {
             ActivationOption::Int8 => Activation::Int8,
             ActivationOption::F32 => Activation::F32,
         };
-        CpuOptions { threads: self.threads, activation, isa: None }
+        CpuOptions { threads: self.threads, activation, ..CpuOptions::default() }
     }
 
     pub(super) fn kv_dtype(&self) -> KvDtype {

@@ -1,7 +1,8 @@
 //! Prefill and decode of one model, in a process of its own, the way `llama-bench` and
 //! `llama-batched-bench` time them: fixed tokens, logits of the last row of a prompt and of every
 //! decode row copied out, nothing sampled. Decode of one sequence runs once more the way that a
-//! greedy answer takes: the most likely token instead of the logits.
+//! greedy answer takes: the most likely token instead of the logits, and fed to the next step, because
+//! how far logits lie apart decides what has to be read of some heads.
 //!
 //! Every repetition runs every test once, so that a slow moment of the machine meets all tests and
 //! not all samples of one. The first repetition warms up and is not counted.
@@ -249,6 +250,7 @@ impl Subject {
     /// Decodes `n_tokens` of each sequence of the test, one a step.
     fn decode(&mut self, test: &Decode, n_tokens: usize) {
         let rows: Vec<u32> = (0..).take(test.batch).collect();
+        let mut next = None;
         for position in test.depth..test.depth + n_tokens {
             let ids: Vec<_> = (0..test.batch).map(|s| self.id(position, s)).collect();
             let spans: Vec<_> = (0..test.batch).map(|s| (s, position, 1)).collect();
@@ -258,7 +260,8 @@ impl Subject {
                     self.scratch.read_logits(&self.backend, &mut self.logits);
                 }
                 StepOutput::Token => {
-                    std::hint::black_box(self.largest(&ids, &spans, &rows));
+                    let fed = next.unwrap_or(ids[0]);
+                    next = Some(TokenId(self.largest(&[fed], &spans, &rows)[0].index));
                 }
             }
         }
