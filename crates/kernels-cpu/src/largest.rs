@@ -173,7 +173,8 @@ impl Engine<'_> {
         let by_most = |&a: &usize, &b: &usize| f32::total_cmp(&most[a], &most[b]);
         let best = (0..n_groups).max_by(by_most).unwrap_or(0);
         let start = exact.group(best);
-        let may_reach = |&group: &usize| group != best && !(most[group] < start.value);
+        // If `start` is no number, then the answer is none either.
+        let may_reach = |&group: &usize| group != best && most[group] >= start.value;
         let left: Vec<usize> = (0..n_groups).filter(may_reach).collect();
         exact.weight.screen().note(left.len(), n_groups);
         if left.is_empty() { start } else { start.or(self.largest_of(exact, &left)) }

@@ -143,7 +143,8 @@ impl<B: Backend> Suite<'_, B> {
             let expected = outputs.chunks_exact(rows).map(|row| Largest::of(&row[..limit]));
             for (t, (found, expected)) in found.iter().zip(expected).enumerate() {
                 let same = found.index == expected.index && found.value == expected.value;
-                if !same && !(found.value.is_nan() && expected.value.is_nan()) {
+                let both_nan = found.value.is_nan() && expected.value.is_nan();
+                if !same && !both_nan {
                     let device = self.backend.name();
                     let (expected, found) = (format!("{expected:?}"), format!("{found:?}"));
                     return Err(ConformanceError::Largest { case, t, expected, found, device });
