@@ -187,6 +187,7 @@ impl Backend for CpuBackend {
     }
 
     fn release_unused(&self) {
+        self.shared.arena.release_rest();
         release_free_pages();
         release_code();
     }

@@ -158,6 +158,28 @@ impl Arena {
     }
 }
 
+impl Arena {
+    /// Gives back what was touched of the current region behind its last part: the rest of a huge
+    /// page. The region stays in use.
+    pub(crate) fn release_rest(&self) {
+        let current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some((region, used)) = &*current else { return };
+        #[cfg(target_os = "linux")]
+        if let Source::Mapping { .. } = region.source {
+            let start = used.next_multiple_of(SMALL_PAGE);
+            // SAFETY: no part ends behind the region, which is whole pages.
+            let rest = unsafe { region.start.add(start) };
+            // SAFETY: the range is inside the region, begins on a page, and holds no part yet; its
+            // pages are zeroed when they are touched again.
+            unsafe {
+                libc::madvise(rest.as_ptr().cast(), REGION_BYTES - start, libc::MADV_DONTNEED)
+            };
+        }
+        #[cfg(not(target_os = "linux"))]
+        let _ = (region, used);
+    }
+}
+
 impl Bytes {
     /// Bytes with an allocation of their own.
     pub(crate) fn alone(len: usize) -> Option<Bytes> {
@@ -254,13 +276,14 @@ impl Region {
         let base = NonNull::new(base.cast::<u8>())?;
         // SAFETY: the mapping is longer than `len` by the most that is skipped.
         let start = unsafe { base.add(pages.skipped(base.as_ptr().addr())) };
-        let advice = match pages {
-            Pages::Huge => libc::MADV_HUGEPAGE,
-            Pages::Small => libc::MADV_NOHUGEPAGE,
+        // The pages behind `len` stay small, or the last huge one would take more than is needed.
+        let (from, len, advice) = match pages {
+            Pages::Huge => (start, len, libc::MADV_HUGEPAGE),
+            Pages::Small => (base, mapped_len, libc::MADV_NOHUGEPAGE),
         };
-        // SAFETY: the range is the mapping; the advice changes no bytes, and a refusal changes
-        // nothing.
-        unsafe { libc::madvise(base.as_ptr().cast(), mapped_len, advice) };
+        // SAFETY: the range is inside the mapping and starts on a page; the advice changes no
+        // bytes, and a refusal changes nothing.
+        unsafe { libc::madvise(from.as_ptr().cast(), len, advice) };
         Some(Region { start, source: Source::Mapping { base, len: mapped_len } })
     }
 
@@ -315,6 +338,9 @@ mod tests {
         for (i, part) in parts.iter_mut().enumerate() {
             part.fill(i as u8 + 1);
         }
+        arena.release_rest();
+        let next = arena.bytes(1 << 20).expect("memory");
+        assert!(next.iter().all(|&b| b == 0));
         drop(arena);
         for (i, part) in parts.iter().enumerate() {
             assert!(part.iter().all(|&b| b == i as u8 + 1));

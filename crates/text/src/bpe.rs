@@ -197,7 +197,7 @@ mod tests {
     use super::*;
 
     fn bpe(tokens: &[&str], merges: &[&str], whole_words: bool) -> Result<Bpe, TokenizerError> {
-        let spellings: Spellings = tokens.iter().copied().collect();
+        let spellings = Spellings::of(tokens.iter().copied())?;
         let ids = 0..u32::try_from(tokens.len()).unwrap();
         let merges: Vec<String> = merges.iter().map(ToString::to_string).collect();
         Bpe::new(Arc::new(spellings), ids, &merges, whole_words)

@@ -38,6 +38,14 @@ pub enum TokenizerError {
         /// Most tokens accepted.
         limit: usize,
     },
+    /// More text than any vocabulary has.
+    #[error("vocabulary text: expected up to {limit} bytes of all tokens together, found {found}")]
+    VocabularyText {
+        /// Bytes in the file.
+        found: usize,
+        /// Most bytes accepted.
+        limit: usize,
+    },
     /// The list of kinds does not match the list of tokens.
     #[error("token kinds: expected {expected}, one for each token, found {found}")]
     KindCount {

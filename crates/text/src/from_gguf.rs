@@ -142,7 +142,7 @@ fn tokens(
     kinds: &[Kind],
     spelling: &Spelling,
 ) -> Result<(TokenTable, Vec<Literal>), TokenizerError> {
-    let spellings: Spellings = vocabulary.tokens.iter().map(String::as_str).collect();
+    let spellings = Spellings::of(vocabulary.tokens.iter().map(String::as_str))?;
     let mut tokens = TokenTable::new(Arc::new(spellings));
     let mut literals = Vec::new();
     for ((id, token), &kind) in (0_u32..).zip(&vocabulary.tokens).zip(kinds) {

@@ -196,7 +196,7 @@ fn tokens(
         by_id[token.id as usize] = Some(&token.content);
         added.insert(token.id, token);
     }
-    let spellings: Spellings = by_id.into_iter().map(Option::unwrap_or_default).collect();
+    let spellings = Spellings::of(by_id.iter().map(|token| token.unwrap_or_default()))?;
     let spellings = Arc::new(spellings);
     let mut tokens = TokenTable::new(Arc::clone(&spellings));
     let mut literals = Vec::new();

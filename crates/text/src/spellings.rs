@@ -8,28 +8,40 @@ use std::hash::BuildHasher as _;
 
 use hashbrown::{DefaultHashBuilder, HashTable};
 
+use crate::TokenizerError;
+
 /// The spellings of all tokens, one after another.
 #[derive(Debug, Default)]
 pub(crate) struct Spellings {
     text: String,
     /// (V) where each token ends in `text`.
-    ends: Vec<usize>,
+    ends: Vec<u32>,
 }
 
-impl<'a> FromIterator<&'a str> for Spellings {
-    fn from_iter<I: IntoIterator<Item = &'a str>>(tokens: I) -> Spellings {
-        let mut spellings = Spellings::default();
-        for token in tokens {
-            spellings.text.push_str(token);
-            spellings.ends.push(spellings.text.len());
-        }
-        spellings.text.shrink_to_fit();
-        spellings.ends.shrink_to_fit();
-        spellings
-    }
-}
+/// Text of all tokens together: far more than any vocabulary has.
+const MAX_TEXT_BYTES: usize = 1 << 30;
 
 impl Spellings {
+    /// The spellings of `tokens`, in the order of their ids.
+    ///
+    /// # Errors
+    /// [`TokenizerError::VocabularyText`] for more text than a vocabulary can have.
+    pub(crate) fn of<'a>(
+        tokens: impl Iterator<Item = &'a str> + Clone,
+    ) -> Result<Spellings, TokenizerError> {
+        let (limit, found) = (MAX_TEXT_BYTES, tokens.clone().map(str::len).sum());
+        if found > limit {
+            return Err(TokenizerError::VocabularyText { found, limit });
+        }
+        let mut text = String::with_capacity(found);
+        let mut ends = Vec::with_capacity(tokens.clone().count());
+        for token in tokens {
+            text.push_str(token);
+            ends.push(u32::try_from(text.len()).expect("the sum was checked"));
+        }
+        Ok(Spellings { text, ends })
+    }
+
     /// How token `id` is written.
     ///
     /// # Panics
@@ -37,7 +49,7 @@ impl Spellings {
     pub(crate) fn get(&self, id: u32) -> &str {
         let id = id as usize;
         let start = id.checked_sub(1).map_or(0, |before| self.ends[before]);
-        &self.text[start..self.ends[id]]
+        &self.text[start as usize..self.ends[id] as usize]
     }
 
     /// Number of tokens, V.
@@ -86,7 +98,7 @@ mod tests {
 
     #[test]
     fn the_first_of_equal_spellings_is_found_and_only_what_was_asked_for() {
-        let spellings: Spellings = ["a", "", "bc", "a", "d"].into_iter().collect();
+        let spellings = Spellings::of(["a", "", "bc", "a", "d"].into_iter()).unwrap();
         assert_eq!((spellings.len(), spellings.get(0), spellings.get(1)), (5, "a", ""));
         assert_eq!((spellings.get(2), spellings.get(4)), ("bc", "d"));
         let index = Index::new(&spellings, [0, 2, 3].into_iter());
@@ -95,5 +107,17 @@ mod tests {
         let mut ids: Vec<u32> = index.ids().collect();
         ids.sort_unstable();
         assert_eq!(ids, [0, 2]);
+    }
+
+    #[test]
+    fn more_text_than_a_vocabulary_has_is_refused() {
+        let token = "x".repeat(1 << 20);
+        let tokens = std::iter::repeat_n(token.as_str(), 1025);
+        let error = Spellings::of(tokens).unwrap_err();
+        let (limit, found) = (1 << 30, 1025 << 20);
+        assert!(
+            matches!(error, TokenizerError::VocabularyText { found: f, limit: l } if (f, l) == (found, limit)),
+            "{error}"
+        );
     }
 }

@@ -16,7 +16,7 @@ pub(crate) struct TokenTable {
     /// Bytes of all tokens, one after another.
     bytes: Vec<u8>,
     /// (V) where each token ends in `bytes`.
-    ends: Vec<usize>,
+    ends: Vec<u32>,
     /// (V)
     control: Vec<bool>,
 }
@@ -39,7 +39,8 @@ impl TokenTable {
     /// Tells the bytes of the next token, and whether it is a control token.
     pub(crate) fn push(&mut self, bytes: &[u8], control: bool) {
         self.bytes.extend_from_slice(bytes);
-        self.ends.push(self.bytes.len());
+        let end = u32::try_from(self.bytes.len());
+        self.ends.push(end.expect("a token stands for no more bytes than it is written with"));
         self.control.push(control);
     }
 
@@ -52,7 +53,7 @@ impl TokenTable {
         let id = id as usize;
         let end = *self.ends.get(id)?;
         let start = id.checked_sub(1).map_or(0, |before| self.ends[before]);
-        Some(&self.bytes[start..end])
+        Some(&self.bytes[start as usize..end as usize])
     }
 
     /// Id of the first token that is spelled like this.
