@@ -2,7 +2,8 @@
 //! AVX2 or portable code, chosen when it starts, on a pool of pinned threads.
 //!
 //! Way in: `backend` holds one method an operation; `linear` and `product` are the matrix
-//! products on the tiles of `tile`; `attention` streams the KV pages of `kv`; `rows` has the rest.
+//! products on the tiles of `tile`, which `pack` makes of a checkpoint's rows, and `largest` is the
+//! head of a greedy step; `attention` streams the KV pages of `kv`; `rows` has the rest.
 //! Each algorithm is written once over the sixteen lanes of `lanes::Lanes`, and `arch` says what a
 //! lane operation is on each instruction set. `pool` runs it all, and `bandwidth` measures how fast
 //! its threads read memory.
