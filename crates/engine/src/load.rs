@@ -37,6 +37,9 @@ pub struct Loaded<B: Backend> {
     pub config: DecoderConfig,
 }
 
+/// Stack of the thread that reads vocabulary and template.
+const TEXT_STACK: usize = 8 << 20;
+
 /// How far loading has come.
 #[derive(Clone, Debug, PartialEq)]
 pub enum GeneratorProgress {
@@ -135,7 +138,9 @@ impl<B: Backend> Prepared<B> {
         let text = || TextParts::checked(checkpoint, &config);
         // A vocabulary takes about as long as the weights of a small model.
         let (text, decoder) = thread::scope(|scope| {
-            let beside = thread::Builder::new().name("exrail-text".to_owned());
+            // As much stack as the main thread usually has: files nest their patterns and templates.
+            let beside =
+                thread::Builder::new().name("exrail-text".to_owned()).stack_size(TEXT_STACK);
             let beside = beside.spawn_scoped(scope, text);
             let decoder = Decoder::load(&backend, &config, tensors, progress);
             let text = match beside.map(ScopedJoinHandle::join) {

@@ -66,7 +66,7 @@ impl Waiting {
                         stop_string,
                         usage: Usage { prompt_tokens: request.prompt.len(), ..Usage::default() },
                         timings: Timings { queue_ms, ..Timings::default() },
-                        entropy_mean: None,
+                        entropy_mean: request.entropy.then_some(0.0),
                     }),
                     Ending::Gone => return,
                 };

@@ -12,8 +12,8 @@ use crate::rows::{Add, Norm, NormInPlace, RopeTable, Rotate, ScaleAndCap};
 use crate::tile::TileKind;
 use crate::weight::CpuWeight;
 use exrail_kernels::{
-    Activation, AttentionShape, AttentionSpan, Backend, GateActivation, KernelError, KvShape,
-    KvSlot, Largest, NormKind, PageId, Rope, Span, TokenId, WeightView,
+    Activation, AttentionShape, AttentionSpan, Backend, GateActivation, InputRounding, KernelError,
+    KvShape, KvSlot, Largest, NormKind, PageId, Rope, Span, TokenId, WeightView,
 };
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -195,6 +195,7 @@ impl Backend for CpuBackend {
     fn weight(&self, view: &WeightView<'_>) -> Result<CpuWeight, KernelError> {
         let splits = view.head
             && self.activation == Activation::Int8
+            && view.rounding == InputRounding::Twice
             && view.bytes.len() >= self.shared.split_heads_from;
         let kind = if splits { TileKind::of_head(view.dtype) } else { TileKind::of(view.dtype) };
         CpuWeight::pack(view, kind, (&self.shared.arena, &self.shared.pool), || self.name())

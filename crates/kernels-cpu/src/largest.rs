@@ -31,6 +31,10 @@ use std::sync::{Mutex, PoisonError};
 /// Groups of a chunk: 40 to 80 kB of Q8_0 at 576 columns.
 const GROUPS: usize = 8;
 
+/// Scales of activations below which products with the scale of a weight may be subnormal, which the
+/// bound does not allow for.
+const SMALLEST_SCALE: f32 = 1e-25;
+
 /// Whether the high bits of a head told its rows apart when they were tried last.
 #[derive(Debug, Default)]
 pub(crate) struct Screen {
@@ -111,9 +115,9 @@ impl Kernel for MostOf<'_> {
             near = lanes.fma(value, scale, near);
             bound = lanes.fma(lanes.abs(scale), lanes.splat(reach.bound), bound);
         }
-        // A NaN is not less: it must not be overlooked.
+        // A NaN is not less, and what has left the range of f32 is no bound: neither is overlooked.
         let (most, all) = (lanes.add(near, bound), lanes.splat(f32::INFINITY));
-        lanes.maximum(lanes.select_less(most, all, most, all))
+        lanes.maximum(lanes.select_less(lanes.abs(most), all, most, all))
     }
 }
 
@@ -150,7 +154,9 @@ impl Engine<'_> {
         let (processor, activation) = (self.processor, self.activation);
         let exact = Exact { processor, activation, input, weight, limit };
         let n_groups = limit.div_ceil(ROWS);
-        if wants_integers && weight.is_split() && weight.screen().is_due() {
+        let is_large = |block: &QuantBlock| block.scale > SMALLEST_SCALE;
+        let can_tell = weight.is_split() && self.quantised.iter().any(is_large);
+        if can_tell && weight.screen().is_due() {
             return self.largest_by_high_bits(&exact, n_groups);
         }
         let all: Vec<usize> = (0..n_groups).collect();

@@ -100,43 +100,42 @@ pub(crate) fn release_free_pages() {
 /// that was touched, and a load touches most of the program once; what runs next is mapped again
 /// from the page cache, all in about a tenth of a millisecond.
 pub(crate) fn release_code() {
-    // A debugger's breakpoints are changes to these pages.
-    #[cfg(all(target_os = "linux", target_env = "gnu", not(debug_assertions)))]
-    // SAFETY: the callback gets what the C library promises, and keeps nothing.
-    unsafe {
-        libc::dl_iterate_phdr(Some(release_segments), std::ptr::null_mut());
+    // A debugger's breakpoints are changes to these pages; they are seen below, but only if they are
+    // there before.
+    #[cfg(all(target_os = "linux", not(debug_assertions)))]
+    if let Some(program) =
+        std::env::current_exe().ok().and_then(|path| path.into_os_string().into_string().ok())
+        && let Ok(smaps) = std::fs::read_to_string("/proc/self/smaps")
+    {
+        for range in unchanged(&smaps, &program) {
+            let start = std::ptr::without_provenance_mut(range.start);
+            // SAFETY: the pages are those of a file, nobody can write to them, and none was changed,
+            // so that they are read from the file again when they are touched.
+            unsafe { libc::madvise(start, range.len(), libc::MADV_DONTNEED) };
+        }
     }
 }
 
-/// For the first object, which is the program itself.
-#[cfg(all(target_os = "linux", target_env = "gnu", not(debug_assertions)))]
-unsafe extern "C" fn release_segments(
-    info: *mut libc::dl_phdr_info,
-    _size: usize,
-    _data: *mut libc::c_void,
-) -> libc::c_int {
-    // SAFETY: the C library passes a valid object with `dlpi_phnum` headers.
-    let (base, headers) = unsafe {
-        let info = &*info;
-        let headers = std::slice::from_raw_parts(info.dlpi_phdr, usize::from(info.dlpi_phnum));
-        (info.dlpi_addr as usize, headers)
-    };
-    // SAFETY: no argument but a name.
-    let page = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
-    let page = usize::try_from(page).unwrap_or(1 << 16);
-    for header in headers {
-        if header.p_type != libc::PT_LOAD || header.p_flags & libc::PF_W != 0 {
-            continue;
-        }
-        let start = (base + header.p_vaddr as usize).next_multiple_of(page);
-        let end = (base + header.p_vaddr as usize + header.p_memsz as usize) / page * page;
-        if start < end {
-            // SAFETY: nobody can write to these pages, so that they are as the file has them, and
-            // are read from it again when they are touched.
-            unsafe { libc::madvise(start as *mut _, end - start, libc::MADV_DONTNEED) };
+/// The mappings of `program` that have no writable and no changed page (`Anonymous`), out of a
+/// process's `smaps`. Segments that were relocated, unpacked or moved to huge pages have such pages.
+#[cfg(any(test, all(target_os = "linux", not(debug_assertions))))]
+fn unchanged(smaps: &str, program: &str) -> Vec<std::ops::Range<usize>> {
+    let mut ranges = Vec::new();
+    let mut current = None;
+    for line in smaps.lines() {
+        let mut words = line.split_ascii_whitespace();
+        let first = words.next().unwrap_or_default();
+        if let Some((start, end)) = first.split_once('-') {
+            let address = |text| usize::from_str_radix(text, 16).ok();
+            let readable = words.next().is_some_and(|rights| !rights.contains('w'));
+            let is_program = line.strip_suffix(program).is_some_and(|rest| rest.ends_with(' '));
+            let range = address(start).zip(address(end)).map(|(start, end)| start..end);
+            current = range.filter(|_| readable && is_program);
+        } else if first == "Anonymous:" {
+            ranges.extend(current.take().filter(|_| words.next() == Some("0")));
         }
     }
-    1
+    ranges
 }
 
 impl Arena {
@@ -310,6 +309,24 @@ impl Drop for Region {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_unchanged_pages_of_the_program_are_released() {
+        let mapping = |range: &str, rights: &str, path: &str, anonymous: u32| {
+            format!(
+                "{range} {rights} 00000000 fe:00 17    {path}\nRss: 8 kB\nAnonymous: {anonymous} kB\n"
+            )
+        };
+        let smaps = [
+            mapping("1000-3000", "r--p", "/bin/x", 0),
+            mapping("3000-9000", "r-xp", "/bin/x", 0),
+            mapping("9000-a000", "r--p", "/bin/x", 4),
+            mapping("a000-b000", "rw-p", "/bin/x", 0),
+            mapping("b000-c000", "r-xp", "/usr/bin/x", 0),
+            mapping("c000-d000", "r-xp", "", 0),
+        ];
+        assert_eq!(unchanged(&smaps.concat(), "/bin/x"), [0x1000..0x3000, 0x3000..0x9000]);
+    }
 
     #[test]
     fn zeros_are_zeros_and_too_many_are_refused() {

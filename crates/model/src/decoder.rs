@@ -137,6 +137,7 @@ impl<B: Backend> Decoder<B> {
         let n_rows = batch.logit_rows.len();
         assert!((1..=self.config.vocab_size).contains(&limit), "{limit} tokens");
         self.run(backend, scratch, pool, batch);
+        scratch.logits_for(0);
         if n_rows == 0 {
             return Vec::new();
         }

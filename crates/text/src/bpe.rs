@@ -11,6 +11,7 @@ use std::collections::BinaryHeap;
 use std::sync::Arc;
 
 use hashbrown::HashMap;
+use tokenizers::tokenizer::normalizer::Range as OffsetRange;
 use tokenizers::{
     NormalizedString, Normalizer as _, NormalizerWrapper, OffsetType, PreTokenizedString, Token,
 };
@@ -26,16 +27,33 @@ pub(crate) struct BytePairs {
     pub(crate) normalizer: Option<NormalizerWrapper>,
     pub(crate) steps: Vec<Step>,
     pub(crate) bpe: Bpe,
+    /// Which bytes have a token of their own.
+    pub(crate) encodable: Box<[bool; 256]>,
 }
 
 impl BytePairs {
     /// Ids of `text` with their byte ranges in it.
-    pub(crate) fn encode(&self, text: &str, place: Place) -> tokenizers::Result<Vec<Spanned>> {
+    pub(crate) fn encode(&self, text: &str, place: Place) -> Result<Vec<Spanned>, TokenizerError> {
+        let fault = |source| TokenizerError::Library { doing: "encoding text", source };
         let mut text = NormalizedString::from(text);
         if let Some(normalizer) = &self.normalizer {
-            normalizer.normalize(&mut text)?;
+            normalizer.normalize(&mut text).map_err(fault)?;
         }
-        let mut text = PreTokenizedString::from(text);
+        // Composing characters makes other bytes than those of the text.
+        let missing = |byte: u8| !self.encodable[usize::from(byte)];
+        if let Some(at) = text.get().bytes().position(missing) {
+            let origin = text.convert_offsets(OffsetRange::Normalized(at..at + 1));
+            let offset = origin.map_or(0, |origin| origin.start);
+            return Err(TokenizerError::Unencodable { offset, byte: text.get().as_bytes()[at] });
+        }
+        self.tokens(PreTokenizedString::from(text), place).map_err(fault)
+    }
+
+    fn tokens(
+        &self,
+        mut text: PreTokenizedString,
+        place: Place,
+    ) -> tokenizers::Result<Vec<Spanned>> {
         for step in &self.steps {
             step.run(&mut text, place)?;
         }

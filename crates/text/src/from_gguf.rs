@@ -59,11 +59,9 @@ impl Tokenizer {
         };
         let (tokens, literals) = tokens(&vocabulary, &kinds, &spelling)?;
         let words = words(&vocabulary, &kinds, &spelling, tokens.spellings())?;
-        let encodable = match (&spelling, &words) {
-            (Spelling::Bytes(alphabet), Words::BytePairs(words)) => {
-                Some(words.bpe.encodable(alphabet))
-            }
-            _ => None,
+        let encodable = match &words {
+            Words::BytePairs(words) => Some(words.encodable.clone()),
+            Words::Library(_) | Words::SentencePiece(_) | Words::Unigram(_) => None,
         };
         let has_space_prefix = match &spelling {
             Spelling::Bytes(_) => false,
@@ -180,11 +178,12 @@ fn words(
     spellings: &Arc<Spellings>,
 ) -> Result<Words, TokenizerError> {
     match spelling {
-        Spelling::Bytes(_) => {
+        Spelling::Bytes(alphabet) => {
             let Family { normalizer, steps, whole_words } = family(&vocabulary.pre)?;
             let ids = text_ids(vocabulary, kinds);
             let bpe = Bpe::new(Arc::clone(spellings), ids, &vocabulary.merges, whole_words)?;
-            Ok(Words::BytePairs(Box::new(BytePairs { normalizer, steps, bpe })))
+            let encodable = bpe.encodable(alphabet);
+            Ok(Words::BytePairs(Box::new(BytePairs { normalizer, steps, bpe, encodable })))
         }
         Spelling::Words => word_pieces(vocabulary, kinds),
         Spelling::Spaces => {

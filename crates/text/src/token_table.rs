@@ -40,7 +40,7 @@ impl TokenTable {
     pub(crate) fn push(&mut self, bytes: &[u8], control: bool) {
         self.bytes.extend_from_slice(bytes);
         let end = u32::try_from(self.bytes.len());
-        self.ends.push(end.expect("a token stands for no more bytes than it is written with"));
+        self.ends.push(end.expect("a token stands for hardly more bytes than it is written with"));
         self.control.push(control);
     }
 

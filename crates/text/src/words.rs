@@ -134,7 +134,7 @@ impl Words {
         let fault = |source| TokenizerError::Library { doing: "encoding text", source };
         match self {
             Words::Library(library) => library.encode(text, place).map_err(fault),
-            Words::BytePairs(words) => words.encode(text, place).map_err(fault),
+            Words::BytePairs(words) => words.encode(text, place),
             Words::SentencePiece(words) => words.encode(text),
             Words::Unigram(words) => words.encode(text),
         }

@@ -199,6 +199,15 @@ fn a_byte_without_a_token_is_an_error_and_not_dropped() {
 }
 
 #[test]
+fn a_byte_that_composing_makes_is_looked_for_too() {
+    let mut vocabulary = vocabulary("qwen2");
+    vocabulary.kinds[0xC3] = 5;
+    let tokenizer = Tokenizer::from_vocabulary(vocabulary).unwrap();
+    let error = tokenizer.encode("abe\u{301}", Specials::Parse).unwrap_err();
+    assert!(matches!(error, TokenizerError::Unencodable { offset: 2, byte: 0xC3 }), "{error}");
+}
+
+#[test]
 fn the_fingerprint_depends_on_what_decides_about_ids() {
     let base = tokenizer("smollm").fingerprint().to_owned();
     assert_eq!(base, tokenizer("smollm").fingerprint());

@@ -118,7 +118,7 @@ impl<B: Backend> Suite<'_, B> {
     ) -> Result<(), ConformanceError> {
         for kind in ["sharp", "flat", "zero", "nan"] {
             self.next_case();
-            let rounding = InputRounding::Twice;
+            let rounding = self.next_rounding();
             let case = format!("linear_largest {dtype} {rows}x{columns} T={n_rows} {kind}");
             let mut values = self.random.normals(rows * columns, 0.0, 0.5);
             let mut x = self.random.activations(n_rows, columns);
