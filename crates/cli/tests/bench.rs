@@ -69,8 +69,13 @@ fn the_json_has_every_test_of_the_plan_with_its_samples() {
     prefill.iter().for_each(|test| check_spread(&test["tokens_per_s"], 2));
     let decode = model["decode"].as_array().unwrap();
     let number = |test: &Value, key: &str| test[key].as_f64().unwrap();
-    let pairs: Vec<_> = decode.iter().map(|t| (number(t, "depth"), number(t, "batch"))).collect();
-    assert_eq!(pairs, [(0.0, 1.0), (0.0, 3.0), (300.0, 1.0), (300.0, 3.0)]);
+    let tests = decode.iter().map(|test| {
+        let output = test["output"].as_str().unwrap();
+        (number(test, "depth"), number(test, "batch"), output)
+    });
+    let expected = [0.0, 300.0]
+        .map(|depth| [(depth, 1.0, "logits"), (depth, 1.0, "token"), (depth, 3.0, "logits")]);
+    assert_eq!(tests.collect::<Vec<_>>(), expected.concat());
     for test in decode {
         check_spread(&test["tokens_per_s"], 2);
         // 2 layers of 2 heads of 16 keys and values in f16: 256 bytes a position and sequence.
