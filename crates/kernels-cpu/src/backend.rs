@@ -30,9 +30,10 @@ pub struct CpuOptions {
     pub activation: Activation,
     /// The instruction set. `None`: the fastest of this CPU.
     pub isa: Option<Isa>,
-    /// Bytes from which a head of Q8_0 is stored in two halves of its bits, so that its largest
-    /// output may be found from one. It takes an eighth longer to read such a head whole, so that
-    /// small ones, which caches hold, are better in one piece. No value depends on it.
+    /// Bytes from which a head of Q8_0 that meets int8 activations is stored in two halves of its
+    /// bits, so that its largest output may be found from one. It takes longer to read such a head
+    /// whole (`bench/record/kernels-cpu-2026-11-25.md`), so that small ones, which caches hold, are
+    /// better in one piece. No value depends on it.
     pub split_heads_from: usize,
 }
 

@@ -98,7 +98,7 @@ pub(crate) fn release_free_pages() {
 
 /// Unmaps the pages of the program's own code and constants. The system maps sixteen around each
 /// that was touched, and a load touches most of the program once; what runs next is mapped again
-/// from the page cache, all in about a tenth of a millisecond.
+/// from the page cache.
 pub(crate) fn release_code() {
     // A debugger's breakpoints are changes to these pages; they are seen below, but only if they are
     // there before.

@@ -1,8 +1,8 @@
 //! From the rows of a checkpoint to the tiles of [`crate::tile`].
 //!
 //! A group is packed block by block: first the codes of its sixteen rows, 32 of each, then entries
-//! of four k of every row, then planes of bits. Every loop runs over whole lines, so that a file is
-//! packed about as fast as memory gives it.
+//! of four k of every row, then planes of bits. Every loop runs over whole lines, which
+//! compilers vectorise.
 
 use crate::codes::LINE;
 use crate::tile::{BLOCK, GroupLayout, ROWS, SUPER, ScaleKind, TileKind};

@@ -1,11 +1,14 @@
 //! Attention gives a query the same bits alone and in a batch, on one thread and on several, on
 //! every instruction set.
 
+mod support;
+
 use exrail_kernels::{
     Activation, AttentionShape, AttentionSpan, Backend, KvDtype, KvShape, KvSlot, PAGE_TOKENS,
     PageId,
 };
 use exrail_kernels_cpu::{CpuBackend, CpuBuffer, CpuOptions, Isa};
+use support::noise;
 
 /// H, K, D: groups of 1, 2, 3, 4, 7 and 8 queries a key head.
 const HEADS: [(usize, usize, usize); 6] =
@@ -14,17 +17,6 @@ const HEADS: [(usize, usize, usize); 6] =
 /// edge, over pages, and a prompt.
 const SEQUENCES: [(usize, usize); 5] = [(700, 1), (127, 1), (128, 1), (255, 3), (380, 9)];
 const PAGES: usize = 3;
-
-fn noise(seed: u64, n: usize) -> Vec<f32> {
-    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    let mut next = || {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        (state >> 40) as f32 / (1 << 23) as f32 - 1.0
-    };
-    (0..n).map(|_| next()).collect()
-}
 
 fn upload(backend: &CpuBackend, values: &[f32]) -> CpuBuffer {
     let mut buffer = backend.buffer(values.len()).expect("memory");

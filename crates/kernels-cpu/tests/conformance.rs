@@ -1,10 +1,13 @@
 //! Every instruction set of this machine against the reference, in both activation modes, and all of
 //! them against each other bit for bit.
 
+mod support;
+
 use exrail_kernels::{Activation, Backend, InputRounding, WeightView, conformance};
 use exrail_kernels_cpu::{CpuBackend, CpuOptions, Isa};
 use exrail_tensor::DType;
 use proptest::prelude::*;
+use support::noise;
 
 fn backend(isa: Isa, threads: usize, activation: Activation) -> CpuBackend {
     CpuBackend::new(CpuOptions {
@@ -43,18 +46,6 @@ fn product(backend: &CpuBackend, view: &WeightView<'_>, x: &[f32]) -> Vec<f32> {
 
 fn bits(values: &[f32]) -> Vec<u32> {
     values.iter().map(|v| v.to_bits()).collect()
-}
-
-/// Deterministic values in -1..1.
-fn noise(seed: u64, n: usize) -> Vec<f32> {
-    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    let mut next = || {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        (state >> 40) as f32 / (1 << 23) as f32 - 1.0
-    };
-    (0..n).map(|_| next()).collect()
 }
 
 proptest! {

@@ -1,9 +1,12 @@
 //! The largest output of a head is that of the product, whatever the weights are.
 
+mod support;
+
 use exrail_kernels::{Activation, Backend, InputRounding, Largest, WeightView};
 use exrail_kernels_cpu::{CpuBackend, CpuOptions, Isa};
 use exrail_tensor::{DType, quantize};
 use proptest::prelude::*;
+use support::noise;
 
 fn backend(isa: Isa) -> CpuBackend {
     let options = CpuOptions {
@@ -34,17 +37,6 @@ fn both(
     let mut outputs = vec![0.0; rows];
     backend.read(&out, &mut outputs);
     (found, Largest::of(&outputs[..limit]))
-}
-
-fn noise(seed: u64, n: usize) -> Vec<f32> {
-    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    let mut next = || {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        (state >> 40) as f32 / (1 << 23) as f32 - 1.0
-    };
-    (0..n).map(|_| next()).collect()
 }
 
 proptest! {

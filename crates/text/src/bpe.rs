@@ -4,7 +4,7 @@
 //! Of all neighbours that a merge joins, the pair of the best merge is joined first, and of equals
 //! the leftmost. A heap finds it, a linked list joins it: n characters cost n · log n, whatever
 //! they are. The crate's own model keeps every spelling three times; this one shares them with the
-//! other tables of the tokenizer, which loads a model in a third of the time and memory.
+//! other tables of the tokenizer (what that is worth: `bench/record/kernels-cpu-2026-11-25.md`).
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;

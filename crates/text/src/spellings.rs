@@ -2,7 +2,7 @@
 //! which finds the id of a spelling.
 //!
 //! A vocabulary has up to 262,144 tokens, and several tables need their text: a string of its own
-//! for every token and table takes ten times the memory, and most of the time of a load.
+//! for every token and table costs an allocation and a header each.
 
 use std::hash::BuildHasher as _;
 

@@ -216,8 +216,7 @@ impl Subject {
         let kld = agreement(&prefill, &self.logits)?;
         let last = self.id(n - 1, 0);
         let found = self.largest(&[last], &[(0, n - 1, 1)], &[0])[0];
-        let expected = Largest::of(&self.logits);
-        ensure!(found == expected, "the most likely token: expected {expected:?}, found {found:?}");
+        same_token(Largest::of(&self.logits), found)?;
         Ok(kld)
     }
 
@@ -330,6 +329,14 @@ fn agreement(prefill: &[f32], decode: &[f32]) -> Result<f64> {
     Ok(kld)
 }
 
+/// # Errors
+/// A greedy step gives another token than the logits, or another value: then its timing means
+/// nothing.
+fn same_token(expected: Largest, found: Largest) -> Result<()> {
+    ensure!(found == expected, "the most likely token: expected {expected:?}, found {found:?}");
+    Ok(())
+}
+
 /// How many tokens each layer sees at most; `None`: all.
 fn windows(decoder: &Decoder<CpuBackend>) -> Vec<Option<usize>> {
     decoder.config().layers.iter().map(|layer| layer.window).collect()
@@ -355,6 +362,15 @@ mod tests {
         assert_eq!(mean_visible(&[None, None], 10, 3), 2.0 * 12.0);
         assert_eq!(mean_visible(&[None, Some(4)], 10, 3), 12.0 + 4.0);
         assert_eq!(mean_visible(&[Some(12)], 10, 4), (11.0 + 12.0 * 3.0) / 4.0);
+    }
+    #[test]
+    fn a_greedy_step_with_another_token_or_value_refuses_the_model() {
+        let expected = Largest { index: 3, value: 1.5 };
+        assert!(same_token(expected, expected).is_ok());
+        for (index, value) in [(4, 1.5), (3, 1.25), (3, f32::NAN)] {
+            let error = same_token(expected, Largest { index, value }).unwrap_err().to_string();
+            assert!(error.contains("expected Largest { index: 3"), "{error}");
+        }
     }
     #[test]
     fn logits_that_differ_or_are_not_numbers_refuse_the_model() {
