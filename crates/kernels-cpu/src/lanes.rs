@@ -53,6 +53,10 @@ pub(crate) trait Lanes: Copy + Send + Sync {
     fn sum(self, v: Self::V) -> f32;
     /// Largest lane; the lanes hold no NaN.
     fn maximum(self, v: Self::V) -> f32;
+    /// Largest |x| of both; infinity or a NaN when one of them is.
+    fn largest_magnitude(self, a: Self::V, b: Self::V) -> f32;
+    /// Sums of the lanes of each, which are integral and below 2^19.
+    fn integer_sums(self, v: [Self::V; 4]) -> [i32; 4];
     /// Writes integral values in -127..=127 as bytes.
     fn store_i8(self, v: Self::V, out: &mut [i8; 16]);
 

@@ -84,7 +84,10 @@ proptest! {
 #[test]
 fn a_nan_activation_reaches_the_output_of_its_row_only() {
     for isa in Isa::available() {
-        for bad in [f32::NAN, f32::INFINITY] {
+        let bad = [f32::NAN, -f32::NAN, f32::INFINITY, f32::NEG_INFINITY];
+        // Anywhere in a block.
+        let places = [0, 15, 16, 40, 63];
+        for (bad, place) in bad.into_iter().flat_map(|bad| places.map(|place| (bad, place))) {
             let backend = backend(isa, 1, Activation::Int8);
             let bytes =
                 exrail_tensor::quantize(DType::Q4_0, &noise(3, 20 * 64)).expect("whole blocks");
@@ -99,7 +102,7 @@ fn a_nan_activation_reaches_the_output_of_its_row_only() {
                 head: false,
             };
             let mut x = noise(4, 3 * 64);
-            x[64 + 40] = bad;
+            x[64 + place] = bad;
             let out = product(&backend, &view, &x);
             assert!(out[..20].iter().all(|v| v.is_finite()));
             assert!(out[20..40].iter().all(|v| v.is_nan()));

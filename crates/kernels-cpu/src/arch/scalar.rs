@@ -137,6 +137,16 @@ impl Lanes for Scalar {
     fn maximum(self, v: [f32; 16]) -> f32 {
         v.into_iter().fold(f32::NEG_INFINITY, f32::max)
     }
+    #[inline(always)]
+    fn largest_magnitude(self, a: [f32; 16], b: [f32; 16]) -> f32 {
+        // In this order a NaN comes after infinity.
+        let bits = a.into_iter().chain(b).map(|x| x.abs().to_bits());
+        f32::from_bits(bits.fold(0, u32::max))
+    }
+    #[inline(always)]
+    fn integer_sums(self, v: [[f32; 16]; 4]) -> [i32; 4] {
+        v.map(|v| v.into_iter().map(|x| x as i32).sum())
+    }
     #[inline(never)]
     fn store_i8(self, v: [f32; 16], out: &mut [i8; 16]) {
         *out = v.map(|x| x as i8);

@@ -234,6 +234,36 @@ fn sum(v: [__m256; 2]) -> f32 {
 
 #[inline]
 #[target_feature(enable = "avx2")]
+fn largest_magnitude(a: [__m256; 2], b: [__m256; 2]) -> f32 {
+    // As integers, which puts a NaN after infinity.
+    let (a, b) = (abs(a), abs(b));
+    let a = _mm256_max_epu32(_mm256_castps_si256(a[0]), _mm256_castps_si256(a[1]));
+    let b = _mm256_max_epu32(_mm256_castps_si256(b[0]), _mm256_castps_si256(b[1]));
+    let eight = _mm256_max_epu32(a, b);
+    let four = _mm_max_epu32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256::<1>(eight));
+    let two = _mm_max_epu32(four, _mm_shuffle_epi32::<0x4e>(four));
+    let one = _mm_max_epu32(two, _mm_shuffle_epi32::<0xb1>(two));
+    f32::from_bits(_mm_cvtsi128_si32(one).cast_unsigned())
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn integer_sums([a, b, c, d]: [[__m256; 2]; 4]) -> [i32; 4] {
+    let (a, b) = (_mm256_add_ps(a[0], a[1]), _mm256_add_ps(b[0], b[1]));
+    let (c, d) = (_mm256_add_ps(c[0], c[1]), _mm256_add_ps(d[0], d[1]));
+    let (ab, cd) = (_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+    // Both halves of `all` hold lanes of each.
+    let all = _mm256_hadd_ps(ab, cd);
+    let sums = _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps::<1>(all));
+    let sums = _mm_cvtps_epi32(sums);
+    let mut out = [0; 4];
+    // SAFETY: `out` is 16 writable bytes, and the store has no alignment requirement.
+    unsafe { _mm_storeu_si128(out.as_mut_ptr().cast(), sums) };
+    out
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
 fn maximum(v: [__m256; 2]) -> f32 {
     let eight = _mm256_max_ps(v[0], v[1]);
     let four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps::<1>(eight));
@@ -482,6 +512,16 @@ impl Lanes for Avx2 {
     fn maximum(self, v: Self::V) -> f32 {
         // SAFETY: `self` proves that the instruction set of this function is present.
         unsafe { maximum(v) }
+    }
+    #[inline(always)]
+    fn largest_magnitude(self, a: Self::V, b: Self::V) -> f32 {
+        // SAFETY: `self` proves that the instruction set of this function is present.
+        unsafe { largest_magnitude(a, b) }
+    }
+    #[inline(always)]
+    fn integer_sums(self, v: [Self::V; 4]) -> [i32; 4] {
+        // SAFETY: `self` proves that the instruction set of this function is present.
+        unsafe { integer_sums(v) }
     }
     #[inline(always)]
     fn store_i8(self, v: Self::V, out: &mut [i8; 16]) {

@@ -232,6 +232,31 @@ fn maximum(v: __m512) -> f32 {
 
 #[inline]
 #[target_feature(enable = "avx512f")]
+fn largest_magnitude(a: __m512, b: __m512) -> f32 {
+    // As integers, which puts a NaN after infinity.
+    let (a, b) = (_mm512_abs_ps(a), _mm512_abs_ps(b));
+    let largest = _mm512_max_epu32(_mm512_castps_si512(a), _mm512_castps_si512(b));
+    f32::from_bits(_mm512_reduce_max_epu32(largest))
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512dq")]
+fn integer_sums([a, b, c, d]: [__m512; 4]) -> [i32; 4] {
+    // Every quarter of `all` holds a lane of each.
+    let ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    let cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+    let all = _mm512_add_ps(_mm512_shuffle_ps::<0x44>(ab, cd), _mm512_shuffle_ps::<0xee>(ab, cd));
+    let half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps::<1>(all));
+    let sums = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps::<1>(half));
+    let sums = _mm_cvtps_epi32(sums);
+    let mut out = [0; 4];
+    // SAFETY: `out` is 16 writable bytes, and the store has no alignment requirement.
+    unsafe { _mm_storeu_si128(out.as_mut_ptr().cast(), sums) };
+    out
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
 fn bytes(tile: &[u8; 512]) -> [__m512i; 8] {
     let (lines, _) = tile.as_chunks::<64>();
     let mut out = [_mm512_setzero_si512(); 8];
@@ -361,6 +386,16 @@ impl Lanes for Avx512Vnni {
     fn maximum(self, v: Self::V) -> f32 {
         // SAFETY: `self` proves that the instruction set of this function is present.
         unsafe { maximum(v) }
+    }
+    #[inline(always)]
+    fn largest_magnitude(self, a: Self::V, b: Self::V) -> f32 {
+        // SAFETY: `self` proves that the instruction set of this function is present.
+        unsafe { largest_magnitude(a, b) }
+    }
+    #[inline(always)]
+    fn integer_sums(self, v: [Self::V; 4]) -> [i32; 4] {
+        // SAFETY: `self` proves that the instruction set of this function is present.
+        unsafe { integer_sums(v) }
     }
     #[inline(always)]
     fn store_i8(self, v: Self::V, out: &mut [i8; 16]) {
