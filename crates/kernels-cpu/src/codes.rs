@@ -26,7 +26,7 @@ pub(crate) trait Codes: Copy + Send + Sync {
     /// Eight entries of four k of a block, each byte the signed weight plus 128.
     fn bytes<L: Lanes>(lanes: L, group: Group<'_>, block: usize) -> [L::I; 8];
 
-    /// Asks for what a core reads some blocks later.
+    /// Asks for as many lines as a block has, from [`PREFETCH`] bytes after its start.
     #[inline(always)]
     fn prefetch<L: Lanes>(lanes: L, group: Group<'_>, block: usize) {
         for line in 0..=Self::LINES {

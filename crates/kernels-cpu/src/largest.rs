@@ -18,13 +18,11 @@
 use crate::activation::QuantBlock;
 use crate::lanes::{Kernel, Lanes};
 use crate::linear::{Engine, Sums};
-use crate::pool::Streams;
 use crate::processor::Processor;
 use crate::product::{HalfScales, Input, PREFETCH, Scales};
 use crate::tile::{Group, ROWS};
 use crate::weight::CpuWeight;
 use exrail_kernels::{Activation, Largest};
-use std::ops::Range;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, PoisonError};
 
@@ -189,15 +187,7 @@ impl Engine<'_> {
     /// The largest output of some groups, which are not none.
     fn largest_of(&self, exact: &Exact<'_>, groups: &[usize]) -> Largest {
         let found = Mutex::new(None);
-        let is_whole = groups.len() > exact.weight.n_groups() / 2;
-        let reads = |groups: Range<usize>| {
-            // Few groups lie anywhere.
-            let stream = if is_whole { exact.weight.addresses(groups) } else { 0..0 };
-            let mut streams = Streams::default();
-            streams[0] = stream;
-            streams
-        };
-        self.pool.run_reading((groups.len(), GROUPS), &reads, &|chunk| {
+        self.pool.run_several(groups.len(), GROUPS, &|chunk| {
             let each = groups[chunk].iter().map(|&group| exact.group(group));
             let largest = each.reduce(Largest::or).expect("no chunk is empty");
             let mut found = found.lock().unwrap_or_else(PoisonError::into_inner);

@@ -6,7 +6,7 @@ use crate::codes::{E2m1, Indices, Iq4, Planes, Split, Whole};
 use crate::disjoint::{MatrixBlock, MatrixBlocks};
 use crate::lanes::{Kernel, Lanes};
 use crate::math;
-use crate::pool::{Pool, Streams};
+use crate::pool::Pool;
 use crate::processor::Processor;
 use crate::product::{
     BrainElement, Brains, CodesFloat, CodesInt8, Floats, Format, HalfElement, Halves, Input,
@@ -23,8 +23,9 @@ use std::ops::Range;
 const ALONE: usize = 1 << 17;
 /// Rows of activations up to which a product waits for weights rather than for arithmetic.
 const FEW_ROWS: usize = 8;
-/// Bytes of weights that a core takes at once then, at the most: about 2 µs.
-const CHUNK_BYTES: usize = 32 << 10;
+/// Bytes of weights that a core takes at once then, at the most: about 15 µs. The pool hands out less
+/// towards the end.
+const CHUNK_BYTES: usize = 256 << 10;
 /// Bytes of quantised activations that stay in a core's L2 next to the weights.
 const PANEL_BYTES: usize = 384 << 10;
 
@@ -103,23 +104,9 @@ impl Engine<'_> {
             });
         }
         let (processor, activation) = (self.processor, self.activation);
-        let reads = |groups: Range<usize>| {
-            let mut streams = Streams::default();
-            let shared = parts.iter().map(|part| {
-                let own = part.first..part.first + part.weight.n_groups();
-                let shared = groups.start.max(own.start)..groups.end.min(own.end);
-                (part, shared)
-            });
-            let shared = shared.filter(|(_, shared)| !shared.is_empty());
-            for (stream, (part, shared)) in streams.iter_mut().zip(shared) {
-                let local = shared.start - part.first..shared.end - part.first;
-                *stream = part.weight.addresses(local);
-            }
-            streams
-        };
         let len_bytes = parts.iter().map(|part| part.weight.len_bytes()).sum();
         let job = Job { n_groups, n_rows, columns, len_bytes };
-        self.share(&job, &reads, &|groups| {
+        self.share(&job, &|groups| {
             for part in &parts {
                 let own = part.first..part.first + part.weight.n_groups();
                 let shared = groups.start.max(own.start)..groups.end.min(own.end);
@@ -156,11 +143,9 @@ impl Engine<'_> {
         let input = Input { x, columns, quantised: self.quantised, rounding };
         let out = MatrixBlocks::new(out, n_rows, gate.rows());
         let (processor, activation) = (self.processor, self.activation);
-        let reads =
-            |groups: Range<usize>| [gate.addresses(groups.clone()), up.addresses(groups), 0..0];
         let len_bytes = gate.len_bytes() + up.len_bytes();
         let job = Job { n_groups: gate.n_groups(), n_rows, columns: 2 * columns, len_bytes };
-        self.share(&job, &reads, &|groups| {
+        self.share(&job, &|groups| {
             // SAFETY: every group index is in one chunk, and the pool runs each chunk once.
             let out = unsafe { out.block(0..n_rows, groups.start * ROWS..groups.end * ROWS) };
             let chunk = Chunk { processor, activation, input, n_rows, groups, out };
@@ -199,12 +184,7 @@ impl Engine<'_> {
     }
 
     /// Shares groups out, several at once, so that a disturbed core can take fewer.
-    fn share(
-        &self,
-        job: &Job,
-        reads: &dyn Fn(Range<usize>) -> Streams,
-        run: &(dyn Fn(Range<usize>) + Sync),
-    ) {
+    fn share(&self, job: &Job, run: &(dyn Fn(Range<usize>) + Sync)) {
         let n_groups = job.n_groups;
         if n_groups * ROWS * job.n_rows * job.columns < ALONE {
             return run(0..n_groups);
@@ -214,7 +194,7 @@ impl Engine<'_> {
         } else {
             n_groups / (8 * self.pool.n_threads())
         };
-        self.pool.run_reading((n_groups, most.max(1)), reads, run);
+        self.pool.run_several(n_groups, most.max(1), run);
     }
 }
 

@@ -1,9 +1,9 @@
 //! The thread pool: named, pinned workers that share one job's chunks with the calling thread.
 //!
 //! A job is a number of chunks and a closure. Every thread has a home range of consecutive chunks,
-//! so that it reads weights as one stream and prefetches for itself; when its own are done it takes
-//! those that the others have left, the last ones first, so that a slow core does fewer and goes on
-//! with what it has fetched. A thread takes a quarter of what is left of a range, so that the last
+//! so that it reads weights as one stream, which the processor's own prefetchers follow; when its own
+//! are done it takes those that the others have left, the last ones first, so that a slow core does
+//! fewer. A thread takes a quarter of what is left of a range, so that the last
 //! ones, which the others wait for, are small (Polychronopoulos and Kuck 1987). The gate is one word:
 //! `epoch << 32 | open << 31 | workers inside`.
 //!
@@ -19,12 +19,10 @@
 #![expect(unsafe_code, reason = "the job borrows from the caller's stack")]
 
 use crate::affinity::{self, Core};
-use crate::arch;
 use std::cell::{Cell, UnsafeCell};
-use std::collections::HashMap;
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread::{JoinHandle, Thread};
 
@@ -33,18 +31,6 @@ use std::thread::{JoinHandle, Thread};
 const SPIN_ROUNDS: u32 = 1000;
 const OPEN: u64 = 1 << 31;
 const INSIDE: u64 = OPEN - 1;
-
-/// Streams that a job reads side by side at most.
-const STREAMS: usize = 3;
-/// Bytes of each stream that a waiting worker fetches: they must stay in its L2.
-const AHEAD_BYTES: usize = 192 << 10;
-/// Bytes between two looks at the gate.
-const AHEAD_STEP: usize = 256;
-/// Jobs that the pool remembers: more than any model has matrices.
-const MOST_JOBS: usize = 1 << 14;
-
-/// Addresses of what some chunks read, empty ranges for nothing.
-pub(crate) type Streams = [Range<usize>; STREAMS];
 
 thread_local! {
     static IN_JOB: Cell<bool> = const { Cell::new(false) };
@@ -55,7 +41,7 @@ thread_local! {
 pub(crate) struct Pool {
     state: Arc<State>,
     // Held for one job: callers on several threads take turns.
-    turn: Mutex<Trail>,
+    turn: Mutex<()>,
     workers: Vec<JoinHandle<()>>,
 }
 
@@ -76,8 +62,6 @@ struct State {
     /// What is left of each thread's home range, the caller's first.
     left: Vec<Line<Left>>,
     job: UnsafeCell<Option<Job>>,
-    /// What each worker fetches while it waits for the next job.
-    ahead: Vec<Line<[AtomicUsize; 2 * STREAMS]>>,
     sleepers: Vec<Sleeper>,
     panicked: AtomicBool,
     stop: AtomicBool,
@@ -141,7 +125,6 @@ impl Pool {
             gate: Line(AtomicU64::new(0)),
             left: (0..=n_workers).map(|_| Line::default()).collect(),
             job: UnsafeCell::new(None),
-            ahead: (0..n_workers).map(|_| Line::default()).collect(),
             sleepers: (0..n_workers).map(|_| Sleeper::default()).collect(),
             panicked: AtomicBool::new(false),
             stop: AtomicBool::new(false),
@@ -177,17 +160,14 @@ impl Pool {
     /// # Panics
     /// When a call panicked (the pool stays usable), or with 2^32 chunks or more.
     pub(crate) fn run(&self, n_chunks: usize, run: &(dyn Fn(usize) + Sync)) {
-        self.run_reading((n_chunks, 1), &|_| Streams::default(), &|chunks| chunks.for_each(run));
+        self.run_several(n_chunks, 1, &|chunks| chunks.for_each(run));
     }
 
-    /// [`Pool::run`] that calls `run` with one or several chunks, up to `most`, each once, and where
-    /// `reads` says which memory some chunks read. Jobs come in the same order step after step, so
-    /// the pool remembers which job followed which, and a worker that waits for a job fetches the
-    /// start of what it will read there.
-    pub(crate) fn run_reading(
+    /// [`Pool::run`] that calls `run` with one or several chunks, up to `most`, each once.
+    pub(crate) fn run_several(
         &self,
-        (n_chunks, most): (usize, usize),
-        reads: &dyn Fn(Range<usize>) -> Streams,
+        n_chunks: usize,
+        most: usize,
         run: &(dyn Fn(Range<usize>) + Sync),
     ) {
         assert!(u32::try_from(n_chunks).is_ok() && most > 0, "{n_chunks} chunks, {most} at once");
@@ -198,7 +178,7 @@ impl Pool {
             (0..n_chunks).step_by(most).for_each(|i| run(i..n_chunks.min(i.saturating_add(most))));
             return;
         }
-        let mut turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        let turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
         let state = &*self.state;
         let pointer: *const (dyn Fn(Range<usize>) + Sync + '_) = run;
         // SAFETY: only the lifetime changes. The pointer is followed by workers inside the gate, and
@@ -211,9 +191,6 @@ impl Pool {
         };
         // SAFETY: `turn` is held, and the last holder left the gate closed and empty.
         unsafe { *state.job.get() = Some(Job { run: run_unbound, most }) };
-        if let Some(following) = turn.step(n_chunks, state, reads) {
-            state.plan(following);
-        }
         for (thread, left) in state.left.iter().enumerate() {
             left.0.fill(state.home(thread, n_chunks));
         }
@@ -264,57 +241,7 @@ impl Drop for Pool {
     }
 }
 
-/// Which job follows which, told apart by where their weights start.
-#[derive(Debug, Default)]
-struct Trail {
-    last: usize,
-    following: HashMap<usize, Following>,
-}
-
-/// A job and what each worker reads at its start.
-#[derive(Debug)]
-struct Following {
-    job: usize,
-    streams: Vec<Streams>,
-}
-
-impl Trail {
-    /// Notes a job, and returns what the one after it will read, if that is known. Addresses of
-    /// weights that are gone do no harm: they are only hints.
-    fn step(
-        &mut self,
-        n_chunks: usize,
-        state: &State,
-        reads: &dyn Fn(Range<usize>) -> Streams,
-    ) -> Option<&Following> {
-        let job = reads(0..n_chunks)[0].start;
-        if job == 0 {
-            return None;
-        }
-        if self.following.len() > MOST_JOBS {
-            self.following.clear();
-        }
-        if self.following.get(&self.last).is_none_or(|known| known.job != job) {
-            let homes = (1..state.left.len()).map(|thread| state.home(thread, n_chunks));
-            let streams = homes.map(reads).collect();
-            self.following.insert(self.last, Following { job, streams });
-        }
-        self.last = job;
-        self.following.get(&job)
-    }
-}
-
 impl State {
-    /// Tells the workers what they will read after the job that is about to start.
-    fn plan(&self, following: &Following) {
-        for (ahead, streams) in self.ahead.iter().zip(&following.streams) {
-            for (pair, stream) in ahead.0.as_chunks::<2>().0.iter().zip(streams) {
-                pair[0].store(stream.start, Ordering::Relaxed);
-                pair[1].store(stream.end, Ordering::Relaxed);
-            }
-        }
-    }
-
     /// The chunks of a thread, 0 the caller.
     fn home(&self, thread: usize, n_chunks: usize) -> Range<usize> {
         let n_threads = self.left.len();
@@ -361,8 +288,7 @@ impl State {
         self.sleepers[index].thread.get_or_init(std::thread::current);
         IN_JOB.set(true);
         let mut seen = 0;
-        let mut fetch = Fetch::default();
-        while let Some(gate) = self.wait(index, seen, &mut fetch) {
+        while let Some(gate) = self.wait(index, seen) {
             if self.enter(gate) {
                 seen = gate >> 32;
                 // SAFETY: this thread is counted inside, so the caller waits for it and nobody
@@ -398,16 +324,9 @@ impl State {
     }
 
     /// The gate when it is open in an epoch other than `seen`; `None` when the pool stops.
-    fn wait(&self, index: usize, seen: u64, fetch: &mut Fetch) -> Option<u64> {
+    fn wait(&self, index: usize, seen: u64) -> Option<u64> {
         let ready = |gate: u64| gate & OPEN != 0 && gate >> 32 != seen;
-        fetch.aim(&self.ahead[index].0);
         loop {
-            while fetch.step() {
-                let gate = self.gate.0.load(Ordering::Acquire);
-                if ready(gate) {
-                    return Some(gate);
-                }
-            }
             for _ in 0..SPIN_ROUNDS {
                 let gate = self.gate.0.load(Ordering::Acquire);
                 if ready(gate) {
@@ -429,47 +348,10 @@ impl State {
     }
 }
 
-/// How far a worker has fetched ahead.
-#[derive(Default)]
-struct Fetch {
-    streams: Streams,
-    done_bytes: usize,
-}
-
-impl Fetch {
-    /// Starts anew unless the streams are those of the last time.
-    fn aim(&mut self, ahead: &[AtomicUsize; 2 * STREAMS]) {
-        let mut streams = Streams::default();
-        for (stream, pair) in streams.iter_mut().zip(ahead.as_chunks::<2>().0) {
-            *stream = pair[0].load(Ordering::Relaxed)..pair[1].load(Ordering::Relaxed);
-        }
-        if streams != self.streams {
-            *self = Fetch { streams, done_bytes: 0 };
-        }
-    }
-
-    /// Asks for the next lines of each stream; whether there were any.
-    fn step(&mut self) -> bool {
-        let from = self.done_bytes;
-        if from >= AHEAD_BYTES {
-            return false;
-        }
-        let mut any = false;
-        for stream in &self.streams {
-            let end = stream.end.min(stream.start + from + AHEAD_STEP);
-            for address in (stream.start + from..end).step_by(64) {
-                any = true;
-                arch::prefetch(address);
-            }
-        }
-        self.done_bytes = if any { from + AHEAD_STEP } else { AHEAD_BYTES };
-        any
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::sync::atomic::AtomicUsize;
 
     fn pool(n: usize) -> Pool {
         Pool::new(n, &affinity::cores())
@@ -481,7 +363,7 @@ mod tests {
             let pool = pool(threads);
             for (n_chunks, most) in [(1, 1), (7, 3), (100, 1), (1000, 7), (1000, usize::MAX)] {
                 let counts: Vec<AtomicUsize> = (0..n_chunks).map(|_| AtomicUsize::new(0)).collect();
-                pool.run_reading((n_chunks, most), &|_| Streams::default(), &|chunks| {
+                pool.run_several(n_chunks, most, &|chunks| {
                     assert!(!chunks.is_empty() && chunks.len() <= most);
                     for count in &counts[chunks] {
                         count.fetch_add(1, Ordering::Relaxed);
@@ -535,28 +417,6 @@ mod tests {
         assert_eq!(done.load(Ordering::Relaxed), 30);
         let nested = || pool.run(6, &|i| pool.run(5, &|j| assert!(i * j != 8)));
         assert!(catch_unwind(AssertUnwindSafe(nested)).is_err());
-    }
-
-    #[test]
-    fn a_worker_is_told_what_it_reads_in_the_job_that_followed_last_time() {
-        let pool = pool(2);
-        let data = vec![0_u8; 8000];
-        let (one, two) = (data.as_ptr().addr(), data[4000..].as_ptr().addr());
-        let job = |start: usize| {
-            let reads = |chunks: Range<usize>| {
-                [start + chunks.start * 1000..start + chunks.end * 1000, 0..0, 0..0]
-            };
-            pool.run_reading((4, 1), &reads, &|_| {});
-            // A job that names no memory changes no plan.
-            pool.run(4, &|_| {});
-            let ahead = &pool.state.ahead[0].0;
-            [0, 1].map(|i| ahead[i].load(Ordering::Relaxed))
-        };
-        assert_eq!(job(one), [0, 0]);
-        assert_eq!(job(two), [0, 0]);
-        // The second of two workers has the last two chunks.
-        assert_eq!(job(one), [two + 2000, two + 4000]);
-        assert_eq!(job(two), [one + 2000, one + 4000]);
     }
 
     #[test]

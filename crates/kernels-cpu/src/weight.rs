@@ -9,7 +9,6 @@ use crate::tile::{BLOCK, Group, GroupLayout, Meaning, ROWS, ScaleKind, TileKind}
 use exrail_kernels::{InputRounding, KernelError, WeightView};
 use exrail_tensor::DType;
 use half::{bf16, f16};
-use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
 /// A matrix in tiles. Its last group is padded with zero rows.
@@ -113,12 +112,6 @@ impl CpuWeight {
     /// Whether its high bits help to find its largest output.
     pub(crate) fn screen(&self) -> &Screen {
         &self.screen
-    }
-
-    /// Where some groups lie, without what lies apart.
-    pub(crate) fn addresses(&self, groups: Range<usize>) -> Range<usize> {
-        let (start, len) = (self.bytes.as_ptr().addr(), self.layout.len_bytes);
-        start + groups.start * len..start + groups.end * len
     }
 
     /// One group of rows.
