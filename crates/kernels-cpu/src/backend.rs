@@ -439,7 +439,7 @@ impl Backend for CpuBackend {
         v: &CpuBuffer,
         slots: &[KvSlot],
     ) {
-        pool.write(layer, &k.0, &v.0, slots);
+        pool.write(&self.shared.pool, layer, (&k.0, &v.0), slots);
     }
 
     fn attention(

@@ -12,7 +12,7 @@
 //! | IQ4_NL, IQ4_XS; MXFP4 | 4 | `table[q]` |
 
 use crate::lanes::Lanes;
-use crate::product::PREFETCH;
+use crate::product::prefetch;
 use crate::tile::Group;
 use exrail_tensor::{E2M1_TABLE, IQ4_TABLE};
 
@@ -26,11 +26,11 @@ pub(crate) trait Codes: Copy + Send + Sync {
     /// Eight entries of four k of a block, each byte the signed weight plus 128.
     fn bytes<L: Lanes>(lanes: L, group: Group<'_>, block: usize) -> [L::I; 8];
 
-    /// Asks for as many lines as a block has, from [`PREFETCH`] bytes after its start.
+    /// Asks for what a product with `N` rows of activations will need of a group.
     #[inline(always)]
-    fn prefetch<L: Lanes>(lanes: L, group: Group<'_>, block: usize) {
+    fn prefetch<L: Lanes, const N: usize>(lanes: L, group: Group<'_>, block: usize) {
         for line in 0..=Self::LINES {
-            lanes.prefetch(group.block(block), PREFETCH + LINE * line);
+            prefetch::<L, N>(lanes, group.block(block), line);
         }
     }
 }
@@ -79,12 +79,12 @@ impl Codes for Split {
     }
 
     #[inline(always)]
-    fn prefetch<L: Lanes>(lanes: L, group: Group<'_>, block: usize) {
+    fn prefetch<L: Lanes, const N: usize>(lanes: L, group: Group<'_>, block: usize) {
         for line in 0..=Self::LINES {
-            lanes.prefetch(group.block(block), PREFETCH + LINE * line);
+            prefetch::<L, N>(lanes, group.block(block), line);
         }
         for line in 0..Self::LINES {
-            lanes.prefetch(group.low(block), PREFETCH + LINE * line);
+            prefetch::<L, N>(lanes, group.low(block), line);
         }
     }
 }

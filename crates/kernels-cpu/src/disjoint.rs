@@ -29,6 +29,38 @@ unsafe impl Send for MatrixBlocks<'_> {}
 // blocks do not overlap.
 unsafe impl Sync for MatrixBlocks<'_> {}
 
+/// Bytes cut into parts of one length, each for one thread.
+pub(crate) struct Parts<'a> {
+    bytes: *mut u8,
+    n_parts: usize,
+    part_len: usize,
+    _bytes: PhantomData<&'a mut [u8]>,
+}
+
+// SAFETY: a shared `Parts` reaches memory only through `part`, whose caller promises that nobody
+// else has that part.
+unsafe impl Sync for Parts<'_> {}
+
+impl<'a> Parts<'a> {
+    /// What is left behind the last whole part belongs to none.
+    pub(crate) fn new(bytes: &'a mut [u8], part_len: usize) -> Parts<'a> {
+        let n_parts = bytes.len() / part_len.max(1);
+        Parts { bytes: bytes.as_mut_ptr(), n_parts, part_len, _bytes: PhantomData }
+    }
+
+    /// Part i.
+    ///
+    /// # Safety
+    /// Nobody else has it.
+    #[expect(clippy::mut_from_ref, reason = "every part is handed out to one thread")]
+    pub(crate) unsafe fn part(&self, i: usize) -> &mut [u8] {
+        assert!(i < self.n_parts, "part {i} of {}", self.n_parts);
+        let start = self.bytes.wrapping_add(i * self.part_len);
+        // SAFETY: part i is inside the bytes, and the caller promised that nobody else has it.
+        unsafe { std::slice::from_raw_parts_mut(start, self.part_len) }
+    }
+}
+
 impl<'a> MatrixBlocks<'a> {
     /// # Panics
     /// When `matrix` is shorter than `n_rows * n_columns`.

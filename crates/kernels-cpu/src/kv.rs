@@ -4,12 +4,17 @@
 //! `(256 / 16, D, 16)`, and then the values as `(256, D')`, D' being D rounded up to sixteen. A key
 //! tile gives sixteen scores at once without a horizontal sum; a value row is read whole. A pool of
 //! int8 has the f32 scales of the keys and then of the values behind them, `(256)` each.
+#![expect(unsafe_code, reason = "threads write disjoint heads of one pool")]
 
+use crate::disjoint::Parts;
 use crate::memory::Bytes;
+use crate::pool::Pool;
 use exrail_kernels::{KernelError, KvDtype, KvShape, KvSlot, PAGE_TOKENS, PageId, int8_scale};
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 
+/// Slots that one thread fills alone (about 1 µs a slot).
+const FEW_SLOTS: usize = 4;
 /// Tokens of a key tile.
 pub(crate) const TOKENS: usize = 16;
 
@@ -59,81 +64,93 @@ impl CpuKvPool {
     /// One head of one layer of one page.
     #[inline(always)]
     pub(crate) fn head(&self, page: PageId, layer: usize, head: usize) -> Head<'_> {
-        let start = self.head_start(page, layer, head);
-        let bytes = &self.bytes[start..start + head_bytes(&self.shape)];
+        let len = head_bytes(&self.shape);
+        let bytes = &self.bytes[head_index(&self.shape, page, layer, head) * len..][..len];
         let (keys, rest) = bytes.split_at(key_bytes(&self.shape));
         let (values, scales) = rest.split_at(value_bytes(&self.shape));
         Head { keys, values, scales }
     }
 
-    /// Stores rows `(T, K * D)`.
-    pub(crate) fn write(&mut self, layer: usize, k: &[f32], v: &[f32], slots: &[KvSlot]) {
-        let width = self.shape.head_dim;
-        let row = self.shape.n_kv_heads * width;
-        let (k, v) = (&k[..slots.len() * row], &v[..slots.len() * row]);
-        let heads = k.chunks_exact(width.max(1)).zip(v.chunks_exact(width.max(1)));
-        for (i, (k, v)) in heads.enumerate() {
-            let (slot, head) = (slots[i / self.shape.n_kv_heads], i % self.shape.n_kv_heads);
-            self.write_head(slot, layer, head, (k, v));
-        }
-    }
-
-    fn write_head(&mut self, slot: KvSlot, layer: usize, head: usize, (k, v): (&[f32], &[f32])) {
-        let offset = slot.offset as usize;
-        assert!(offset < PAGE_TOKENS, "slot offset {offset}");
-        let start = self.head_start(slot.page, layer, head);
+    /// Stores rows `(T, K * D)`, several heads at once if there are enough rows.
+    pub(crate) fn write(
+        &mut self,
+        threads: &Pool,
+        layer: usize,
+        (k, v): (&[f32], &[f32]),
+        slots: &[KvSlot],
+    ) {
         let shape = self.shape;
-        let bytes = &mut self.bytes[start..start + head_bytes(&shape)];
-        let (keys, rest) = bytes.split_at_mut(key_bytes(&shape));
-        let (values, scales) = rest.split_at_mut(value_bytes(&shape));
-        let tile = offset / TOKENS * TOKENS * shape.head_dim;
-        let value_row = offset * padded_head(shape.head_dim);
-        match shape.dtype {
-            KvDtype::F32 => {
-                let (keys, values) = (keys.as_chunks_mut::<4>().0, values.as_chunks_mut::<4>().0);
-                for (d, &x) in k.iter().enumerate() {
-                    keys[tile + d * TOKENS + offset % TOKENS] = x.to_le_bytes();
-                }
-                for (d, &x) in v.iter().enumerate() {
-                    values[value_row + d] = x.to_le_bytes();
-                }
+        let (n_heads, width) = (shape.n_kv_heads, shape.head_dim);
+        let (k, v) = (&k[..slots.len() * n_heads * width], &v[..slots.len() * n_heads * width]);
+        let parts = Parts::new(&mut self.bytes, head_bytes(&shape));
+        let write = |head: usize| {
+            for (i, slot) in slots.iter().enumerate() {
+                // SAFETY: this call has the parts of one head, of which it uses one at a time.
+                let bytes = unsafe { parts.part(head_index(&shape, slot.page, layer, head)) };
+                let start = (i * n_heads + head) * width;
+                let row = start..start + width;
+                write_head(&shape, bytes, slot.offset as usize, (&k[row.clone()], &v[row]));
             }
-            KvDtype::F16 => {
-                let (keys, values) = (keys.as_chunks_mut::<2>().0, values.as_chunks_mut::<2>().0);
-                // A slice at a time: the crate asks for the processor's instruction once a call.
-                let mut halves = [f16::ZERO; 64];
-                for (i, (k, v)) in k.chunks(64).zip(v.chunks(64)).enumerate() {
-                    let halves = &mut halves[..k.len()];
-                    halves.convert_from_f32_slice(k);
-                    for (d, x) in halves.iter().enumerate() {
-                        keys[tile + (64 * i + d) * TOKENS + offset % TOKENS] = x.to_le_bytes();
-                    }
-                    halves.convert_from_f32_slice(v);
-                    for (d, x) in halves.iter().enumerate() {
-                        values[value_row + 64 * i + d] = x.to_le_bytes();
-                    }
-                }
+        };
+        if slots.len() < FEW_SLOTS {
+            return (0..n_heads).for_each(write);
+        }
+        threads.run(n_heads, &write);
+    }
+}
+
+/// The number of a head's part among those of all pages.
+fn head_index(shape: &KvShape, page: PageId, layer: usize, head: usize) -> usize {
+    assert!(layer < shape.n_layers && head < shape.n_kv_heads, "layer {layer}, head {head}");
+    (page.0 as usize * shape.n_layers + layer) * shape.n_kv_heads + head
+}
+
+/// Stores the keys and values of one token in its head's part of a page.
+fn write_head(shape: &KvShape, bytes: &mut [u8], offset: usize, (k, v): (&[f32], &[f32])) {
+    assert!(offset < PAGE_TOKENS, "slot offset {offset}");
+    let (keys, rest) = bytes.split_at_mut(key_bytes(shape));
+    let (values, scales) = rest.split_at_mut(value_bytes(shape));
+    let tile = offset / TOKENS * TOKENS * shape.head_dim;
+    let value_row = offset * padded_head(shape.head_dim);
+    match shape.dtype {
+        KvDtype::F32 => {
+            let (keys, values) = (keys.as_chunks_mut::<4>().0, values.as_chunks_mut::<4>().0);
+            for (d, &x) in k.iter().enumerate() {
+                keys[tile + d * TOKENS + offset % TOKENS] = x.to_le_bytes();
             }
-            KvDtype::Int8 => {
-                let scales = scales.as_chunks_mut::<4>().0;
-                let (factor, scale) = int8_scale(k);
-                scales[offset] = scale.to_le_bytes();
-                for (d, &x) in k.iter().enumerate() {
-                    keys[tile + d * TOKENS + offset % TOKENS] = int8(factor * x);
+            for (d, &x) in v.iter().enumerate() {
+                values[value_row + d] = x.to_le_bytes();
+            }
+        }
+        KvDtype::F16 => {
+            let (keys, values) = (keys.as_chunks_mut::<2>().0, values.as_chunks_mut::<2>().0);
+            // A slice at a time: the crate asks for the processor's instruction once a call.
+            let mut halves = [f16::ZERO; 64];
+            for (i, (k, v)) in k.chunks(64).zip(v.chunks(64)).enumerate() {
+                let halves = &mut halves[..k.len()];
+                halves.convert_from_f32_slice(k);
+                for (d, x) in halves.iter().enumerate() {
+                    keys[tile + (64 * i + d) * TOKENS + offset % TOKENS] = x.to_le_bytes();
                 }
-                let (factor, scale) = int8_scale(v);
-                scales[PAGE_TOKENS + offset] = scale.to_le_bytes();
-                for (d, &x) in v.iter().enumerate() {
-                    values[value_row + d] = int8(factor * x);
+                halves.convert_from_f32_slice(v);
+                for (d, x) in halves.iter().enumerate() {
+                    values[value_row + 64 * i + d] = x.to_le_bytes();
                 }
             }
         }
-    }
-
-    fn head_start(&self, page: PageId, layer: usize, head: usize) -> usize {
-        let shape = &self.shape;
-        assert!(layer < shape.n_layers && head < shape.n_kv_heads, "layer {layer}, head {head}");
-        ((page.0 as usize * shape.n_layers + layer) * shape.n_kv_heads + head) * head_bytes(shape)
+        KvDtype::Int8 => {
+            let scales = scales.as_chunks_mut::<4>().0;
+            let (factor, scale) = int8_scale(k);
+            scales[offset] = scale.to_le_bytes();
+            for (d, &x) in k.iter().enumerate() {
+                keys[tile + d * TOKENS + offset % TOKENS] = int8(factor * x);
+            }
+            let (factor, scale) = int8_scale(v);
+            scales[PAGE_TOKENS + offset] = scale.to_le_bytes();
+            for (d, &x) in v.iter().enumerate() {
+                values[value_row + d] = int8(factor * x);
+            }
+        }
     }
 }
 

@@ -87,6 +87,8 @@ pub(crate) trait Lanes: Copy + Send + Sync {
     fn unpack_bytes(self, v: Self::I) -> [Self::V; 4];
     /// Asks for the cache line at `offset` bytes after the start of `from`, which may lie outside.
     fn prefetch(self, from: &[u8], offset: usize);
+    /// The same, into the cache of the second level.
+    fn prefetch_l2(self, from: &[u8], offset: usize);
 }
 
 /// A computation that is compiled once for each instruction set.

@@ -19,7 +19,7 @@ use crate::activation::QuantBlock;
 use crate::lanes::{Kernel, Lanes};
 use crate::linear::{Engine, Sums};
 use crate::processor::Processor;
-use crate::product::{HalfScales, Input, PREFETCH, Scales};
+use crate::product::{HalfScales, Input, Scales, prefetch};
 use crate::tile::{Group, ROWS};
 use crate::weight::CpuWeight;
 use exrail_kernels::{Activation, Largest};
@@ -101,7 +101,7 @@ impl Kernel for MostOf<'_> {
         for b in group.blocks() {
             let tile = group.weights::<256>(b);
             for line in 0..5 {
-                lanes.prefetch(tile, PREFETCH + 64 * line);
+                prefetch::<L, 1>(lanes, tile, line);
             }
             let h = lanes.nibbles(tile);
             let (x, reach) = (&blocks[b], &reach[b]);
@@ -147,13 +147,14 @@ impl Engine<'_> {
         let (columns, rounding) = (weight.columns(), weight.rounding());
         let x = &x[..columns];
         let wants_integers = self.is_integer(weight);
-        self.quantise(x, columns, rounding, wants_integers);
-        let input = Input { x, columns, quantised: self.quantised, rounding };
+        let n_blocks = self.quantise(x, columns, rounding, wants_integers);
+        let quantised = &self.quantised[..n_blocks];
+        let input = Input { x, columns, quantised, rounding };
         let (processor, activation) = (self.processor, self.activation);
         let exact = Exact { processor, activation, input, weight, limit };
         let n_groups = limit.div_ceil(ROWS);
         let is_large = |block: &QuantBlock| block.scale > SMALLEST_SCALE;
-        let can_tell = weight.is_split() && self.quantised.iter().any(is_large);
+        let can_tell = weight.is_split() && quantised.iter().any(is_large);
         if can_tell && weight.screen().is_due() {
             return self.largest_by_high_bits(&exact, n_groups);
         }

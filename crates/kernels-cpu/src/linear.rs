@@ -26,6 +26,8 @@ const FEW_ROWS: usize = 8;
 /// Bytes of weights that a core takes at once then, at the most: about 15 µs. The pool hands out less
 /// towards the end.
 const CHUNK_BYTES: usize = 256 << 10;
+/// Activations that a thread rounds alone (about 2 µs); one row is never worth a second thread.
+const QUANTISE_ALONE: usize = 2048;
 /// Bytes of quantised activations that stay in a core's L2 next to the weights.
 const PANEL_BYTES: usize = 384 << 10;
 
@@ -84,8 +86,8 @@ impl Engine<'_> {
         let wants_integers = products.iter().any(|p| self.is_integer(p.weight));
         let rounding = common_rounding(products.iter().map(|product| product.weight));
         let x = &x[..n_rows * columns];
-        self.quantise(x, columns, rounding, wants_integers);
-        let input = Input { x, columns, quantised: self.quantised, rounding };
+        let n_blocks = self.quantise(x, columns, rounding, wants_integers);
+        let input = Input { x, columns, quantised: &self.quantised[..n_blocks], rounding };
         let mut parts = Vec::with_capacity(products.len());
         let mut n_groups = 0;
         for product in products.iter_mut() {
@@ -139,8 +141,8 @@ impl Engine<'_> {
         let wants_integers = self.is_integer(gate) || self.is_integer(up);
         let rounding = common_rounding([gate, up]);
         let x = &x[..n_rows * columns];
-        self.quantise(x, columns, rounding, wants_integers);
-        let input = Input { x, columns, quantised: self.quantised, rounding };
+        let n_blocks = self.quantise(x, columns, rounding, wants_integers);
+        let input = Input { x, columns, quantised: &self.quantised[..n_blocks], rounding };
         let out = MatrixBlocks::new(out, n_rows, gate.rows());
         let (processor, activation) = (self.processor, self.activation);
         let len_bytes = gate.len_bytes() + up.len_bytes();
@@ -158,29 +160,32 @@ impl Engine<'_> {
         self.activation == Activation::Int8 && !float
     }
 
+    /// Rounds the rows of x if that is `wanted`, and returns how many blocks they take.
     pub(crate) fn quantise(
         &mut self,
         x: &[f32],
         columns: usize,
         rounding: InputRounding,
         wanted: bool,
-    ) {
+    ) -> usize {
         if !wanted {
-            self.quantised.clear();
-            return;
+            return 0;
         }
-        let n_blocks = n_blocks(rounding);
-        // What is left of the last product is overwritten.
-        self.quantised.resize(n_blocks * x.len() / BLOCK, QuantBlock::default());
+        let n_each = n_blocks(rounding);
+        let n_all = n_each * x.len() / BLOCK;
+        // What is left of other products is overwritten, or lies behind.
+        if self.quantised.len() < n_all {
+            self.quantised.resize(n_all, QuantBlock::default());
+        }
         let processor = self.processor;
-        // Eight thousand values are about 2 µs: one row is never worth a second thread.
-        let rows_per_chunk = (8192 / columns).max(1);
-        let blocks_per_chunk = n_blocks * rows_per_chunk * columns / BLOCK;
-        self.pool.run_chunks(self.quantised, blocks_per_chunk, &|i, blocks| {
+        let rows_per_chunk = (QUANTISE_ALONE / columns).max(1);
+        let blocks_per_chunk = n_each * rows_per_chunk * columns / BLOCK;
+        self.pool.run_chunks(&mut self.quantised[..n_all], blocks_per_chunk, &|i, blocks| {
             let start = i * rows_per_chunk * columns;
-            let x = &x[start..start + blocks.len() / n_blocks * BLOCK];
+            let x = &x[start..start + blocks.len() / n_each * BLOCK];
             processor.run(Quantise { x, rounding, blocks });
         });
+        n_all
     }
 
     /// Shares groups out, several at once, so that a disturbed core can take fewer.

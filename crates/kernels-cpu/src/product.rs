@@ -12,17 +12,28 @@
 //! in a batch give the same bits. No horizontal sums: lane r belongs to weight row r throughout.
 
 use crate::activation::{QuantBlock, n_blocks};
-use crate::codes::Codes;
+use crate::codes::{Codes, LINE};
 use crate::lanes::Lanes;
 use crate::tile::{BLOCK, Group};
 use exrail_kernels::InputRounding;
 use std::marker::PhantomData;
 
-/// Bytes ahead of the current block to prefetch. The processor's prefetchers follow the stream of a
-/// group; what helps them is that the lines of a block are asked for all at once, rather than as the
-/// arithmetic gets to them. Distances of a kilobyte and more get in their way: 4 KiB costs a decode
-/// step of Q8_0 a fifth.
-pub(crate) const PREFETCH: usize = 128;
+/// Asks for a line of weights that a product with `N` rows of activations will need, `block` being
+/// where it is.
+///
+/// With one row the processor's own prefetchers keep up with the stream of a group, and requests for
+/// what lies a kilobyte or more ahead get in their way. What helps them is that the lines of a block
+/// are asked for all at once, rather than as the arithmetic gets to them. With several rows the
+/// arithmetic of a block takes so long that they fall behind; asking the L2 leaves those of the L1 for
+/// the activations.
+#[inline(always)]
+pub(crate) fn prefetch<L: Lanes, const N: usize>(lanes: L, block: &[u8], line: usize) {
+    if N == 1 {
+        lanes.prefetch(block, 128 + LINE * line);
+    } else {
+        lanes.prefetch_l2(block, 4096 + LINE * line);
+    }
+}
 
 /// The activations of a product.
 #[derive(Clone, Copy)]
@@ -233,7 +244,7 @@ impl<S: ScaleFamily, const P: usize> Format for NibblesInt8<S, P> {
         for b in group.blocks() {
             let tile = group.weights::<256>(b);
             for line in 0..5 {
-                lanes.prefetch(tile, PREFETCH + 64 * line);
+                prefetch::<L, N>(lanes, tile, line);
             }
             let w = lanes.nibbles(tile);
             let scale = scales.scale(lanes, b, 0);
@@ -275,7 +286,7 @@ impl<C: Codes, S: ScaleFamily, const P: usize> Format for CodesInt8<C, S, P> {
         }
         let mut acc = [lanes.splat(0.0); N];
         for b in group.blocks() {
-            C::prefetch(lanes, group, b);
+            C::prefetch::<L, N>(lanes, group, b);
             let w = C::bytes(lanes, group, b);
             let (first, second) = ([w[0], w[1], w[2], w[3]], [w[4], w[5], w[6], w[7]]);
             let scale = scales.scale(lanes, b, 0);

@@ -217,4 +217,6 @@ impl Lanes for Scalar {
     }
     #[inline(always)]
     fn prefetch(self, _from: &[u8], _offset: usize) {}
+    #[inline(always)]
+    fn prefetch_l2(self, _from: &[u8], _offset: usize) {}
 }

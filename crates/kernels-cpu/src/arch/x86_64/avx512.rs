@@ -272,6 +272,12 @@ fn prefetch(from: &[u8], offset: usize) {
     _mm_prefetch::<_MM_HINT_T0>(from.as_ptr().wrapping_add(offset).cast());
 }
 
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn prefetch_l2(from: &[u8], offset: usize) {
+    _mm_prefetch::<_MM_HINT_T1>(from.as_ptr().wrapping_add(offset).cast());
+}
+
 impl Lanes for Avx512Vnni {
     type V = __m512;
     type I = __m512i;
@@ -471,5 +477,10 @@ impl Lanes for Avx512Vnni {
     fn prefetch(self, from: &[u8], offset: usize) {
         // SAFETY: `self` proves that the instruction set of this function is present.
         unsafe { prefetch(from, offset) }
+    }
+    #[inline(always)]
+    fn prefetch_l2(self, from: &[u8], offset: usize) {
+        // SAFETY: `self` proves that the instruction set of this function is present.
+        unsafe { prefetch_l2(from, offset) }
     }
 }
