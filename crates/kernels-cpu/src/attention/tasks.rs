@@ -4,8 +4,8 @@ use super::SEGMENT;
 use exrail_kernels::{AttentionShape, AttentionSpan};
 use std::ops::Range;
 
-/// Multiplications below which one thread does it all (about 5 µs).
-const ALONE: usize = 1 << 17;
+/// Multiplications below which one thread does it all (about 1 µs).
+const ALONE: usize = 1 << 14;
 /// Queries of a task when there are plenty.
 const TASK_QUERIES: usize = 16;
 /// Segments of queries that tasks of their own may compute: what they leave stays in the caches.
