@@ -1,10 +1,11 @@
-"""Writes families.json: the original chat templates of model families, rendered by Jinja2.
+r"""Writes families.json: the original chat templates of model families, rendered by Jinja2.
 
     pip install jinja2==3.1.6
-    pip download --no-deps -d WHEELS trl==1.16.0 xinference==4.1.0
-    python make_families.py WHEELS TEMPLATES
+    pip download --no-deps --no-binary llama-cpp-python -d PACKAGES \
+        trl==1.16.0 xinference==4.1.0 llama-cpp-python==0.3.36
+    python make_families.py PACKAGES TEMPLATES
 
-take.py takes the templates unchanged out of these two packages and writes them to the folder
+take.py takes the templates unchanged out of these packages and writes them to the folder
 TEMPLATES, where the test finds them; families.json has the SHA-256 of each, and what it renders.
 """
 
@@ -94,10 +95,10 @@ def compile_template(source):
     return environment.from_string(source)
 
 
-def main(wheels, folder):
+def main(packages, folder):
     templates, rows = {}, []
-    write(wheels, folder)
-    for family, source, text in originals(wheels):
+    write(packages, folder)
+    for family, source, text in originals(packages):
         templates[family] = {"source": source, "sha256": hashlib.sha256(text.encode()).hexdigest()}
         template = compile_template(text)
         for history, given in HISTORIES.items():

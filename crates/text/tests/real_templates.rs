@@ -1,5 +1,5 @@
 //! The original chat templates of the model families against Python's Jinja2. They are not part of
-//! this repository: `golden/templates/make_families.py` takes them out of two packages, and
+//! this repository: `golden/templates/make_families.py` takes them out of packages, and
 //! `EXRAIL_TEST_TEMPLATES` names the folder that it wrote.
 
 use std::collections::BTreeMap;
