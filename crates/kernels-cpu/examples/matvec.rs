@@ -5,11 +5,15 @@
 //! against f64 before it is timed. Times are the best of several runs.
 #![expect(clippy::print_stdout, reason = "a bench prints")]
 
+#[path = "../tests/support/mod.rs"]
+mod support;
+
 use exrail_kernels::{Activation, Backend, GateActivation, InputRounding, WeightView};
 use exrail_kernels_cpu::{CpuBackend, CpuBuffer, CpuOptions, CpuWeight};
 use exrail_tensor::DType;
 use std::hint::black_box;
 use std::time::Instant;
+use support::noise;
 
 /// Weights of a case together: more than the last-level cache.
 const TOTAL_BYTES: usize = 128 << 20;
@@ -30,18 +34,6 @@ fn main() {
     for dtype in DType::ALL {
         format_speed(&backend, dtype, peak);
     }
-}
-
-/// Deterministic values in -1..1.
-fn noise(seed: u64, n: usize) -> Vec<f32> {
-    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    let mut next = || {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        (state >> 40) as f32 / (1 << 23) as f32 - 1.0
-    };
-    (0..n).map(|_| next()).collect()
 }
 
 /// The best of eight sums over 256 MiB on all threads.

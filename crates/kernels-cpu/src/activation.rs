@@ -139,7 +139,7 @@ mod tests {
                     assert!(blocks[1..].iter().all(|b| (b.scale, b.scaled_sum) == (0.0, 0.0)));
                     for (i, &x) in x.iter().enumerate() {
                         let found = blocks[0].scale * whole(i) as f32;
-                        assert!((found - x).abs() <= 0.51 * blocks[0].scale.max(1e-6 * x.abs()));
+                        assert!((found - x).abs() <= 0.51 * blocks[0].scale + 1e-6 * x.abs());
                     }
                 }
             }

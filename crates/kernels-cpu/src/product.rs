@@ -21,8 +21,8 @@ use std::marker::PhantomData;
 /// Asks for a line of weights that a product with `N` rows of activations will need, `block` being
 /// where it is.
 ///
-/// With one row the processor's own prefetchers keep up with the stream of a group, and requests for
-/// what lies a kilobyte or more ahead get in their way. What helps them is that the lines of a block
+/// Measured on Zen 4: with one row the processor's own prefetchers keep up with the stream of a
+/// group, and requests for what lies half a kilobyte or more ahead get in their way. What helps them is that the lines of a block
 /// are asked for all at once, rather than as the arithmetic gets to them. With several rows the
 /// arithmetic of a block takes so long that they fall behind; asking the L2 leaves those of the L1 for
 /// the activations.
