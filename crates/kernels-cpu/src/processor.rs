@@ -2,7 +2,7 @@
 
 use crate::arch::Scalar;
 #[cfg(target_arch = "x86_64")]
-use crate::arch::{Avx2, Avx512Vnni};
+use crate::arch::{Avx2, Avx512Vnni, AvxVnni};
 use crate::lanes::Kernel;
 use std::fmt;
 
@@ -13,13 +13,15 @@ pub enum Isa {
     Scalar,
     /// AVX2 with FMA and F16C.
     Avx2,
+    /// AVX2 with FMA, F16C and AVX-VNNI.
+    AvxVnni,
     /// AVX-512 F, BW, DQ, VL and VNNI.
     Avx512Vnni,
 }
 
 impl Isa {
     /// Every one, slowest first.
-    pub const ALL: [Isa; 3] = [Isa::Scalar, Isa::Avx2, Isa::Avx512Vnni];
+    pub const ALL: [Isa; 4] = [Isa::Scalar, Isa::Avx2, Isa::AvxVnni, Isa::Avx512Vnni];
 
     /// Those that this CPU runs, slowest first; never empty.
     #[must_use]
@@ -33,6 +35,7 @@ impl fmt::Display for Isa {
         f.write_str(match self {
             Isa::Scalar => "scalar",
             Isa::Avx2 => "avx2",
+            Isa::AvxVnni => "avx-vnni",
             Isa::Avx512Vnni => "avx512-vnni",
         })
     }
@@ -45,6 +48,8 @@ pub(crate) enum Processor {
     #[cfg(target_arch = "x86_64")]
     Avx2(Avx2),
     #[cfg(target_arch = "x86_64")]
+    AvxVnni(AvxVnni),
+    #[cfg(target_arch = "x86_64")]
     Avx512Vnni(Avx512Vnni),
 }
 
@@ -56,9 +61,11 @@ impl Processor {
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => Avx2::detect().map(Processor::Avx2),
             #[cfg(target_arch = "x86_64")]
+            Isa::AvxVnni => AvxVnni::detect().map(Processor::AvxVnni),
+            #[cfg(target_arch = "x86_64")]
             Isa::Avx512Vnni => Avx512Vnni::detect().map(Processor::Avx512Vnni),
             #[cfg(not(target_arch = "x86_64"))]
-            Isa::Avx2 | Isa::Avx512Vnni => None,
+            Isa::Avx2 | Isa::AvxVnni | Isa::Avx512Vnni => None,
         }
     }
 
@@ -74,6 +81,8 @@ impl Processor {
             #[cfg(target_arch = "x86_64")]
             Processor::Avx2(_) => Isa::Avx2,
             #[cfg(target_arch = "x86_64")]
+            Processor::AvxVnni(_) => Isa::AvxVnni,
+            #[cfg(target_arch = "x86_64")]
             Processor::Avx512Vnni(_) => Isa::Avx512Vnni,
         }
     }
@@ -84,6 +93,8 @@ impl Processor {
             Processor::Scalar(token) => token.enter(kernel),
             #[cfg(target_arch = "x86_64")]
             Processor::Avx2(token) => token.enter(kernel),
+            #[cfg(target_arch = "x86_64")]
+            Processor::AvxVnni(token) => token.enter(kernel),
             #[cfg(target_arch = "x86_64")]
             Processor::Avx512Vnni(token) => token.enter(kernel),
         }

@@ -3,7 +3,7 @@
 
 mod dot;
 
-use crate::lanes::{Kernel, Lanes};
+use crate::lanes::Kernel;
 use core::arch::x86_64::*;
 use dot::{dot_bytes, dot_nibbles};
 
@@ -62,20 +62,20 @@ fn store_8(v: __m256, out: &mut [f32; 8]) {
 
 #[inline]
 #[target_feature(enable = "avx2")]
-fn splat(x: f32) -> [__m256; 2] {
+pub(super) fn splat(x: f32) -> [__m256; 2] {
     [_mm256_set1_ps(x); 2]
 }
 
 #[inline]
 #[target_feature(enable = "avx2")]
-fn load(values: &[f32; 16]) -> [__m256; 2] {
+pub(super) fn load(values: &[f32; 16]) -> [__m256; 2] {
     let (halves, _) = values.as_chunks::<8>();
     [load_8(&halves[0]), load_8(&halves[1])]
 }
 
 #[inline]
 #[target_feature(enable = "avx2")]
-fn store(v: [__m256; 2], out: &mut [f32; 16]) {
+pub(super) fn store(v: [__m256; 2], out: &mut [f32; 16]) {
     let (halves, _) = out.as_chunks_mut::<8>();
     store_8(v[0], &mut halves[0]);
     store_8(v[1], &mut halves[1]);
@@ -83,14 +83,14 @@ fn store(v: [__m256; 2], out: &mut [f32; 16]) {
 
 #[inline]
 #[target_feature(enable = "avx2")]
-fn load_f32(bytes: &[u8; 64]) -> [__m256; 2] {
+pub(super) fn load_f32(bytes: &[u8; 64]) -> [__m256; 2] {
     let (halves, _) = bytes.as_chunks::<32>();
     [_mm256_castsi256_ps(load_32(&halves[0])), _mm256_castsi256_ps(load_32(&halves[1]))]
 }
 
 #[inline]
 #[target_feature(enable = "avx2,f16c")]
-fn load_f16(bytes: &[u8; 32]) -> [__m256; 2] {
+pub(super) fn load_f16(bytes: &[u8; 32]) -> [__m256; 2] {
     let (halves, _) = bytes.as_chunks::<16>();
     [_mm256_cvtph_ps(load_16(&halves[0])), _mm256_cvtph_ps(load_16(&halves[1]))]
 }
@@ -103,14 +103,14 @@ fn widen_bf16(half: __m128i) -> __m256 {
 
 #[inline]
 #[target_feature(enable = "avx2")]
-fn load_bf16(bytes: &[u8; 32]) -> [__m256; 2] {
+pub(super) fn load_bf16(bytes: &[u8; 32]) -> [__m256; 2] {
     let (halves, _) = bytes.as_chunks::<16>();
     [widen_bf16(load_16(&halves[0])), widen_bf16(load_16(&halves[1]))]
 }
 
 #[inline]
 #[target_feature(enable = "avx2")]
-fn load_u8(bytes: &[u8; 16]) -> [__m256; 2] {
+pub(super) fn load_u8(bytes: &[u8; 16]) -> [__m256; 2] {
     let v = load_16(bytes);
     [
         _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(v)),
@@ -120,7 +120,7 @@ fn load_u8(bytes: &[u8; 16]) -> [__m256; 2] {
 
 #[inline]
 #[target_feature(enable = "avx2")]
-fn load_i8(bytes: &[u8; 16]) -> [__m256; 2] {
+pub(super) fn load_i8(bytes: &[u8; 16]) -> [__m256; 2] {
     let v = load_16(bytes);
     [
         _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(v)),
@@ -130,56 +130,56 @@ fn load_i8(bytes: &[u8; 16]) -> [__m256; 2] {
 
 #[inline]
 #[target_feature(enable = "avx2")]
-fn add(a: [__m256; 2], b: [__m256; 2]) -> [__m256; 2] {
+pub(super) fn add(a: [__m256; 2], b: [__m256; 2]) -> [__m256; 2] {
     [_mm256_add_ps(a[0], b[0]), _mm256_add_ps(a[1], b[1])]
 }
 
 #[inline]
 #[target_feature(enable = "avx2")]
-fn sub(a: [__m256; 2], b: [__m256; 2]) -> [__m256; 2] {
+pub(super) fn sub(a: [__m256; 2], b: [__m256; 2]) -> [__m256; 2] {
     [_mm256_sub_ps(a[0], b[0]), _mm256_sub_ps(a[1], b[1])]
 }
 
 #[inline]
 #[target_feature(enable = "avx2")]
-fn mul(a: [__m256; 2], b: [__m256; 2]) -> [__m256; 2] {
+pub(super) fn mul(a: [__m256; 2], b: [__m256; 2]) -> [__m256; 2] {
     [_mm256_mul_ps(a[0], b[0]), _mm256_mul_ps(a[1], b[1])]
 }
 
 #[inline]
 #[target_feature(enable = "avx2")]
-fn div(a: [__m256; 2], b: [__m256; 2]) -> [__m256; 2] {
+pub(super) fn div(a: [__m256; 2], b: [__m256; 2]) -> [__m256; 2] {
     [_mm256_div_ps(a[0], b[0]), _mm256_div_ps(a[1], b[1])]
 }
 
 #[inline]
 #[target_feature(enable = "avx2")]
-fn max(a: [__m256; 2], b: [__m256; 2]) -> [__m256; 2] {
+pub(super) fn max(a: [__m256; 2], b: [__m256; 2]) -> [__m256; 2] {
     [_mm256_max_ps(a[0], b[0]), _mm256_max_ps(a[1], b[1])]
 }
 
 #[inline]
 #[target_feature(enable = "avx2")]
-fn min(a: [__m256; 2], b: [__m256; 2]) -> [__m256; 2] {
+pub(super) fn min(a: [__m256; 2], b: [__m256; 2]) -> [__m256; 2] {
     [_mm256_min_ps(a[0], b[0]), _mm256_min_ps(a[1], b[1])]
 }
 
 #[inline]
 #[target_feature(enable = "avx2,fma")]
-fn fma(a: [__m256; 2], b: [__m256; 2], c: [__m256; 2]) -> [__m256; 2] {
+pub(super) fn fma(a: [__m256; 2], b: [__m256; 2], c: [__m256; 2]) -> [__m256; 2] {
     [_mm256_fmadd_ps(a[0], b[0], c[0]), _mm256_fmadd_ps(a[1], b[1], c[1])]
 }
 
 #[inline]
 #[target_feature(enable = "avx2")]
-fn abs(v: [__m256; 2]) -> [__m256; 2] {
+pub(super) fn abs(v: [__m256; 2]) -> [__m256; 2] {
     let sign = _mm256_set1_ps(-0.0);
     [_mm256_andnot_ps(sign, v[0]), _mm256_andnot_ps(sign, v[1])]
 }
 
 #[inline]
 #[target_feature(enable = "avx2")]
-fn copy_sign(magnitude: [__m256; 2], sign: [__m256; 2]) -> [__m256; 2] {
+pub(super) fn copy_sign(magnitude: [__m256; 2], sign: [__m256; 2]) -> [__m256; 2] {
     let bit = _mm256_set1_ps(-0.0);
     [
         _mm256_or_ps(magnitude[0], _mm256_and_ps(sign[0], bit)),
@@ -189,7 +189,7 @@ fn copy_sign(magnitude: [__m256; 2], sign: [__m256; 2]) -> [__m256; 2] {
 
 #[inline]
 #[target_feature(enable = "avx2")]
-fn round(v: [__m256; 2]) -> [__m256; 2] {
+pub(super) fn round(v: [__m256; 2]) -> [__m256; 2] {
     [
         _mm256_round_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(v[0]),
         _mm256_round_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(v[1]),
@@ -205,13 +205,13 @@ fn power_of_two(n: __m256) -> __m256 {
 
 #[inline]
 #[target_feature(enable = "avx2")]
-fn exp2i(n: [__m256; 2]) -> [__m256; 2] {
+pub(super) fn exp2i(n: [__m256; 2]) -> [__m256; 2] {
     [power_of_two(n[0]), power_of_two(n[1])]
 }
 
 #[inline]
 #[target_feature(enable = "avx2")]
-fn select_less(
+pub(super) fn select_less(
     a: [__m256; 2],
     b: [__m256; 2],
     then: [__m256; 2],
@@ -225,7 +225,7 @@ fn select_less(
 
 #[inline]
 #[target_feature(enable = "avx2")]
-fn sum(v: [__m256; 2]) -> f32 {
+pub(super) fn sum(v: [__m256; 2]) -> f32 {
     let eight = _mm256_add_ps(v[0], v[1]);
     let four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps::<1>(eight));
     let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
@@ -234,7 +234,7 @@ fn sum(v: [__m256; 2]) -> f32 {
 
 #[inline]
 #[target_feature(enable = "avx2")]
-fn largest_magnitude(a: [__m256; 2], b: [__m256; 2]) -> f32 {
+pub(super) fn largest_magnitude(a: [__m256; 2], b: [__m256; 2]) -> f32 {
     // As integers, which puts a NaN after infinity.
     let (a, b) = (abs(a), abs(b));
     let a = _mm256_max_epu32(_mm256_castps_si256(a[0]), _mm256_castps_si256(a[1]));
@@ -248,7 +248,7 @@ fn largest_magnitude(a: [__m256; 2], b: [__m256; 2]) -> f32 {
 
 #[inline]
 #[target_feature(enable = "avx2")]
-fn integer_sums([a, b, c, d]: [[__m256; 2]; 4]) -> [i32; 4] {
+pub(super) fn integer_sums([a, b, c, d]: [[__m256; 2]; 4]) -> [i32; 4] {
     let (a, b) = (_mm256_add_ps(a[0], a[1]), _mm256_add_ps(b[0], b[1]));
     let (c, d) = (_mm256_add_ps(c[0], c[1]), _mm256_add_ps(d[0], d[1]));
     let (ab, cd) = (_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
@@ -264,7 +264,7 @@ fn integer_sums([a, b, c, d]: [[__m256; 2]; 4]) -> [i32; 4] {
 
 #[inline]
 #[target_feature(enable = "avx2")]
-fn maximum(v: [__m256; 2]) -> f32 {
+pub(super) fn maximum(v: [__m256; 2]) -> f32 {
     let eight = _mm256_max_ps(v[0], v[1]);
     let four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps::<1>(eight));
     let two = _mm_max_ps(four, _mm_movehl_ps(four, four));
@@ -273,7 +273,7 @@ fn maximum(v: [__m256; 2]) -> f32 {
 
 #[inline]
 #[target_feature(enable = "avx2")]
-fn store_i8(v: [__m256; 2], out: &mut [i8; 16]) {
+pub(super) fn store_i8(v: [__m256; 2], out: &mut [i8; 16]) {
     let words = _mm256_packs_epi32(_mm256_cvtps_epi32(v[0]), _mm256_cvtps_epi32(v[1]));
     // packs works inside 128-bit halves: put the 64-bit groups back in order.
     let words = _mm256_permute4x64_epi64::<0b11_01_10_00>(words);
@@ -285,25 +285,25 @@ fn store_i8(v: [__m256; 2], out: &mut [i8; 16]) {
 
 #[inline]
 #[target_feature(enable = "avx2")]
-fn to_f32(v: [__m256i; 2]) -> [__m256; 2] {
+pub(super) fn to_f32(v: [__m256i; 2]) -> [__m256; 2] {
     [_mm256_cvtepi32_ps(v[0]), _mm256_cvtepi32_ps(v[1])]
 }
 
 #[inline]
 #[target_feature(enable = "avx2")]
-fn times_256(v: [__m256i; 2]) -> [__m256i; 2] {
+pub(super) fn times_256(v: [__m256i; 2]) -> [__m256i; 2] {
     [_mm256_slli_epi32::<8>(v[0]), _mm256_slli_epi32::<8>(v[1])]
 }
 
 #[inline]
 #[target_feature(enable = "avx2")]
-fn add_i(a: [__m256i; 2], b: [__m256i; 2]) -> [__m256i; 2] {
+pub(super) fn add_i(a: [__m256i; 2], b: [__m256i; 2]) -> [__m256i; 2] {
     [_mm256_add_epi32(a[0], b[0]), _mm256_add_epi32(a[1], b[1])]
 }
 
 #[inline]
 #[target_feature(enable = "avx2")]
-fn nibbles(tile: &[u8; 256]) -> [[__m256i; 2]; 8] {
+pub(super) fn nibbles(tile: &[u8; 256]) -> [[__m256i; 2]; 8] {
     let (parts, _) = tile.as_chunks::<32>();
     let mask = _mm256_set1_epi8(0x0f);
     let mut out = [[mask; 2]; 8];
@@ -319,7 +319,7 @@ fn nibbles(tile: &[u8; 256]) -> [[__m256i; 2]; 8] {
 
 #[inline]
 #[target_feature(enable = "avx2")]
-fn load_codes(line: &[u8; 64]) -> [__m256i; 2] {
+pub(super) fn load_codes(line: &[u8; 64]) -> [__m256i; 2] {
     let (halves, _) = line.as_chunks::<32>();
     [load_32(&halves[0]), load_32(&halves[1])]
 }
@@ -337,33 +337,33 @@ fn shift_mask_half(v: __m256i, left: i32, mask: u8) -> __m256i {
 
 #[inline]
 #[target_feature(enable = "avx2")]
-fn shift_mask(v: [__m256i; 2], left: i32, mask: u8) -> [__m256i; 2] {
+pub(super) fn shift_mask(v: [__m256i; 2], left: i32, mask: u8) -> [__m256i; 2] {
     [shift_mask_half(v[0], left, mask), shift_mask_half(v[1], left, mask)]
 }
 
 #[inline]
 #[target_feature(enable = "avx2")]
-fn or(a: [__m256i; 2], b: [__m256i; 2]) -> [__m256i; 2] {
+pub(super) fn or(a: [__m256i; 2], b: [__m256i; 2]) -> [__m256i; 2] {
     [_mm256_or_si256(a[0], b[0]), _mm256_or_si256(a[1], b[1])]
 }
 
 #[inline]
 #[target_feature(enable = "avx2")]
-fn add_bytes(v: [__m256i; 2], addend: u8) -> [__m256i; 2] {
+pub(super) fn add_bytes(v: [__m256i; 2], addend: u8) -> [__m256i; 2] {
     let addend = _mm256_set1_epi8(addend.cast_signed());
     [_mm256_add_epi8(v[0], addend), _mm256_add_epi8(v[1], addend)]
 }
 
 #[inline]
 #[target_feature(enable = "avx2")]
-fn lookup(v: [__m256i; 2], table: &[u8; 16]) -> [__m256i; 2] {
+pub(super) fn lookup(v: [__m256i; 2], table: &[u8; 16]) -> [__m256i; 2] {
     let table = _mm256_broadcastsi128_si256(load_16(table));
     [_mm256_shuffle_epi8(table, v[0]), _mm256_shuffle_epi8(table, v[1])]
 }
 
 #[inline]
 #[target_feature(enable = "avx2")]
-fn bytes(tile: &[u8; 512]) -> [[__m256i; 2]; 8] {
+pub(super) fn bytes(tile: &[u8; 512]) -> [[__m256i; 2]; 8] {
     let (parts, _) = tile.as_chunks::<32>();
     let mut out = [[_mm256_setzero_si256(); 2]; 8];
     for (j, lane) in out.iter_mut().enumerate() {
@@ -386,7 +386,7 @@ fn unpack_half(v: __m256i) -> [__m256; 4] {
 
 #[inline]
 #[target_feature(enable = "avx2")]
-fn unpack_bytes(v: [__m256i; 2]) -> [[__m256; 2]; 4] {
+pub(super) fn unpack_bytes(v: [__m256i; 2]) -> [[__m256; 2]; 4] {
     let low = unpack_half(v[0]);
     let high = unpack_half(v[1]);
     [[low[0], high[0]], [low[1], high[1]], [low[2], high[2]], [low[3], high[3]]]
@@ -394,219 +394,14 @@ fn unpack_bytes(v: [__m256i; 2]) -> [[__m256; 2]; 4] {
 
 #[inline]
 #[target_feature(enable = "avx2")]
-fn prefetch(from: &[u8], offset: usize) {
+pub(super) fn prefetch(from: &[u8], offset: usize) {
     _mm_prefetch::<_MM_HINT_T0>(from.as_ptr().wrapping_add(offset).cast());
 }
 
 #[inline]
 #[target_feature(enable = "avx2")]
-fn prefetch_l2(from: &[u8], offset: usize) {
+pub(super) fn prefetch_l2(from: &[u8], offset: usize) {
     _mm_prefetch::<_MM_HINT_T1>(from.as_ptr().wrapping_add(offset).cast());
 }
 
-impl Lanes for Avx2 {
-    type V = [__m256; 2];
-    type I = [__m256i; 2];
-    const WIDEST: usize = 4;
-
-    #[inline(always)]
-    fn splat(self, x: f32) -> Self::V {
-        // SAFETY: `self` proves that the instruction set of this function is present.
-        unsafe { splat(x) }
-    }
-    #[inline(always)]
-    fn load(self, values: &[f32; 16]) -> Self::V {
-        // SAFETY: `self` proves that the instruction set of this function is present.
-        unsafe { load(values) }
-    }
-    #[inline(always)]
-    fn store(self, v: Self::V, out: &mut [f32; 16]) {
-        // SAFETY: `self` proves that the instruction set of this function is present.
-        unsafe { store(v, out) }
-    }
-    #[inline(always)]
-    fn load_f32(self, bytes: &[u8; 64]) -> Self::V {
-        // SAFETY: `self` proves that the instruction set of this function is present.
-        unsafe { load_f32(bytes) }
-    }
-    #[inline(always)]
-    fn load_f16(self, bytes: &[u8; 32]) -> Self::V {
-        // SAFETY: `self` proves that the instruction set of this function is present.
-        unsafe { load_f16(bytes) }
-    }
-    #[inline(always)]
-    fn load_bf16(self, bytes: &[u8; 32]) -> Self::V {
-        // SAFETY: `self` proves that the instruction set of this function is present.
-        unsafe { load_bf16(bytes) }
-    }
-    #[inline(always)]
-    fn load_u8(self, bytes: &[u8; 16]) -> Self::V {
-        // SAFETY: `self` proves that the instruction set of this function is present.
-        unsafe { load_u8(bytes) }
-    }
-    #[inline(always)]
-    fn load_i8(self, bytes: &[u8; 16]) -> Self::V {
-        // SAFETY: `self` proves that the instruction set of this function is present.
-        unsafe { load_i8(bytes) }
-    }
-    #[inline(always)]
-    fn add(self, a: Self::V, b: Self::V) -> Self::V {
-        // SAFETY: `self` proves that the instruction set of this function is present.
-        unsafe { add(a, b) }
-    }
-    #[inline(always)]
-    fn sub(self, a: Self::V, b: Self::V) -> Self::V {
-        // SAFETY: `self` proves that the instruction set of this function is present.
-        unsafe { sub(a, b) }
-    }
-    #[inline(always)]
-    fn mul(self, a: Self::V, b: Self::V) -> Self::V {
-        // SAFETY: `self` proves that the instruction set of this function is present.
-        unsafe { mul(a, b) }
-    }
-    #[inline(always)]
-    fn div(self, a: Self::V, b: Self::V) -> Self::V {
-        // SAFETY: `self` proves that the instruction set of this function is present.
-        unsafe { div(a, b) }
-    }
-    #[inline(always)]
-    fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V {
-        // SAFETY: `self` proves that the instruction set of this function is present.
-        unsafe { fma(a, b, c) }
-    }
-    #[inline(always)]
-    fn max(self, a: Self::V, b: Self::V) -> Self::V {
-        // SAFETY: `self` proves that the instruction set of this function is present.
-        unsafe { max(a, b) }
-    }
-    #[inline(always)]
-    fn min(self, a: Self::V, b: Self::V) -> Self::V {
-        // SAFETY: `self` proves that the instruction set of this function is present.
-        unsafe { min(a, b) }
-    }
-    #[inline(always)]
-    fn abs(self, v: Self::V) -> Self::V {
-        // SAFETY: `self` proves that the instruction set of this function is present.
-        unsafe { abs(v) }
-    }
-    #[inline(always)]
-    fn copy_sign(self, magnitude: Self::V, sign: Self::V) -> Self::V {
-        // SAFETY: `self` proves that the instruction set of this function is present.
-        unsafe { copy_sign(magnitude, sign) }
-    }
-    #[inline(always)]
-    fn round(self, v: Self::V) -> Self::V {
-        // SAFETY: `self` proves that the instruction set of this function is present.
-        unsafe { round(v) }
-    }
-    #[inline(always)]
-    fn exp2i(self, n: Self::V) -> Self::V {
-        // SAFETY: `self` proves that the instruction set of this function is present.
-        unsafe { exp2i(n) }
-    }
-    #[inline(always)]
-    fn select_less(self, a: Self::V, b: Self::V, then: Self::V, other: Self::V) -> Self::V {
-        // SAFETY: `self` proves that the instruction set of this function is present.
-        unsafe { select_less(a, b, then, other) }
-    }
-    #[inline(always)]
-    fn sum(self, v: Self::V) -> f32 {
-        // SAFETY: `self` proves that the instruction set of this function is present.
-        unsafe { sum(v) }
-    }
-    #[inline(always)]
-    fn maximum(self, v: Self::V) -> f32 {
-        // SAFETY: `self` proves that the instruction set of this function is present.
-        unsafe { maximum(v) }
-    }
-    #[inline(always)]
-    fn largest_magnitude(self, a: Self::V, b: Self::V) -> f32 {
-        // SAFETY: `self` proves that the instruction set of this function is present.
-        unsafe { largest_magnitude(a, b) }
-    }
-    #[inline(always)]
-    fn integer_sums(self, v: [Self::V; 4]) -> [i32; 4] {
-        // SAFETY: `self` proves that the instruction set of this function is present.
-        unsafe { integer_sums(v) }
-    }
-    #[inline(always)]
-    fn store_i8(self, v: Self::V, out: &mut [i8; 16]) {
-        // SAFETY: `self` proves that the instruction set of this function is present.
-        unsafe { store_i8(v, out) }
-    }
-    #[inline(always)]
-    fn to_f32(self, v: Self::I) -> Self::V {
-        // SAFETY: `self` proves that the instruction set of this function is present.
-        unsafe { to_f32(v) }
-    }
-    #[inline(always)]
-    fn add_i(self, a: Self::I, b: Self::I) -> Self::I {
-        // SAFETY: `self` proves that the instruction set of this function is present.
-        unsafe { add_i(a, b) }
-    }
-    #[inline(always)]
-    fn times_256(self, v: Self::I) -> Self::I {
-        // SAFETY: `self` proves that the instruction set of this function is present.
-        unsafe { times_256(v) }
-    }
-    #[inline(always)]
-    fn nibbles(self, tile: &[u8; 256]) -> [Self::I; 8] {
-        // SAFETY: `self` proves that the instruction set of this function is present.
-        unsafe { nibbles(tile) }
-    }
-    #[inline(always)]
-    fn load_codes(self, line: &[u8; 64]) -> Self::I {
-        // SAFETY: `self` proves that the instruction set of this function is present.
-        unsafe { load_codes(line) }
-    }
-    #[inline(always)]
-    fn shift_mask(self, v: Self::I, left: i32, mask: u8) -> Self::I {
-        // SAFETY: `self` proves that the instruction set of this function is present.
-        unsafe { shift_mask(v, left, mask) }
-    }
-    #[inline(always)]
-    fn or(self, a: Self::I, b: Self::I) -> Self::I {
-        // SAFETY: `self` proves that the instruction set of this function is present.
-        unsafe { or(a, b) }
-    }
-    #[inline(always)]
-    fn add_bytes(self, v: Self::I, addend: u8) -> Self::I {
-        // SAFETY: `self` proves that the instruction set of this function is present.
-        unsafe { add_bytes(v, addend) }
-    }
-    #[inline(always)]
-    fn lookup(self, v: Self::I, table: &[u8; 16]) -> Self::I {
-        // SAFETY: `self` proves that the instruction set of this function is present.
-        unsafe { lookup(v, table) }
-    }
-    #[inline(always)]
-    fn bytes(self, tile: &[u8; 512]) -> [Self::I; 8] {
-        // SAFETY: `self` proves that the instruction set of this function is present.
-        unsafe { bytes(tile) }
-    }
-    #[inline(always)]
-    fn dot_nibbles(self, w: &[Self::I; 8], x: &[i8; 32], start: i32) -> Self::I {
-        // SAFETY: `self` proves that the instruction set of this function is present.
-        unsafe { dot_nibbles(w, x, start) }
-    }
-    #[inline(always)]
-    fn dot_bytes(self, w: [Self::I; 4], x: &[i8; 16], sum: i32) -> Self::I {
-        // SAFETY: `self` proves that the instruction set of this function is present.
-        unsafe { dot_bytes(w, x, sum) }
-    }
-    #[inline(always)]
-    fn unpack_bytes(self, v: Self::I) -> [Self::V; 4] {
-        // SAFETY: `self` proves that the instruction set of this function is present.
-        unsafe { unpack_bytes(v) }
-    }
-    #[inline(always)]
-    fn prefetch(self, from: &[u8], offset: usize) {
-        // SAFETY: `self` proves that the instruction set of this function is present.
-        unsafe { prefetch(from, offset) }
-    }
-    #[inline(always)]
-    fn prefetch_l2(self, from: &[u8], offset: usize) {
-        // SAFETY: `self` proves that the instruction set of this function is present.
-        unsafe { prefetch_l2(from, offset) }
-    }
-}
+lanes_by_functions!(Avx2, V = [__m256; 2], I = [__m256i; 2], WIDEST = 4);

@@ -1,7 +1,7 @@
 //! AVX-512 with VNNI: one register is sixteen lanes.
 #![expect(unsafe_code, reason = "vector intrinsics; the token proves that they exist")]
 
-use crate::lanes::{Kernel, Lanes};
+use crate::lanes::Kernel;
 use core::arch::x86_64::*;
 
 /// Proof that this CPU and the operating system run AVX-512 F, BW, DQ, VL and VNNI, FMA and F16C.
@@ -278,209 +278,94 @@ fn prefetch_l2(from: &[u8], offset: usize) {
     _mm_prefetch::<_MM_HINT_T1>(from.as_ptr().wrapping_add(offset).cast());
 }
 
-impl Lanes for Avx512Vnni {
-    type V = __m512;
-    type I = __m512i;
-    const WIDEST: usize = 8;
-
-    #[inline(always)]
-    fn splat(self, x: f32) -> Self::V {
-        // SAFETY: `self` proves that the instruction set of this function is present.
-        unsafe { _mm512_set1_ps(x) }
-    }
-    #[inline(always)]
-    fn load(self, values: &[f32; 16]) -> Self::V {
-        // SAFETY: `self` proves that the instruction set of this function is present.
-        unsafe { load(values) }
-    }
-    #[inline(always)]
-    fn store(self, v: Self::V, out: &mut [f32; 16]) {
-        // SAFETY: `self` proves that the instruction set of this function is present.
-        unsafe { store(v, out) }
-    }
-    #[inline(always)]
-    fn load_f32(self, bytes: &[u8; 64]) -> Self::V {
-        // SAFETY: `self` proves that the instruction set of this function is present.
-        unsafe { load_f32(bytes) }
-    }
-    #[inline(always)]
-    fn load_f16(self, bytes: &[u8; 32]) -> Self::V {
-        // SAFETY: `self` proves that the instruction set of this function is present.
-        unsafe { load_f16(bytes) }
-    }
-    #[inline(always)]
-    fn load_bf16(self, bytes: &[u8; 32]) -> Self::V {
-        // SAFETY: `self` proves that the instruction set of this function is present.
-        unsafe { load_bf16(bytes) }
-    }
-    #[inline(always)]
-    fn load_u8(self, bytes: &[u8; 16]) -> Self::V {
-        // SAFETY: `self` proves that the instruction set of this function is present.
-        unsafe { load_u8(bytes) }
-    }
-    #[inline(always)]
-    fn load_i8(self, bytes: &[u8; 16]) -> Self::V {
-        // SAFETY: `self` proves that the instruction set of this function is present.
-        unsafe { load_i8(bytes) }
-    }
-    #[inline(always)]
-    fn add(self, a: Self::V, b: Self::V) -> Self::V {
-        // SAFETY: `self` proves that the instruction set of this function is present.
-        unsafe { _mm512_add_ps(a, b) }
-    }
-    #[inline(always)]
-    fn sub(self, a: Self::V, b: Self::V) -> Self::V {
-        // SAFETY: `self` proves that the instruction set of this function is present.
-        unsafe { _mm512_sub_ps(a, b) }
-    }
-    #[inline(always)]
-    fn mul(self, a: Self::V, b: Self::V) -> Self::V {
-        // SAFETY: `self` proves that the instruction set of this function is present.
-        unsafe { _mm512_mul_ps(a, b) }
-    }
-    #[inline(always)]
-    fn div(self, a: Self::V, b: Self::V) -> Self::V {
-        // SAFETY: `self` proves that the instruction set of this function is present.
-        unsafe { _mm512_div_ps(a, b) }
-    }
-    #[inline(always)]
-    fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V {
-        // SAFETY: `self` proves that the instruction set of this function is present.
-        unsafe { _mm512_fmadd_ps(a, b, c) }
-    }
-    #[inline(always)]
-    fn max(self, a: Self::V, b: Self::V) -> Self::V {
-        // SAFETY: `self` proves that the instruction set of this function is present.
-        unsafe { _mm512_max_ps(a, b) }
-    }
-    #[inline(always)]
-    fn min(self, a: Self::V, b: Self::V) -> Self::V {
-        // SAFETY: `self` proves that the instruction set of this function is present.
-        unsafe { _mm512_min_ps(a, b) }
-    }
-    #[inline(always)]
-    fn abs(self, v: Self::V) -> Self::V {
-        // SAFETY: `self` proves that the instruction set of this function is present.
-        unsafe { _mm512_abs_ps(v) }
-    }
-    #[inline(always)]
-    fn copy_sign(self, magnitude: Self::V, sign: Self::V) -> Self::V {
-        // SAFETY: `self` proves that the instruction set of this function is present.
-        unsafe { copy_sign(magnitude, sign) }
-    }
-    #[inline(always)]
-    fn round(self, v: Self::V) -> Self::V {
-        // SAFETY: `self` proves that the instruction set of this function is present.
-        unsafe { _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(v) }
-    }
-    #[inline(always)]
-    fn exp2i(self, n: Self::V) -> Self::V {
-        // SAFETY: `self` proves that the instruction set of this function is present.
-        unsafe { exp2i(n) }
-    }
-    #[inline(always)]
-    fn select_less(self, a: Self::V, b: Self::V, then: Self::V, other: Self::V) -> Self::V {
-        // SAFETY: `self` proves that the instruction set of this function is present.
-        unsafe { select_less(a, b, then, other) }
-    }
-    #[inline(always)]
-    fn sum(self, v: Self::V) -> f32 {
-        // SAFETY: `self` proves that the instruction set of this function is present.
-        unsafe { sum(v) }
-    }
-    #[inline(always)]
-    fn maximum(self, v: Self::V) -> f32 {
-        // SAFETY: `self` proves that the instruction set of this function is present.
-        unsafe { maximum(v) }
-    }
-    #[inline(always)]
-    fn largest_magnitude(self, a: Self::V, b: Self::V) -> f32 {
-        // SAFETY: `self` proves that the instruction set of this function is present.
-        unsafe { largest_magnitude(a, b) }
-    }
-    #[inline(always)]
-    fn integer_sums(self, v: [Self::V; 4]) -> [i32; 4] {
-        // SAFETY: `self` proves that the instruction set of this function is present.
-        unsafe { integer_sums(v) }
-    }
-    #[inline(always)]
-    fn store_i8(self, v: Self::V, out: &mut [i8; 16]) {
-        // SAFETY: `self` proves that the instruction set of this function is present.
-        unsafe { store_i8(v, out) }
-    }
-    #[inline(always)]
-    fn to_f32(self, v: Self::I) -> Self::V {
-        // SAFETY: `self` proves that the instruction set of this function is present.
-        unsafe { _mm512_cvtepi32_ps(v) }
-    }
-    #[inline(always)]
-    fn add_i(self, a: Self::I, b: Self::I) -> Self::I {
-        // SAFETY: `self` proves that the instruction set of this function is present.
-        unsafe { _mm512_add_epi32(a, b) }
-    }
-    #[inline(always)]
-    fn times_256(self, v: Self::I) -> Self::I {
-        // SAFETY: `self` proves that the instruction set of this function is present.
-        unsafe { _mm512_slli_epi32::<8>(v) }
-    }
-    #[inline(always)]
-    fn nibbles(self, tile: &[u8; 256]) -> [Self::I; 8] {
-        // SAFETY: `self` proves that the instruction set of this function is present.
-        unsafe { nibbles(tile) }
-    }
-    #[inline(always)]
-    fn load_codes(self, line: &[u8; 64]) -> Self::I {
-        // SAFETY: `self` proves that the instruction set of this function is present.
-        unsafe { load_lanes(line) }
-    }
-    #[inline(always)]
-    fn shift_mask(self, v: Self::I, left: i32, mask: u8) -> Self::I {
-        // SAFETY: `self` proves that the instruction set of this function is present.
-        unsafe { shift_mask(v, left, mask) }
-    }
-    #[inline(always)]
-    fn or(self, a: Self::I, b: Self::I) -> Self::I {
-        // SAFETY: `self` proves that the instruction set of this function is present.
-        unsafe { _mm512_or_si512(a, b) }
-    }
-    #[inline(always)]
-    fn add_bytes(self, v: Self::I, addend: u8) -> Self::I {
-        // SAFETY: `self` proves that the instruction set of this function is present.
-        unsafe { add_bytes(v, addend) }
-    }
-    #[inline(always)]
-    fn lookup(self, v: Self::I, table: &[u8; 16]) -> Self::I {
-        // SAFETY: `self` proves that the instruction set of this function is present.
-        unsafe { lookup(v, table) }
-    }
-    #[inline(always)]
-    fn bytes(self, tile: &[u8; 512]) -> [Self::I; 8] {
-        // SAFETY: `self` proves that the instruction set of this function is present.
-        unsafe { bytes(tile) }
-    }
-    #[inline(always)]
-    fn dot_nibbles(self, w: &[Self::I; 8], x: &[i8; 32], start: i32) -> Self::I {
-        // SAFETY: `self` proves that the instruction set of this function is present.
-        unsafe { dot_nibbles(w, x, start) }
-    }
-    #[inline(always)]
-    fn dot_bytes(self, w: [Self::I; 4], x: &[i8; 16], sum: i32) -> Self::I {
-        // SAFETY: `self` proves that the instruction set of this function is present.
-        unsafe { dot_bytes(w, x, sum) }
-    }
-    #[inline(always)]
-    fn unpack_bytes(self, v: Self::I) -> [Self::V; 4] {
-        // SAFETY: `self` proves that the instruction set of this function is present.
-        unsafe { unpack_bytes(v) }
-    }
-    #[inline(always)]
-    fn prefetch(self, from: &[u8], offset: usize) {
-        // SAFETY: `self` proves that the instruction set of this function is present.
-        unsafe { prefetch(from, offset) }
-    }
-    #[inline(always)]
-    fn prefetch_l2(self, from: &[u8], offset: usize) {
-        // SAFETY: `self` proves that the instruction set of this function is present.
-        unsafe { prefetch_l2(from, offset) }
-    }
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq")]
+fn splat(x: f32) -> __m512 {
+    _mm512_set1_ps(x)
 }
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq")]
+fn add(a: __m512, b: __m512) -> __m512 {
+    _mm512_add_ps(a, b)
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq")]
+fn sub(a: __m512, b: __m512) -> __m512 {
+    _mm512_sub_ps(a, b)
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq")]
+fn mul(a: __m512, b: __m512) -> __m512 {
+    _mm512_mul_ps(a, b)
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq")]
+fn div(a: __m512, b: __m512) -> __m512 {
+    _mm512_div_ps(a, b)
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq")]
+fn fma(a: __m512, b: __m512, c: __m512) -> __m512 {
+    _mm512_fmadd_ps(a, b, c)
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq")]
+fn max(a: __m512, b: __m512) -> __m512 {
+    _mm512_max_ps(a, b)
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq")]
+fn min(a: __m512, b: __m512) -> __m512 {
+    _mm512_min_ps(a, b)
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq")]
+fn abs(v: __m512) -> __m512 {
+    _mm512_abs_ps(v)
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq")]
+fn round(v: __m512) -> __m512 {
+    _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(v)
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq")]
+fn to_f32(v: __m512i) -> __m512 {
+    _mm512_cvtepi32_ps(v)
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq")]
+fn add_i(a: __m512i, b: __m512i) -> __m512i {
+    _mm512_add_epi32(a, b)
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq")]
+fn times_256(v: __m512i) -> __m512i {
+    _mm512_slli_epi32::<8>(v)
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq")]
+fn load_codes(line: &[u8; 64]) -> __m512i {
+    load_lanes(line)
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq")]
+fn or(a: __m512i, b: __m512i) -> __m512i {
+    _mm512_or_si512(a, b)
+}
+
+lanes_by_functions!(Avx512Vnni, V = __m512, I = __m512i, WIDEST = 8);
