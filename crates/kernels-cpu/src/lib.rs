@@ -1,5 +1,5 @@
 //! The CPU as a device: [`CpuBackend`] implements [`exrail_kernels::Backend`] with AVX-512 VNNI,
-//! AVX2 or portable code, chosen when it starts, on a pool of pinned threads.
+//! AVX2, NEON or portable code, chosen when it starts, on a pool of pinned threads.
 //!
 //! Way in: `backend` holds one method an operation; `linear` and `product` are the matrix
 //! products on the tiles of `tile`, which `pack` makes of a checkpoint's rows, and `largest` is the

@@ -13,6 +13,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 const REGION_BYTES: usize = 32 << 20;
 const HUGE_PAGE: usize = 2 << 20;
+/// Of x86-64. Some AArch64 systems have pages of 16 or 64 KiB, and refuse advice about a range that
+/// begins inside one; nothing is then given back.
 const SMALL_PAGE: usize = 4 << 10;
 const LINE: usize = 64;
 
@@ -168,8 +170,8 @@ impl Arena {
             let start = used.next_multiple_of(SMALL_PAGE);
             // SAFETY: no part ends behind the region, which is whole pages.
             let rest = unsafe { region.start.add(start) };
-            // SAFETY: the range is inside the region, begins on a page, and holds no part yet; its
-            // pages are zeroed when they are touched again.
+            // SAFETY: the range is inside the region, begins on a page or is refused, and holds no
+            // part yet; its pages are zeroed when they are touched again.
             unsafe {
                 libc::madvise(rest.as_ptr().cast(), REGION_BYTES - start, libc::MADV_DONTNEED)
             };

@@ -1,5 +1,7 @@
 //! [`Isa`]: the instruction sets, and the one place that chooses between them.
 
+#[cfg(target_arch = "aarch64")]
+use crate::arch::Neon;
 use crate::arch::Scalar;
 #[cfg(target_arch = "x86_64")]
 use crate::arch::{Avx2, Avx512Vnni, AvxVnni};
@@ -11,6 +13,8 @@ use std::fmt;
 pub enum Isa {
     /// Portable Rust.
     Scalar,
+    /// NEON of AArch64 with the dot products of `asimddp`.
+    Neon,
     /// AVX2 with FMA and F16C.
     Avx2,
     /// AVX2 with FMA, F16C and AVX-VNNI.
@@ -20,8 +24,8 @@ pub enum Isa {
 }
 
 impl Isa {
-    /// Every one, slowest first.
-    pub const ALL: [Isa; 4] = [Isa::Scalar, Isa::Avx2, Isa::AvxVnni, Isa::Avx512Vnni];
+    /// Every one, slowest first among those of one architecture.
+    pub const ALL: [Isa; 5] = [Isa::Scalar, Isa::Neon, Isa::Avx2, Isa::AvxVnni, Isa::Avx512Vnni];
 
     /// Those that this CPU runs, slowest first; never empty.
     #[must_use]
@@ -34,6 +38,7 @@ impl fmt::Display for Isa {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Isa::Scalar => "scalar",
+            Isa::Neon => "neon",
             Isa::Avx2 => "avx2",
             Isa::AvxVnni => "avx-vnni",
             Isa::Avx512Vnni => "avx512-vnni",
@@ -45,6 +50,8 @@ impl fmt::Display for Isa {
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Processor {
     Scalar(Scalar),
+    #[cfg(target_arch = "aarch64")]
+    Neon(Neon),
     #[cfg(target_arch = "x86_64")]
     Avx2(Avx2),
     #[cfg(target_arch = "x86_64")]
@@ -58,6 +65,10 @@ impl Processor {
     pub(crate) fn of(isa: Isa) -> Option<Processor> {
         match isa {
             Isa::Scalar => Some(Processor::Scalar(Scalar)),
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon => Neon::detect().map(Processor::Neon),
+            #[cfg(not(target_arch = "aarch64"))]
+            Isa::Neon => None,
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => Avx2::detect().map(Processor::Avx2),
             #[cfg(target_arch = "x86_64")]
@@ -78,6 +89,8 @@ impl Processor {
     pub(crate) fn isa(self) -> Isa {
         match self {
             Processor::Scalar(_) => Isa::Scalar,
+            #[cfg(target_arch = "aarch64")]
+            Processor::Neon(_) => Isa::Neon,
             #[cfg(target_arch = "x86_64")]
             Processor::Avx2(_) => Isa::Avx2,
             #[cfg(target_arch = "x86_64")]
@@ -91,6 +104,8 @@ impl Processor {
     pub(crate) fn run<K: Kernel>(self, kernel: K) -> K::Out {
         match self {
             Processor::Scalar(token) => token.enter(kernel),
+            #[cfg(target_arch = "aarch64")]
+            Processor::Neon(token) => token.enter(kernel),
             #[cfg(target_arch = "x86_64")]
             Processor::Avx2(token) => token.enter(kernel),
             #[cfg(target_arch = "x86_64")]
@@ -98,5 +113,16 @@ impl Processor {
             #[cfg(target_arch = "x86_64")]
             Processor::Avx512Vnni(token) => token.enter(kernel),
         }
+    }
+}
+
+#[cfg(all(test, target_arch = "aarch64"))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn neon_is_among_what_is_tested() {
+        let available = Isa::available();
+        assert!(available.contains(&Isa::Neon), "this CPU has no `asimddp`: {available:?}");
     }
 }

@@ -2,7 +2,7 @@
 
 /// Implements [`crate::lanes::Lanes`] for a token by the functions of the same names in scope, which
 /// take no token and are compiled for its instruction set.
-#[cfg(target_arch = "x86_64")]
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 macro_rules! lanes_by_functions {
     ($token:ty, V = $v:ty, I = $i:ty, WIDEST = $widest:literal) => {
         impl crate::lanes::Lanes for $token {
@@ -57,7 +57,7 @@ macro_rules! lanes_by_functions {
 }
 
 /// Methods that call the functions of the same names.
-#[cfg(target_arch = "x86_64")]
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 macro_rules! forward {
     ($($name:ident($($argument:ident: $type:ty),*) $(-> $out:ty)?;)*) => {$(
         #[inline(always)]
@@ -68,10 +68,14 @@ macro_rules! forward {
     )*};
 }
 
+#[cfg(target_arch = "aarch64")]
+mod aarch64;
 mod scalar;
 #[cfg(target_arch = "x86_64")]
 mod x86_64;
 
+#[cfg(target_arch = "aarch64")]
+pub(crate) use aarch64::neon::Neon;
 pub(crate) use scalar::Scalar;
 #[cfg(target_arch = "x86_64")]
 pub(crate) use x86_64::{avx_vnni::AvxVnni, avx2::Avx2, avx512::Avx512Vnni};

@@ -1,0 +1,3 @@
+//! NEON.
+
+pub(crate) mod neon;
