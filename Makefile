@@ -1,6 +1,6 @@
 # Two commands matter: `make demo` and `make test`. Needed beforehand: cargo (rustup), a C compiler,
 # python3 with pip, and make; everything else is fetched by the steps below.
-.PHONY: help demo test fuzz soak bench-cpu deny
+.PHONY: help demo test fuzz soak bench-cpu test-neon deny
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -20,6 +20,9 @@ soak: ## 32 clients for 5 minutes with random cancels; ARGS="--seconds 60" chang
 
 bench-cpu: ## speed, load and memory against llama.cpp, on an idle machine; ARGS="--rounds 3"
 	@scripts/bench-cpu $(ARGS)
+
+test-neon: ## the kernels' tests on AArch64, under qemu on x86-64; ARGS="--test attention"
+	@scripts/test-neon $(ARGS)
 
 deny: ## licences and advisories of all dependencies (installs cargo-deny)
 	@scripts/deny
