@@ -1,6 +1,6 @@
 # Two commands matter: `make demo` and `make test`. Needed beforehand: cargo (rustup), a C compiler,
 # python3 with pip, and make; everything else is fetched by the steps below.
-.PHONY: help demo test fuzz soak bench-cpu test-neon deny
+.PHONY: help demo test test-cuda test-neon fuzz soak bench-cpu deny
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -11,6 +11,9 @@ demo: ## build, fetch the models, and run the whole product once
 
 test: ## everything that CI checks
 	@scripts/test
+
+test-cuda: ## the tests of the CUDA backend, on a machine with a GPU
+	@scripts/test-cuda
 
 fuzz: ## fuzz every parser; SECONDS_EACH=600 by default
 	@scripts/fuzz $(or $(SECONDS_EACH),600)

@@ -35,6 +35,7 @@ impl Ours<'_> {
         let Sizes { threads, prompt, generated, depth, batch, repeat, .. } = self.sizes;
         let output = Command::new(self.program)
             .args(["--json", "bench"])
+            .args(["--device", "cpu"])
             .args(["--threads", &threads.to_string()])
             .args(["--prompt", &prompt.to_string()])
             .args(["--gen", &generated.to_string()])

@@ -4,6 +4,7 @@ pub(crate) mod ask;
 pub(crate) mod bench;
 pub(crate) mod chat;
 pub(crate) mod demo;
+pub(crate) mod devices;
 pub(crate) mod embed;
 pub(crate) mod ingest;
 pub(crate) mod inspect;

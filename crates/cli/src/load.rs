@@ -22,6 +22,7 @@ use exrail_text::{Specials, Tokenizer};
 use exrail_verify::{CollectionIndex, CorpusCalibration, DeltaSGate, Retrieve};
 
 use crate::{
+    device::{Device, Job, Measured},
     options::{EncoderArgs, EngineArgs, Sources},
     output::Output,
     paths,
@@ -84,10 +85,9 @@ impl Boot<'_> {
     pub(crate) fn run(&self) -> Result<Services> {
         let mut bars = Bars::new(self.output);
         let (model, encoder) = self.preflight(&mut bars)?;
-        let backend = self.device()?;
-        let loaded = self.weights(&backend, &model, &mut bars)?;
-        let engine = self.engine(loaded)?;
-        let encoder = encoder.map(|found| self.encoder(&backend, found)).transpose()?;
+        let device = self.device()?;
+        let engine = device.run(Generator { boot: self, model: &model, bars: &mut bars })?;
+        let encoder = encoder.map(|found| self.encoder(&device, found)).transpose()?;
         let collections = match &encoder {
             Some(served) => self.collections(&engine, &served.encoder, &mut bars)?,
             None => std::collections::BTreeMap::new(),
@@ -118,20 +118,25 @@ impl Boot<'_> {
         })
     }
 
-    fn device(&self) -> Result<CpuBackend> {
+    fn device(&self) -> Result<Device> {
         self.board.run(Phase::Device, || {
-            let backend = CpuBackend::new(self.engine.cpu())?;
-            let name = backend.name();
-            Ok((backend, name))
+            let (device, no_gpu) = Device::open(self.engine.device, self.engine.cpu())?;
+            let name = device.name();
+            let why = no_gpu.map_or_else(String::new, |why| format!(" ({why})"));
+            // A program without kernels for a GPU had nothing to choose from.
+            if cfg!(feature = "cuda") {
+                self.output.note(format!("device: {name}{why}"));
+            }
+            Ok((device, name))
         })
     }
 
-    fn weights(
+    fn weights<B: Measured>(
         &self,
-        backend: &CpuBackend,
+        backend: &B,
         model: &Resolved,
         bars: &mut Bars,
-    ) -> Result<Loaded<CpuBackend>> {
+    ) -> Result<Loaded<B>> {
         let loaded = self.board.run(Phase::Weights, || {
             let path = &model.path;
             let options = self.engine.load();
@@ -145,7 +150,7 @@ impl Boot<'_> {
         Ok(loaded)
     }
 
-    fn engine(&self, loaded: Loaded<CpuBackend>) -> Result<EngineHandle> {
+    fn engine<B: Backend>(&self, loaded: Loaded<B>) -> Result<EngineHandle> {
         let engine = self.board.run(Phase::KvPool, || {
             let engine = Engine::start(loaded, self.engine.engine())?;
             let facts = engine.facts();
@@ -168,9 +173,9 @@ impl Boot<'_> {
         Ok(engine)
     }
 
-    fn encoder(&self, backend: &CpuBackend, found: Resolved) -> Result<ServedEncoder> {
+    fn encoder(&self, device: &Device, found: Resolved) -> Result<ServedEncoder> {
         self.board.run(Phase::Encoder, || {
-            let encoder = load_encoder(backend.clone(), &found)?;
+            let encoder = load_encoder(device.cpu(self.engine.cpu())?, &found)?;
             let detail = format!("{}, {} dimensions", found.name, encoder.facts().dim);
             Ok((ServedEncoder { name: found.name, encoder }, detail))
         })
@@ -208,6 +213,22 @@ impl Boot<'_> {
             }
             Ok((askers, details.join("; ")))
         })
+    }
+}
+
+/// The phases from weights to an engine that has generated tokens.
+struct Generator<'a, 'b> {
+    boot: &'a Boot<'b>,
+    model: &'a Resolved,
+    bars: &'a mut Bars,
+}
+
+impl Job for Generator<'_, '_> {
+    type Out = EngineHandle;
+
+    fn run<B: Measured>(self, backend: B) -> Result<EngineHandle> {
+        let loaded = self.boot.weights(&backend, self.model, self.bars)?;
+        self.boot.engine(loaded)
     }
 }
 

@@ -4,6 +4,7 @@
 //! pass.
 
 mod commands;
+mod device;
 mod load;
 mod options;
 mod output;
@@ -51,6 +52,8 @@ enum Command {
     Quantize(commands::quantize::Quantize),
     /// Measure speed, load time and memory of models on this machine.
     Bench(commands::bench::Bench),
+    /// List the devices that models can run on.
+    Devices(commands::devices::Devices),
     /// Run everything once on the sample corpus: serve, ingest, ask, verify, report.
     Demo(commands::demo::Demo),
 }
@@ -87,6 +90,7 @@ fn main() -> ExitCode {
         Command::Inspect(command) => command.run(&output),
         Command::Quantize(command) => command.run(&output),
         Command::Bench(command) => command.run(&output),
+        Command::Devices(command) => command.run(&output),
         Command::Demo(command) => command.run(&output),
     };
     match ended {

@@ -12,7 +12,7 @@ use exrail_server::Keys;
 use exrail_tensor::IntGrid;
 use serde::Serialize;
 
-use crate::progress::Bars;
+use crate::{device::DeviceOption, progress::Bars};
 
 /// The generator that is used when none is named.
 pub(crate) const DEFAULT_MODEL: &str = "smollm2-135m-instruct";
@@ -98,7 +98,10 @@ pub(crate) struct EngineArgs {
     /// Generator: a name of the registry, a GGUF file or a Hugging Face folder.
     #[arg(long, value_name = "NAME|PATH", default_value = DEFAULT_MODEL, env = "EXRAIL_MODEL")]
     pub(crate) model: String,
-    /// Threads; one per physical core when absent.
+    /// Device of the generator: auto (the first GPU, or else the CPU), cpu or cuda:N.
+    #[arg(long, value_name = "DEVICE", default_value = "auto", env = "EXRAIL_DEVICE")]
+    pub(crate) device: DeviceOption,
+    /// Threads of the CPU; one per physical core when absent.
     #[arg(long, value_name = "N", env = "EXRAIL_THREADS")]
     pub(crate) threads: Option<usize>,
     /// Round the matrices of a 16-bit model to this width while it is loaded; the embedding and the

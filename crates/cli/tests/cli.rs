@@ -38,7 +38,7 @@ fn every_command_explains_itself_and_wrong_usage_is_2() {
     let home = tempfile::tempdir().unwrap();
     let commands = [
         "serve", "chat", "ask", "ingest", "verify", "embed", "pull", "inspect", "quantize",
-        "bench", "demo",
+        "bench", "devices", "demo",
     ];
     for command in commands {
         let output = exrail(home.path(), &[command, "--help"]);
@@ -56,6 +56,28 @@ fn a_missing_model_is_named_with_what_there_is() {
     fails(&output, &["nowhere.gguf", "no such file", "smollm2-135m-instruct"]);
     let output = exrail(home.path(), &["chat", "hi"]);
     fails(&output, &["smollm2-135m-instruct", "not in the cache", "exrail pull"]);
+}
+
+#[test]
+fn a_gpu_is_used_or_refused_and_never_replaced() {
+    let home = tempfile::tempdir().unwrap();
+    let file = home.path().join("tiny.gguf");
+    std::fs::write(&file, tiny_llama(1, TinyLlama::default())).unwrap();
+    let model = file.to_str().unwrap();
+    for command in [&["chat", "hi", "--model", model][..], &["bench", model]] {
+        let output = exrail(home.path(), &[command, &["--device", "cuda:99"]].concat());
+        // `bench` says it in its table, the others on standard error.
+        let said = text(&output.stdout) + &text(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{said}");
+        let expected = if cfg!(feature = "cuda") { "cuda" } else { "feature `cuda`" };
+        assert!(said.to_lowercase().contains(expected) && !said.contains("panicked"), "{said}");
+        let output = exrail(home.path(), &[command, &["--device", "gpu"]].concat());
+        assert_eq!(output.status.code(), Some(2));
+        assert!(text(&output.stderr).contains("expected auto, cpu or cuda:N, found `gpu`"));
+    }
+    let output = exrail(home.path(), &["devices"]);
+    assert!(output.status.success());
+    assert!(text(&output.stdout).starts_with("cpu      cpu "), "{}", text(&output.stdout));
 }
 
 #[test]

@@ -9,7 +9,6 @@ use exrail_engine::{
     Engine, EngineOptions, Event, GenerateRequest, Generation, LoadOptions, Sampling,
     load_generator,
 };
-use exrail_kernels_cpu::CpuBackend;
 use exrail_text::Specials;
 use serde::{Deserialize, Serialize};
 
@@ -17,6 +16,7 @@ use super::{
     plan::Plan,
     process::{self, Resident},
 };
+use crate::device::{Device, Job, Measured};
 
 /// Positions of the KV cache at most: one page, so that its size says nothing about the engine's.
 const CONTEXT: usize = 256;
@@ -50,7 +50,32 @@ pub(super) struct FirstToken {
 /// # Errors
 /// The model cannot be loaded, or gives no token.
 pub(super) fn run(plan: &Plan, path: &Path, since: Instant) -> Result<FirstToken> {
-    let backend = CpuBackend::new(plan.cpu())?;
+    let (device, _) = Device::open(plan.device, plan.cpu())?;
+    device.run(Start { plan, path, since })
+}
+
+/// The way from an open device.
+struct Start<'a> {
+    plan: &'a Plan,
+    path: &'a Path,
+    since: Instant,
+}
+
+impl Job for Start<'_> {
+    type Out = FirstToken;
+
+    fn run<B: Measured>(self, backend: B) -> Result<FirstToken> {
+        let Start { plan, path, since } = self;
+        measure(backend, plan, path, since)
+    }
+}
+
+fn measure<B: Measured>(
+    backend: B,
+    plan: &Plan,
+    path: &Path,
+    since: Instant,
+) -> Result<FirstToken> {
     let loaded = load_generator(backend, path, LoadOptions::default(), &mut |_| {})?;
     let load_s = since.elapsed().as_secs_f64();
     let architecture = loaded.config.architecture.clone();

@@ -8,7 +8,10 @@ use exrail_kernels::{Activation, KvDtype};
 use exrail_kernels_cpu::CpuOptions;
 use serde::Serialize;
 
-use crate::options::{ActivationOption, KvOption};
+use crate::{
+    device::DeviceOption,
+    options::{ActivationOption, KvOption},
+};
 
 /// The options of a measurement.
 #[derive(Clone, Debug, Args)]
@@ -29,7 +32,10 @@ pub(super) struct Workload {
     /// Repetitions of every test, after one to warm up.
     #[arg(long, value_name = "N", default_value = "5")]
     repeat: NonZeroUsize,
-    /// Threads; one per physical core when absent.
+    /// Device: auto (the first GPU, or else the CPU), cpu or cuda:N.
+    #[arg(long, value_name = "DEVICE", default_value = "auto", env = "EXRAIL_DEVICE")]
+    device: DeviceOption,
+    /// Threads of the CPU; one per physical core when absent.
     #[arg(long, value_name = "N", env = "EXRAIL_THREADS")]
     threads: Option<NonZeroUsize>,
     /// Rows of a prefill step at most.
@@ -58,6 +64,8 @@ pub(super) struct Plan {
     pub(super) batch: Vec<usize>,
     /// Timed repetitions.
     pub(super) repeat: usize,
+    /// As asked.
+    pub(super) device: DeviceOption,
     /// As asked; `None`: one a physical core.
     pub(super) threads: Option<usize>,
     /// Rows of a prefill step at most.
@@ -87,6 +95,7 @@ impl Workload {
             depth: self.depth.clone(),
             batch,
             repeat: self.repeat.get(),
+            device: self.device,
             threads: self.threads.map(NonZeroUsize::get),
             chunk: self.chunk.get(),
             activation: self.activation,
@@ -158,6 +167,7 @@ impl Plan {
             ("--chunk", self.chunk.to_string()),
             ("--activation", activation.to_owned()),
             ("--kv", kv.to_owned()),
+            ("--device", self.device.to_string()),
         ];
         if let Some(threads) = self.threads {
             pairs.push(("--threads", threads.to_string()));
@@ -185,9 +195,9 @@ mod tests {
     #[test]
     fn a_plan_survives_the_way_to_another_process() {
         let given = ["--prompt", "64,512", "--gen", "7", "--depth", "0,1000", "--batch", "8,1"];
-        let more = ["--repeat", "3", "--chunk", "32", "--threads", "2", "--kv", "f32"];
+        let more = ["--repeat", "3", "--chunk", "32", "--threads", "2", "--device", "cpu"];
         let plan_of = |arguments: &[&str]| plan(arguments).unwrap();
-        let first = plan_of(&[&given[..], &more, &["--activation", "f32"]].concat());
+        let first = plan_of(&[&given[..], &more, &["--activation", "f32", "--kv", "f32"]].concat());
         let arguments = first.arguments();
         let again: Vec<&str> = arguments.iter().map(String::as_str).collect();
         assert_eq!(plan_of(&again), first);

@@ -12,7 +12,6 @@ use std::{path::Path, time::Instant};
 use anyhow::{Result, ensure};
 use exrail_engine::{LoadOptions, load_generator};
 use exrail_kernels::{AttentionSpan, Backend, KvShape, Largest, PAGE_TOKENS, PageId, TokenId};
-use exrail_kernels_cpu::{CpuBackend, ReadProbe};
 use exrail_model::{Batch, Decoder, Scratch};
 use serde::{Deserialize, Serialize};
 
@@ -20,7 +19,10 @@ use super::{
     plan::Plan,
     process::{self, Resident},
 };
-use crate::progress::Bars;
+use crate::{
+    device::{Device, Job, Measured},
+    progress::Bars,
+};
 
 /// Largest KLD, in nats, between the logits of a prefill and of token-by-token decode: what int8
 /// activations may cost against exact ones. The two round the same activations, so that they may
@@ -92,7 +94,26 @@ pub(super) enum StepOutput {
 /// # Errors
 /// The model cannot be loaded, its context is too short, or prefill and decode disagree.
 pub(super) fn run(plan: &Plan, path: &Path, bars: &mut Bars) -> Result<Speed> {
-    let mut subject = Subject::load(plan, path, bars)?;
+    let (device, _) = Device::open(plan.device, plan.cpu())?;
+    device.run(Tests { plan, path, bars })
+}
+
+/// The tests of one model.
+struct Tests<'a> {
+    plan: &'a Plan,
+    path: &'a Path,
+    bars: &'a mut Bars,
+}
+
+impl Job for Tests<'_> {
+    type Out = Speed;
+
+    fn run<B: Measured>(self, backend: B) -> Result<Speed> {
+        measure(Subject::load(backend, self.plan, self.path, self.bars)?, self.plan, self.bars)
+    }
+}
+
+fn measure<B: Measured>(mut subject: Subject<B>, plan: &Plan, bars: &mut Bars) -> Result<Speed> {
     let kld = subject.check()?;
     subject.fill(plan.deepest());
     let mut speed = plan_tests(plan, &subject);
@@ -104,10 +125,10 @@ pub(super) fn run(plan: &Plan, path: &Path, bars: &mut Bars) -> Result<Speed> {
         subject.decode(decode, plan.generated.min(16));
     }
     speed.resident = process::resident();
-    let probe = ReadProbe::new(&subject.backend, PROBE_BYTES)?;
+    let mut probe = subject.backend.probe(PROBE_BYTES)?;
     for repetition in 0..plan.repeat {
         bars.bench("prefill and decode", repetition, plan.repeat);
-        speed.read_bytes_per_s.extend((0..PROBE_PASSES).map(|_| probe.pass()));
+        speed.read_bytes_per_s.extend((0..PROBE_PASSES).map(|_| probe()));
         for test in &mut speed.prefill {
             let since = Instant::now();
             subject.prefill(test.tokens);
@@ -125,7 +146,7 @@ pub(super) fn run(plan: &Plan, path: &Path, bars: &mut Bars) -> Result<Speed> {
 }
 
 /// The tests of the plan, without samples.
-fn plan_tests(plan: &Plan, subject: &Subject) -> Speed {
+fn plan_tests<B: Measured>(plan: &Plan, subject: &Subject<B>) -> Speed {
     let prefill = plan.prompt.iter().map(|&tokens| Prefill { tokens, tokens_per_s: Vec::new() });
     let pairs = plan.depth.iter().flat_map(|d| plan.batch.iter().map(move |b| (*d, *b)));
     let tests = pairs.flat_map(|(depth, batch)| {
@@ -150,11 +171,11 @@ fn plan_tests(plan: &Plan, subject: &Subject) -> Speed {
 }
 
 /// The model with its sequences.
-struct Subject {
-    backend: CpuBackend,
-    decoder: Decoder<CpuBackend>,
-    scratch: Scratch<CpuBackend>,
-    pool: <CpuBackend as Backend>::KvPool,
+struct Subject<B: Backend> {
+    backend: B,
+    decoder: Decoder<B>,
+    scratch: Scratch<B>,
+    pool: B::KvPool,
     shape: KvShape,
     /// Page table of each sequence.
     pages: Vec<Vec<PageId>>,
@@ -164,11 +185,9 @@ struct Subject {
     logits: Vec<f32>,
 }
 
-impl Subject {
-    fn load(plan: &Plan, path: &Path, bars: &mut Bars) -> Result<Self> {
-        let backend = CpuBackend::new(plan.cpu())?;
-        if let Some(asked) = plan.threads {
-            let found = backend.n_threads();
+impl<B: Measured> Subject<B> {
+    fn load(backend: B, plan: &Plan, path: &Path, bars: &mut Bars) -> Result<Self> {
+        if let (Some(asked), Some(found)) = (plan.threads, backend.n_threads()) {
             ensure!(found == asked, "--threads: expected {asked}, the system gave {found}");
         }
         let options = LoadOptions::default();
@@ -338,7 +357,7 @@ fn same_token(expected: Largest, found: Largest) -> Result<()> {
 }
 
 /// How many tokens each layer sees at most; `None`: all.
-fn windows(decoder: &Decoder<CpuBackend>) -> Vec<Option<usize>> {
+fn windows<B: Backend>(decoder: &Decoder<B>) -> Vec<Option<usize>> {
     decoder.config().layers.iter().map(|layer| layer.window).collect()
 }
 

@@ -1,0 +1,240 @@
+//! Choosing a device: the one place that names backends of devices.
+
+use std::{fmt, str::FromStr};
+
+use anyhow::{Result, bail};
+use exrail_kernels::Backend;
+use exrail_kernels_cpu::{CpuBackend, CpuOptions};
+use serde::{Serialize, Serializer};
+
+/// What `--device` names.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum DeviceOption {
+    /// The first GPU that the kernels run on, or else the CPU.
+    Auto,
+    /// The CPU.
+    Cpu,
+    /// The GPU of this number, in the driver's order.
+    Cuda(usize),
+}
+
+impl FromStr for DeviceOption {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let cuda = |n: &str| n.parse().ok().map(DeviceOption::Cuda);
+        let found = match text {
+            "auto" => Some(DeviceOption::Auto),
+            "cpu" => Some(DeviceOption::Cpu),
+            "cuda" => Some(DeviceOption::Cuda(0)),
+            _ => text.strip_prefix("cuda:").and_then(cuda),
+        };
+        found.ok_or_else(|| format!("expected auto, cpu or cuda:N, found `{text}`"))
+    }
+}
+
+impl fmt::Display for DeviceOption {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            DeviceOption::Auto => f.write_str("auto"),
+            DeviceOption::Cpu => f.write_str("cpu"),
+            DeviceOption::Cuda(ordinal) => write!(f, "cuda:{ordinal}"),
+        }
+    }
+}
+
+impl Serialize for DeviceOption {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+/// A device that was opened.
+pub(crate) enum Device {
+    Cpu(CpuBackend),
+    #[cfg(feature = "cuda")]
+    Cuda(exrail_kernels_cuda::CudaBackend),
+}
+
+/// Work that is compiled once for each backend.
+pub(crate) trait Job {
+    type Out;
+    fn run<B: Measured>(self, backend: B) -> Result<Self::Out>;
+}
+
+/// A backend whose memory can be measured.
+pub(crate) trait Measured: Backend + Clone {
+    /// Asked for by `--threads`, and what there is.
+    fn n_threads(&self) -> Option<usize>;
+
+    /// Something that moves `bytes` of the device's memory and says how many bytes a second that
+    /// was.
+    ///
+    /// # Errors
+    /// Out of memory.
+    fn probe(&self, bytes: usize) -> Result<Box<dyn FnMut() -> f64>>;
+}
+
+impl Measured for CpuBackend {
+    fn n_threads(&self) -> Option<usize> {
+        Some(CpuBackend::n_threads(self))
+    }
+
+    fn probe(&self, bytes: usize) -> Result<Box<dyn FnMut() -> f64>> {
+        let probe = exrail_kernels_cpu::ReadProbe::new(self, bytes)?;
+        Ok(Box::new(move || probe.pass()))
+    }
+}
+
+impl Device {
+    /// Opens what an option names. With [`DeviceOption::Auto`] a GPU that cannot be used leaves the
+    /// CPU, and the second part says why.
+    ///
+    /// # Errors
+    /// The device is not there, or the kernels do not run on it.
+    pub(crate) fn open(option: DeviceOption, cpu: CpuOptions) -> Result<(Device, Option<String>)> {
+        match option {
+            DeviceOption::Cpu => Ok((Device::Cpu(CpuBackend::new(cpu)?), None)),
+            DeviceOption::Cuda(ordinal) => Ok((cuda::open(ordinal, cpu)?, None)),
+            DeviceOption::Auto => match cuda::open(0, cpu) {
+                Ok(device) => Ok((device, None)),
+                Err(why) => Ok((Device::Cpu(CpuBackend::new(cpu)?), Some(why.to_string()))),
+            },
+        }
+    }
+
+    /// Name of the device and how it computes.
+    pub(crate) fn name(&self) -> String {
+        match self {
+            Device::Cpu(backend) => backend.name(),
+            #[cfg(feature = "cuda")]
+            Device::Cuda(backend) => backend.name(),
+        }
+    }
+
+    /// The CPU's backend, which encoders run on: this device, or one of its own.
+    pub(crate) fn cpu(&self, options: CpuOptions) -> Result<CpuBackend> {
+        match self {
+            Device::Cpu(backend) => Ok(backend.clone()),
+            #[cfg(feature = "cuda")]
+            Device::Cuda(_) => Ok(CpuBackend::new(options)?),
+        }
+    }
+
+    /// Runs a job on the device's backend.
+    pub(crate) fn run<J: Job>(&self, job: J) -> Result<J::Out> {
+        match self {
+            Device::Cpu(backend) => job.run(backend.clone()),
+            #[cfg(feature = "cuda")]
+            Device::Cuda(backend) => job.run(backend.clone()),
+        }
+    }
+}
+
+/// One line of `exrail devices`.
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct Listed {
+    /// What `--device` takes.
+    pub(crate) device: String,
+    /// Name and size.
+    pub(crate) detail: String,
+}
+
+/// All devices that can be used, and why there is no GPU among them.
+///
+/// # Errors
+/// The CPU has no kernels.
+pub(crate) fn list() -> Result<(Vec<Listed>, Option<String>)> {
+    let cpu = CpuBackend::new(CpuOptions::default())?.name();
+    let mut listed = vec![Listed { device: "cpu".into(), detail: cpu }];
+    match cuda::list() {
+        Ok(found) if found.is_empty() => {
+            Ok((listed, Some("CUDA: the driver has no device".into())))
+        }
+        Ok(found) => {
+            listed.extend(found);
+            Ok((listed, None))
+        }
+        Err(why) => Ok((listed, Some(why.to_string()))),
+    }
+}
+
+#[cfg(feature = "cuda")]
+mod cuda {
+    use exrail_kernels_cuda::{CudaBackend, CudaOptions, devices};
+
+    use super::*;
+
+    impl Measured for CudaBackend {
+        fn n_threads(&self) -> Option<usize> {
+            None
+        }
+
+        fn probe(&self, bytes: usize) -> Result<Box<dyn FnMut() -> f64>> {
+            let mut probe = exrail_kernels_cuda::CopyProbe::new(self, bytes)?;
+            Ok(Box::new(move || probe.pass()))
+        }
+    }
+
+    pub(super) fn open(ordinal: usize, cpu: CpuOptions) -> Result<Device> {
+        if cpu.threads.is_some() {
+            bail!("--threads: expected --device cpu, found a GPU");
+        }
+        let options = CudaOptions { ordinal, activation: cpu.activation };
+        Ok(Device::Cuda(CudaBackend::open(options)?))
+    }
+
+    pub(super) fn list() -> Result<Vec<Listed>> {
+        let listed = devices()?.into_iter().map(|facts| {
+            let (major, minor) = facts.capability;
+            let gib = facts.memory_bytes as f64 / f64::from(1 << 30);
+            let n = facts.n_multiprocessors;
+            let detail = format!(
+                "{}, compute capability {major}.{minor}, {n} multiprocessors, {gib:.1} GiB",
+                facts.name
+            );
+            Listed { device: format!("cuda:{}", facts.ordinal), detail }
+        });
+        Ok(listed.collect())
+    }
+}
+
+#[cfg(not(feature = "cuda"))]
+mod cuda {
+    use super::*;
+
+    const ABSENT: &str = "CUDA: expected a program built with feature `cuda`, found one without; \
+                          build with --features cuda, or use --device cpu";
+
+    pub(super) fn open(_ordinal: usize, _cpu: CpuOptions) -> Result<Device> {
+        bail!(ABSENT)
+    }
+
+    pub(super) fn list() -> Result<Vec<Listed>> {
+        bail!(ABSENT)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_device_is_read_and_printed_alike() {
+        for text in ["auto", "cpu", "cuda:0", "cuda:11"] {
+            assert_eq!(text.parse::<DeviceOption>().unwrap().to_string(), text);
+        }
+        assert_eq!("cuda".parse(), Ok(DeviceOption::Cuda(0)));
+        for text in ["", "gpu", "cuda:", "cuda:-1", "cuda:x", "CPU"] {
+            let error = text.parse::<DeviceOption>().unwrap_err();
+            assert_eq!(error, format!("expected auto, cpu or cuda:N, found `{text}`"));
+        }
+    }
+
+    #[test]
+    fn the_cpu_is_always_listed() {
+        let (listed, why) = list().unwrap();
+        assert_eq!(listed[0].device, "cpu");
+        assert_eq!(why.is_some(), listed.len() == 1);
+    }
+}

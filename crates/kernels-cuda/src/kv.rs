@@ -1,0 +1,130 @@
+//! [`CudaKvPool`]: the page pool; see `cu/pages.cuh`.
+
+#![expect(unsafe_code, reason = "plain data that kernels take by value")]
+
+use cudarc::driver::{CudaSlice, DeviceRepr};
+use exrail_kernels::{KernelError, KvDtype, KvShape, KvSlot, PAGE_TOKENS, PageId};
+
+use crate::CudaBuffer;
+use crate::memory::{bytes_of_u32, narrow};
+use crate::stream::{Address, Grid, Slot, Stream};
+
+/// The C++ struct of the same name.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub(crate) struct Pages {
+    elements: Address,
+    scales: Address,
+    n_layers: u32,
+    n_kv_heads: u32,
+    head_dim: u32,
+    dtype: u32,
+}
+
+// SAFETY: plain data, with the fields of the C++ struct in its order.
+unsafe impl DeviceRepr for Pages {}
+
+/// Keys and values of all pages, on the device.
+#[derive(Debug)]
+pub struct CudaKvPool {
+    pub(crate) shape: KvShape,
+    elements: CudaSlice<u8>,
+    scales: CudaSlice<u8>,
+}
+
+impl CudaKvPool {
+    pub(crate) fn new(stream: &Stream, shape: KvShape) -> Result<CudaKvPool, KernelError> {
+        let n_entries = entries_of_page(shape).saturating_mul(shape.n_pages);
+        let bytes = n_entries.saturating_mul(element_bytes(shape.dtype) * shape.head_dim);
+        let scale_bytes = match shape.dtype {
+            KvDtype::F32 | KvDtype::F16 => 0,
+            KvDtype::Int8 => n_entries.saturating_mul(4),
+        };
+        Ok(CudaKvPool {
+            shape,
+            elements: stream.zeroed(bytes, "the KV pool")?,
+            scales: stream.zeroed(scale_bytes, "the KV pool's scales")?,
+        })
+    }
+
+    /// What kernels take.
+    pub(crate) fn pages(&self, stream: &Stream) -> Pages {
+        let dtype = match self.shape.dtype {
+            KvDtype::F32 => 0,
+            KvDtype::F16 => 1,
+            KvDtype::Int8 => 2,
+        };
+        Pages {
+            elements: stream.address(&self.elements),
+            scales: stream.address(&self.scales),
+            n_layers: narrow(self.shape.n_layers),
+            n_kv_heads: narrow(self.shape.n_kv_heads),
+            head_dim: narrow(self.shape.head_dim),
+            dtype,
+        }
+    }
+
+    /// See [`exrail_kernels::Backend::kv_copy_page`].
+    pub(crate) fn copy_page(&mut self, stream: &Stream, from: PageId, to: PageId) {
+        self.check_page(from);
+        self.check_page(to);
+        if from == to {
+            return;
+        }
+        let n_entries = entries_of_page(self.shape);
+        let copy = |memory: &CudaSlice<u8>, bytes: usize| {
+            let Address(start) = stream.address(memory);
+            let page = |page: PageId| Address(start + page.0 as u64 * bytes as u64);
+            stream.copy(page(from), page(to), bytes);
+        };
+        copy(&self.elements, n_entries * self.shape.head_dim * element_bytes(self.shape.dtype));
+        if self.shape.dtype == KvDtype::Int8 {
+            copy(&self.scales, 4 * n_entries);
+        }
+    }
+
+    /// See [`exrail_kernels::Backend::kv_write`].
+    pub(crate) fn write(
+        &mut self,
+        stream: &Stream,
+        layer: usize,
+        k: &CudaBuffer,
+        v: &CudaBuffer,
+        slots: &[KvSlot],
+    ) {
+        assert!(layer < self.shape.n_layers, "layer {layer} of {}", self.shape.n_layers);
+        for slot in slots {
+            self.check_page(slot.page);
+            assert!((slot.offset as usize) < PAGE_TOKENS, "offset {}", slot.offset);
+        }
+        let n_values = slots.len() * self.shape.n_kv_heads * self.shape.head_dim;
+        let (k, v) = (k.at(stream, n_values), v.at(stream, n_values));
+        let each = slots.iter().flat_map(|slot| [slot.page.0 as usize, slot.offset as usize]);
+        let at = stream.upload(Slot::KvSlots, bytes_of_u32(each));
+        let (pages, layer, n) = (self.pages(stream), narrow(layer), narrow(slots.len()));
+        let grid = Grid::warps(2 * slots.len() * self.shape.n_kv_heads);
+        stream.launch("kv_write", grid, &[&pages, &layer, &k, &v, &at, &n]);
+    }
+
+    pub(crate) fn check_page(&self, page: PageId) {
+        assert!(
+            (page.0 as usize) < self.shape.n_pages,
+            "page {} of {}",
+            page.0,
+            self.shape.n_pages
+        );
+    }
+}
+
+fn element_bytes(dtype: KvDtype) -> usize {
+    match dtype {
+        KvDtype::F32 => 4,
+        KvDtype::F16 => 2,
+        KvDtype::Int8 => 1,
+    }
+}
+
+/// Keys and values of one page, all layers and heads.
+fn entries_of_page(shape: KvShape) -> usize {
+    2 * shape.n_layers * shape.n_kv_heads * PAGE_TOKENS
+}

@@ -1,0 +1,179 @@
+//! Norms, rotations and other operations on rows of activations.
+
+use exrail_kernels::{Largest, NormKind, Rope, RopeStyle, Span, TokenId};
+
+use crate::memory::{bytes_of, bytes_of_u32, narrow};
+use crate::stream::{Address, Grid, Slot, Stream};
+use crate::{CudaBuffer, CudaWeight};
+
+/// Threads of a block that norms one row.
+const NORM_THREADS: usize = 256;
+/// Threads of a block that looks for the largest of a row.
+const LARGEST_THREADS: usize = 1024;
+
+/// What a norm does with its result; the constants of `cu/norm.cu`.
+#[derive(Clone, Copy)]
+pub(crate) enum Into {
+    Replace = 0,
+    AddTo = 1,
+}
+
+/// A norm of rows.
+pub(crate) struct Norm<'a> {
+    pub(crate) kind: NormKind,
+    pub(crate) weight: &'a CudaBuffer,
+    pub(crate) bias: Option<&'a CudaBuffer>,
+    pub(crate) width: usize,
+    pub(crate) eps: f32,
+}
+
+impl Norm<'_> {
+    /// `out[t] = norm(x[t])`, or adds it; x and out may be the same.
+    pub(crate) fn run(&self, stream: &Stream, x: Address, n_rows: usize, out: Address, into: Into) {
+        let kind = match self.kind {
+            NormKind::Rms => 0_u32,
+            NormKind::Layer => 1,
+        };
+        let weight = self.weight.at(stream, self.width);
+        let bias = self.bias.map_or(Address(0), |bias| bias.at(stream, self.width));
+        let (width, into) = (narrow(self.width), into as u32);
+        let grid = Grid { blocks: (n_rows, 1), threads: NORM_THREADS, shared_bytes: 0 };
+        stream.launch(
+            "norm_rows",
+            grid,
+            &[&x, &weight, &bias, &out, &width, &self.eps, &kind, &into],
+        );
+    }
+}
+
+/// See [`exrail_kernels::Backend::embed`].
+pub(crate) fn embed(
+    stream: &Stream,
+    table: &CudaWeight,
+    ids: &[TokenId],
+    scale: f32,
+    out: &CudaBuffer,
+) {
+    let n_values = ids.len() * table.columns;
+    let out = out.at(stream, n_values);
+    assert!(ids.iter().all(|id| (id.0 as usize) < table.rows), "ids below {}", table.rows);
+    let planes = table.planes(stream);
+    let n_ids = narrow(ids.len());
+    let ids = stream.upload(Slot::Ids, bytes_of(ids, |id| id.0.to_le_bytes()));
+    let n_threads = if table.dtype.is_quantised() { n_values / 32 } else { n_values };
+    let kernel = format!("embed_{}", table.suffix());
+    stream.launch(&kernel, Grid::each(n_threads), &[&planes, &ids, &scale, &out, &n_ids]);
+}
+
+/// See [`exrail_kernels::Backend::rope`].
+pub(crate) fn rope(
+    stream: &Stream,
+    x: &CudaBuffer,
+    n_heads: usize,
+    head_dim: usize,
+    positions: &[u32],
+    rope: &Rope,
+) {
+    let n_pairs = rope.inverse_frequencies.len();
+    assert!(2 * n_pairs <= head_dim, "{n_pairs} pairs do not fit a head of {head_dim}");
+    let x = x.at(stream, positions.len() * n_heads * head_dim);
+    let at = stream.upload(Slot::Positions, bytes_of(positions, u32::to_le_bytes));
+    let frequencies = bytes_of(&rope.inverse_frequencies, f32::to_le_bytes);
+    let frequencies = stream.upload(Slot::Frequencies, frequencies);
+    let interleaved = match rope.style {
+        RopeStyle::Interleaved => 1_u32,
+        RopeStyle::Halves => 0,
+    };
+    let (n, heads, dim, pairs) =
+        (narrow(positions.len()), narrow(n_heads), narrow(head_dim), narrow(n_pairs));
+    let grid = Grid::each(positions.len() * n_heads * n_pairs);
+    stream.launch(
+        "rope",
+        grid,
+        &[&x, &at, &frequencies, &n, &heads, &dim, &pairs, &rope.magnitude, &interleaved],
+    );
+}
+
+/// See [`exrail_kernels::Backend::gather_rows`].
+pub(crate) fn gather_rows(
+    stream: &Stream,
+    x: &CudaBuffer,
+    width: usize,
+    rows: &[u32],
+    out: &CudaBuffer,
+) {
+    let n_needed = rows.iter().max().map_or(0, |&row| row as usize + 1);
+    let (x, to) = (x.at(stream, n_needed * width), out.at(stream, rows.len() * width));
+    let at = stream.upload(Slot::Rows, bytes_of(rows, u32::to_le_bytes));
+    let (n, columns) = (narrow(rows.len()), narrow(width));
+    let grid = Grid::each(rows.len() * width);
+    stream.launch("gather_rows", grid, &[&x, &at, &to, &n, &columns]);
+}
+
+/// See [`exrail_kernels::Backend::add`].
+pub(crate) fn add(stream: &Stream, x: &CudaBuffer, y: &CudaBuffer, len: usize) {
+    let (x, y, n) = (x.at(stream, len), y.at(stream, len), narrow(len));
+    stream.launch("add", Grid::each(len), &[&x, &y, &n]);
+}
+
+/// See [`exrail_kernels::Backend::scale_and_cap`].
+pub(crate) fn scale_and_cap(
+    stream: &Stream,
+    x: &CudaBuffer,
+    len: usize,
+    scale: f32,
+    soft_cap: Option<f32>,
+) {
+    let (x, n, cap) = (x.at(stream, len), narrow(len), soft_cap.unwrap_or(0.0));
+    stream.launch("scale_and_cap", Grid::each(len), &[&x, &n, &scale, &cap]);
+}
+
+/// See [`exrail_kernels::Backend::mean_rows`].
+pub(crate) fn mean_rows(
+    stream: &Stream,
+    x: &CudaBuffer,
+    width: usize,
+    spans: &[Span],
+    out: &CudaBuffer,
+) {
+    let n_needed = spans.iter().map(|span| span.first_row + span.n_rows).max().unwrap_or(0);
+    let (x, out) = (x.at(stream, n_needed * width), out.at(stream, spans.len() * width));
+    let each = spans.iter().flat_map(|span| [span.first_row, span.n_rows]);
+    let at = stream.upload(Slot::Spans, bytes_of_u32(each));
+    let (n, columns) = (narrow(spans.len()), narrow(width));
+    let grid = Grid::each(spans.len() * width);
+    stream.launch("mean_rows", grid, &[&x, &at, &out, &n, &columns]);
+}
+
+/// The first largest of the first `limit` values of `n_rows` rows of `width`.
+pub(crate) fn largest(
+    stream: &Stream,
+    x: &CudaBuffer,
+    n_rows: usize,
+    width: usize,
+    limit: usize,
+) -> Vec<Largest> {
+    assert!((1..=width).contains(&limit), "{limit} of {width} outputs");
+    if n_rows == 0 {
+        return Vec::new();
+    }
+    const FOUND: &str = "largest outputs";
+    let (at, out) = (x.at(stream, n_rows * width), stream.work(FOUND, 8 * n_rows));
+    let (columns, first) = (narrow(width), narrow(limit));
+    let grid = Grid { blocks: (n_rows, 1), threads: LARGEST_THREADS, shared_bytes: 0 };
+    stream.launch("largest", grid, &[&at, &out, &columns, &first]);
+    let mut bytes = vec![0; 8 * n_rows];
+    stream.read_work(FOUND, &mut bytes);
+    let found = bytes.as_chunks::<8>().0.iter().map(|bytes| {
+        let [index, value] = [0, 4].map(|at| [0, 1, 2, 3].map(|i| bytes[at + i]));
+        Largest { index: u32::from_le_bytes(index), value: f32::from_le_bytes(value) }
+    });
+    let mut found: Vec<Largest> = found.collect();
+    if found.iter().any(|largest| largest.value.is_nan()) {
+        // Which index a fault is reported at is defined on the host alone.
+        let mut values = vec![0.0; n_rows * width];
+        x.read(stream, &mut values);
+        found = values.chunks_exact(width).map(|row| Largest::of(&row[..limit])).collect();
+    }
+    found
+}

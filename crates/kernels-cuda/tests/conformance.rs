@@ -1,0 +1,90 @@
+//! Every operation against the reference, in both activation modes. A missing device is a failure.
+
+use exrail_kernels::{Activation, Backend, InputRounding, WeightView, conformance};
+use exrail_kernels_cuda::{CudaBackend, CudaOptions};
+use exrail_tensor::DType;
+
+fn backend(activation: Activation) -> CudaBackend {
+    CudaBackend::open(CudaOptions { ordinal: 0, activation }).expect("a device")
+}
+
+#[test]
+fn every_operation_conforms() {
+    for activation in [Activation::F32, Activation::Int8] {
+        let backend = backend(activation);
+        if let Err(error) = conformance::run(&backend, activation) {
+            panic!("{}: {error}", backend.name());
+        }
+    }
+}
+
+/// Seeded values in -1..1.
+fn noise(seed: u64, len: usize) -> Vec<f32> {
+    let mut state = seed | 1;
+    let mut next = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state >> 40) as f32 / 8_388_608.0 - 1.0
+    };
+    (0..len).map(|_| next()).collect()
+}
+
+fn product(backend: &CudaBackend, view: &WeightView<'_>, x: &[f32]) -> Vec<f32> {
+    let n_rows = x.len() / view.columns;
+    let weight = backend.weight(view).expect("weight");
+    let mut input = backend.buffer(x.len()).expect("memory");
+    backend.write(&mut input, x);
+    let mut out = backend.buffer(n_rows * view.rows).expect("memory");
+    backend.linear(&input, n_rows, &weight, None, &mut out);
+    let mut values = vec![0.0; n_rows * view.rows];
+    backend.read(&out, &mut values);
+    values
+}
+
+fn bits(values: &[f32]) -> Vec<u32> {
+    values.iter().map(|v| v.to_bits()).collect()
+}
+
+#[test]
+fn a_row_alone_equals_the_row_in_a_batch() {
+    for activation in [Activation::F32, Activation::Int8] {
+        let backend = backend(activation);
+        for (i, dtype) in DType::ALL.into_iter().enumerate() {
+            for rounding in [InputRounding::Once, InputRounding::Twice] {
+                let (rows, columns, n_rows) = (37, 512, 11);
+                let values = noise(i as u64 + 5, rows * columns);
+                let bytes = exrail_tensor::quantize(dtype, &values).expect("whole blocks");
+                let bytes = &bytes;
+                let view =
+                    WeightView { name: "w", dtype, rows, columns, bytes, rounding, head: false };
+                let x = noise(i as u64 + 77, n_rows * columns);
+                let together = product(&backend, &view, &x);
+                for (t, x) in x.chunks_exact(columns).enumerate() {
+                    let alone = product(&backend, &view, x);
+                    let row = &together[t * rows..(t + 1) * rows];
+                    assert_eq!(bits(&alone), bits(row), "{dtype} row {t}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_nan_activation_reaches_the_output_of_its_row_only() {
+    let backend = backend(Activation::Int8);
+    let bytes = exrail_tensor::quantize(DType::Q4_0, &noise(3, 20 * 64)).expect("whole blocks");
+    let (rows, columns, rounding) = (20, 64, InputRounding::Once);
+    let (name, dtype, bytes) = ("w", DType::Q4_0, &bytes[..]);
+    let view = WeightView { name, dtype, rows, columns, bytes, rounding, head: false };
+    for bad in [f32::NAN, -f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+        for place in [0, 15, 16, 40, 63] {
+            let mut x = noise(4, 3 * 64);
+            x[64 + place] = bad;
+            let out = product(&backend, &view, &x);
+            assert!(out[..20].iter().all(|v| v.is_finite()));
+            assert!(out[20..40].iter().all(|v| v.is_nan()));
+            assert!(out[40..].iter().all(|v| v.is_finite()));
+        }
+    }
+}

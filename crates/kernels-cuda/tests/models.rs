@@ -1,0 +1,192 @@
+//! Whole models on the GPU against the CPU: every family of `golden/families`, which the CPU's own
+//! tests hold against transformers, and the two real ones that `EXRAIL_TEST_GENERATOR` and
+//! `EXRAIL_TEST_GEMMA` name. A missing device or file is a failure.
+
+#![expect(clippy::unwrap_used, reason = "helpers of tests may panic as tests may")]
+
+use std::path::{Path, PathBuf};
+
+use exrail_checkpoint::{DecoderConfig, Gguf, HfFolder, Tensors};
+use exrail_kernels::{Activation, AttentionSpan, Backend, KvDtype, PAGE_TOKENS, PageId, TokenId};
+use exrail_kernels_cpu::{CpuBackend, CpuOptions};
+use exrail_kernels_cuda::{CudaBackend, CudaOptions};
+use exrail_model::{Batch, Decoder};
+
+/// Largest distance of a logit between two devices that both sum in f32, in another order; the
+/// standard deviation of the families' logits is 0.8 to 1.8.
+const EXACT_DISTANCE: f32 = 2e-4;
+/// The same of a real model, whose logits reach 30.
+const REAL_DISTANCE: f32 = 2e-3;
+/// Largest mean KLD, in nats, of the fast mode on two devices, which round alike until sums in
+/// another order move a value across the middle of two steps; what the fast mode may differ from
+/// the exact one.
+const FAST_KLD: f64 = 2e-3;
+
+type Model<'a> = (&'a DecoderConfig, &'a dyn Tensors);
+
+fn cuda(activation: Activation) -> CudaBackend {
+    CudaBackend::open(CudaOptions { ordinal: 0, activation }).expect("a device")
+}
+
+fn cpu(activation: Activation) -> CpuBackend {
+    CpuBackend::new(CpuOptions { activation, ..CpuOptions::default() }).unwrap()
+}
+
+/// Logits of all positions, fed in steps of at most `step` tokens.
+fn logits<B: Backend>(
+    backend: &B,
+    (config, tensors): Model<'_>,
+    ids: &[TokenId],
+    step: usize,
+    kv: KvDtype,
+) -> Vec<f32> {
+    let config = config.clone().with_context_len(ids.len().min(config.max_context_len)).unwrap();
+    let decoder = Decoder::load(backend, &config, tensors, &mut |_| {}).unwrap();
+    let n_pages = ids.len().div_ceil(PAGE_TOKENS);
+    let pages: Vec<PageId> = (1..=n_pages as u32).rev().map(PageId).collect();
+    let mut pool = backend.kv_pool(decoder.kv_shape(n_pages + 1, kv)).unwrap();
+    let mut scratch = decoder.scratch(backend, step, step).unwrap();
+    let mut all = Vec::new();
+    for (i, ids) in ids.chunks(step).enumerate() {
+        let (n_rows, first_position) = (ids.len(), i * step);
+        let span = AttentionSpan { first_row: 0, n_rows, first_position, pages: &pages };
+        let rows: Vec<u32> = (0..n_rows as u32).collect();
+        let batch = Batch { ids, spans: &[span], logit_rows: &rows };
+        decoder.forward(backend, &mut scratch, &mut pool, &batch);
+        let mut logits = Vec::new();
+        scratch.read_logits(backend, &mut logits);
+        all.extend(logits);
+    }
+    all
+}
+
+/// Greedy continuation of `prompt`.
+fn greedy<B: Backend>(
+    backend: &B,
+    (config, tensors): Model<'_>,
+    prompt: &[TokenId],
+    n_tokens: usize,
+) -> Vec<u32> {
+    let len = prompt.len() + n_tokens;
+    let config = config.clone().with_context_len(len).unwrap();
+    let decoder = Decoder::load(backend, &config, tensors, &mut |_| {}).unwrap();
+    let n_pages = len.div_ceil(PAGE_TOKENS) as u32;
+    let pages: Vec<PageId> = (0..n_pages).map(PageId).collect();
+    let mut pool = backend.kv_pool(decoder.kv_shape(pages.len(), KvDtype::F16)).unwrap();
+    let mut scratch = decoder.scratch(backend, prompt.len(), 1).unwrap();
+    let (mut ids, mut first_position) = (prompt.to_vec(), 0);
+    let mut out = Vec::new();
+    while out.len() < n_tokens {
+        let n_rows = ids.len();
+        let span = AttentionSpan { first_row: 0, n_rows, first_position, pages: &pages };
+        let batch = Batch { ids: &ids, spans: &[span], logit_rows: &[n_rows as u32 - 1] };
+        let limit = config.vocab_size;
+        let found = decoder.forward_largest(backend, &mut scratch, &mut pool, &batch, limit);
+        first_position += n_rows;
+        ids = vec![TokenId(found[0].index)];
+        out.push(found[0].index);
+    }
+    out
+}
+
+fn distance(a: &[f32], b: &[f32]) -> f32 {
+    assert_eq!(a.len(), b.len());
+    // f32::max would drop a NaN.
+    let further = |max: f32, d: f32| if d.is_nan() { f32::INFINITY } else { max.max(d) };
+    a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, further)
+}
+
+/// Mean over the rows of `vocab_size` logits of KLD(p ‖ q), in nats.
+fn mean_kld(p: &[f32], q: &[f32], vocab_size: usize) -> f64 {
+    let log_total = |row: &[f32]| {
+        let highest = row.iter().fold(f64::NEG_INFINITY, |max, &x| max.max(f64::from(x)));
+        highest + row.iter().map(|&x| (f64::from(x) - highest).exp()).sum::<f64>().ln()
+    };
+    let rows = p.chunks_exact(vocab_size).zip(q.chunks_exact(vocab_size));
+    let each = rows.map(|(p, q)| {
+        let (total_p, total_q) = (log_total(p), log_total(q));
+        let terms = p.iter().zip(q).map(|(&p, &q)| {
+            let (p, q) = (f64::from(p) - total_p, f64::from(q) - total_q);
+            p.exp() * (p - q)
+        });
+        terms.sum::<f64>()
+    });
+    let klds: Vec<f64> = each.collect();
+    klds.iter().sum::<f64>() / klds.len() as f64
+}
+
+fn families() -> Vec<PathBuf> {
+    // The variable, not the constant: the tests may run elsewhere than they were compiled.
+    let here = std::env::var_os("CARGO_MANIFEST_DIR").unwrap();
+    let dir = Path::new(&here).join("../../golden/families");
+    let entries = std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path());
+    let mut found: Vec<PathBuf> = entries.filter(|path| path.join("golden.bin").exists()).collect();
+    found.sort();
+    found
+}
+
+/// A family's folder, and its GGUF file where there is one.
+fn sources(folder: &Path) -> Vec<(&'static str, DecoderConfig, Box<dyn Tensors>)> {
+    let hf = HfFolder::open(folder).unwrap();
+    let mut sources: Vec<(_, _, Box<dyn Tensors>)> =
+        vec![("folder", hf.config().clone(), Box::new(hf))];
+    if let Ok(gguf) = Gguf::open(&folder.join("model.gguf")) {
+        sources.push(("GGUF", DecoderConfig::from_gguf(&gguf).unwrap(), Box::new(gguf)));
+    }
+    sources
+}
+
+fn some_ids(vocab_size: usize, n: usize) -> Vec<TokenId> {
+    (0..n).map(|i| TokenId((i * 7919 % vocab_size) as u32)).collect()
+}
+
+#[test]
+fn logits_of_every_family_are_those_of_the_cpu() {
+    let (cuda, cpu) = (cuda(Activation::F32), cpu(Activation::F32));
+    let families = families();
+    assert!(families.len() > 20, "{} families", families.len());
+    let mut faults = Vec::new();
+    for folder in families {
+        let name = folder.file_name().unwrap().to_string_lossy().into_owned();
+        for (source, config, tensors) in sources(&folder) {
+            let model = (&config, &*tensors);
+            let ids = some_ids(config.vocab_size, 40);
+            let expected = logits(&cpu, model, &ids, 40, KvDtype::F32);
+            for step in [40, 7, 1] {
+                let found = logits(&cuda, model, &ids, step, KvDtype::F32);
+                let distance = distance(&found, &expected);
+                eprintln!("{name:16} {source:6} in steps of {step:2}: {distance:.1e}");
+                if distance > EXACT_DISTANCE {
+                    faults.push(format!("{name} {source} {step}: {distance:e}"));
+                }
+            }
+        }
+    }
+    assert!(faults.is_empty(), "{}", faults.join("\n"));
+}
+
+#[test]
+fn real_models_agree_with_the_cpu_and_with_themselves() {
+    for variable in ["EXRAIL_TEST_GENERATOR", "EXRAIL_TEST_GEMMA"] {
+        let path = std::env::var_os(variable).unwrap_or_else(|| panic!("{variable} is set"));
+        let gguf = Gguf::open(Path::new(&path)).unwrap();
+        let config = DecoderConfig::from_gguf(&gguf).unwrap();
+        let model: Model<'_> = (&config, &gguf);
+        let ids = some_ids(config.vocab_size, 300);
+        for (activation, kv) in [(Activation::F32, KvDtype::F32), (Activation::Int8, KvDtype::F16)]
+        {
+            let (cuda, cpu) = (cuda(activation), cpu(activation));
+            let found = logits(&cuda, model, &ids, 64, kv);
+            let expected = logits(&cpu, model, &ids, 64, kv);
+            let distance = distance(&found, &expected);
+            let kld = mean_kld(&expected, &found, config.vocab_size);
+            eprintln!("{variable} {activation:?}: distance {distance:.1e}, mean KLD {kld:.1e}");
+            match activation {
+                Activation::F32 => assert!(distance < REAL_DISTANCE, "{variable}: {distance:e}"),
+                Activation::Int8 => assert!(kld < FAST_KLD, "{variable}: {kld:e}"),
+            }
+            let runs = [(); 3].map(|()| greedy(&cuda, model, &ids[..20], 64));
+            assert!(runs.iter().all(|run| *run == runs[0]), "{variable}: greedy tokens differ");
+        }
+    }
+}
