@@ -112,12 +112,12 @@ impl Device {
         }
     }
 
-    /// The CPU's backend, which encoders run on: this device, or one of its own.
-    pub(crate) fn cpu(&self, options: CpuOptions) -> Result<CpuBackend> {
+    /// The CPU's backend, if this is the CPU.
+    pub(crate) fn cpu(&self) -> Option<&CpuBackend> {
         match self {
-            Device::Cpu(backend) => Ok(backend.clone()),
+            Device::Cpu(backend) => Some(backend),
             #[cfg(feature = "cuda")]
-            Device::Cuda(_) => Ok(CpuBackend::new(options)?),
+            Device::Cuda(_) => None,
         }
     }
 

@@ -175,7 +175,9 @@ impl Boot<'_> {
 
     fn encoder(&self, device: &Device, found: Resolved) -> Result<ServedEncoder> {
         self.board.run(Phase::Encoder, || {
-            let encoder = load_encoder(device.cpu(self.engine.cpu())?, &found)?;
+            let cpu = device.cpu().cloned();
+            let cpu = cpu.map_or_else(|| CpuBackend::new(self.engine.cpu()), Ok)?;
+            let encoder = load_encoder(cpu, &found)?;
             let detail = format!("{}, {} dimensions", found.name, encoder.facts().dim);
             Ok((ServedEncoder { name: found.name, encoder }, detail))
         })
