@@ -1,6 +1,10 @@
-// Scaled dot-product attention with grouped heads, causal over pages or unmasked inside spans. One
-// block of threads has one head of one row; its warps take every WARPS-th position and keep a running
-// softmax each (Milakov and Gimelshein 2018, arXiv:1805.02867), which are merged in a fixed order.
+// Scaled dot-product attention with grouped heads, causal over pages or unmasked inside spans.
+//
+// Over pages, `attention_run` gives one block of threads a run of positions of one head of one row,
+// and `attention_merge` puts the runs together (Dao et al. 2023, "Flash-Decoding for long-context
+// inference"). Heads of an odd width, and spans, go to `attend`, where one block has one head of one
+// row; its warps take every WARPS-th position and keep a running softmax each (Milakov and Gimelshein
+// 2018, arXiv:1805.02867), which are merged in a fixed order.
 #include "common.cuh"
 #include "pages.cuh"
 
@@ -131,3 +135,149 @@ EXTERN void attention_full(const float *q, const float *k, const float *v, Shape
     const uint32_t width = shape.n_kv_heads * shape.head_dim;
     attend(q, Direct{k, v, width, shape.head_dim}, shape, rows, out);
 }
+
+// Positions that one block of `attention_part` attends to: a run that starts on a multiple of it, so
+// that what a row gives does not depend on the other rows of its batch.
+#define RUN 128
+// Elements that a lane takes at once.
+#define VECTOR 8
+
+// Eight consecutive elements as numbers, without the scale of int8.
+__device__ __forceinline__ void eight(const float *at, float (&out)[VECTOR]) {
+    const float4 low = ((const float4 *)at)[0], high = ((const float4 *)at)[1];
+    out[0] = low.x, out[1] = low.y, out[2] = low.z, out[3] = low.w;
+    out[4] = high.x, out[5] = high.y, out[6] = high.z, out[7] = high.w;
+}
+__device__ __forceinline__ void eight(const __half *at, float (&out)[VECTOR]) {
+    const uint4 packed = *(const uint4 *)at;
+    const __half2 *pairs = (const __half2 *)&packed;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const float2 pair = __half22float2(pairs[i]);
+        out[2 * i] = pair.x, out[2 * i + 1] = pair.y;
+    }
+}
+__device__ __forceinline__ void eight(const int8_t *at, float (&out)[VECTOR]) {
+    const uint2 packed = *(const uint2 *)at;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        out[i] = (float)(int8_t)(packed.x >> (8 * i));
+        out[i + 4] = (float)(int8_t)(packed.y >> (8 * i));
+    }
+}
+
+// One run of one head of one row, heads of a multiple of eight: first all scores, then all values.
+// Writes the sum of the values by the weights, their total and the highest score behind each other,
+// or, where there is one run alone, the result.
+template <class E>
+__device__ void attend_run(const float *q, const Pages &pages, uint32_t layer, const uint32_t *table,
+                           Shape shape, const Row *rows, float *out, float *parts) {
+    __shared__ float weights[RUN];
+    extern __shared__ float sums[]; // (groups, D)
+    const Row row = rows[blockIdx.x];
+    const uint32_t h = blockIdx.y, head = h / (shape.n_heads / shape.n_kv_heads);
+    const uint32_t D = shape.head_dim, n_vectors = D / VECTOR;
+    // Lanes that share a position: a power of two, so that they lie in one warp.
+    uint32_t lanes = 1;
+    while (lanes < n_vectors && lanes < 32) lanes *= 2;
+    const uint32_t lane = threadIdx.x % lanes, group = threadIdx.x / lanes;
+    const uint32_t n_groups = blockDim.x / lanes;
+    const uint32_t start = blockIdx.z * RUN;
+    const size_t at = ((size_t)row.row * shape.n_heads + h) * D;
+    float *part = parts + (((size_t)blockIdx.x * shape.n_heads + h) * gridDim.z + blockIdx.z) * (D + 2);
+    if (start >= row.end || start + RUN <= row.first) {
+        if (threadIdx.x == 0) part[D] = 0, part[D + 1] = -INFINITY;
+        return;
+    }
+    const size_t keys = pages.entry(table[row.pages_at + start / PAGE_TOKENS], layer, 0, head,
+                                    start % PAGE_TOKENS);
+    const size_t values = pages.entry(table[row.pages_at + start / PAGE_TOKENS], layer, 1, head,
+                                      start % PAGE_TOKENS);
+    const E *elements = (const E *)pages.elements;
+    for (uint32_t p = group; p < RUN; p += n_groups) {
+        const bool seen = start + p >= row.first && start + p < row.end;
+        float dot = 0;
+        for (uint32_t v = lane; v < n_vectors && seen; v += lanes) {
+            float key[VECTOR];
+            eight(elements + (keys + p) * D + v * VECTOR, key);
+#pragma unroll
+            for (int i = 0; i < VECTOR; i++) dot = fmaf(q[at + v * VECTOR + i], key[i], dot);
+        }
+        for (uint32_t step = lanes / 2; step > 0; step /= 2) {
+            dot += __shfl_xor_sync(0xffffffff, dot, step);
+        }
+        if (lane == 0) {
+            if (sizeof(E) == 1 && seen) dot *= pages.scales[keys + p];
+            float score = dot * shape.scale;
+            if (shape.soft_cap > 0) score = shape.soft_cap * tanhf(score / shape.soft_cap);
+            weights[p] = seen ? score : -INFINITY;
+        }
+    }
+    __syncthreads();
+    // Every warp finds the highest score and the total by itself, in one order.
+    float highest = -INFINITY, total = 0;
+    for (uint32_t p = threadIdx.x % 32; p < RUN; p += 32) highest = fmaxf(highest, weights[p]);
+    highest = warp_max(highest);
+    for (uint32_t p = threadIdx.x % 32; p < RUN; p += 32) {
+        const bool seen = start + p >= row.first && start + p < row.end;
+        total += seen ? expf(weights[p] - highest) : 0.0f;
+    }
+    total = warp_sum(total);
+    for (uint32_t v = lane; v < n_vectors; v += lanes) {
+        float sum[VECTOR] = {};
+        for (uint32_t p = group; p < RUN; p += n_groups) {
+            if (start + p < row.first || start + p >= row.end) continue;
+            float weight = expf(weights[p] - highest);
+            if (sizeof(E) == 1) weight *= pages.scales[values + p];
+            float value[VECTOR];
+            eight(elements + (values + p) * D + v * VECTOR, value);
+#pragma unroll
+            for (int i = 0; i < VECTOR; i++) sum[i] = fmaf(weight, value[i], sum[i]);
+        }
+#pragma unroll
+        for (int i = 0; i < VECTOR; i++) sums[group * D + v * VECTOR + i] = sum[i];
+    }
+    __syncthreads();
+    for (uint32_t d = threadIdx.x; d < D; d += blockDim.x) {
+        float sum = 0;
+        for (uint32_t g = 0; g < n_groups; g++) sum += sums[g * D + d];
+        if (gridDim.z == 1) {
+            out[at + d] = sum / total;
+        } else {
+            part[d] = sum;
+        }
+    }
+    if (threadIdx.x == 0) part[D] = total, part[D + 1] = highest;
+}
+
+// Puts the runs of every head of every row together, in their order.
+EXTERN void attention_merge(const float *parts, Shape shape, const Row *rows, float *out,
+                            uint32_t n_runs) {
+    const uint32_t D = shape.head_dim;
+    const Row row = rows[blockIdx.x];
+    const float *part = parts + ((size_t)blockIdx.x * shape.n_heads + blockIdx.y) * n_runs * (D + 2);
+    float highest = -INFINITY;
+    for (uint32_t r = 0; r < n_runs; r++) highest = fmaxf(highest, part[r * (D + 2) + D + 1]);
+    for (uint32_t d = threadIdx.x; d < D; d += blockDim.x) {
+        float sum = 0, total = 0;
+        for (uint32_t r = 0; r < n_runs; r++) {
+            const float *run = part + r * (D + 2);
+            // A run without a position has nothing; one with nothing but NaN keeps its NaN.
+            if (run[D] == 0 && run[D + 1] == -INFINITY) continue;
+            const float factor = run[D + 1] == -INFINITY ? 1.0f : expf(run[D + 1] - highest);
+            sum = fmaf(factor, run[d], sum);
+            total = fmaf(factor, run[D], total);
+        }
+        out[((size_t)row.row * shape.n_heads + blockIdx.y) * D + d] = sum / total;
+    }
+}
+
+#define RUNS(name, E)                                                                              \
+    EXTERN void attention_run_##name(const float *q, Pages pages, uint32_t layer,                  \
+                                     const uint32_t *table, Shape shape, const Row *rows,          \
+                                     float *out, float *parts) {                                   \
+        attend_run<E>(q, pages, layer, table, shape, rows, out, parts);                            \
+    }
+RUNS(f32, float)
+RUNS(f16, __half)
+RUNS(int8, int8_t)

@@ -6,11 +6,19 @@ use cudarc::driver::DeviceRepr;
 use exrail_kernels::{AttentionShape, AttentionSpan, KvDtype, PAGE_TOKENS, Span};
 
 use crate::memory::{bytes_of_u32, narrow};
-use crate::stream::{Grid, Slot, Stream};
+use crate::stream::{Address, Grid, Stream};
 use crate::{CudaBuffer, CudaKvPool};
 
 /// Threads of a block, which has one head of one row.
 const THREADS: usize = 256;
+/// Positions that one block attends to, and elements that a lane takes at once; the constants of
+/// `cu/attention.cu`.
+const RUN: usize = 128;
+const VECTOR: u32 = 8;
+/// Bytes of the results of runs that are kept at once: rows of a long prompt take turns.
+const PARTS_BYTES: usize = 64 << 20;
+/// Bytes of the C++ struct `Row`.
+const ROW_BYTES: usize = 16;
 /// Widest head: what the lanes of a warp hold.
 const MAX_HEAD_DIM: usize = 512;
 
@@ -46,7 +54,17 @@ impl Shape {
 
     fn grid(self, n_rows: usize) -> Grid {
         let shared_bytes = THREADS / 32 * self.head_dim as usize * 4;
-        Grid { blocks: (n_rows, self.n_heads as usize), threads: THREADS, shared_bytes }
+        Grid {
+            blocks: (n_rows, self.n_heads as usize),
+            threads: THREADS,
+            ..Grid::one(shared_bytes)
+        }
+    }
+
+    fn run_grid(self, n_rows: usize, n_runs: usize) -> Grid {
+        let lanes = (self.head_dim.div_ceil(VECTOR) as usize).next_power_of_two().min(32);
+        let shared_bytes = THREADS / lanes * self.head_dim as usize * 4;
+        Grid { runs: n_runs, shared_bytes, ..self.grid(n_rows) }
     }
 }
 
@@ -61,7 +79,7 @@ pub(crate) fn attention(
 ) {
     assert!(layer < pool.shape.n_layers, "layer {layer} of {}", pool.shape.n_layers);
     let (mut rows, mut table) = (Vec::new(), Vec::new());
-    let mut n_needed = 0;
+    let (mut n_needed, mut longest) = (0, 1);
     for span in spans {
         let pages_at = table.len();
         let end = span.first_position + span.n_rows;
@@ -76,21 +94,41 @@ pub(crate) fn attention(
             rows.extend([span.first_row + i, first, end, pages_at]);
         }
         n_needed = n_needed.max(span.first_row + span.n_rows);
+        longest = longest.max(end);
     }
     let n_rows = rows.len() / 4;
     let n_values = n_needed * shape.n_heads * shape.head_dim;
-    let (q, out) = (q.at(stream, n_values), out.at(stream, n_values));
-    let (pages, layer, shape) = (pool.pages(stream), narrow(layer), Shape::of(shape));
-    let rows = stream.upload(Slot::AttentionRows, bytes_of_u32(rows));
-    let table = stream.upload(Slot::PageTable, bytes_of_u32(table));
-    let kernel = match pool.shape.dtype {
-        KvDtype::F32 => "attention_f32",
-        KvDtype::F16 => "attention_f16",
-        KvDtype::Int8 => "attention_int8",
+    let (q, out) = (q.at(n_values), out.at(n_values));
+    let (pages, layer, shape) = (pool.pages(), narrow(layer), Shape::of(shape));
+    let rows = stream.upload(&bytes_of_u32(rows));
+    let table = stream.upload(&bytes_of_u32(table));
+    let dtype = match pool.shape.dtype {
+        KvDtype::F32 => "f32",
+        KvDtype::F16 => "f16",
+        KvDtype::Int8 => "int8",
     };
-    let arguments: [&dyn crate::stream::AnyArgument; 7] =
-        [&q, &pages, &layer, &table, &shape, &rows, &out];
-    stream.launch(kernel, shape.grid(n_rows), &arguments);
+    if !shape.head_dim.is_multiple_of(VECTOR) {
+        let kernel = format!("attention_{dtype}");
+        let grid = shape.grid(n_rows);
+        stream.launch(&kernel, grid, &[&q, &pages, &layer, &table, &shape, &rows, &out]);
+        return;
+    }
+    // A power of two, so that a growing context seldom changes the grid.
+    let n_runs = longest.div_ceil(RUN).next_power_of_two();
+    let row_bytes = 4 * shape.n_heads as usize * n_runs * (shape.head_dim as usize + 2);
+    let rows_at_once = (PARTS_BYTES / row_bytes).clamp(1, n_rows.max(1));
+    let parts = stream.work("runs of attention", rows_at_once * row_bytes);
+    for first in (0..n_rows).step_by(rows_at_once) {
+        let n_rows = rows_at_once.min(n_rows - first);
+        let rows = Address(rows.0 + (first * ROW_BYTES) as u64);
+        let (kernel, grid) = (format!("attention_run_{dtype}"), shape.run_grid(n_rows, n_runs));
+        stream.launch(&kernel, grid, &[&q, &pages, &layer, &table, &shape, &rows, &out, &parts]);
+        if n_runs > 1 {
+            let grid = Grid { runs: 1, shared_bytes: 0, threads: 128, ..grid };
+            let n_runs = narrow(n_runs);
+            stream.launch("attention_merge", grid, &[&parts, &shape, &rows, &out, &n_runs]);
+        }
+    }
 }
 
 /// See [`exrail_kernels::Backend::attention_full`]; keys come with values.
@@ -112,8 +150,8 @@ pub(crate) fn attention_full(
     let n_rows = rows.len() / 4;
     let n_values = n_needed * shape.n_heads * shape.head_dim;
     let n_cached = n_needed * shape.n_kv_heads * shape.head_dim;
-    let (q, out) = (q.at(stream, n_values), out.at(stream, n_values));
-    let (k, v) = (k.at(stream, n_cached), v.at(stream, n_cached));
-    let (shape, rows) = (Shape::of(shape), stream.upload(Slot::AttentionRows, bytes_of_u32(rows)));
+    let (q, out) = (q.at(n_values), out.at(n_values));
+    let (k, v) = (k.at(n_cached), v.at(n_cached));
+    let (shape, rows) = (Shape::of(shape), stream.upload(&bytes_of_u32(rows)));
     stream.launch("attention_full", shape.grid(n_rows), &[&q, &k, &v, &shape, &rows, &out]);
 }

@@ -10,7 +10,7 @@ use exrail_kernels::{
 use crate::linear::{Epilogue, Input};
 use crate::memory::bytes_of;
 use crate::rows::{self, Into, Norm};
-use crate::stream::{Slot, Stream};
+use crate::stream::Stream;
 use crate::{CudaBuffer, CudaError, CudaKvPool, CudaWeight, DeviceFacts, attention};
 
 /// How to open a [`CudaBackend`].
@@ -57,8 +57,15 @@ impl CudaBackend {
         CudaBackend { stream: Arc::clone(&self.stream), activation }
     }
 
+    /// CUDA graphs that were ever made: one for each list of launches that came a second time. It does
+    /// not grow in steps of shapes that ran before.
+    #[must_use]
+    pub fn n_graphs(&self) -> u64 {
+        self.stream.n_graphs()
+    }
+
     /// The device's queue.
-    pub(crate) fn stream(&self) -> &Stream {
+    pub(crate) fn stream(&self) -> &Arc<Stream> {
         &self.stream
     }
 
@@ -93,11 +100,11 @@ impl Backend for CudaBackend {
     }
 
     fn write(&self, buffer: &mut CudaBuffer, values: &[f32]) {
-        buffer.write(&self.stream, values);
+        buffer.write(values);
     }
 
     fn read(&self, buffer: &CudaBuffer, values: &mut [f32]) {
-        buffer.read(&self.stream, values);
+        buffer.read(values);
     }
 
     fn kv_pool(&self, shape: KvShape) -> Result<CudaKvPool, KernelError> {
@@ -122,7 +129,7 @@ impl Backend for CudaBackend {
         out: &mut CudaBuffer,
     ) {
         let (norm, len) = norm_of(kind, weight, None, eps, n_rows);
-        let (x, out) = (x.at(&self.stream, len), out.at(&self.stream, len));
+        let (x, out) = (x.at(len), out.at(len));
         norm.run(&self.stream, x, n_rows, out, Into::Replace);
     }
 
@@ -135,7 +142,7 @@ impl Backend for CudaBackend {
         eps: f32,
     ) {
         let (norm, len) = norm_of(kind, weight, None, eps, n_rows);
-        let x = x.at(&self.stream, len);
+        let x = x.at(len);
         norm.run(&self.stream, x, n_rows, x, Into::Replace);
     }
 
@@ -149,7 +156,7 @@ impl Backend for CudaBackend {
         y: &mut CudaBuffer,
     ) {
         let (norm, len) = norm_of(kind, weight, None, eps, n_rows);
-        let (x, y) = (x.at(&self.stream, len), y.at(&self.stream, len));
+        let (x, y) = (x.at(len), y.at(len));
         norm.run(&self.stream, x, n_rows, y, Into::AddTo);
     }
 
@@ -162,7 +169,7 @@ impl Backend for CudaBackend {
         eps: f32,
     ) {
         let (norm, len) = norm_of(NormKind::Layer, weight, Some(bias), eps, n_rows);
-        let x = x.at(&self.stream, len);
+        let x = x.at(len);
         norm.run(&self.stream, x, n_rows, x, Into::Replace);
     }
 
@@ -174,8 +181,8 @@ impl Backend for CudaBackend {
         bias: Option<&CudaBuffer>,
         out: &mut CudaBuffer,
     ) {
-        let out = out.at(&self.stream, n_rows * weight.rows);
-        let bias = bias.map(|bias| bias.at(&self.stream, weight.rows));
+        let out = out.at(n_rows * weight.rows);
+        let bias = bias.map(|bias| bias.at(weight.rows));
         self.input(x, n_rows, &[weight]).times(weight, Epilogue::store(out, bias));
     }
 
@@ -201,8 +208,8 @@ impl Backend for CudaBackend {
     ) {
         let input = self.input(x, n_rows, &weights);
         for (i, out) in outs.into_iter().enumerate() {
-            let out = out.at(&self.stream, n_rows * weights[i].rows);
-            let bias = biases.map(|biases| biases[i].at(&self.stream, weights[i].rows));
+            let out = out.at(n_rows * weights[i].rows);
+            let bias = biases.map(|biases| biases[i].at(weights[i].rows));
             input.times(weights[i], Epilogue::store(out, bias));
         }
     }
@@ -216,8 +223,8 @@ impl Backend for CudaBackend {
         scale: f32,
         y: &mut CudaBuffer,
     ) {
-        let y = y.at(&self.stream, n_rows * weight.rows);
-        let bias = bias.map(|bias| bias.at(&self.stream, weight.rows));
+        let y = y.at(n_rows * weight.rows);
+        let bias = bias.map(|bias| bias.at(weight.rows));
         self.input(x, n_rows, &[weight]).times(weight, Epilogue::add(y, bias, scale));
     }
 
@@ -231,10 +238,10 @@ impl Backend for CudaBackend {
     ) {
         assert_eq!(rows.len(), scales.len(), "one scale a row");
         let n_needed = rows.iter().max().map_or(0, |&row| row as usize + 1);
-        let y = y.at(&self.stream, n_needed * weight.rows);
+        let y = y.at(n_needed * weight.rows);
         let input = self.input(x, rows.len(), &[weight]);
-        let rows = self.stream.upload(Slot::Rows, bytes_of(rows, u32::to_le_bytes));
-        let scales = self.stream.upload(Slot::Scales, bytes_of(scales, f32::to_le_bytes));
+        let rows = self.stream.upload(&bytes_of(rows, u32::to_le_bytes));
+        let scales = self.stream.upload(&bytes_of(scales, f32::to_le_bytes));
         input.times(weight, Epilogue::add_rows(y, rows, scales));
     }
 
@@ -248,7 +255,7 @@ impl Backend for CudaBackend {
         out: &mut CudaBuffer,
     ) {
         assert_eq!((gate.rows, gate.columns), (up.rows, up.columns), "gate and up have one shape");
-        let out = out.at(&self.stream, n_rows * gate.rows);
+        let out = out.at(n_rows * gate.rows);
         let input = self.input(x, n_rows, &[gate, up]);
         input.times(gate, Epilogue::activated(out, activation));
         input.times(up, Epilogue::times(out));
@@ -262,8 +269,8 @@ impl Backend for CudaBackend {
         bias: &CudaBuffer,
         out: &mut CudaBuffer,
     ) {
-        let out = out.at(&self.stream, n_rows * weight.rows);
-        let bias = bias.at(&self.stream, weight.rows);
+        let out = out.at(n_rows * weight.rows);
+        let bias = bias.at(weight.rows);
         self.input(x, n_rows, &[weight]).times(weight, Epilogue::gelu(out, bias));
     }
 

@@ -2,12 +2,14 @@
 
 #![expect(unsafe_code, reason = "plain data that kernels take by value")]
 
-use cudarc::driver::{CudaSlice, DeviceRepr};
+use std::sync::Arc;
+
+use cudarc::driver::DeviceRepr;
 use exrail_kernels::{KernelError, KvDtype, KvShape, KvSlot, PAGE_TOKENS, PageId};
 
 use crate::CudaBuffer;
 use crate::memory::{bytes_of_u32, narrow};
-use crate::stream::{Address, Grid, Slot, Stream};
+use crate::stream::{Address, Grid, Memory, Stream};
 
 /// The C++ struct of the same name.
 #[derive(Clone, Copy, Debug)]
@@ -28,12 +30,12 @@ unsafe impl DeviceRepr for Pages {}
 #[derive(Debug)]
 pub struct CudaKvPool {
     pub(crate) shape: KvShape,
-    elements: CudaSlice<u8>,
-    scales: CudaSlice<u8>,
+    elements: Memory,
+    scales: Memory,
 }
 
 impl CudaKvPool {
-    pub(crate) fn new(stream: &Stream, shape: KvShape) -> Result<CudaKvPool, KernelError> {
+    pub(crate) fn new(stream: &Arc<Stream>, shape: KvShape) -> Result<CudaKvPool, KernelError> {
         let n_entries = entries_of_page(shape).saturating_mul(shape.n_pages);
         let bytes = n_entries.saturating_mul(element_bytes(shape.dtype) * shape.head_dim);
         let scale_bytes = match shape.dtype {
@@ -42,21 +44,21 @@ impl CudaKvPool {
         };
         Ok(CudaKvPool {
             shape,
-            elements: stream.zeroed(bytes, "the KV pool")?,
-            scales: stream.zeroed(scale_bytes, "the KV pool's scales")?,
+            elements: Memory::zeroed(stream, bytes, "the KV pool")?,
+            scales: Memory::zeroed(stream, scale_bytes, "the KV pool's scales")?,
         })
     }
 
     /// What kernels take.
-    pub(crate) fn pages(&self, stream: &Stream) -> Pages {
+    pub(crate) fn pages(&self) -> Pages {
         let dtype = match self.shape.dtype {
             KvDtype::F32 => 0,
             KvDtype::F16 => 1,
             KvDtype::Int8 => 2,
         };
         Pages {
-            elements: stream.address(&self.elements),
-            scales: stream.address(&self.scales),
+            elements: self.elements.address(),
+            scales: self.scales.address(),
             n_layers: narrow(self.shape.n_layers),
             n_kv_heads: narrow(self.shape.n_kv_heads),
             head_dim: narrow(self.shape.head_dim),
@@ -72,8 +74,8 @@ impl CudaKvPool {
             return;
         }
         let n_entries = entries_of_page(self.shape);
-        let copy = |memory: &CudaSlice<u8>, bytes: usize| {
-            let Address(start) = stream.address(memory);
+        let copy = |memory: &Memory, bytes: usize| {
+            let Address(start) = memory.address();
             let page = |page: PageId| Address(start + page.0 as u64 * bytes as u64);
             stream.copy(page(from), page(to), bytes);
         };
@@ -98,10 +100,10 @@ impl CudaKvPool {
             assert!((slot.offset as usize) < PAGE_TOKENS, "offset {}", slot.offset);
         }
         let n_values = slots.len() * self.shape.n_kv_heads * self.shape.head_dim;
-        let (k, v) = (k.at(stream, n_values), v.at(stream, n_values));
+        let (k, v) = (k.at(n_values), v.at(n_values));
         let each = slots.iter().flat_map(|slot| [slot.page.0 as usize, slot.offset as usize]);
-        let at = stream.upload(Slot::KvSlots, bytes_of_u32(each));
-        let (pages, layer, n) = (self.pages(stream), narrow(layer), narrow(slots.len()));
+        let at = stream.upload(&bytes_of_u32(each));
+        let (pages, layer, n) = (self.pages(), narrow(layer), narrow(slots.len()));
         let grid = Grid::warps(2 * slots.len() * self.shape.n_kv_heads);
         stream.launch("kv_write", grid, &[&pages, &layer, &k, &v, &at, &n]);
     }

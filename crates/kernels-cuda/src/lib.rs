@@ -17,6 +17,7 @@ mod kv;
 mod linear;
 mod memory;
 mod probe;
+mod queue;
 mod rows;
 mod stream;
 mod weight;

@@ -121,7 +121,7 @@ impl<'a> Input<'a> {
     ) -> Input<'a> {
         let columns = weights[0].columns;
         assert!(weights.iter().all(|w| w.columns == columns), "matrices of one input");
-        let x = x.at(stream, n_rows * columns);
+        let x = x.at(n_rows * columns);
         let packed = weights.iter().filter(|weight| weight.dtype.is_quantised());
         let twice = |rounding| matches!(rounding, InputRounding::Twice);
         let rounding = match activation {
@@ -155,8 +155,8 @@ impl<'a> Input<'a> {
         let n_rows = narrow(self.n_rows);
         let tile = if self.n_rows == 1 { TILES[0] } else { TILES[1] };
         let blocks = (weight.rows.div_ceil(8), self.n_rows.div_ceil(tile));
-        let grid = Grid { blocks, threads: 256, shared_bytes: 0 };
-        let (planes, suffix) = (weight.planes(self.stream), weight.suffix());
+        let grid = Grid { blocks, ..Grid::one(0) };
+        let (planes, suffix) = (weight.planes(), weight.suffix());
         match self.quantised.filter(|_| weight.dtype.is_quantised()) {
             Some((x, rounding)) => {
                 let mode = match rounding {

@@ -1,20 +1,21 @@
 //! [`CudaBuffer`]: activations on the device, and plain values as bytes.
 
-use cudarc::driver::CudaSlice;
+use std::sync::Arc;
+
 use exrail_kernels::KernelError;
 
-use crate::stream::{Address, Stream};
+use crate::stream::{Address, Memory, Stream};
 
 /// f32 values on the device.
 #[derive(Debug)]
 pub struct CudaBuffer {
-    memory: CudaSlice<u8>,
+    memory: Memory,
     len: usize,
 }
 
 impl CudaBuffer {
-    pub(crate) fn new(stream: &Stream, len: usize) -> Result<CudaBuffer, KernelError> {
-        let memory = stream.zeroed(len.saturating_mul(4), "activations")?;
+    pub(crate) fn new(stream: &Arc<Stream>, len: usize) -> Result<CudaBuffer, KernelError> {
+        let memory = Memory::zeroed(stream, len.saturating_mul(4), "activations")?;
         Ok(CudaBuffer { memory, len })
     }
 
@@ -27,20 +28,20 @@ impl CudaBuffer {
     ///
     /// # Panics
     /// When there are fewer.
-    pub(crate) fn at(&self, stream: &Stream, len: usize) -> Address {
+    pub(crate) fn at(&self, len: usize) -> Address {
         assert!(len <= self.len, "expected {len} values, found a buffer of {}", self.len);
-        stream.address(&self.memory)
+        self.memory.address()
     }
 
-    pub(crate) fn write(&mut self, stream: &Stream, values: &[f32]) {
+    pub(crate) fn write(&mut self, values: &[f32]) {
         assert!(values.len() <= self.len, "{} values into {}", values.len(), self.len);
-        stream.write(&mut self.memory, &bytes_of(values, f32::to_le_bytes));
+        self.memory.write(&bytes_of(values, f32::to_le_bytes));
     }
 
-    pub(crate) fn read(&self, stream: &Stream, values: &mut [f32]) {
+    pub(crate) fn read(&self, values: &mut [f32]) {
         assert!(values.len() <= self.len, "{} values out of {}", values.len(), self.len);
         let mut bytes = vec![0; 4 * values.len()];
-        stream.read(&self.memory, &mut bytes);
+        self.memory.read(&mut bytes);
         for (value, bytes) in values.iter_mut().zip(bytes.as_chunks::<4>().0) {
             *value = f32::from_le_bytes(*bytes);
         }

@@ -2,11 +2,10 @@
 
 use std::time::Instant;
 
-use cudarc::driver::CudaSlice;
 use exrail_kernels::KernelError;
 
 use crate::CudaBackend;
-use crate::stream::Stream;
+use crate::stream::Memory;
 
 /// Copies in one pass, so that the host's calls do not count.
 const COPIES: usize = 8;
@@ -14,8 +13,8 @@ const COPIES: usize = 8;
 /// Two halves of a buffer, one of which is copied over the other.
 pub struct CopyProbe {
     backend: CudaBackend,
-    from: CudaSlice<u8>,
-    to: CudaSlice<u8>,
+    from: Memory,
+    to: Memory,
 }
 
 impl CopyProbe {
@@ -24,7 +23,7 @@ impl CopyProbe {
     /// # Errors
     /// Out of memory.
     pub fn new(backend: &CudaBackend, len_bytes: usize) -> Result<CopyProbe, KernelError> {
-        let half = || backend.stream().zeroed(len_bytes / 2, "the copy probe");
+        let half = || Memory::zeroed(backend.stream(), len_bytes / 2, "the copy probe");
         let (from, to) = (half()?, half()?);
         Ok(CopyProbe { backend: backend.clone(), from, to })
     }
@@ -32,10 +31,10 @@ impl CopyProbe {
     /// Copies several times and returns bytes per second, those read and those written.
     #[must_use]
     pub fn pass(&mut self) -> f64 {
-        let stream: &Stream = self.backend.stream();
+        let stream = self.backend.stream();
         stream.wait();
         let since = Instant::now();
-        let (from, to) = (stream.address(&self.from), stream.address(&self.to));
+        let (from, to) = (self.from.address(), self.to.address());
         for _ in 0..COPIES {
             stream.copy(from, to, self.from.len());
         }

@@ -3,7 +3,7 @@
 use exrail_kernels::{Largest, NormKind, Rope, RopeStyle, Span, TokenId};
 
 use crate::memory::{bytes_of, bytes_of_u32, narrow};
-use crate::stream::{Address, Grid, Slot, Stream};
+use crate::stream::{Address, Grid, Stream};
 use crate::{CudaBuffer, CudaWeight};
 
 /// Threads of a block that norms one row.
@@ -34,10 +34,10 @@ impl Norm<'_> {
             NormKind::Rms => 0_u32,
             NormKind::Layer => 1,
         };
-        let weight = self.weight.at(stream, self.width);
-        let bias = self.bias.map_or(Address(0), |bias| bias.at(stream, self.width));
+        let weight = self.weight.at(self.width);
+        let bias = self.bias.map_or(Address(0), |bias| bias.at(self.width));
         let (width, into) = (narrow(self.width), into as u32);
-        let grid = Grid { blocks: (n_rows, 1), threads: NORM_THREADS, shared_bytes: 0 };
+        let grid = Grid { blocks: (n_rows, 1), threads: NORM_THREADS, ..Grid::one(0) };
         stream.launch(
             "norm_rows",
             grid,
@@ -55,11 +55,11 @@ pub(crate) fn embed(
     out: &CudaBuffer,
 ) {
     let n_values = ids.len() * table.columns;
-    let out = out.at(stream, n_values);
+    let out = out.at(n_values);
     assert!(ids.iter().all(|id| (id.0 as usize) < table.rows), "ids below {}", table.rows);
-    let planes = table.planes(stream);
+    let planes = table.planes();
     let n_ids = narrow(ids.len());
-    let ids = stream.upload(Slot::Ids, bytes_of(ids, |id| id.0.to_le_bytes()));
+    let ids = stream.upload(&bytes_of(ids, |id| id.0.to_le_bytes()));
     let n_threads = if table.dtype.is_quantised() { n_values / 32 } else { n_values };
     let kernel = format!("embed_{}", table.suffix());
     stream.launch(&kernel, Grid::each(n_threads), &[&planes, &ids, &scale, &out, &n_ids]);
@@ -76,10 +76,10 @@ pub(crate) fn rope(
 ) {
     let n_pairs = rope.inverse_frequencies.len();
     assert!(2 * n_pairs <= head_dim, "{n_pairs} pairs do not fit a head of {head_dim}");
-    let x = x.at(stream, positions.len() * n_heads * head_dim);
-    let at = stream.upload(Slot::Positions, bytes_of(positions, u32::to_le_bytes));
+    let x = x.at(positions.len() * n_heads * head_dim);
+    let at = stream.upload(&bytes_of(positions, u32::to_le_bytes));
     let frequencies = bytes_of(&rope.inverse_frequencies, f32::to_le_bytes);
-    let frequencies = stream.upload(Slot::Frequencies, frequencies);
+    let frequencies = stream.upload(&frequencies);
     let interleaved = match rope.style {
         RopeStyle::Interleaved => 1_u32,
         RopeStyle::Halves => 0,
@@ -103,8 +103,8 @@ pub(crate) fn gather_rows(
     out: &CudaBuffer,
 ) {
     let n_needed = rows.iter().max().map_or(0, |&row| row as usize + 1);
-    let (x, to) = (x.at(stream, n_needed * width), out.at(stream, rows.len() * width));
-    let at = stream.upload(Slot::Rows, bytes_of(rows, u32::to_le_bytes));
+    let (x, to) = (x.at(n_needed * width), out.at(rows.len() * width));
+    let at = stream.upload(&bytes_of(rows, u32::to_le_bytes));
     let (n, columns) = (narrow(rows.len()), narrow(width));
     let grid = Grid::each(rows.len() * width);
     stream.launch("gather_rows", grid, &[&x, &at, &to, &n, &columns]);
@@ -112,7 +112,7 @@ pub(crate) fn gather_rows(
 
 /// See [`exrail_kernels::Backend::add`].
 pub(crate) fn add(stream: &Stream, x: &CudaBuffer, y: &CudaBuffer, len: usize) {
-    let (x, y, n) = (x.at(stream, len), y.at(stream, len), narrow(len));
+    let (x, y, n) = (x.at(len), y.at(len), narrow(len));
     stream.launch("add", Grid::each(len), &[&x, &y, &n]);
 }
 
@@ -124,7 +124,7 @@ pub(crate) fn scale_and_cap(
     scale: f32,
     soft_cap: Option<f32>,
 ) {
-    let (x, n, cap) = (x.at(stream, len), narrow(len), soft_cap.unwrap_or(0.0));
+    let (x, n, cap) = (x.at(len), narrow(len), soft_cap.unwrap_or(0.0));
     stream.launch("scale_and_cap", Grid::each(len), &[&x, &n, &scale, &cap]);
 }
 
@@ -137,9 +137,9 @@ pub(crate) fn mean_rows(
     out: &CudaBuffer,
 ) {
     let n_needed = spans.iter().map(|span| span.first_row + span.n_rows).max().unwrap_or(0);
-    let (x, out) = (x.at(stream, n_needed * width), out.at(stream, spans.len() * width));
+    let (x, out) = (x.at(n_needed * width), out.at(spans.len() * width));
     let each = spans.iter().flat_map(|span| [span.first_row, span.n_rows]);
-    let at = stream.upload(Slot::Spans, bytes_of_u32(each));
+    let at = stream.upload(&bytes_of_u32(each));
     let (n, columns) = (narrow(spans.len()), narrow(width));
     let grid = Grid::each(spans.len() * width);
     stream.launch("mean_rows", grid, &[&x, &at, &out, &n, &columns]);
@@ -158,9 +158,9 @@ pub(crate) fn largest(
         return Vec::new();
     }
     const FOUND: &str = "largest outputs";
-    let (at, out) = (x.at(stream, n_rows * width), stream.work(FOUND, 8 * n_rows));
+    let (at, out) = (x.at(n_rows * width), stream.work(FOUND, 8 * n_rows));
     let (columns, first) = (narrow(width), narrow(limit));
-    let grid = Grid { blocks: (n_rows, 1), threads: LARGEST_THREADS, shared_bytes: 0 };
+    let grid = Grid { blocks: (n_rows, 1), threads: LARGEST_THREADS, ..Grid::one(0) };
     stream.launch("largest", grid, &[&at, &out, &columns, &first]);
     let mut bytes = vec![0; 8 * n_rows];
     stream.read_work(FOUND, &mut bytes);
@@ -172,7 +172,7 @@ pub(crate) fn largest(
     if found.iter().any(|largest| largest.value.is_nan()) {
         // Which index a fault is reported at is defined on the host alone.
         let mut values = vec![0.0; n_rows * width];
-        x.read(stream, &mut values);
+        x.read(&mut values);
         found = values.chunks_exact(width).map(|row| Largest::of(&row[..limit])).collect();
     }
     found

@@ -4,17 +4,17 @@
 
 use std::{
     collections::HashMap,
-    ffi::{CString, c_void},
+    ffi::CString,
     fmt,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 use cudarc::driver::{
     CudaContext, CudaSlice, CudaStream, DevicePtr, DevicePtrMut, DeviceRepr, DriverError, result,
-    sys,
 };
 use exrail_kernels::KernelError;
 
+use crate::queue::{Kernel, Queue};
 use crate::{CudaError, DeviceFacts, device};
 
 /// The compiled kernels, one fat binary a file of `cu/`.
@@ -46,6 +46,8 @@ impl<T: DeviceRepr> Argument for T {}
 pub(crate) struct Grid {
     /// Blocks, `x` and `y`.
     pub(crate) blocks: (usize, usize),
+    /// Blocks, `z`.
+    pub(crate) runs: usize,
     /// Threads of a block.
     pub(crate) threads: usize,
     /// Bytes of shared memory that the launch adds.
@@ -53,41 +55,81 @@ pub(crate) struct Grid {
 }
 
 impl Grid {
+    /// One block of 256 threads.
+    pub(crate) const fn one(shared_bytes: usize) -> Grid {
+        Grid { blocks: (1, 1), runs: 1, threads: 256, shared_bytes }
+    }
+
     /// One thread for each of `n`.
     pub(crate) fn each(n: usize) -> Grid {
-        Grid { blocks: (n.div_ceil(256), 1), threads: 256, shared_bytes: 0 }
+        Grid { blocks: (n.div_ceil(256), 1), ..Grid::one(0) }
     }
 
     /// One warp for each of `n`.
     pub(crate) fn warps(n: usize) -> Grid {
-        Grid { blocks: (n.div_ceil(8), 1), threads: 256, shared_bytes: 0 }
+        Grid { blocks: (n.div_ceil(8), 1), ..Grid::one(0) }
     }
 }
 
-/// What is uploaded for single calls, each in a place of its own.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(crate) enum Slot {
-    Ids,
-    Positions,
-    Frequencies,
-    KvSlots,
-    AttentionRows,
-    PageTable,
-    Rows,
-    Scales,
-    Spans,
+/// Memory on the device. What waits in the queue may use it, so that it is handed over before the
+/// memory goes.
+#[derive(Debug)]
+pub(crate) struct Memory {
+    slice: Option<CudaSlice<u8>>,
+    address: Address,
+    len: usize,
+    stream: Arc<Stream>,
 }
 
-struct Uploaded {
-    host: Vec<u8>,
-    device: CudaSlice<u8>,
+impl Memory {
+    /// Zeroed.
+    pub(crate) fn zeroed(
+        stream: &Arc<Stream>,
+        bytes: usize,
+        what: &str,
+    ) -> Result<Memory, KernelError> {
+        let slice = stream.zeroed(bytes, what)?;
+        let address = stream.address(&slice);
+        Ok(Memory { slice: Some(slice), address, len: bytes, stream: Arc::clone(stream) })
+    }
+
+    /// Where it starts.
+    pub(crate) fn address(&self) -> Address {
+        self.address
+    }
+
+    /// Bytes that were asked for.
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Copies to the head of the memory. `bytes` may be changed as soon as this returns.
+    pub(crate) fn write(&mut self, bytes: &[u8]) {
+        let slice = self.slice.as_mut().expect("it goes when this is dropped");
+        self.stream.write(slice, bytes);
+    }
+
+    /// Copies the head of the memory out, when everything before has run.
+    pub(crate) fn read(&self, bytes: &mut [u8]) {
+        let slice = self.slice.as_ref().expect("it goes when this is dropped");
+        self.stream.read(slice, bytes);
+    }
 }
 
-/// Scratch that operations share.
+impl Drop for Memory {
+    fn drop(&mut self) {
+        // A device that failed has said so already, and one whose process ends needs no more.
+        self.stream.try_flush().ok();
+        self.slice = None;
+    }
+}
+
+/// What operations share.
 #[derive(Default)]
-struct Scratch {
-    uploads: HashMap<Slot, Uploaded>,
+struct Shared {
+    queue: Queue,
     work: HashMap<&'static str, CudaSlice<u8>>,
+    retired: Vec<CudaSlice<u8>>, // until what waits was handed over
 }
 
 /// The one queue of a device: work runs in the order in which it was asked for.
@@ -96,15 +138,8 @@ pub(crate) struct Stream {
     context: Arc<CudaContext>,
     stream: Arc<CudaStream>,
     kernels: HashMap<String, Kernel>,
-    scratch: Mutex<Scratch>,
+    shared: Mutex<Shared>,
 }
-
-struct Kernel(sys::CUfunction);
-
-// SAFETY: a function is an immutable handle of its context, which every thread may use.
-unsafe impl Send for Kernel {}
-// SAFETY: as above.
-unsafe impl Sync for Kernel {}
 
 impl fmt::Debug for Stream {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -124,7 +159,7 @@ impl Stream {
         for (file, image) in BINARIES {
             load(ordinal, file, image, &mut kernels)?;
         }
-        Ok(Stream { facts, context, stream, kernels, scratch: Mutex::default() })
+        Ok(Stream { facts, context, stream, kernels, shared: Mutex::default() })
     }
 
     /// Name of the device in messages.
@@ -133,7 +168,7 @@ impl Stream {
     }
 
     /// Zeroed memory.
-    pub(crate) fn zeroed(&self, bytes: usize, what: &str) -> Result<CudaSlice<u8>, KernelError> {
+    fn zeroed(&self, bytes: usize, what: &str) -> Result<CudaSlice<u8>, KernelError> {
         // An empty allocation has no address.
         self.stream.alloc_zeros(bytes.max(16)).map_err(|_| KernelError::OutOfMemory {
             what: what.to_owned(),
@@ -143,40 +178,42 @@ impl Stream {
     }
 
     /// Where memory starts.
-    pub(crate) fn address(&self, memory: &CudaSlice<u8>) -> Address {
+    fn address(&self, memory: &CudaSlice<u8>) -> Address {
         Address(memory.device_ptr(&self.stream).0)
     }
 
-    /// Copies to the head of `memory`. `bytes` may be changed as soon as this returns.
-    pub(crate) fn write(&self, memory: &mut CudaSlice<u8>, bytes: &[u8]) {
+    fn write(&self, memory: &mut CudaSlice<u8>, bytes: &[u8]) {
         assert!(bytes.len() <= memory.len(), "{} bytes into {}", bytes.len(), memory.len());
         if bytes.is_empty() {
             return;
         }
-        self.bind();
+        self.flush();
         let to = memory.device_ptr_mut(&self.stream).0;
         // SAFETY: `memory` has room, and the driver has taken pageable bytes when this returns.
         let copied = unsafe { result::memcpy_htod_async(to, bytes, self.stream.cu_stream()) };
         self.expect(copied, "copying to the device");
     }
 
-    /// Copies the head of `memory` out, when everything before has run.
-    pub(crate) fn read(&self, memory: &CudaSlice<u8>, bytes: &mut [u8]) {
+    fn read(&self, memory: &CudaSlice<u8>, bytes: &mut [u8]) {
         assert!(bytes.len() <= memory.len(), "{} bytes out of {}", bytes.len(), memory.len());
         if bytes.is_empty() {
             return;
         }
-        self.bind();
+        self.flush();
+        self.read_now(memory, bytes);
+    }
+
+    fn read_now(&self, memory: &CudaSlice<u8>, bytes: &mut [u8]) {
         let from = memory.device_ptr(&self.stream).0;
         // SAFETY: `memory` has the bytes, and the stream is waited for before they are used.
         let copied = unsafe { result::memcpy_dtoh_async(bytes, from, self.stream.cu_stream()) };
         self.expect(copied, "copying from the device");
-        self.wait();
+        self.expect(self.stream.synchronize(), "waiting for kernels");
     }
 
     /// Copies inside the device.
     pub(crate) fn copy(&self, from: Address, to: Address, bytes: usize) {
-        self.bind();
+        self.flush();
         // SAFETY: callers pass places inside one pool, which do not overlap.
         let copied =
             unsafe { result::memcpy_dtod_async(to.0, from.0, bytes, self.stream.cu_stream()) };
@@ -185,79 +222,80 @@ impl Stream {
 
     /// Waits until everything has run.
     pub(crate) fn wait(&self) {
+        self.flush();
         self.expect(self.stream.synchronize(), "waiting for kernels");
     }
 
-    /// Uploads what one call needs, unless the last call at that slot had the same.
-    pub(crate) fn upload(&self, slot: Slot, bytes: Vec<u8>) -> Address {
-        let mut scratch = self.scratch();
-        let known = scratch.uploads.get(&slot).is_some_and(|known| known.host == bytes);
-        if !known {
-            let mut device = match scratch.uploads.remove(&slot) {
-                Some(old) if old.device.len() >= bytes.len() => old.device,
-                _ => {
-                    let wanted = bytes.len().next_power_of_two();
-                    self.zeroed(wanted, "a call's arguments").unwrap_or_else(|e| panic!("{e}"))
-                }
-            };
-            self.write(&mut device, &bytes);
-            scratch.uploads.insert(slot, Uploaded { host: bytes, device });
+    /// Where what one call needs will be when its kernel runs.
+    pub(crate) fn upload(&self, bytes: &[u8]) -> Address {
+        let allocate = |wanted| {
+            let memory = self.zeroed(wanted, "arguments of calls")?;
+            let Address(start) = self.address(&memory);
+            Ok::<_, KernelError>((memory, start))
+        };
+        match self.shared().queue.upload(bytes, allocate) {
+            Ok(at) => Address(at),
+            Err(error) => panic!("{error}"),
         }
-        self.address(&scratch.uploads[&slot].device)
     }
 
     /// Memory of at least `bytes` that one operation uses; it may hold anything.
     pub(crate) fn work(&self, what: &'static str, bytes: usize) -> Address {
-        let mut scratch = self.scratch();
-        if scratch.work.get(what).is_none_or(|work| work.len() < bytes) {
-            scratch.work.remove(what);
-            let work = self
-                .zeroed(bytes.next_power_of_two(), what)
-                .unwrap_or_else(|error| panic!("{error}"));
-            scratch.work.insert(what, work);
+        let mut shared = self.shared();
+        if shared.work.get(what).is_none_or(|work| work.len() < bytes) {
+            let wanted = bytes.next_power_of_two();
+            let work = self.zeroed(wanted, what).unwrap_or_else(|error| panic!("{error}"));
+            // What waits may use the old memory. It must go on waiting: the caller has uploads whose
+            // launch is not noted yet, and handing over would give their places away.
+            let old = shared.work.insert(what, work);
+            shared.retired.extend(old);
         }
-        self.address(&scratch.work[what])
+        self.address(&shared.work[what])
     }
 
     /// Copies the head of an operation's memory out.
     pub(crate) fn read_work(&self, what: &'static str, bytes: &mut [u8]) {
-        self.read(&self.scratch().work[what], bytes);
+        self.flush();
+        self.read_now(&self.shared().work[what], bytes);
     }
 
-    /// Asks for a kernel. The caller passes what the kernel's signature in `cu/` says.
+    /// Asks for a kernel, which runs when a result is asked for. The caller passes what the kernel's
+    /// signature in `cu/` says.
     pub(crate) fn launch(&self, kernel: &str, grid: Grid, arguments: &[&dyn AnyArgument]) {
-        let Grid { blocks: (x, y), threads, shared_bytes } = grid;
-        if x == 0 || y == 0 {
+        let Grid { blocks: (x, y), runs: z, threads, shared_bytes } = grid;
+        if x == 0 || y == 0 || z == 0 {
             return;
         }
-        let Some(function) = self.kernels.get(kernel) else {
+        let Some(kernel) = self.kernels.get(kernel) else {
             panic!("{}: no kernel `{kernel}`", self.device());
         };
-        self.bind();
         let narrow = |n: usize| u32::try_from(n).expect("grids are below 2^32");
-        let mut pointers: Vec<*mut c_void> = arguments.iter().map(|a| a.pointer()).collect();
-        // SAFETY: the pointers are to live values of the types that the kernel's signature has, which
-        // the tests of every operation check.
-        let launched = unsafe {
-            result::launch_kernel(
-                function.0,
-                (narrow(x), narrow(y), 1),
-                (narrow(threads), 1, 1),
-                narrow(shared_bytes),
-                self.stream.cu_stream(),
-                &mut pointers,
-            )
-        };
-        self.expect(launched, kernel);
+        let dimensions = [x, y, z, threads, shared_bytes].map(narrow);
+        let arguments: Vec<&[u8]> = arguments.iter().map(|argument| argument.bytes()).collect();
+        self.shared().queue.push(*kernel, dimensions, &arguments);
     }
 
-    fn scratch(&self) -> MutexGuard<'_, Scratch> {
-        // What a panic left is either whole or absent.
-        self.scratch.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Hands over what waits.
+    fn flush(&self) {
+        self.expect(self.try_flush(), "running kernels");
     }
 
-    fn bind(&self) {
-        self.expect(self.context.bind_to_thread(), "using the device");
+    fn try_flush(&self) -> Result<(), DriverError> {
+        self.context.bind_to_thread()?;
+        let mut shared = self.shared();
+        let done = shared.queue.flush(self.stream.cu_stream());
+        shared.retired.clear();
+        done
+    }
+
+    /// Graphs that were ever made.
+    pub(crate) fn n_graphs(&self) -> u64 {
+        self.shared().queue.n_graphs()
+    }
+
+    fn shared(&self) -> MutexGuard<'_, Shared> {
+        // What a panic left is whole: a queue is cleared when it was handed over.
+        self.shared.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// A device that failed once answers nothing any more: the engine's worker ends with this
@@ -271,13 +309,15 @@ impl Stream {
 
 /// An argument of a kernel, by reference.
 pub(crate) trait AnyArgument {
-    /// Where its bytes are.
-    fn pointer(&self) -> *mut c_void;
+    /// Its bytes.
+    fn bytes(&self) -> &[u8];
 }
 
 impl<T: Argument> AnyArgument for T {
-    fn pointer(&self) -> *mut c_void {
-        (&raw const *self).cast_mut().cast()
+    fn bytes(&self) -> &[u8] {
+        // SAFETY: arguments are plain data without padding: numbers, addresses, and the structs of
+        // this crate, whose sizes are checked where they are defined.
+        unsafe { std::slice::from_raw_parts((&raw const *self).cast(), size_of::<T>()) }
     }
 }
 
@@ -301,7 +341,7 @@ fn load(
         // SAFETY: the module was loaded above and is never unloaded.
         let function = unsafe { result::module::get_function(module, symbol) }
             .map_err(|error| refused(&name, error))?;
-        kernels.insert(name, Kernel(function));
+        kernels.insert(name, Kernel::new(function));
     }
     Ok(())
 }
@@ -312,7 +352,12 @@ fn names(file: &str) -> Vec<String> {
     let blocks = || crate::weight::SUFFIXES.iter().filter(|(dtype, _)| dtype.is_quantised());
     match file {
         "attention" => {
-            plain(&["attention_f32", "attention_f16", "attention_int8", "attention_full"])
+            let mut names: Vec<String> = plain(&["attention_full", "attention_merge"]);
+            for dtype in ["f32", "f16", "int8"] {
+                names.push(format!("attention_{dtype}"));
+                names.push(format!("attention_run_{dtype}"));
+            }
+            names
         }
         "kv" => plain(&["kv_write"]),
         "norm" => plain(&["norm_rows"]),

@@ -2,12 +2,14 @@
 
 #![expect(unsafe_code, reason = "plain data that kernels take by value")]
 
-use cudarc::driver::{CudaSlice, DeviceRepr};
+use std::sync::Arc;
+
+use cudarc::driver::DeviceRepr;
 use exrail_kernels::{InputRounding, KernelError, WeightView};
 use exrail_tensor::DType;
 
 use crate::memory::narrow;
-use crate::stream::{Address, Grid, Stream};
+use crate::stream::{Address, Grid, Memory, Stream};
 
 /// Every format with the ending of its kernels' names.
 pub(crate) const SUFFIXES: [(DType, &str); 16] = [
@@ -83,13 +85,16 @@ pub struct CudaWeight {
     pub(crate) rounding: InputRounding,
     pub(crate) rows: usize,
     pub(crate) columns: usize,
-    memory: CudaSlice<u8>,
+    memory: Memory,
     parts: [usize; 3], // where the planes after the first start
 }
 
 impl CudaWeight {
     /// Uploads a matrix and takes its blocks apart on the device.
-    pub(crate) fn new(stream: &Stream, view: &WeightView<'_>) -> Result<CudaWeight, KernelError> {
+    pub(crate) fn new(
+        stream: &Arc<Stream>,
+        view: &WeightView<'_>,
+    ) -> Result<CudaWeight, KernelError> {
         let row_bytes = view.row_bytes()?;
         let WeightView { dtype, rows, columns, .. } = *view;
         let bytes = PlaneBytes::of(dtype);
@@ -100,7 +105,7 @@ impl CudaWeight {
         let scales = high + aligned(n_blocks * bytes.high);
         let supers = scales + aligned(n_blocks * bytes.scales);
         let len = supers + aligned(n_blocks.div_ceil(8) * bytes.supers);
-        let memory = stream.zeroed(len, view.name)?;
+        let memory = Memory::zeroed(stream, len, view.name)?;
         let mut weight = CudaWeight {
             dtype,
             rounding: view.rounding,
@@ -112,7 +117,7 @@ impl CudaWeight {
         if dtype.is_quantised() {
             weight.repack(stream, view.bytes, row_bytes)?;
         } else {
-            stream.write(&mut weight.memory, view.bytes);
+            weight.memory.write(view.bytes);
         }
         Ok(weight)
     }
@@ -124,34 +129,40 @@ impl CudaWeight {
     }
 
     /// What kernels take.
-    pub(crate) fn planes(&self, stream: &Stream) -> Planes {
-        let Address(low) = stream.address(&self.memory);
+    pub(crate) fn planes(&self) -> Planes {
+        let Address(low) = self.memory.address();
         let [high, scales, supers] = self.parts.map(|part| Address(low + part as u64));
         let (rows, columns) = (narrow(self.rows), narrow(self.columns));
         Planes { low: Address(low), high, scales, supers, rows, columns }
     }
 
     /// In runs of whole rows, through one staging buffer.
-    fn repack(&self, stream: &Stream, bytes: &[u8], row_bytes: usize) -> Result<(), KernelError> {
+    fn repack(
+        &self,
+        stream: &Arc<Stream>,
+        bytes: &[u8],
+        row_bytes: usize,
+    ) -> Result<(), KernelError> {
         if bytes.is_empty() {
             return Ok(());
         }
         let rows_at_once = (CHUNK_BYTES / row_bytes).clamp(1, self.rows);
-        let mut staging = stream.zeroed(rows_at_once * row_bytes, "a checkpoint's blocks")?;
+        let mut staging =
+            Memory::zeroed(stream, rows_at_once * row_bytes, "a checkpoint's blocks")?;
         let kernel = format!("repack_{}", self.suffix());
         let unit = PlaneBytes::of(self.dtype);
         let mut first_block = 0;
         for chunk in bytes.chunks(rows_at_once * row_bytes) {
             let n_blocks = chunk.len() / row_bytes * self.columns / 32;
-            stream.write(&mut staging, chunk);
-            let mut planes = self.planes(stream);
+            staging.write(chunk);
+            let mut planes = self.planes();
             let behind = |Address(at): Address, bytes| Address(at + (first_block * bytes) as u64);
             planes.low = behind(planes.low, unit.low);
             planes.high = behind(planes.high, unit.high);
             planes.scales = behind(planes.scales, unit.scales);
             // Formats with superblocks have whole ones in a row.
             planes.supers = Address(planes.supers.0 + (first_block / 8 * unit.supers) as u64);
-            let (from, n) = (stream.address(&staging), narrow(n_blocks));
+            let (from, n) = (staging.address(), narrow(n_blocks));
             stream.launch(&kernel, Grid::each(n_blocks), &[&from, &planes, &n]);
             first_block += n_blocks;
         }
