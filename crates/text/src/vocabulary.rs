@@ -70,30 +70,11 @@ pub(crate) enum Kind {
     Byte,
 }
 
-/// Literals that end or begin turns. Some converters store them as user-defined tokens; they
-/// are control tokens whatever the file says (llama.cpp repairs such a list too).
-const TURN_LITERALS: [&str; 20] = [
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|begin_of_text|>",
-    "<|end_of_text|>",
-    "<|start_header_id|>",
-    "<|end_header_id|>",
-    "<|eot_id|>",
-    "<|eom_id|>",
-    "<|end|>",
-    "<start_of_turn>",
-    "<end_of_turn>",
-    "<EOT>",
-    "<s>",
-    "</s>",
-    "[INST]",
-    "<|START_OF_TURN_TOKEN|>",
-    "<|END_OF_TURN_TOKEN|>",
-    "<|start_of_role|>",
-    "<|end_of_role|>",
-];
+/// Literals that end or begin turns and are not spelled as [`is_marker`] says. Some converters store
+/// them as user-defined tokens; they are control tokens whatever the file says (llama.cpp repairs
+/// such a list too).
+const TURN_LITERALS: [&str; 6] =
+    ["<start_of_turn>", "<end_of_turn>", "<EOT>", "<s>", "</s>", "[INST]"];
 
 /// The turn literals after which a model must stop, joined with the `eos` of the file
 /// (field-faults E10: a list that *replaces* lets generation run on).
@@ -113,6 +94,13 @@ pub(crate) fn byte_of(token: &str) -> Option<u8> {
     let digits = token.strip_prefix("<0x")?.strip_suffix('>')?;
     let is_hex = digits.len() == 2 && digits.bytes().all(|it| it.is_ascii_hexdigit());
     is_hex.then(|| u8::from_str_radix(digits, 16).ok()).flatten()
+}
+
+/// Whether a token is spelled as the markers of chat templates are: `<|user|>`, `<|USER_TOKEN|>`.
+/// Command-R's converter stores its roles as user-defined tokens, which text would then give as
+/// well.
+fn is_marker(token: &str) -> bool {
+    token.len() > 4 && token.starts_with("<|") && token.ends_with("|>")
 }
 
 /// Whether `literal` ends a turn in the known families.
@@ -156,6 +144,7 @@ impl Vocabulary {
                 1 => Kind::Text,
                 6 => Kind::Byte,
                 2 | 3 => Kind::Control,
+                4 if is_marker(token) => Kind::Control,
                 4 if TURN_LITERALS.contains(&token.as_str()) && !is_html(token) => Kind::Control,
                 4 => Kind::Added,
                 5 => Kind::Unused,
