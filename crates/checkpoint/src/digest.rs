@@ -18,21 +18,32 @@ pub fn sha256_file(
     path: &Path,
     progress: &mut dyn FnMut(u64) -> io::Result<()>,
 ) -> io::Result<String> {
-    let mut file = File::open(path)?;
+    sha256_files(std::slice::from_ref(&path), progress)
+}
+
+/// The SHA-256 of the bytes of all `files`, one after the other; as [`sha256_file`].
+pub(crate) fn sha256_files(
+    files: &[impl AsRef<Path>],
+    progress: &mut dyn FnMut(u64) -> io::Result<()>,
+) -> io::Result<String> {
     let mut hasher = Sha256::new();
     let mut chunk = vec![0; CHUNK_BYTES];
     let mut n_bytes = 0;
-    loop {
-        let n_read = match file.read(&mut chunk) {
-            Ok(0) => return Ok(hex(&hasher.finalize())),
-            Ok(n_read) => n_read,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-            Err(error) => return Err(error),
-        };
-        hasher.update(&chunk[..n_read]);
-        n_bytes += n_read as u64;
-        progress(n_bytes)?;
+    for path in files {
+        let mut file = File::open(path)?;
+        loop {
+            let n_read = match file.read(&mut chunk) {
+                Ok(0) => break,
+                Ok(n_read) => n_read,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) => return Err(error),
+            };
+            hasher.update(&chunk[..n_read]);
+            n_bytes += n_read as u64;
+            progress(n_bytes)?;
+        }
     }
+    Ok(hex(&hasher.finalize()))
 }
 
 /// The SHA-256 of `bytes` as 64 lower-case hexadecimal digits.

@@ -79,6 +79,92 @@ pub enum LoadError {
         /// Tensor concerned.
         tensor: String,
     },
+    /// A later part of a split model was opened.
+    #[error(
+        "this is part {number} of {count}: expected the first part, from which all of them are \
+         opened; open {first}"
+    )]
+    NotFirstPart {
+        /// Number of the part, from 1.
+        number: u16,
+        /// Number of parts.
+        count: u16,
+        /// The file to open.
+        first: String,
+    },
+    /// A part of a split model is not called what its number says, so that the others cannot be
+    /// found.
+    #[error(
+        "this is part {number} of {count}: expected a name that ends in `{expected}`, found \
+         `{found}`; give all parts, or links to them, the names under which they were published"
+    )]
+    PartName {
+        /// Number of the part, from 1, by its metadata.
+        number: u16,
+        /// Number of parts, by its metadata.
+        count: u16,
+        /// How the name should end.
+        expected: String,
+        /// Name of the file.
+        found: String,
+    },
+    /// A part of a split model is absent.
+    #[error(
+        "part {number} of {count} is missing: expected it at {}, found no such file; download it \
+         too, to the folder of the first part",
+        path.display()
+    )]
+    MissingPart {
+        /// Number of the part, from 1.
+        number: u16,
+        /// Number of parts.
+        count: u16,
+        /// Where it should be.
+        path: PathBuf,
+    },
+    /// A file under the name of a part is not that part of this model.
+    #[error(
+        "part {number} of {count}: `{key}`: expected {expected}, found {found}; the parts are not \
+         those of one model, download all of them again from one place"
+    )]
+    WrongPart {
+        /// Number of the part, from 1.
+        number: u16,
+        /// Number of parts.
+        count: u16,
+        /// Metadata key concerned.
+        key: String,
+        /// Value that fits the first part.
+        expected: String,
+        /// Value in the file.
+        found: String,
+    },
+    /// Two parts of a split model have a tensor of one name.
+    #[error(
+        "tensor `{tensor}`: expected it in one part, found it in part {first} and in part \
+         {second}; download all parts again from one place"
+    )]
+    TensorInTwoParts {
+        /// Tensor concerned.
+        tensor: String,
+        /// Number of the part that has it first, from 1.
+        first: usize,
+        /// Number of the other part.
+        second: usize,
+    },
+    /// All parts together have more or fewer tensors than the first part says.
+    #[error(
+        "parts 1 to {count} together: expected {expected} tensors (`split.tensors.count`), found \
+         {found}; download all parts again from one place"
+    )]
+    WrongTensorTotal {
+        /// Number of parts.
+        count: u16,
+        /// Tensors that there should be.
+        expected: u32,
+        /// Tensors that there are.
+        found: usize,
+    },
     /// A metadata value has a type number that GGUF does not define.
     #[error("metadata key `{key}`: expected a value type of 0 to 12, found {type_id}")]
     UnknownValueType {

@@ -26,14 +26,14 @@ mod tensors;
 mod vocabulary;
 
 pub use bert::{BertConfig, BertFiles, Pooling};
-pub use checkpoint::{Checkpoint, checkpoint_files, checkpoint_sha256};
+pub use checkpoint::{Checkpoint, CheckpointFiles};
 pub use decoder::{
     BlockNorms, DecoderConfig, Experts, GateKind, LayerConfig, LayerTensor, NormConfig, NormKind,
     QkNorm, RopeConfig, RopePairs, RopeScaling, Storage, tensor_name,
 };
 pub use digest::{sha256_file, sha256_hex};
 pub use error::LoadError;
-pub use gguf::Gguf;
+pub use gguf::{Gguf, GgufPart, SplitName};
 pub use hf::{GenerationSettings, HfFolder, NamedTemplate, TextSettings};
 pub use metadata::{Array, Metadata, Value};
 pub use quantised::{

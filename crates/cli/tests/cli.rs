@@ -216,3 +216,47 @@ fn a_closed_pipe_ends_a_command_without_a_panic() {
     assert_eq!(output.status.code(), Some(141));
     assert_eq!(text(&output.stderr), "");
 }
+
+#[test]
+fn a_split_model_is_inspected_checked_and_run_from_its_first_part() {
+    let home = tempfile::tempdir().unwrap();
+    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../golden/split");
+    let names = [1, 2, 3].map(|number| format!("tiny-0000{number}-of-00003.gguf"));
+    for name in &names {
+        std::fs::copy(golden.join(name), home.path().join(name)).unwrap();
+    }
+    let paths = names.each_ref().map(|name| home.path().join(name).display().to_string());
+    let json = |arguments: &[&str]| -> serde_json::Value {
+        let output = exrail(home.path(), &[arguments, &["--json"]].concat());
+        assert!(output.status.success(), "{}", text(&output.stderr));
+        serde_json::from_slice(&output.stdout).unwrap()
+    };
+    let inspected = json(&["inspect", &paths[0]]);
+    let lens = names.each_ref().map(|name| golden.join(name).metadata().unwrap().len());
+    assert_eq!(inspected["file_bytes"], lens.iter().sum::<u64>());
+    for (i, n_tensors) in [9, 9, 4].into_iter().enumerate() {
+        let part = serde_json::json!({ "file": names[i], "tensors": n_tensors, "bytes": lens[i] });
+        assert_eq!(inspected["parts"][i], part);
+    }
+    assert_eq!(inspected["tensors"].as_array().unwrap().len(), 22);
+    let checked = json(&["inspect", "--check", &paths[0]]);
+    assert_eq!((&checked["loads"], &checked["tensors"]), (&true.into(), &22.into()));
+    assert_eq!(checked["parts"], inspected["parts"]);
+    let shown = exrail(home.path(), &["inspect", "--check", &paths[0]]);
+    assert!(text(&shown.stdout).contains("parts     3, 0.2 MB together"), "{shown:?}");
+    let said = json(&["chat", "hi", "--model", &paths[0], "--max-tokens", "5"]);
+    assert_eq!(said["completion_tokens"], 5);
+
+    let commands: [&[&str]; 3] =
+        [&["inspect"], &["inspect", "--check"], &["chat", "hi", "--model"]];
+    for command in commands {
+        let run = |path: &str| exrail(home.path(), &[command, &[path]].concat());
+        fails(&run(&paths[1]), &["part 2 of 3", "expected the first part", &paths[0]]);
+        let aside = format!("{}.part", paths[2]);
+        std::fs::rename(&paths[2], &aside).unwrap();
+        fails(&run(&paths[0]), &["part 3 of 3 is missing", &paths[2], "download it too"]);
+        std::fs::rename(&aside, &paths[2]).unwrap();
+    }
+    let quantize = ["quantize", &paths[0], "out", "--mode", "int8"];
+    fails(&exrail(home.path(), &quantize), &[&names[0], "--quant"]);
+}

@@ -7,7 +7,8 @@ use std::sync::Arc;
 use std::thread::{self, ScopedJoinHandle};
 
 use exrail_checkpoint::{
-    Checkpoint, DecoderConfig, Gguf, HfFolder, LoadError, Rounded, Tensors, VocabularyTable,
+    Checkpoint, DecoderConfig, Gguf, HfFolder, LoadError, Rounded, SplitName, Tensors,
+    VocabularyTable,
 };
 use exrail_kernels::Backend;
 use exrail_model::{Decoder, LoadProgress};
@@ -27,9 +28,10 @@ pub struct Loaded<B: Backend> {
     pub tokenizer: Arc<Tokenizer>,
     /// Chat template of the file, if it has one.
     pub template: Option<Arc<ChatTemplate>>,
-    /// `general.name`, or the file name.
+    /// `general.name`, or the file name without the number of a part.
     pub model_name: String,
-    /// Hex sha256 of the file: the model's fingerprint.
+    /// Hex sha256 of its files, see [`exrail_checkpoint::CheckpointFiles::sha256`]: the model's
+    /// fingerprint.
     pub model_sha256: String,
     /// Format of the largest part of the weights, such as `Q4_1`.
     pub quant: String,
@@ -43,11 +45,11 @@ const TEXT_STACK: usize = 8 << 20;
 /// How far loading has come.
 #[derive(Clone, Debug, PartialEq)]
 pub enum GeneratorProgress {
-    /// Bytes of the file hashed and its length.
+    /// Bytes of all files hashed and their length.
     Hashed {
         /// So far.
         bytes: u64,
-        /// Of the file.
+        /// Of all files.
         total_bytes: u64,
     },
     /// A tensor reached the device.
@@ -65,7 +67,7 @@ pub struct LoadOptions {
     pub quant: Option<IntGrid>,
 }
 
-/// Opens a GGUF file or a Hugging Face folder and prepares it for `backend`.
+/// Opens a GGUF file, all parts of a split one or a Hugging Face folder and prepares it for `backend`.
 ///
 /// # Errors
 /// The model is refused (see [`exrail_checkpoint::LoadError`]), its vocabulary or template does not
@@ -78,7 +80,7 @@ pub fn load_generator<B: Backend>(
 ) -> Result<Loaded<B>, EngineError> {
     let checkpoint = Checkpoint::open(path)?;
     let io = |source| EngineError::Io { path: path.display().to_string(), source };
-    let fingerprint = Fingerprint::start(path).map_err(io)?;
+    let fingerprint = checkpoint.files().and_then(Fingerprint::start).map_err(io)?;
     let prepared = Prepared::of(backend, &checkpoint, options, &mut |step| {
         progress(GeneratorProgress::Weights(step));
     })?;
@@ -86,8 +88,9 @@ pub fn load_generator<B: Backend>(
         progress(GeneratorProgress::Hashed { bytes, total_bytes });
     };
     let sha256 = fingerprint.wait(&mut hashed).map_err(io)?;
-    let file_name = path.file_stem().map(|stem| stem.to_string_lossy().into_owned());
-    let name = file_name.unwrap_or_else(|| path.display().to_string());
+    let file_name = || path.file_stem().map(|stem| stem.to_string_lossy().into_owned());
+    let split_name = SplitName::of(path).map(|name| name.model().to_owned());
+    let name = split_name.or_else(file_name).unwrap_or_else(|| path.display().to_string());
     drop(checkpoint);
     prepared.backend.release_unused();
     Ok(prepared.identify(Identity { name, sha256 }))
@@ -98,7 +101,7 @@ pub fn load_generator<B: Backend>(
 pub struct Identity {
     /// Its name, if it does not name itself.
     pub name: String,
-    /// Its fingerprint, see [`exrail_checkpoint::checkpoint_sha256`].
+    /// Its fingerprint, see [`exrail_checkpoint::CheckpointFiles::sha256`].
     pub sha256: String,
 }
 

@@ -4,9 +4,10 @@
 
 use std::path::{Path, PathBuf};
 
+use exrail_checkpoint::sha256_hex;
 use exrail_engine::{
-    Engine, EngineError, EngineHandle, EngineOptions, Event, GenerateRequest, LoadOptions,
-    Sampling, load_generator,
+    Engine, EngineError, EngineHandle, EngineOptions, Event, GenerateRequest, GeneratorProgress,
+    LoadOptions, Sampling, load_generator,
 };
 use exrail_kernels::KvDtype;
 use exrail_kernels::reference::Reference;
@@ -147,4 +148,41 @@ fn weights_are_rounded_on_the_way_when_asked_and_never_twice() {
     let packed = families().join("../quantised/gptq");
     let error = quant(&packed, IntGrid::Int8).unwrap_err().to_string();
     assert!(error.contains("expected 16-bit or 32-bit weights to quantise"), "{error}");
+}
+
+#[test]
+fn a_split_model_answers_as_its_whole_file_and_its_identity_covers_every_part() {
+    let split = |dir: &Path| dir.join("tiny-00001-of-00003.gguf");
+    let whole = families().join("llama-llama3/model.gguf");
+    let golden = families().join("../split");
+    let context = Some(64);
+    let expected = answer(&start(&whole, context).unwrap());
+    assert_eq!(answer(&start(&split(&golden), context).unwrap()), expected);
+    let sha256 = |path: &Path| {
+        let (mut hashed, options) = (0, LoadOptions::default());
+        let mut progress = |step| {
+            if let GeneratorProgress::Hashed { bytes, total_bytes } = step {
+                assert!(bytes <= total_bytes);
+                hashed = bytes;
+            }
+        };
+        let loaded = load_generator(Reference, path, options, &mut progress).unwrap();
+        (loaded.model_sha256, hashed)
+    };
+    let names = [1, 2, 3].map(|number| format!("tiny-0000{number}-of-00003.gguf"));
+    let parts = names.each_ref().map(|name| std::fs::read(golden.join(name)).unwrap());
+    let all = parts.concat();
+    assert_eq!(sha256(&split(&golden)), (sha256_hex(&all), all.len() as u64));
+    // A weight of the last part is another one: another model.
+    let changed = tempfile::tempdir().unwrap();
+    for (name, part) in names.iter().zip(&parts) {
+        std::fs::write(changed.path().join(name), part).unwrap();
+    }
+    let mut last = parts[2].clone();
+    *last.last_mut().unwrap() ^= 1;
+    std::fs::write(changed.path().join(&names[2]), &last).unwrap();
+    assert_ne!(sha256(&split(changed.path())).0, sha256_hex(&all));
+    // The mutation: an identity of the file that was opened says the same of both.
+    let opened = |dir: &Path| sha256_hex(&std::fs::read(split(dir)).unwrap());
+    assert_eq!(opened(changed.path()), opened(&golden));
 }

@@ -197,3 +197,25 @@ fn the_most_likely_token_is_that_of_the_logits() {
         }
     }
 }
+
+/// The files are llama.cpp's, see golden/split.
+#[test]
+fn a_split_model_has_the_logits_of_the_file_that_it_was_split_from() {
+    let root = folder("..");
+    let open = |path: &str| {
+        let gguf = Gguf::open(&root.join(path)).unwrap();
+        (DecoderConfig::from_gguf(&gguf).unwrap(), gguf)
+    };
+    let (config, whole) = open("families/llama-llama3/model.gguf");
+    let cpu = exact_cpu();
+    for Sequence { ids, .. } in &goldens("llama-llama3").1 {
+        let by_reference = logits(&Reference, (&config, &whole), ids, ids.len());
+        let by_cpu = logits(&cpu, (&config, &whole), ids, ids.len());
+        for first in ["split/tiny-00001-of-00003.gguf", "split/bare-00001-of-00004.gguf"] {
+            let (config, split) = open(first);
+            let model: (_, &dyn Tensors) = (&config, &split);
+            assert_eq!(logits(&Reference, model, ids, ids.len()), by_reference, "{first}");
+            assert_eq!(logits(&cpu, model, ids, ids.len()), by_cpu, "{first}");
+        }
+    }
+}

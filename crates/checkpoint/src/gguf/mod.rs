@@ -1,113 +1,143 @@
-//! [`Gguf`]: a GGUF file (versions 2 and 3) behind checked views.
+//! [`Gguf`]: a model in GGUF files (versions 2 and 3) behind checked views.
 //!
 //! Layout (`ggml/docs/gguf.md`): magic, version, tensor count, key count, keys with typed values,
 //! tensor infos (dimensions fastest first, offsets relative to the data section), padding to the
-//! alignment, tensor data.
+//! alignment, tensor data. A model is one such file, or several that llama.cpp's `gguf-split` wrote,
+//! see [`SplitName`].
+
+mod name;
+mod part;
+mod split;
 
 use std::borrow::Cow;
 use std::collections::HashMap;
 use std::fmt;
-use std::ops::Range;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use exrail_tensor::{DType, ggml_type_name};
+pub use name::SplitName;
 
 use crate::bytes::FileBytes;
-use crate::reader::Reader;
 use crate::tensors::found;
 use crate::{LoadError, Metadata, TensorInfo, TensorView, Tensors};
+use part::{Part, TensorEntry};
+use split::Split;
 
-const MAGIC: [u8; 4] = *b"GGUF";
-/// Thirty thousand tensors are a very large mixture of experts.
-const MAX_TENSORS: u64 = 1 << 16;
-/// `GGML_MAX_NAME`.
-const MAX_TENSOR_NAME_BYTES: u64 = 64;
-/// `GGML_MAX_DIMS`.
-const MAX_DIMENSIONS: u32 = 4;
-/// `GGUF_DEFAULT_ALIGNMENT`.
-const DEFAULT_ALIGNMENT: u32 = 32;
-/// Two megabytes are the largest page that a file would reasonably be aligned to.
-const MAX_ALIGNMENT: u32 = 1 << 21;
-const SUPPORTED: &str = "F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, \
-     Q6_K, IQ4_NL, IQ4_XS, MXFP4";
-
-/// A parsed GGUF file: metadata in memory, tensors as views into the mapping.
+/// A parsed model: metadata in memory, tensors as views into the mappings of its files.
 ///
-/// Once constructed, every tensor's bytes lie inside the file, on the file's alignment, and share
-/// no byte with another tensor.
+/// Once constructed, every tensor's bytes lie inside one file, on that file's alignment, and share
+/// no byte with another tensor; and the files are all parts of one model.
 #[derive(Clone)]
 pub struct Gguf {
-    bytes: FileBytes,
     version: u32,
+    /// Of the first part; the others repeat some of it at most.
     metadata: Metadata,
-    tensors: Vec<TensorEntry>,
+    parts: Vec<GgufPart>,
+    /// Each with the index of its part.
+    tensors: Vec<(usize, TensorEntry)>,
     index: HashMap<String, usize>,
 }
 
+/// One file of a model.
 #[derive(Clone)]
-struct TensorEntry {
-    name: String,
-    dtype: DType,
-    /// Outermost first.
-    shape: Vec<usize>,
-    /// Place in the file.
-    place: Range<usize>,
+pub struct GgufPart {
+    path: Option<PathBuf>,
+    bytes: FileBytes,
+    n_tensors: usize,
+}
+
+impl GgufPart {
+    /// Where the file is; `None` when it was in memory already.
+    #[must_use]
+    pub fn path(&self) -> Option<&Path> {
+        self.path.as_deref()
+    }
+
+    /// Tensors in this file; a first part may have none.
+    #[must_use]
+    pub fn n_tensors(&self) -> usize {
+        self.n_tensors
+    }
+
+    /// Bytes of the file.
+    #[must_use]
+    pub fn len_bytes(&self) -> u64 {
+        self.bytes.len() as u64
+    }
 }
 
 impl Gguf {
-    /// Maps and parses the file at `path`. Tensor data is not read.
+    /// Maps and parses the file at `path` and, when it is the first of several, the others beside
+    /// it. Tensor data is not read.
     ///
-    /// The file must not be changed in place while the value lives; replace it by rename.
+    /// The files must not be changed in place while the value lives; replace them by rename.
     ///
     /// # Errors
-    /// When the file cannot be mapped or is not a valid GGUF of supported formats.
+    /// When a file cannot be mapped or is not a valid GGUF of supported formats; when `path` is a
+    /// later part, or not named as its part is; when a part is missing or is not one of this model;
+    /// when a tensor is in two parts, or there are not as many as the first part says.
     pub fn open(path: &Path) -> Result<Gguf, LoadError> {
-        Gguf::from_bytes(FileBytes::map(path)?).map_err(|error| error.in_file(path))
+        let first = Part::open(path)?;
+        let in_first = |error: LoadError| error.in_file(path);
+        let split = Split::read(&first.metadata).map_err(in_first)?;
+        let (mut paths, mut parts) = (vec![path.to_owned()], vec![first]);
+        if split.count > 1 {
+            let name = split.name_of_first(path).map_err(in_first)?;
+            for number in 2..=split.count {
+                let path = path.with_file_name(name.part(number).to_string());
+                parts.push(split.open_part(number, &path)?);
+                paths.push(path);
+            }
+        }
+        split.check(&parts).map_err(|(part, error)| error.in_file(&paths[part]))?;
+        Ok(Gguf::assemble(parts, paths.into_iter().map(Some)))
     }
 
     /// Parses a file that is in memory already.
     ///
     /// # Errors
-    /// When the bytes are not a valid GGUF of supported formats.
+    /// When the bytes are not a valid GGUF of supported formats, or one part of several.
     pub fn parse(bytes: impl Into<Arc<[u8]>>) -> Result<Gguf, LoadError> {
-        Gguf::from_bytes(FileBytes::Owned(bytes.into()))
+        Gguf::parse_parts([bytes.into()])
     }
 
-    fn from_bytes(bytes: FileBytes) -> Result<Gguf, LoadError> {
-        let mut reader = Reader::new(&bytes);
-        let found: [u8; 4] = reader.array("magic")?;
-        if found != MAGIC {
-            return Err(LoadError::BadMagic { format: "GGUF", expected: MAGIC, found });
-        }
-        let version = reader.u32("version")?;
-        if version != 2 && version != 3 {
-            return Err(LoadError::UnsupportedVersion { found: version });
-        }
-        let n_tensors = reader.u64("number of tensors")?;
-        if n_tensors > MAX_TENSORS {
-            let (what, limit) = ("number of tensors".to_owned(), MAX_TENSORS);
-            return Err(LoadError::LimitExceeded { what, limit, found: n_tensors });
-        }
-        let metadata = Metadata::read(&mut reader)?;
-        let alignment = alignment(&metadata)?;
+    /// Parses all parts of a model that are in memory already, in their order.
+    ///
+    /// # Errors
+    /// As [`Gguf::open`].
+    ///
+    /// # Panics
+    /// When there is no part.
+    pub fn parse_parts(parts: impl IntoIterator<Item = Arc<[u8]>>) -> Result<Gguf, LoadError> {
+        let parse = |bytes| Part::parse(FileBytes::Owned(bytes));
+        let parts = parts.into_iter().map(parse).collect::<Result<Vec<_>, _>>()?;
+        assert!(!parts.is_empty(), "a model without a file");
+        let split = Split::read(&parts[0].metadata)?;
+        split.require_first()?;
+        split.require_given(parts.len())?;
+        split.check(&parts).map_err(|(_, error)| error)?;
+        Ok(Gguf::assemble(parts, std::iter::repeat(None)))
+    }
 
-        let mut stored = Vec::new();
-        let mut index = HashMap::new();
-        for i in 0..n_tensors {
-            let tensor = StoredTensor::read(&mut reader, i, alignment)?;
-            if index.insert(tensor.name.clone(), stored.len()).is_some() {
-                return Err(LoadError::DuplicateTensor { tensor: tensor.name });
+    /// The parts as one model; [`Split::check`] says whether they are.
+    fn assemble(parts: Vec<Part>, paths: impl Iterator<Item = Option<PathBuf>>) -> Gguf {
+        let (version, metadata) = (parts[0].version, parts[0].metadata.clone());
+        let mut gguf = Gguf {
+            version,
+            metadata,
+            parts: Vec::with_capacity(parts.len()),
+            tensors: Vec::new(),
+            index: HashMap::new(),
+        };
+        for (i, (part, path)) in parts.into_iter().zip(paths).enumerate() {
+            let (bytes, n_tensors) = (part.bytes, part.tensors.len());
+            gguf.parts.push(GgufPart { path, bytes, n_tensors });
+            for entry in part.tensors {
+                gguf.index.insert(entry.name.clone(), gguf.tensors.len());
+                gguf.tensors.push((i, entry));
             }
-            stored.push(tensor);
         }
-        let data_start = reader.at().next_multiple_of(alignment as usize);
-        let tensors = stored
-            .into_iter()
-            .map(|tensor| tensor.place(data_start, bytes.len()))
-            .collect::<Result<Vec<_>, _>>()?;
-        refuse_overlap(&tensors)?;
-        Ok(Gguf { bytes, version, metadata, tensors, index })
+        gguf
     }
 
     /// Version of the container, 2 or 3.
@@ -116,10 +146,16 @@ impl Gguf {
         self.version
     }
 
-    /// The key-value section.
+    /// The key-value section, of the first part where there are several.
     #[must_use]
     pub fn metadata(&self) -> &Metadata {
         &self.metadata
+    }
+
+    /// The files, in their order: one, or all parts.
+    #[must_use]
+    pub fn parts(&self) -> &[GgufPart] {
+        &self.parts
     }
 
     /// All tensors in file order.
@@ -133,10 +169,10 @@ impl Gguf {
         self.index.get(name).map(|&i| self.view(&self.tensors[i]))
     }
 
-    /// Bytes of the whole file.
+    /// Bytes of all files.
     #[must_use]
     pub fn file_len(&self) -> u64 {
-        self.bytes.len() as u64
+        self.parts.iter().map(GgufPart::len_bytes).sum()
     }
 
     /// The source of the model's chat template, when it has one.
@@ -148,12 +184,12 @@ impl Gguf {
         }
     }
 
-    fn view<'a>(&'a self, entry: &'a TensorEntry) -> TensorView<'a> {
+    fn view<'a>(&'a self, (part, entry): &'a (usize, TensorEntry)) -> TensorView<'a> {
         TensorView {
             name: &entry.name,
             dtype: entry.dtype,
             shape: &entry.shape,
-            bytes: Cow::Borrowed(&self.bytes[entry.place.clone()]),
+            bytes: Cow::Borrowed(&self.parts[*part].bytes[entry.place.clone()]),
         }
     }
 }
@@ -168,13 +204,24 @@ impl Tensors for Gguf {
     }
 
     fn names(&self) -> Box<dyn Iterator<Item = &str> + '_> {
-        Box::new(self.tensors.iter().map(|entry| entry.name.as_str()))
+        Box::new(self.tensors.iter().map(|(_, entry)| entry.name.as_str()))
     }
 
     fn release(&self, name: &str) {
         if let Some(&i) = self.index.get(name) {
-            self.bytes.forget(self.tensors[i].place.clone());
+            let (part, entry) = &self.tensors[i];
+            self.parts[*part].bytes.forget(entry.place.clone());
         }
+    }
+}
+
+impl fmt::Debug for GgufPart {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("GgufPart")
+            .field("path", &self.path)
+            .field("len_bytes", &self.len_bytes())
+            .field("n_tensors", &self.n_tensors)
+            .finish_non_exhaustive()
     }
 }
 
@@ -182,123 +229,10 @@ impl fmt::Debug for Gguf {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Gguf")
             .field("version", &self.version)
-            .field("file_len", &self.bytes.len())
+            .field("file_len", &self.file_len())
+            .field("n_parts", &self.parts.len())
             .field("n_keys", &self.metadata.iter().count())
             .field("n_tensors", &self.tensors.len())
             .finish_non_exhaustive()
     }
-}
-
-fn alignment(metadata: &Metadata) -> Result<u32, LoadError> {
-    let key = "general.alignment";
-    let alignment = metadata.u32(key)?.unwrap_or(DEFAULT_ALIGNMENT);
-    if !alignment.is_power_of_two() || alignment > MAX_ALIGNMENT {
-        let expected = format!("a power of two up to {MAX_ALIGNMENT}");
-        return Err(LoadError::bad_value(key, expected, alignment));
-    }
-    Ok(alignment)
-}
-
-/// A tensor info whose offset is not yet checked against the file.
-struct StoredTensor {
-    name: String,
-    dtype: DType,
-    shape: Vec<usize>,
-    n_bytes: usize,
-    offset: u64,
-}
-
-impl StoredTensor {
-    fn read(
-        reader: &mut Reader<'_>,
-        number: u64,
-        alignment: u32,
-    ) -> Result<StoredTensor, LoadError> {
-        let what = format!("name of tensor {number}");
-        let name = reader.string(&what, MAX_TENSOR_NAME_BYTES)?;
-        if name.is_empty() {
-            return Err(LoadError::EmptyName { what });
-        }
-        let what = format!("info of tensor `{name}`");
-        let n_dimensions = reader.u32(&what)?;
-        if !(1..=MAX_DIMENSIONS).contains(&n_dimensions) {
-            let key = format!("number of dimensions of tensor `{name}`");
-            return Err(LoadError::bad_value(&key, "1 to 4", n_dimensions));
-        }
-        let mut dimensions = Vec::new();
-        for _ in 0..n_dimensions {
-            dimensions.push(reader.u64(&what)?);
-        }
-        dimensions.reverse();
-        let type_id = reader.u32(&what)?;
-        let Some(dtype) = DType::from_ggml(type_id) else {
-            let found = ggml_type_name(type_id).map_or_else(|| type_id.to_string(), str::to_owned);
-            return Err(LoadError::UnsupportedDtype { tensor: name, found, supported: SUPPORTED });
-        };
-        let offset = reader.u64(&what)?;
-        let alignment = u64::from(alignment);
-        if !offset.is_multiple_of(alignment) {
-            return Err(LoadError::Misaligned { tensor: name, offset, alignment });
-        }
-        match checked_shape(dtype, &dimensions) {
-            Ok((shape, n_bytes)) => Ok(StoredTensor { name, dtype, shape, n_bytes, offset }),
-            Err(problem) => Err(LoadError::BadShape { tensor: name, shape: dimensions, problem }),
-        }
-    }
-
-    /// Turns the offset into a place in the file.
-    fn place(self, data_start: usize, file_len: usize) -> Result<TensorEntry, LoadError> {
-        let start = usize::try_from(self.offset).ok().and_then(|at| data_start.checked_add(at));
-        let end = start.and_then(|start| start.checked_add(self.n_bytes));
-        match (start, end) {
-            (Some(start), Some(end)) if end <= file_len => Ok(TensorEntry {
-                name: self.name,
-                dtype: self.dtype,
-                shape: self.shape,
-                place: start..end,
-            }),
-            _ => Err(LoadError::Truncated {
-                what: format!("tensor `{}` at data offset {}", self.name, self.offset),
-                expected: self.n_bytes as u64,
-                found: (file_len as u64)
-                    .saturating_sub(data_start as u64)
-                    .saturating_sub(self.offset),
-            }),
-        }
-    }
-}
-
-/// The shape as `usize` and the bytes that it takes, or what is wrong with it. The element count
-/// fits in `isize`, so that no later product of dimensions overflows.
-fn checked_shape(dtype: DType, shape: &[u64]) -> Result<(Vec<usize>, usize), &'static str> {
-    if shape.contains(&0) {
-        return Err("a zero dimension");
-    }
-    let too_large = "more elements than memory can hold";
-    let shape: Vec<usize> = shape
-        .iter()
-        .map(|&n| usize::try_from(n).map_err(|_| too_large))
-        .collect::<Result<_, _>>()?;
-    let elements = shape.iter().try_fold(1usize, |product, &n| product.checked_mul(n));
-    // Values are expanded to f32, so four bytes per element must be addressable.
-    let Some(_) = elements.filter(|&n| n <= isize::MAX as usize / 4) else {
-        return Err(too_large);
-    };
-    let columns = shape[shape.len() - 1];
-    let row_bytes = dtype.row_bytes(columns).ok_or("a row that is not a whole number of blocks")?;
-    let rows: usize = shape[..shape.len() - 1].iter().product();
-    let n_bytes = rows.checked_mul(row_bytes).ok_or(too_large)?;
-    Ok((shape, n_bytes))
-}
-
-fn refuse_overlap(tensors: &[TensorEntry]) -> Result<(), LoadError> {
-    let mut by_start: Vec<&TensorEntry> = tensors.iter().collect();
-    by_start.sort_by_key(|entry| entry.place.start);
-    for pair in by_start.windows(2) {
-        if pair[1].place.start < pair[0].place.end {
-            let (first, second) = (pair[0].name.clone(), pair[1].name.clone());
-            return Err(LoadError::Overlap { first, second });
-        }
-    }
-    Ok(())
 }

@@ -70,6 +70,14 @@ impl HfFolder {
         Ok(HfFolder { files, config: config.decoder, tensors, generation, text })
     }
 
+    /// The folder; `None` when its files were in memory already.
+    pub(crate) fn dir(&self) -> Option<&Path> {
+        match &self.files {
+            Files::Disk(dir) => Some(dir),
+            Files::Memory(_) => None,
+        }
+    }
+
     /// The architecture as data.
     #[must_use]
     pub fn config(&self) -> &DecoderConfig {

@@ -8,8 +8,8 @@ use std::{
 use anyhow::Result;
 use clap::Args;
 use exrail_checkpoint::{
-    Array, Checkpoint, Gguf, HfFolder, SafetensorsFile, TensorInfo, TensorView, Tensors,
-    Value as MetadataValue, checkpoint_files,
+    Array, Checkpoint, CheckpointFiles, Gguf, GgufPart, HfFolder, SafetensorsFile, TensorInfo,
+    TensorView, Tensors, Value as MetadataValue,
 };
 use exrail_engine::{CheckedGenerator, LoadOptions, check_generator};
 use serde_json::{Map, Value, json};
@@ -19,7 +19,7 @@ use crate::{Ended, output::Output};
 /// Print what a model file or folder holds: header, tensors, sizes, chat template.
 #[derive(Debug, Args)]
 pub(crate) struct Inspect {
-    /// A .gguf or .safetensors file, or a Hugging Face folder.
+    /// A .gguf or .safetensors file, the first part of a split .gguf file, or a Hugging Face folder.
     #[arg(value_name = "FILE")]
     path: PathBuf,
     /// Print every tensor.
@@ -35,7 +35,48 @@ struct Contents {
     metadata: Vec<(String, Value)>,
     template: Option<String>,
     tensors: Vec<Tensor>,
+    /// Of all files.
     file_bytes: u64,
+    /// None but for a split GGUF file.
+    parts: Vec<Part>,
+}
+
+/// A file of a split GGUF file.
+struct Part {
+    file: String,
+    tensors: usize,
+    bytes: u64,
+}
+
+impl Part {
+    /// The parts of `gguf`, if it is split.
+    fn all(gguf: &Gguf) -> Vec<Self> {
+        let parts = gguf.parts();
+        if parts.len() == 1 { Vec::new() } else { parts.iter().map(Self::from).collect() }
+    }
+
+    fn to_json(&self) -> Value {
+        json!({ "file": self.file, "tensors": self.tensors, "bytes": self.bytes })
+    }
+
+    fn print_all(parts: &[Self], output: Output) {
+        if parts.is_empty() {
+            return;
+        }
+        let bytes = parts.iter().map(|part| part.bytes).sum();
+        output.line(format!("parts     {}, {:.1} MB together", parts.len(), mb(bytes)));
+        for Self { file, tensors, bytes } in parts {
+            output.line(format!("  {file}  {tensors:4} tensors  {:8.1} MB", mb(*bytes)));
+        }
+    }
+}
+
+impl From<&GgufPart> for Part {
+    fn from(part: &GgufPart) -> Self {
+        let file = part.path().and_then(Path::file_name).unwrap_or_default();
+        let file = file.to_string_lossy().into_owned();
+        Self { file, tensors: part.n_tensors(), bytes: part.len_bytes() }
+    }
 }
 
 struct Tensor {
@@ -84,6 +125,10 @@ impl Inspect {
         let checked = check_generator(&checkpoint, LoadOptions::default())?;
         let CheckedGenerator { config, tokenizer, template, .. } = checked;
         let n_tensors = checkpoint.tensors().names().count();
+        let parts = match &checkpoint {
+            Checkpoint::Gguf(gguf) => Part::all(gguf),
+            Checkpoint::Folder(_) => Vec::new(),
+        };
         output.value(&json!({
             "loads": true,
             "architecture": config.architecture,
@@ -94,6 +139,7 @@ impl Inspect {
             "vocabulary": tokenizer.vocab_len(),
             "embedding_rows": config.vocab_size,
             "tensors": n_tensors,
+            "parts": parts.iter().map(Part::to_json).collect::<Vec<_>>(),
             "chat_template": template.is_some(),
         }));
         let (layers, width, context) = (config.n_layers(), config.width, config.context_len);
@@ -101,6 +147,7 @@ impl Inspect {
         output.line(format!("model     {}, {layers} layers of {width}", config.architecture));
         output.line(format!("context   {context} tokens, at most {}", config.max_context_len));
         output.line(format!("tensors   {n_tensors}, all there in their shape"));
+        Part::print_all(&parts, output);
         let (tokens, rows) = (tokenizer.vocab_len(), config.vocab_size);
         output.line(format!("tokens    {tokens} of {rows} rows of the embedding"));
         let template = if template.is_some() { "compiles" } else { "none" };
@@ -112,15 +159,16 @@ impl Inspect {
         if self.path.is_dir() {
             return read_folder(&HfFolder::open(&self.path)?, &self.path);
         }
-        let file_bytes = std::fs::metadata(&self.path).map_or(0, |metadata| metadata.len());
         if self.path.extension().is_some_and(|extension| extension == "safetensors") {
             let file = SafetensorsFile::open(&self.path)?;
+            let file_bytes = file.file_len();
             return Ok(Contents {
                 format: "safetensors",
                 metadata: Vec::new(),
                 template: None,
                 tensors: file.tensors().map(Tensor::from).collect(),
                 file_bytes,
+                parts: Vec::new(),
             });
         }
         let gguf = Gguf::open(&self.path)?;
@@ -130,7 +178,8 @@ impl Inspect {
             metadata: metadata.map(|(key, value)| (key.to_owned(), short(value))).collect(),
             template: gguf.chat_template().map(str::to_owned),
             tensors: gguf.tensors().map(Tensor::from).collect(),
-            file_bytes,
+            file_bytes: gguf.file_len(),
+            parts: Part::all(&gguf),
         })
     }
 }
@@ -138,14 +187,13 @@ impl Inspect {
 fn read_folder(folder: &HfFolder, path: &Path) -> Result<Contents> {
     let config = std::fs::read(path.join("config.json"))?;
     let config: Map<String, Value> = serde_json::from_slice(&config)?;
-    let files = checkpoint_files(path)?;
-    let lens = files.iter().map(|file| file.metadata().map_or(0, |metadata| metadata.len()));
     Ok(Contents {
         format: "Hugging Face folder",
         metadata: config.into_iter().collect(),
         template: folder.text().chat_template().map(str::to_owned),
         tensors: folder.names().filter_map(|name| folder.info(name)).map(Tensor::from).collect(),
-        file_bytes: lens.sum(),
+        file_bytes: CheckpointFiles::of_folder(path)?.len_bytes()?,
+        parts: Vec::new(),
     })
 }
 
@@ -235,6 +283,7 @@ impl Contents {
         json!({
             "format": self.format,
             "file_bytes": self.file_bytes,
+            "parts": self.parts.iter().map(Part::to_json).collect::<Vec<_>>(),
             "metadata": self.metadata.iter().cloned().collect::<Map<String, Value>>(),
             "chat_template": self.template,
             "dtypes": shares,
@@ -249,6 +298,7 @@ impl Contents {
 
     fn print(&self, output: Output, all_tensors: bool) {
         output.line(format!("format    {}, {:.1} MB", self.format, mb(self.file_bytes)));
+        Part::print_all(&self.parts, output);
         output.line(format!("tensors   {}", self.tensors.len()));
         for (dtype, share) in self.shares() {
             output.line(format!(
