@@ -9,6 +9,7 @@ use std::{
 
 use sha2::{Digest, Sha256};
 
+use crate::split::SplitFile;
 use crate::{HubError, Kind, Model, ModelFile, Progress, Registry, source};
 
 /// Whether a missing model may be downloaded.
@@ -79,7 +80,10 @@ impl Cache {
         let path = Path::new(name);
         if path.exists() {
             let stem = path.file_stem().map_or_else(|| name.into(), |stem| stem.to_string_lossy());
-            return Ok(Resolved { path: path.into(), name: stem.into_owned() });
+            // The parts of a split file are one model.
+            let split = path.file_name().and_then(|file| file.to_str()).and_then(SplitFile::of);
+            let name = split.map_or_else(|| stem.into_owned(), |file| file.model.to_owned());
+            return Ok(Resolved { path: path.into(), name });
         }
         let Some(model) = registry.model(name) else {
             let known = registry.models().iter().map(|model| model.name.as_str());

@@ -9,6 +9,7 @@ mod cache;
 mod error;
 mod registry;
 mod source;
+mod split;
 
 pub use cache::{Cache, Fetch, Resolved};
 pub use error::HubError;

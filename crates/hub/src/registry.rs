@@ -8,6 +8,7 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 use crate::HubError;
+use crate::split::SplitFile;
 
 const EMBEDDED: &str = include_str!("../models.toml");
 
@@ -206,7 +207,24 @@ fn check(model: &Model) -> Result<(), String> {
         Some(load) if !model.files.iter().any(|file| file.path == *load) => {
             Err(format!("model `{name}`: `load` names `{load}`, which is not one of its files"))
         }
-        Some(_) | None => Ok(()),
+        Some(load) => check_split(model, load),
+        None => Ok(()),
+    }
+}
+
+/// A load opens all parts of a split file: each must be among the files, so that it is verified too.
+fn check_split(model: &Model, load: &str) -> Result<(), String> {
+    let Some(split) = SplitFile::of(load) else { return Ok(()) };
+    let (name, count) = (&model.name, split.count);
+    if split.number != 1 {
+        return Err(format!("model `{name}`: `load`: expected part 1 of {count}, found `{load}`"));
+    }
+    match split.all().find(|part| !model.files.iter().any(|file| file.path == *part)) {
+        Some(part) => Err(format!(
+            "model `{name}`: `load` names part 1 of {count}: expected `{part}` among its files, \
+             found no such entry"
+        )),
+        None => Ok(()),
     }
 }
 
@@ -254,5 +272,31 @@ mod tests {
         let text = EMBEDDED.replacen("[[model.source]]\nparts", &file, 1);
         let error = Registry::parse(&text, Path::new("x.toml")).unwrap_err();
         assert!(error.to_string().contains("expected one file to join parts to"), "{error}");
+    }
+
+    fn with_files(load: &str, files: &[&str]) -> Result<Registry, HubError> {
+        let mut text = format!(
+            "[[model]]\nname = \"m\"\nkind = \"generator\"\ntitle = \"m\"\nlicence = \"MIT\"\n\
+             load = \"{load}\"\n"
+        );
+        for file in files {
+            let sha256 = "0".repeat(64);
+            let entry = format!("path = \"{file}\"\nbytes = 1\nsha256 = \"{sha256}\"\n");
+            text.push_str("[[model.file]]\n");
+            text.push_str(&entry);
+        }
+        text.push_str("[[model.source]]\npython_package = \"p==0\"\nfolder = \"f\"\n");
+        Registry::parse(&text, Path::new("x.toml"))
+    }
+
+    #[test]
+    fn a_split_model_without_an_entry_for_each_part_is_refused() {
+        let parts = ["q/m-00001-of-00002.gguf", "q/m-00002-of-00002.gguf"];
+        assert!(with_files(parts[0], &parts).is_ok());
+        let refused = |load, files: &[&str]| with_files(load, files).unwrap_err().to_string();
+        let missing = refused(parts[0], &parts[..1]);
+        assert!(missing.contains(&format!("expected `{}` among its files", parts[1])), "{missing}");
+        let later = refused(parts[1], &parts);
+        assert!(later.contains("expected part 1 of 2"), "{later}");
     }
 }

@@ -144,3 +144,17 @@ fn an_encoder_is_not_taken_for_a_generator() {
         .to_string();
     assert!(error.contains("expected a generator"), "{error}");
 }
+
+#[test]
+fn the_parts_of_a_split_file_have_the_name_of_the_whole() {
+    let folder = tempfile::tempdir().unwrap();
+    let registry = registry(folder.path(), b"weights");
+    let cache = Cache::at(folder.path());
+    for (file, name) in [("qwen-00001-of-00003.gguf", "qwen"), ("qwen-00001.gguf", "qwen-00001")] {
+        let path = folder.path().join(file);
+        fs::write(&path, b"weights").unwrap();
+        let path = path.to_str().unwrap();
+        let found = cache.resolve(&registry, path, Kind::Generator, Fetch::Never, &mut Silent);
+        assert_eq!(found.unwrap().name, name);
+    }
+}
