@@ -4,12 +4,14 @@ use std::fs;
 use std::io;
 use std::path::Path;
 
-use exrail_testkit::{TinyLlama, safetensors_bytes, tiny_bert, tiny_llama};
+use exrail_testkit::{GgufValue, GgufWriter, TinyLlama, safetensors_bytes, tiny_bert, tiny_llama};
 
 fn main() -> io::Result<()> {
     let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("corpus");
     let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../golden");
-    for target in ["gguf", "safetensors", "hf_folder", "bert_config", "document", "tokenizer"] {
+    let targets =
+        ["gguf", "gguf_parts", "safetensors", "hf_folder", "bert_config", "document", "tokenizer"];
+    for target in targets {
         fs::create_dir_all(corpus.join(target))?;
     }
 
@@ -18,6 +20,8 @@ fn main() -> io::Result<()> {
     for (name, tied) in [("tied", true), ("untied", false)] {
         fs::write(corpus.join("gguf").join(name), tiny_llama(1, TinyLlama { tied, ..small }))?;
     }
+
+    fs::write(corpus.join("gguf_parts/two"), split_seed())?;
 
     let tensors =
         [("a".to_owned(), vec![2, 2], vec![0.5; 4]), ("b".to_owned(), vec![1], vec![1.0])];
@@ -51,6 +55,22 @@ fn main() -> io::Result<()> {
     fs::remove_dir_all(&dir)?;
     let files = files.into_iter().collect::<io::Result<Vec<_>>>()?;
     fs::write(corpus.join("bert_config/tiny"), files.join(&0))
+}
+
+/// A model of two files with a tensor each.
+fn split_seed() -> Vec<u8> {
+    let u16_value = |value: u8| GgufValue::Raw { type_id: 2, bytes: vec![value, 0] };
+    let parts = ["a", "b"].into_iter().zip(0..).map(|(name, number)| {
+        GgufWriter::new()
+            .key("split.no", u16_value(number))
+            .key("split.count", u16_value(2))
+            .key("split.tensors.count", GgufValue::I32(2))
+            .key("general.architecture", "llama")
+            .raw_data(&[1; 32])
+            .raw_tensor(name.as_bytes(), &[8], 0, 0)
+            .finish()
+    });
+    parts.flat_map(|part| [&(part.len() as u32).to_le_bytes()[..], &part].concat()).collect()
 }
 
 /// The parts of a folder in the order of the target, headers without their data.
