@@ -1,4 +1,4 @@
-//! An NVIDIA GPU as a device: [`CudaBackend`] implements [`exrail_kernels::Backend`] with the kernels
+//! An NVIDIA GPU as a device: `CudaBackend` implements `exrail_kernels::Backend` with the kernels
 //! of `cu/`, which are compiled when this crate is built with feature `cuda` and find the driver when
 //! a device is opened.
 //!
