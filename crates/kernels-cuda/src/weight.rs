@@ -77,8 +77,8 @@ impl PlaneBytes {
     }
 }
 
-/// A matrix on the device. Q2_K and Q3_K take four bits a weight there; every other format takes what
-/// it takes in a file.
+/// A matrix on the device. Formats take up to 6 % more than in a file there, but Q3_K 4.6 bits a
+/// weight and Q2_K 5.1: their codes lie in nibbles.
 #[derive(Debug)]
 pub struct CudaWeight {
     pub(crate) dtype: DType,

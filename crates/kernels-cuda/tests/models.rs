@@ -130,7 +130,9 @@ fn sources(folder: &Path) -> Vec<(&'static str, DecoderConfig, Box<dyn Tensors>)
     let hf = HfFolder::open(folder).unwrap();
     let mut sources: Vec<(_, _, Box<dyn Tensors>)> =
         vec![("folder", hf.config().clone(), Box::new(hf))];
-    if let Ok(gguf) = Gguf::open(&folder.join("model.gguf")) {
+    let path = folder.join("model.gguf");
+    if path.exists() {
+        let gguf = Gguf::open(&path).unwrap();
         sources.push(("GGUF", DecoderConfig::from_gguf(&gguf).unwrap(), Box::new(gguf)));
     }
     sources
