@@ -82,7 +82,7 @@ pub fn tiny_llama(seed: u64, spec: TinyLlama) -> Vec<u8> {
     let head_dim = spec.width / spec.n_heads;
     let kv_width = spec.n_kv_heads * head_dim;
     let tokens = tokens();
-    let mut writer = with_tokenizer(with_sizes(spec, head_dim, tokens.len()), &tokens);
+    let mut writer = add_tokenizer(with_sizes(spec, head_dim, tokens.len()), &tokens);
     let matrices = Matrices { seed, dtype: spec.dtype };
     writer = matrices.add(writer, "token_embd.weight", tokens.len(), spec.width);
     for i in 0..spec.n_layers {
@@ -124,7 +124,7 @@ fn with_sizes(spec: TinyLlama, head_dim: usize, vocab_size: usize) -> GgufWriter
         .key("llama.vocab_size", number(vocab_size))
 }
 
-fn with_tokenizer(writer: GgufWriter, tokens: &[String]) -> GgufWriter {
+pub(crate) fn add_tokenizer(writer: GgufWriter, tokens: &[String]) -> GgufWriter {
     let kinds = (0..tokens.len()).map(|id| if id < SPECIALS.len() { 3 } else { 1 }).collect();
     let merges = MERGES.iter().map(|&merge| merge.to_owned()).collect();
     writer
@@ -147,6 +147,14 @@ fn tokens() -> Vec<String> {
     let specials = SPECIALS.iter().map(|&special| special.to_owned());
     let merged = MERGES.iter().map(|merge| merge.replace(' ', ""));
     specials.chain(byte_spellings().map(String::from)).chain(merged).collect()
+}
+
+/// The same, and as many that no text has as make `vocab_size`.
+pub(crate) fn filled_tokens(vocab_size: usize) -> Vec<String> {
+    let mut all = tokens();
+    let unused = (0..).map(|i| format!("<unused{i}>"));
+    all.extend(unused.take(vocab_size.saturating_sub(all.len())));
+    all
 }
 
 /// GPT-2's printable stand-ins for the 256 bytes (`bytes_to_unicode` in its encoder.py).

@@ -180,7 +180,7 @@ mod cuda {
         if cpu.threads.is_some() {
             bail!("--threads: expected --device cpu, found a GPU");
         }
-        let options = CudaOptions { ordinal, activation: cpu.activation };
+        let options = CudaOptions { activation: cpu.activation, ..CudaOptions::new(ordinal) };
         Ok(Device::Cuda(CudaBackend::open(options)?))
     }
 

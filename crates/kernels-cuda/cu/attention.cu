@@ -1,26 +1,17 @@
 // Scaled dot-product attention with grouped heads, causal over pages or unmasked inside spans.
 //
-// Over pages, `attention_run` gives one block of threads a run of positions of one head of one row,
-// and `attention_merge` puts the runs together (Dao et al. 2023, "Flash-Decoding for long-context
-// inference"). Heads of an odd width, and spans, go to `attend`, where one block has one head of one
+// Over pages, `attention_run` gives one block of threads a run of positions of the heads of one row that
+// share them; the last block to end puts the runs together (Dao et al. 2023, "Flash-Decoding for long-context
+// inference"). Heads of other widths, and spans, go to `attend`, where one block has one head of one
 // row; its warps take every WARPS-th position and keep a running softmax each (Milakov and Gimelshein
 // 2018, arXiv:1805.02867), which are merged in a fixed order.
 #include "common.cuh"
 #include "pages.cuh"
+#include "shape.cuh"
 
 #define WARPS 8
 // Elements of a head that one lane holds: heads up to 512 wide.
 #define EACH 16
-
-// `src/attention.rs` has the same fields in the same order.
-struct Shape {
-    uint32_t n_heads;
-    uint32_t n_kv_heads;
-    uint32_t head_dim;
-    uint32_t window; // 0: none
-    float scale;
-    float soft_cap; // 0: none
-};
 
 // One row: where it lies, the keys that it sees, and where its pages are in the table.
 struct Row {
@@ -63,6 +54,7 @@ struct Direct {
 template <class Source>
 __device__ void attend(const float *q, const Source &source, Shape shape, const Row *rows,
                        float *out) {
+    begin();
     const Row row = rows[blockIdx.x];
     const uint32_t h = blockIdx.y, head = h / (shape.n_heads / shape.n_kv_heads);
     const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, D = shape.head_dim;
@@ -136,11 +128,13 @@ EXTERN void attention_full(const float *q, const float *k, const float *v, Shape
     attend(q, Direct{k, v, width, shape.head_dim}, shape, rows, out);
 }
 
-// Positions that one block of `attention_part` attends to: a run that starts on a multiple of it, so
-// that what a row gives does not depend on the other rows of its batch.
+// Positions that one block of `attention_run` attends to: a run that starts on a multiple of it, so that
+// what a row gives does not depend on the other rows of its batch; its warps share it evenly.
 #define RUN 128
-// Elements that a lane takes at once.
+#define RUN_OF_WARP (RUN / WARPS)
+// Elements that a lane has of a head, and the most keys and values that it asks for at once.
 #define VECTOR 8
+#define AHEAD 8
 
 // Eight consecutive elements as numbers, without the scale of int8.
 __device__ __forceinline__ void eight(const float *at, float (&out)[VECTOR]) {
@@ -149,8 +143,7 @@ __device__ __forceinline__ void eight(const float *at, float (&out)[VECTOR]) {
     out[4] = high.x, out[5] = high.y, out[6] = high.z, out[7] = high.w;
 }
 __device__ __forceinline__ void eight(const __half *at, float (&out)[VECTOR]) {
-    const uint4 packed = *(const uint4 *)at;
-    const __half2 *pairs = (const __half2 *)&packed;
+    const __half2 *pairs = (const __half2 *)at;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         const float2 pair = __half22float2(pairs[i]);
@@ -158,126 +151,200 @@ __device__ __forceinline__ void eight(const __half *at, float (&out)[VECTOR]) {
     }
 }
 __device__ __forceinline__ void eight(const int8_t *at, float (&out)[VECTOR]) {
-    const uint2 packed = *(const uint2 *)at;
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-        out[i] = (float)(int8_t)(packed.x >> (8 * i));
-        out[i + 4] = (float)(int8_t)(packed.y >> (8 * i));
-    }
+    for (int i = 0; i < VECTOR; i++) out[i] = (float)at[i];
 }
 
-// One run of one head of one row, heads of a multiple of eight: first all scores, then all values.
-// Writes the sum of the values by the weights, their total and the highest score behind each other,
-// or, where there is one run alone, the result.
-template <class E>
+// Eight elements as they lie in memory.
+template <class E> struct alignas(8 * sizeof(E)) Packed {
+    E elements[VECTOR];
+};
+
+// What a warp, or a run, knows of a head: the sum of the values by their weights is beside it.
+struct Softmax {
+    float highest, total;
+
+    // Takes a part's sums times this. A part without a position has nothing; one whose scores are no
+    // numbers keeps its total, which is none either.
+    __device__ __forceinline__ static float factor(float highest, float of_all) {
+        return highest == -INFINITY ? 0.0f : expf(highest - of_all);
+    }
+};
+
+// One run of the heads that share keys and values, of one row: every warp has its positions' keys and
+// values on their way at once. A part is, for each head, the sum of the values by their weights, the
+// total and the highest score; where there is one run alone, the result is written at once. The last
+// block to end puts the parts together. `n_done` (T, K) is zero before and after. LANES share a position.
+template <class E, int LANES>
 __device__ void attend_run(const float *q, const Pages &pages, uint32_t layer, const uint32_t *table,
-                           Shape shape, const Row *rows, float *out, float *parts) {
-    __shared__ float weights[RUN];
-    extern __shared__ float sums[]; // (groups, D)
+                           Shape shape, const Row *rows, float *out, float *parts, uint32_t *n_done) {
+    constexpr uint32_t AT_ONCE = 32 / LANES; // positions of a warp
+    constexpr uint32_t STEPS = RUN_OF_WARP / AT_ONCE > 0 ? RUN_OF_WARP / AT_ONCE : 1;
+    constexpr int BATCH = STEPS < AHEAD ? STEPS : AHEAD;
+    __shared__ Softmax of_warps[WARPS];
+    __shared__ bool is_last;
+    extern __shared__ float sums[]; // (warps, D), then factors of runs
+    begin();
     const Row row = rows[blockIdx.x];
-    const uint32_t h = blockIdx.y, head = h / (shape.n_heads / shape.n_kv_heads);
-    const uint32_t D = shape.head_dim, n_vectors = D / VECTOR;
-    // Lanes that share a position: a power of two, so that they lie in one warp.
-    uint32_t lanes = 1;
-    while (lanes < n_vectors && lanes < 32) lanes *= 2;
-    const uint32_t lane = threadIdx.x % lanes, group = threadIdx.x / lanes;
-    const uint32_t n_groups = blockDim.x / lanes;
-    const uint32_t start = blockIdx.z * RUN;
-    const size_t at = ((size_t)row.row * shape.n_heads + h) * D;
-    float *part = parts + (((size_t)blockIdx.x * shape.n_heads + h) * gridDim.z + blockIdx.z) * (D + 2);
-    if (start >= row.end || start + RUN <= row.first) {
-        if (threadIdx.x == 0) part[D] = 0, part[D + 1] = -INFINITY;
-        return;
-    }
-    const size_t keys = pages.entry(table[row.pages_at + start / PAGE_TOKENS], layer, 0, head,
-                                    start % PAGE_TOKENS);
-    const size_t values = pages.entry(table[row.pages_at + start / PAGE_TOKENS], layer, 1, head,
-                                      start % PAGE_TOKENS);
+    const uint32_t head = blockIdx.y, n_runs = gridDim.z, group = shape.n_heads / shape.n_kv_heads;
+    const uint32_t D = shape.head_dim, start = blockIdx.z * RUN;
+    const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % LANES, own = threadIdx.x % 32 / LANES;
+    const uint32_t d = lane * VECTOR;
+    const size_t in_all = (size_t)blockIdx.x * shape.n_kv_heads + head;
+    float *first_part = parts + in_all * n_runs * group * (D + 2);
+    float *part = first_part + (size_t)blockIdx.z * group * (D + 2);
+    const bool any = start < row.end && start + RUN > row.first;
+    const uint32_t page = any ? table[row.pages_at + start / PAGE_TOKENS] : 0;
+    const size_t keys = pages.entry(page, layer, 0, head, start % PAGE_TOKENS);
+    const size_t values = pages.entry(page, layer, 1, head, start % PAGE_TOKENS);
     const E *elements = (const E *)pages.elements;
-    for (uint32_t p = group; p < RUN; p += n_groups) {
-        const bool seen = start + p >= row.first && start + p < row.end;
-        float dot = 0;
-        for (uint32_t v = lane; v < n_vectors && seen; v += lanes) {
-            float key[VECTOR];
-            eight(elements + (keys + p) * D + v * VECTOR, key);
+
+    Packed<E> key[BATCH], value[BATCH];
+    float key_scale[BATCH], value_scale[BATCH];
+    const auto position = [&](uint32_t step) { return warp * RUN_OF_WARP + step * AT_ONCE + own; };
+    const auto seen = [&](uint32_t step) {
+        const uint32_t p = start + position(step);
+        return any && step * AT_ONCE + own < RUN_OF_WARP && p >= row.first && p < row.end;
+    };
+    const auto ask = [&](uint32_t first) {
 #pragma unroll
-            for (int i = 0; i < VECTOR; i++) dot = fmaf(q[at + v * VECTOR + i], key[i], dot);
+        for (int i = 0; i < BATCH; i++) {
+            const uint32_t p = position(first + i);
+            key[i] = value[i] = {};
+            if (seen(first + i) && d < D) {
+                key[i] = *(const Packed<E> *)(elements + (keys + p) * D + d);
+                value[i] = *(const Packed<E> *)(elements + (values + p) * D + d);
+            }
+            if (sizeof(E) == 1) {
+                key_scale[i] = seen(first + i) ? pages.scales[keys + p] : 0;
+                value_scale[i] = seen(first + i) ? pages.scales[values + p] : 0;
+            }
         }
-        for (uint32_t step = lanes / 2; step > 0; step /= 2) {
-            dot += __shfl_xor_sync(0xffffffff, dot, step);
+    };
+    if (any && STEPS == BATCH) ask(0);
+    for (uint32_t g = 0; g < group && any; g++) {
+        const size_t at = ((size_t)row.row * shape.n_heads + head * group + g) * D;
+        float query[VECTOR] = {};
+        if (d < D) eight(q + at + d, query);
+        float highest = -INFINITY, total = 0, sum[VECTOR] = {};
+        for (uint32_t first = 0; first < STEPS; first += BATCH) {
+            if (STEPS > BATCH) ask(first);
+            float scores[BATCH], next = highest;
+#pragma unroll
+            for (int i = 0; i < BATCH; i++) {
+                float k[VECTOR], dot = 0;
+                eight(key[i].elements, k);
+#pragma unroll
+                for (int e = 0; e < VECTOR; e++) dot = fmaf(query[e], k[e], dot);
+#pragma unroll
+                for (int step = LANES / 2; step > 0; step /= 2) {
+                    dot += __shfl_xor_sync(0xffffffff, dot, step);
+                }
+                if (sizeof(E) == 1) dot *= key_scale[i];
+                float score = dot * shape.scale;
+                if (shape.soft_cap > 0) score = shape.soft_cap * tanhf(score / shape.soft_cap);
+                scores[i] = seen(first + i) ? score : -INFINITY;
+                next = fmaxf(next, scores[i]);
+            }
+#pragma unroll
+            for (int step = LANES; step < 32; step *= 2) {
+                next = fmaxf(next, __shfl_xor_sync(0xffffffff, next, step));
+            }
+            const float keep = Softmax::factor(highest, next);
+            highest = next;
+            total *= keep;
+#pragma unroll
+            for (int e = 0; e < VECTOR; e++) sum[e] *= keep;
+#pragma unroll
+            for (int i = 0; i < BATCH; i++) {
+                // A score that is no number gives a weight that is none.
+                const float weight = scores[i] == -INFINITY ? 0.0f : expf(scores[i] - highest);
+                total += weight;
+                float v[VECTOR];
+                eight(value[i].elements, v);
+                const float scaled = sizeof(E) == 1 ? weight * value_scale[i] : weight;
+#pragma unroll
+                for (int e = 0; e < VECTOR; e++) sum[e] = fmaf(scaled, v[e], sum[e]);
+            }
         }
-        if (lane == 0) {
-            if (sizeof(E) == 1 && seen) dot *= pages.scales[keys + p];
-            float score = dot * shape.scale;
-            if (shape.soft_cap > 0) score = shape.soft_cap * tanhf(score / shape.soft_cap);
-            weights[p] = seen ? score : -INFINITY;
+#pragma unroll
+        for (int step = LANES; step < 32; step *= 2) {
+            total += __shfl_xor_sync(0xffffffff, total, step);
+#pragma unroll
+            for (int e = 0; e < VECTOR; e++) sum[e] += __shfl_xor_sync(0xffffffff, sum[e], step);
         }
+        if (threadIdx.x % 32 == 0) of_warps[warp] = {highest, total};
+        if (own == 0 && d < D) {
+#pragma unroll
+            for (int e = 0; e < VECTOR; e++) sums[warp * D + d + e] = sum[e];
+        }
+        __syncthreads();
+        float most = -INFINITY, all = 0;
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) most = fmaxf(most, of_warps[w].highest);
+        float factors[WARPS];
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) {
+            factors[w] = Softmax::factor(of_warps[w].highest, most);
+            all = fmaf(factors[w], of_warps[w].total, all);
+        }
+        for (uint32_t c = threadIdx.x; c < D; c += blockDim.x) {
+            float merged = 0;
+#pragma unroll
+            for (int w = 0; w < WARPS; w++) merged = fmaf(factors[w], sums[w * D + c], merged);
+            if (n_runs == 1) {
+                out[at + c] = merged / all;
+            } else {
+                part[g * (D + 2) + c] = merged;
+            }
+        }
+        if (threadIdx.x == 0) part[g * (D + 2) + D] = all, part[g * (D + 2) + D + 1] = most;
+        __syncthreads();
     }
+    if (n_runs == 1) return;
+    // What this block wrote is there before it is counted; who counts the last sees all parts.
+    __threadfence();
     __syncthreads();
-    // Every warp finds the highest score and the total by itself, in one order.
-    float highest = -INFINITY, total = 0;
-    for (uint32_t p = threadIdx.x % 32; p < RUN; p += 32) highest = fmaxf(highest, weights[p]);
-    highest = warp_max(highest);
-    for (uint32_t p = threadIdx.x % 32; p < RUN; p += 32) {
-        const bool seen = start + p >= row.first && start + p < row.end;
-        total += seen ? expf(weights[p] - highest) : 0.0f;
-    }
-    total = warp_sum(total);
-    for (uint32_t v = lane; v < n_vectors; v += lanes) {
-        float sum[VECTOR] = {};
-        for (uint32_t p = group; p < RUN; p += n_groups) {
-            if (start + p < row.first || start + p >= row.end) continue;
-            float weight = expf(weights[p] - highest);
-            if (sizeof(E) == 1) weight *= pages.scales[values + p];
-            float value[VECTOR];
-            eight(elements + (values + p) * D + v * VECTOR, value);
-#pragma unroll
-            for (int i = 0; i < VECTOR; i++) sum[i] = fmaf(weight, value[i], sum[i]);
-        }
-#pragma unroll
-        for (int i = 0; i < VECTOR; i++) sums[group * D + v * VECTOR + i] = sum[i];
-    }
+    if (threadIdx.x == 0) is_last = atomicAdd(&n_done[in_all], 1) == n_runs - 1;
     __syncthreads();
-    for (uint32_t d = threadIdx.x; d < D; d += blockDim.x) {
-        float sum = 0;
-        for (uint32_t g = 0; g < n_groups; g++) sum += sums[g * D + d];
-        if (gridDim.z == 1) {
-            out[at + d] = sum / total;
-        } else {
-            part[d] = sum;
+    if (!is_last) return;
+    __threadfence();
+    if (threadIdx.x == 0) n_done[in_all] = 0;
+    const uint32_t first_run = row.first / RUN, end_run = (row.end + RUN - 1) / RUN;
+    for (uint32_t g = 0; g < group; g++) {
+        const float *of_head = first_part + g * (D + 2);
+        const size_t step = (size_t)group * (D + 2);
+        float most = -INFINITY;
+        for (uint32_t r = first_run + threadIdx.x % 32; r < end_run; r += 32) {
+            most = fmaxf(most, of_head[r * step + D + 1]);
+        }
+        most = warp_max(most);
+        float all = 0;
+        for (uint32_t r = first_run + threadIdx.x % 32; r < end_run; r += 32) {
+            all += Softmax::factor(of_head[r * step + D + 1], most) * of_head[r * step + D];
+        }
+        all = warp_sum(all);
+        for (uint32_t c = threadIdx.x; c < D; c += blockDim.x) {
+            float merged = 0;
+#pragma unroll 8
+            for (uint32_t r = first_run; r < end_run; r++) {
+                const float factor = Softmax::factor(of_head[r * step + D + 1], most);
+                merged = fmaf(factor, of_head[r * step + c], merged);
+            }
+            out[((size_t)row.row * shape.n_heads + head * group + g) * D + c] = merged / all;
         }
     }
-    if (threadIdx.x == 0) part[D] = total, part[D + 1] = highest;
 }
 
-// Puts the runs of every head of every row together, in their order.
-EXTERN void attention_merge(const float *parts, Shape shape, const Row *rows, float *out,
-                            uint32_t n_runs) {
-    const uint32_t D = shape.head_dim;
-    const Row row = rows[blockIdx.x];
-    const float *part = parts + ((size_t)blockIdx.x * shape.n_heads + blockIdx.y) * n_runs * (D + 2);
-    float highest = -INFINITY;
-    for (uint32_t r = 0; r < n_runs; r++) highest = fmaxf(highest, part[r * (D + 2) + D + 1]);
-    for (uint32_t d = threadIdx.x; d < D; d += blockDim.x) {
-        float sum = 0, total = 0;
-        for (uint32_t r = 0; r < n_runs; r++) {
-            const float *run = part + r * (D + 2);
-            // A run without a position has nothing; one with nothing but NaN keeps its NaN.
-            if (run[D] == 0 && run[D + 1] == -INFINITY) continue;
-            const float factor = run[D + 1] == -INFINITY ? 1.0f : expf(run[D + 1] - highest);
-            sum = fmaf(factor, run[d], sum);
-            total = fmaf(factor, run[D], total);
-        }
-        out[((size_t)row.row * shape.n_heads + blockIdx.y) * D + d] = sum / total;
+#define RUNS(name, E, LANES)                                                                       \
+    EXTERN __launch_bounds__(32 * WARPS, 2) void attention_run_##name##_##LANES(                      \
+        const float *q, Pages pages, uint32_t layer, const uint32_t *table, Shape shape,           \
+        const Row *rows, float *out, float *parts, uint32_t *n_done) {                             \
+        attend_run<E, LANES>(q, pages, layer, table, shape, rows, out, parts, n_done);             \
     }
-}
-
-#define RUNS(name, E)                                                                              \
-    EXTERN void attention_run_##name(const float *q, Pages pages, uint32_t layer,                  \
-                                     const uint32_t *table, Shape shape, const Row *rows,          \
-                                     float *out, float *parts) {                                   \
-        attend_run<E>(q, pages, layer, table, shape, rows, out, parts);                            \
-    }
-RUNS(f32, float)
-RUNS(f16, __half)
-RUNS(int8, int8_t)
+#define WIDTHS(name, E)                                                                            \
+    RUNS(name, E, 1) RUNS(name, E, 2) RUNS(name, E, 4) RUNS(name, E, 8) RUNS(name, E, 16)          \
+    RUNS(name, E, 32)
+WIDTHS(f32, float)
+WIDTHS(f16, __half)
+WIDTHS(int8, int8_t)

@@ -8,6 +8,15 @@
 
 #define EXTERN extern "C" __global__
 
+// The first call of every kernel. On a card where kernels overlap, the next one may start, and the
+// ones before have ended when this returns: what they wrote is there.
+__device__ __forceinline__ void begin() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // A packed weight, N rows of K / 32 blocks, row after row in every plane. `src/weight.rs` has the same
 // fields in the same order. Nothing is rounded: a block gives the f32 that its checkpoint's gives.
 //
@@ -15,7 +24,7 @@
 // |--------|--------------------------------------------------------------------------------------|
 // | low    | 16 bytes of nibbles: byte j is weight j and, in its high nibble, j + 16; or 32 bytes   |
 // | high   | the bits above the nibble: bit j of a word is weight j (5 bits); of two words (6 bits) |
-// | scales | f16, bf16, f16 pairs, or the bytes of a superblock's groups                            |
+// | scales | f16, bf16, f16 pairs, or the bytes of a superblock's groups; `shared`                  |
 // | supers | f16 pairs (d, dmin), one for eight blocks                                              |
 struct Planes {
     const uint8_t *low;
@@ -24,6 +33,12 @@ struct Planes {
     const __half2 *supers;
     uint32_t rows;
     uint32_t columns;
+    uint32_t shared;      // 2^shared neighbours of a row have one entry in the plane of scales
+    uint32_t scale_bytes; // of a row in that plane: a multiple of four
+
+    __device__ __forceinline__ const uint8_t *scales_of(size_t row) const {
+        return scales + row * scale_bytes;
+    }
 };
 
 // How scales are stored.
@@ -72,39 +87,68 @@ __device__ const int8_t IQ4_TABLE[16] = {-127, -104, -83, -65, -49, -35, -22, -1
 // Twice the value of an E2M1 float; the scale has the half.
 __device__ const int8_t E2M1_TABLE[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
 
+// A block as it lies in the planes.
+template <class F> struct Raw {
+    uint4 low[F::LOW / 4];
+    uint32_t high[F::HIGH ? F::HIGH : 1];
+    uint32_t scales;
+    __half2 super;
+};
+
+// An entry of the plane of scales, wherever it lies.
+template <class F> __device__ __forceinline__ uint32_t scale_entry(const uint8_t *at) {
+    if constexpr (F::SCALE_BYTES == 4) return *(const uint32_t *)at;
+    if constexpr (F::SCALE_BYTES == 2) return *(const uint16_t *)at;
+    return *at;
+}
+
+// Block `k` of a row.
+template <class F>
+__device__ __forceinline__ void load(const Planes &planes, size_t row, uint32_t k, Raw<F> &raw) {
+    constexpr int LOW = F::LOW / 4;
+    const size_t block = row * (planes.columns / 32) + k;
+#pragma unroll
+    for (int i = 0; i < LOW; i++) raw.low[i] = __ldg((const uint4 *)planes.low + block * LOW + i);
+#pragma unroll
+    for (int i = 0; i < F::HIGH; i++) raw.high[i] = __ldg(planes.high + block * F::HIGH + i);
+    const uint8_t *at = planes.scales_of(row) + (k >> planes.shared) * F::SCALE_BYTES;
+    raw.scales = scale_entry<F>(at);
+    if constexpr (F::SUPERS) raw.super = planes.supers[block / 8];
+}
+
 // Scale and minimum of the halves of a block: w = scale * (code - BIAS) + minimum.
 struct Affine {
     float scale[2];
     float minimum[2];
 };
 
-template <class F> __device__ __forceinline__ Affine affine(const Planes &planes, size_t block) {
-    const uint8_t *at = planes.scales + block * F::SCALE_BYTES;
+template <class F> __device__ __forceinline__ Affine affine(const Raw<F> &raw) {
     Affine out = {{0, 0}, {0, 0}};
+    const auto byte = [&](int i) { return (uint8_t)(raw.scales >> (8 * i)); };
+    const auto half = [&](int i) { return __ushort_as_half((uint16_t)(raw.scales >> (16 * i))); };
     if constexpr (F::SCALES == HALF) {
-        out.scale[0] = __half2float(*(const __half *)at);
+        out.scale[0] = __half2float(half(0));
     } else if constexpr (F::SCALES == BRAIN) {
-        out.scale[0] = __bfloat162float(*(const __nv_bfloat16 *)at);
+        out.scale[0] = __uint_as_float(raw.scales << 16);
     } else if constexpr (F::SCALES == HALF_MIN) {
-        const float2 pair = __half22float2(*(const __half2 *)at);
-        out.scale[0] = pair.x;
-        out.minimum[0] = pair.y;
+        out.scale[0] = __half2float(half(0));
+        out.minimum[0] = __half2float(half(1));
     } else {
         // Exact: an 11-bit significand times a byte.
-        const float2 super = __half22float2(planes.supers[block / 8]);
+        const float2 super = __half22float2(raw.super);
         if constexpr (F::SCALES == SUPER_32) {
-            out.scale[0] = super.x * (float)(int8_t)at[0];
+            out.scale[0] = super.x * (float)(int8_t)byte(0);
         } else if constexpr (F::SCALES == SUPER_16) {
-            out.scale[0] = super.x * (float)(int8_t)at[0];
-            out.scale[1] = super.x * (float)(int8_t)at[1];
+            out.scale[0] = super.x * (float)(int8_t)byte(0);
+            out.scale[1] = super.x * (float)(int8_t)byte(1);
         } else if constexpr (F::SCALES == SUPER_MIN_32) {
-            out.scale[0] = super.x * (float)at[0];
-            out.minimum[0] = -super.y * (float)at[1];
+            out.scale[0] = super.x * (float)byte(0);
+            out.minimum[0] = -super.y * (float)byte(1);
         } else {
-            out.scale[0] = super.x * (float)at[0];
-            out.scale[1] = super.x * (float)at[1];
-            out.minimum[0] = -super.y * (float)at[2];
-            out.minimum[1] = -super.y * (float)at[3];
+            out.scale[0] = super.x * (float)byte(0);
+            out.scale[1] = super.x * (float)byte(1);
+            out.minimum[0] = -super.y * (float)byte(2);
+            out.minimum[1] = -super.y * (float)byte(3);
         }
     }
     if constexpr (!F::HALVES) {
@@ -136,32 +180,27 @@ template <int HIGH> __device__ __forceinline__ uint32_t spread(uint32_t bits) {
 }
 
 // The codes of a block, weights 4i..4i+4 in word i. Below 64 each, or signed bytes.
-template <class F>
-__device__ __forceinline__ void codes(const Planes &planes, size_t block, uint32_t (&out)[8]) {
+template <class F> __device__ __forceinline__ void codes(const Raw<F> &raw, uint32_t (&out)[8]) {
     if constexpr (F::LOW == 8) {
-        const uint4 *at = (const uint4 *)(planes.low + block * 32);
-        const uint4 first = __ldg(at), second = __ldg(at + 1);
+        const uint4 first = raw.low[0], second = raw.low[F::LOW / 4 - 1];
         out[0] = first.x, out[1] = first.y, out[2] = first.z, out[3] = first.w;
         out[4] = second.x, out[5] = second.y, out[6] = second.z, out[7] = second.w;
         return;
     }
-    const uint4 packed = __ldg((const uint4 *)(planes.low + block * 16));
-    const uint32_t words[4] = {packed.x, packed.y, packed.z, packed.w};
+    const uint32_t words[4] = {raw.low[0].x, raw.low[0].y, raw.low[0].z, raw.low[0].w};
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         out[i] = words[i] & 0x0f0f0f0f;
         out[i + 4] = (words[i] >> 4) & 0x0f0f0f0f;
     }
     if constexpr (F::HIGH == 1) {
-        const uint32_t high = __ldg(planes.high + block);
 #pragma unroll
-        for (int i = 0; i < 8; i++) out[i] |= spread<1>(high >> (4 * i));
+        for (int i = 0; i < 8; i++) out[i] |= spread<1>(raw.high[0] >> (4 * i));
     } else if constexpr (F::HIGH == 2) {
-        const uint2 high = __ldg((const uint2 *)planes.high + block);
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            out[i] |= spread<2>(high.x >> (8 * i));
-            out[i + 4] |= spread<2>(high.y >> (8 * i));
+            out[i] |= spread<2>(raw.high[0] >> (8 * i));
+            out[i + 4] |= spread<2>(raw.high[F::HIGH - 1] >> (8 * i));
         }
     }
     if constexpr (F::MEANING == IQ4 || F::MEANING == E2M1) {

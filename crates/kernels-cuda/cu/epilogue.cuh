@@ -1,36 +1,74 @@
-// What happens to the outputs of a product.
+// Which matrices a product has, and what happens to its outputs.
 #pragma once
-#include <stdint.h>
+#include "common.cuh"
+
+// One matrix of a product. `src/linear.rs` has the same fields in the same order.
+struct Part {
+    Planes weight;
+    float *out;        // (T, N), or more rows with ADD_ROWS
+    const float *bias; // (N), or null
+};
+
+// `src/linear.rs` has the same fields in the same order.
+struct Parts {
+    Part each[3];
+    uint32_t n;       // matrices
+    uint32_t paired;  // of two matrices the rows take turns: a gate's and the one that it lets through
+    uint32_t n_units; // rows of all matrices, or pairs of rows
+};
+
+// Where a row of the run lies.
+struct Where {
+    uint32_t part;
+    uint32_t row;
+};
+
+__device__ __forceinline__ Where where(const Parts &parts, uint32_t row) {
+    if (parts.paired) return {row % 2, row / 2};
+    uint32_t part = 0;
+    while (part + 1 < parts.n && row >= parts.each[part].weight.rows) {
+        row -= parts.each[part].weight.rows;
+        part++;
+    }
+    return {part, row};
+}
 
 // `src/linear.rs` has the same constants.
 enum Finish { STORE, ADD, ADD_ROWS, SILU, GELU_TANH, TIMES, GELU };
 
+__device__ __forceinline__ float silu(float x) { return x / (1.0f + expf(-x)); }
+__device__ __forceinline__ float gelu_tanh(float x) {
+    const float inner = 0.7978845608028654f * (x + 0.044715f * x * x * x);
+    return 0.5f * x * (1.0f + tanhf(inner));
+}
+
 // `src/linear.rs` has the same fields in the same order.
 struct Epilogue {
-    float *out;            // (T, N), or more rows with ADD_ROWS
-    const float *bias;     // (N), or null
     const uint32_t *rows;  // ADD_ROWS: where row t goes
     const float *scales;   // ADD_ROWS: times what
     float scale;           // ADD: times what
     uint32_t finish;
 
     // Ends output n of row t.
-    __device__ __forceinline__ void put(uint32_t t, uint32_t n, uint32_t n_outputs, float sum) const {
-        if (bias) sum += bias[n];
+    __device__ __forceinline__ void put(const Part &part, uint32_t t, uint32_t n, float sum) const {
+        if (part.bias) sum += part.bias[n];
         const size_t row = finish == ADD_ROWS ? rows[t] : t;
-        float *at = out + row * n_outputs + n;
+        float *at = part.out + row * part.weight.rows + n;
         switch (finish) {
         case STORE: *at = sum; break;
         case ADD: *at = fmaf(scale, sum, *at); break;
         case ADD_ROWS: *at = fmaf(scales[t], sum, *at); break;
-        case SILU: *at = sum / (1.0f + expf(-sum)); break;
-        case GELU_TANH: {
-            const float inner = 0.7978845608028654f * (sum + 0.044715f * sum * sum * sum);
-            *at = 0.5f * sum * (1.0f + tanhf(inner));
-            break;
-        }
+        case SILU: *at = silu(sum); break;
+        case GELU_TANH: *at = gelu_tanh(sum); break;
         case TIMES: *at *= sum; break;
         case GELU: *at = 0.5f * sum * (1.0f + erff(sum * 0.7071067811865476f)); break;
         }
+    }
+
+    // Ends output n of row t of a gate and what it lets through.
+    __device__ __forceinline__ void put_gated(const Part &gate, uint32_t t, uint32_t n, float sum,
+                                              float up) const {
+        const float open = finish == SILU ? silu(sum) : gelu_tanh(sum);
+        gate.out[(size_t)t * gate.weight.rows + n] = open * up;
     }
 };

@@ -8,6 +8,7 @@ enum Into { REPLACE, ADD_TO };
 // out[t] = norm(x[t]) * weight (+ bias), or added to it; x, out (T, C), may be the same.
 EXTERN void norm_rows(const float *x, const float *weight, const float *bias, float *out, uint32_t width,
                  float eps, uint32_t kind, uint32_t into) {
+    begin();
     const float *row = x + (size_t)blockIdx.x * width;
     float *to = out + (size_t)blockIdx.x * width;
     float mean = 0;

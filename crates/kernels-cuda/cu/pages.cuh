@@ -3,6 +3,8 @@
 #include <cuda_fp16.h>
 #include <stdint.h>
 
+#include "common.cuh"
+
 #define PAGE_TOKENS 256
 
 // `src/kv.rs` has the same constants.
@@ -25,3 +27,26 @@ struct Pages {
                offset;
     }
 };
+
+// Stores a key or a value (D); one warp. Int8 rounds as `int8_scale` in Rust says.
+__device__ __forceinline__ void store(const Pages &pages, size_t entry, const float *from) {
+    const uint32_t lane = threadIdx.x % 32, D = pages.head_dim;
+    if (pages.dtype == KV_F32) {
+        for (uint32_t d = lane; d < D; d += 32) ((float *)pages.elements)[entry * D + d] = from[d];
+        return;
+    }
+    if (pages.dtype == KV_F16) {
+        __half *to = (__half *)pages.elements + entry * D;
+        for (uint32_t d = lane; d < D; d += 32) to[d] = __float2half_rn(from[d]);
+        return;
+    }
+    uint32_t bits = 0; // As integers, which puts a NaN after infinity.
+    for (uint32_t d = lane; d < D; d += 32) bits = max(bits, __float_as_uint(fabsf(from[d])));
+    bits = __reduce_max_sync(0xffffffff, bits);
+    const float largest = __uint_as_float(bits);
+    const bool finite = largest < INFINITY, usable = finite && largest >= 1e-35f;
+    const float factor = usable ? 127.0f / largest : 0;
+    int8_t *to = (int8_t *)pages.elements + entry * D;
+    for (uint32_t d = lane; d < D; d += 32) to[d] = usable ? (int8_t)rintf(factor * from[d]) : 0;
+    if (lane == 0) pages.scales[entry] = usable ? largest / 127.0f : finite ? 0.0f : NAN;
+}

@@ -166,6 +166,7 @@ template <> struct Checkpoint<IQ4_XS> {
 
 template <class F> __device__ void repack(const uint8_t *from, Planes to, uint32_t n_blocks) {
     const uint32_t block = blockIdx.x * blockDim.x + threadIdx.x;
+    begin();
     if (block >= n_blocks) return;
     using C = Checkpoint<F>;
     Block out = {};
@@ -187,7 +188,11 @@ template <class F> __device__ void repack(const uint8_t *from, Planes to, uint32
             high[word] = bits;
         }
     }
-    copy((uint8_t *)to.scales + (size_t)block * F::SCALE_BYTES, out.scales, F::SCALE_BYTES);
+    const uint32_t of_row = to.columns / 32, k = block % of_row;
+    if (k % (1 << to.shared) == 0) {
+        uint8_t *scales = (uint8_t *)to.scales_of(block / of_row);
+        copy(scales + (k >> to.shared) * F::SCALE_BYTES, out.scales, F::SCALE_BYTES);
+    }
     if constexpr (F::SUPERS) {
         if (block % 8 == 0) copy((uint8_t *)(to.supers + block / 8), out.supers, 4);
     }

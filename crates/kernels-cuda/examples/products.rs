@@ -8,7 +8,7 @@
 
 use std::time::Instant;
 
-use exrail_kernels::{Activation, Backend, InputRounding, WeightView};
+use exrail_kernels::{Backend, InputRounding, WeightView};
 use exrail_kernels_cuda::{CopyProbe, CudaBackend, CudaOptions};
 use exrail_tensor::DType;
 
@@ -21,15 +21,17 @@ const FORMATS: [DType; 6] =
     [DType::Q4_0, DType::Q4_1, DType::Q8_0, DType::Q4_K, DType::Q6_K, DType::F16];
 /// Bytes of weights that take turns: many times any last-level cache.
 const TURNS_BYTES: usize = 1 << 30;
-/// Launches between two measurements of the time.
+/// Launches between two measurements of the time, at least. They are the same each time, and so they
+/// are one graph, as in decode.
 const LAUNCHES: usize = 400;
+/// Passes before: the second makes the graph.
+const WARM_UPS: usize = 2;
 /// Measurements, of which the median counts.
 const SAMPLES: usize = 7;
 
 fn main() {
     let ordinal = std::env::args().nth(1).map_or(0, |n| n.parse().expect("a device's number"));
-    let activation = Activation::Int8;
-    let backend = CudaBackend::open(CudaOptions { ordinal, activation }).expect("a device");
+    let backend = CudaBackend::open(CudaOptions::new(ordinal)).expect("a device");
     let mut probe = CopyProbe::new(&backend, TURNS_BYTES).expect("memory");
     let copy = median((0..SAMPLES).map(|_| probe.pass()).collect());
     println!("{}; copies move {:.0} GB/s\n", backend.name(), copy / 1e9);
@@ -40,9 +42,12 @@ fn main() {
             if !columns.is_multiple_of(dtype.block_len()) {
                 continue;
             }
-            for (n_rows, rounding) in
-                [(1, InputRounding::Once), (1, InputRounding::Twice), (8, InputRounding::Once)]
-            {
+            for (n_rows, rounding) in [
+                (1, InputRounding::Once),
+                (1, InputRounding::Twice),
+                (8, InputRounding::Once),
+                (512, InputRounding::Once),
+            ] {
                 let (us, bytes_per_s) = measure(&backend, dtype, (rows, columns), n_rows, rounding);
                 println!(
                     "| {dtype} | {rows} | {columns} | {n_rows} | {rounding:?} | {us:.1} | {:.0} | {:.0} % |",
@@ -63,8 +68,9 @@ fn measure(
     rounding: InputRounding,
 ) -> (f64, f64) {
     let len = rows * dtype.row_bytes(columns).expect("whole blocks");
-    // Zeros are read as fast as any weights.
-    let (name, bytes, head) = ("w", &vec![0; len][..], false);
+    // Any bytes are read as fast as any others; but equal scales would be kept once for four blocks.
+    let varied: Vec<u8> = (0..len).map(|i| (i * i % 251) as u8 & 0x3f).collect();
+    let (name, bytes, head) = ("w", &varied[..], false);
     let view = WeightView { name, dtype, rows, columns, bytes, rounding, head };
     let n_turns = (TURNS_BYTES / len).clamp(2, 2000);
     let weights: Vec<_> =
@@ -72,18 +78,18 @@ fn measure(
     let mut x = backend.buffer(n_rows * columns).expect("memory");
     backend.write(&mut x, &vec![0.5; n_rows * columns]);
     let mut out = backend.buffer(n_rows * rows).expect("memory");
-    let mut turn = weights.iter().cycle();
     let mut one = [0.0];
-    let samples = (0..SAMPLES).map(|_| {
+    let n_launches = LAUNCHES.next_multiple_of(n_turns);
+    let samples = (0..WARM_UPS + SAMPLES).map(|_| {
         backend.read(&out, &mut one);
         let since = Instant::now();
-        for weight in turn.by_ref().take(LAUNCHES) {
+        for weight in weights.iter().cycle().take(n_launches) {
             backend.linear(&x, n_rows, weight, None, &mut out);
         }
         backend.read(&out, &mut one);
-        since.elapsed().as_secs_f64() / LAUNCHES as f64
+        since.elapsed().as_secs_f64() / n_launches as f64
     });
-    let seconds = median(samples.collect());
+    let seconds = median(samples.skip(WARM_UPS).collect());
     (1e6 * seconds, len as f64 / seconds)
 }
 

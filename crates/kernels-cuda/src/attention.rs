@@ -3,18 +3,20 @@
 #![expect(unsafe_code, reason = "plain data that kernels take by value")]
 
 use cudarc::driver::DeviceRepr;
-use exrail_kernels::{AttentionShape, AttentionSpan, KvDtype, PAGE_TOKENS, Span};
+use exrail_kernels::{Activation, AttentionShape, AttentionSpan, KvDtype, PAGE_TOKENS, Span};
 
 use crate::memory::{bytes_of_u32, narrow};
-use crate::stream::{Address, Grid, Stream};
-use crate::{CudaBuffer, CudaKvPool};
+use crate::stream::{Address, AnyArgument, Grid, Stream};
+use crate::{CudaBuffer, CudaKvPool, CudaOptions};
 
 /// Threads of a block, which has one head of one row.
 const THREADS: usize = 256;
 /// Positions that one block attends to, and elements that a lane takes at once; the constants of
 /// `cu/attention.cu`.
 const RUN: usize = 128;
-const VECTOR: u32 = 8;
+const VECTOR: usize = 8;
+/// Widest head that the lanes of a warp hold at once.
+const MAX_RUN_WIDTH: usize = 32 * VECTOR;
 /// Bytes of the results of runs that are kept at once: rows of a long prompt take turns.
 const PARTS_BYTES: usize = 64 << 20;
 /// Bytes of the C++ struct `Row`.
@@ -62,15 +64,41 @@ impl Shape {
     }
 
     fn run_grid(self, n_rows: usize, n_runs: usize) -> Grid {
-        let lanes = (self.head_dim.div_ceil(VECTOR) as usize).next_power_of_two().min(32);
-        let shared_bytes = THREADS / lanes * self.head_dim as usize * 4;
-        Grid { runs: n_runs, shared_bytes, ..self.grid(n_rows) }
+        Grid { blocks: (n_rows, self.n_kv_heads as usize), runs: n_runs, ..self.grid(n_rows) }
     }
+}
+
+/// Names of the kernels that attend to runs, by the lanes that share a position.
+pub(crate) fn run_names() -> impl Iterator<Item = String> {
+    let of = |dtype| [1, 2, 4, 8, 16, 32].map(|lanes| format!("attention_run_{dtype}_{lanes}"));
+    ["f32", "f16", "int8"].into_iter().flat_map(of)
+}
+
+/// Rows of a sequence from which tensor cores attend to 64 of them at once, and head widths that they
+/// have kernels for: those of `cu/flash.cu`.
+const TILE_FROM: usize = 9;
+const TILE: usize = 64;
+const TILE_WIDTHS: [usize; 4] = [32, 64, 96, 128];
+
+/// Names of the kernels of `cu/flash.cu`.
+pub(crate) fn tile_names() -> impl Iterator<Item = String> {
+    let of = |dtype| TILE_WIDTHS.map(|width| format!("attention_tile_{dtype}_{width}"));
+    ["f16", "int8"].into_iter().flat_map(of)
+}
+
+/// Whether rows of a span take turns in tiles.
+fn in_tiles(span: &AttentionSpan<'_>, pool: &CudaKvPool, options: CudaOptions) -> bool {
+    span.n_rows >= TILE_FROM
+        && !options.batch_invariant
+        && options.activation == Activation::Int8
+        && pool.shape.dtype != KvDtype::F32
+        && TILE_WIDTHS.contains(&pool.shape.head_dim)
 }
 
 /// See [`exrail_kernels::Backend::attention`]; the pool comes with its layer.
 pub(crate) fn attention(
     stream: &Stream,
+    options: CudaOptions,
     q: &CudaBuffer,
     (pool, layer): (&CudaKvPool, usize),
     shape: AttentionShape,
@@ -78,39 +106,58 @@ pub(crate) fn attention(
     out: &CudaBuffer,
 ) {
     assert!(layer < pool.shape.n_layers, "layer {layer} of {}", pool.shape.n_layers);
-    let (mut rows, mut table) = (Vec::new(), Vec::new());
+    let (mut rows, mut tiles, mut table) = (Vec::new(), Vec::new(), Vec::new());
     let (mut n_needed, mut longest) = (0, 1);
     for span in spans {
         let pages_at = table.len();
         let end = span.first_position + span.n_rows;
         let n_pages = end.div_ceil(PAGE_TOKENS);
         table.extend(span.pages[..n_pages].iter().map(|page| page.0 as usize));
+        let tiled = in_tiles(span, pool, options);
+        for first in (0..span.n_rows).step_by(TILE).filter(|_| tiled) {
+            let n_rows = TILE.min(span.n_rows - first);
+            tiles.extend([span.first_row + first, n_rows, span.first_position + first, pages_at]);
+        }
         for i in 0..span.n_rows {
             let end = span.first_position + i + 1;
             let first = shape.window.map_or(0, |window| end.saturating_sub(window));
             for page in &span.pages[first / PAGE_TOKENS..end.div_ceil(PAGE_TOKENS)] {
                 pool.check_page(*page);
             }
-            rows.extend([span.first_row + i, first, end, pages_at]);
+            if !tiled {
+                rows.extend([span.first_row + i, first, end, pages_at]);
+                longest = longest.max(end);
+            }
         }
         n_needed = n_needed.max(span.first_row + span.n_rows);
-        longest = longest.max(end);
     }
     let n_rows = rows.len() / 4;
     let n_values = n_needed * shape.n_heads * shape.head_dim;
     let (q, out) = (q.at(n_values), out.at(n_values));
     let (pages, layer, shape) = (pool.pages(), narrow(layer), Shape::of(shape));
+    let n_tiles = tiles.len() / 4;
     let rows = stream.upload(&bytes_of_u32(rows));
+    let tiles = stream.upload(&bytes_of_u32(tiles));
     let table = stream.upload(&bytes_of_u32(table));
-    let dtype = match pool.shape.dtype {
-        KvDtype::F32 => "f32",
-        KvDtype::F16 => "f16",
-        KvDtype::Int8 => "int8",
+    let (dtype, whole) = match pool.shape.dtype {
+        KvDtype::F32 => ("f32", "attention_f32"),
+        KvDtype::F16 => ("f16", "attention_f16"),
+        KvDtype::Int8 => ("int8", "attention_int8"),
     };
-    if !shape.head_dim.is_multiple_of(VECTOR) {
-        let kernel = format!("attention_{dtype}");
+    let head_dim = shape.head_dim as usize;
+    if n_tiles > 0 {
+        let shared_bytes = 2 * 2 * TILE * (head_dim + 8) * 2;
+        let blocks = (n_tiles, shape.n_heads as usize);
+        let grid = Grid { blocks, threads: 128, ..Grid::one(shared_bytes) };
+        let kernel = format!("attention_tile_{dtype}_{head_dim}");
+        stream.launch(&kernel, grid, &[&q, &pages, &layer, &table, &shape, &tiles, &out]);
+    }
+    if n_rows == 0 {
+        return;
+    }
+    if !head_dim.is_multiple_of(VECTOR) || head_dim > MAX_RUN_WIDTH {
         let grid = shape.grid(n_rows);
-        stream.launch(&kernel, grid, &[&q, &pages, &layer, &table, &shape, &rows, &out]);
+        stream.launch(whole, grid, &[&q, &pages, &layer, &table, &shape, &rows, &out]);
         return;
     }
     // A power of two, so that a growing context seldom changes the grid.
@@ -118,16 +165,16 @@ pub(crate) fn attention(
     let row_bytes = 4 * shape.n_heads as usize * n_runs * (shape.head_dim as usize + 2);
     let rows_at_once = (PARTS_BYTES / row_bytes).clamp(1, n_rows.max(1));
     let parts = stream.work("runs of attention", rows_at_once * row_bytes);
+    let n_done = stream.counters(rows_at_once * shape.n_kv_heads as usize);
+    let lanes = (head_dim / VECTOR).next_power_of_two();
+    let run = format!("attention_run_{dtype}_{lanes}");
     for first in (0..n_rows).step_by(rows_at_once) {
         let n_rows = rows_at_once.min(n_rows - first);
         let rows = Address(rows.0 + (first * ROW_BYTES) as u64);
-        let (kernel, grid) = (format!("attention_run_{dtype}"), shape.run_grid(n_rows, n_runs));
-        stream.launch(&kernel, grid, &[&q, &pages, &layer, &table, &shape, &rows, &out, &parts]);
-        if n_runs > 1 {
-            let grid = Grid { runs: 1, shared_bytes: 0, threads: 128, ..grid };
-            let n_runs = narrow(n_runs);
-            stream.launch("attention_merge", grid, &[&parts, &shape, &rows, &out, &n_runs]);
-        }
+        let grid = shape.run_grid(n_rows, n_runs);
+        let arguments: [&dyn AnyArgument; 9] =
+            [&q, &pages, &layer, &table, &shape, &rows, &out, &parts, &n_done];
+        stream.launch(&run, grid, &arguments);
     }
 }
 

@@ -3,11 +3,11 @@
 use std::sync::Arc;
 
 use exrail_kernels::{
-    Activation, AttentionShape, AttentionSpan, Backend, GateActivation, KernelError, KvShape,
-    KvSlot, Largest, NormKind, PageId, Rope, Span, TokenId, WeightView,
+    Activation, AttentionShape, AttentionSpan, Backend, GateActivation, HeadRows, KernelError,
+    KvShape, KvSlot, Largest, NormKind, Normed, PageId, Rope, Span, TokenId, WeightView,
 };
 
-use crate::linear::{Epilogue, Input};
+use crate::linear::{Epilogue, Input, Output};
 use crate::memory::bytes_of;
 use crate::rows::{self, Into, Norm};
 use crate::stream::Stream;
@@ -20,11 +20,22 @@ pub struct CudaOptions {
     pub ordinal: usize,
     /// How quantised weights meet activations. F32, F16 and BF16 weights always meet f32.
     pub activation: Activation,
+    /// Whether a row's results may not depend on the other rows of its batch, in the last bit. Products
+    /// of several rows then do without tensor cores; `docs/cuda.md` says what that costs.
+    pub batch_invariant: bool,
+}
+
+impl CudaOptions {
+    /// The card of this number, with int8 activations.
+    #[must_use]
+    pub fn new(ordinal: usize) -> CudaOptions {
+        CudaOptions { ordinal, activation: Activation::Int8, batch_invariant: false }
+    }
 }
 
 /// A GPU as a device. Clones share it; their operations run in the order of the calls.
 ///
-/// A row's results do not depend on the other rows of its batch, and equal calls give equal bits.
+/// Equal calls give equal bits.
 ///
 /// # Panics
 /// Operations panic when the driver reports an error: a device that failed once answers nothing any
@@ -32,7 +43,7 @@ pub struct CudaOptions {
 #[derive(Clone, Debug)]
 pub struct CudaBackend {
     stream: Arc<Stream>,
-    activation: Activation,
+    options: CudaOptions,
 }
 
 impl CudaBackend {
@@ -42,7 +53,7 @@ impl CudaBackend {
     /// No driver, no such card, or one that the kernels do not run on.
     pub fn open(options: CudaOptions) -> Result<CudaBackend, CudaError> {
         let stream = Arc::new(Stream::open(options.ordinal)?);
-        Ok(CudaBackend { stream, activation: options.activation })
+        Ok(CudaBackend { stream, options })
     }
 
     /// The card.
@@ -51,10 +62,17 @@ impl CudaBackend {
         &self.stream.facts
     }
 
+    /// What it was opened with.
+    #[must_use]
+    pub fn options(&self) -> CudaOptions {
+        self.options
+    }
+
     /// The same card with another treatment of activations.
     #[must_use]
     pub fn with_activation(&self, activation: Activation) -> CudaBackend {
-        CudaBackend { stream: Arc::clone(&self.stream), activation }
+        let options = CudaOptions { activation, ..self.options };
+        CudaBackend { stream: Arc::clone(&self.stream), options }
     }
 
     /// CUDA graphs that were ever made: one for each list of launches that came a second time. It does
@@ -70,8 +88,30 @@ impl CudaBackend {
     }
 
     fn input<'a>(&'a self, x: &CudaBuffer, n_rows: usize, weights: &[&CudaWeight]) -> Input<'a> {
-        Input::new(&self.stream, self.activation, x, n_rows, weights)
+        Input::new(&self.stream, self.options, x, n_rows, weights)
     }
+
+    fn normed<'a>(&'a self, mut x: Normed<'_, CudaBuffer>, weights: &[&CudaWeight]) -> Input<'a> {
+        Input::normed(&self.stream, self.options, &mut x, weights)
+    }
+}
+
+/// The three products of attention's input.
+fn qkv<'a>(
+    n_rows: usize,
+    weights: [&'a CudaWeight; 3],
+    biases: Option<[&CudaBuffer; 3]>,
+    outs: [&mut CudaBuffer; 3],
+) -> [Output<'a>; 3] {
+    let [q, k, v] = outs;
+    let output = |i: usize, out: &CudaBuffer| {
+        Output::new(weights[i], out, n_rows, biases.map(|biases| biases[i]))
+    };
+    [output(0, q), output(1, k), output(2, v)]
+}
+
+fn check_gate(gate: &CudaWeight, up: &CudaWeight) {
+    assert_eq!((gate.rows, gate.columns), (up.rows, up.columns), "gate and up have one shape");
 }
 
 impl Backend for CudaBackend {
@@ -80,11 +120,12 @@ impl Backend for CudaBackend {
     type KvPool = CudaKvPool;
 
     fn name(&self) -> String {
-        let activation = match self.activation {
+        let activation = match self.options.activation {
             Activation::F32 => "f32",
             Activation::Int8 => "int8",
         };
-        format!("{}, {activation} activations", self.stream.device())
+        let mode = if self.options.batch_invariant { ", batch-invariant" } else { "" };
+        format!("{}, {activation} activations{mode}", self.stream.device())
     }
 
     fn weight(&self, view: &WeightView<'_>) -> Result<CudaWeight, KernelError> {
@@ -181,9 +222,13 @@ impl Backend for CudaBackend {
         bias: Option<&CudaBuffer>,
         out: &mut CudaBuffer,
     ) {
-        let out = out.at(n_rows * weight.rows);
-        let bias = bias.map(|bias| bias.at(weight.rows));
-        self.input(x, n_rows, &[weight]).times(weight, Epilogue::store(out, bias));
+        let output = Output::new(weight, out, n_rows, bias);
+        self.input(x, n_rows, &[weight]).times(&[output], Epilogue::store());
+    }
+
+    fn norm_linear(&self, x: Normed<'_, CudaBuffer>, weight: &CudaWeight, out: &mut CudaBuffer) {
+        let output = Output::new(weight, out, x.n_rows, None);
+        self.normed(x, &[weight]).times(&[output], Epilogue::store());
     }
 
     fn linear_largest(
@@ -198,6 +243,18 @@ impl Backend for CudaBackend {
         rows::largest(&self.stream, work, n_rows, weight.rows, limit)
     }
 
+    fn norm_largest(
+        &self,
+        x: Normed<'_, CudaBuffer>,
+        weight: &CudaWeight,
+        limit: usize,
+        work: &mut CudaBuffer,
+    ) -> Vec<Largest> {
+        let n_rows = x.n_rows;
+        self.norm_linear(x, weight, work);
+        rows::largest(&self.stream, work, n_rows, weight.rows, limit)
+    }
+
     fn linear_qkv(
         &self,
         x: &CudaBuffer,
@@ -206,12 +263,19 @@ impl Backend for CudaBackend {
         biases: Option<[&CudaBuffer; 3]>,
         outs: [&mut CudaBuffer; 3],
     ) {
-        let input = self.input(x, n_rows, &weights);
-        for (i, out) in outs.into_iter().enumerate() {
-            let out = out.at(n_rows * weights[i].rows);
-            let bias = biases.map(|biases| biases[i].at(weights[i].rows));
-            input.times(weights[i], Epilogue::store(out, bias));
-        }
+        let outputs = qkv(n_rows, weights, biases, outs);
+        self.input(x, n_rows, &weights).times(&outputs, Epilogue::store());
+    }
+
+    fn norm_qkv(
+        &self,
+        x: Normed<'_, CudaBuffer>,
+        weights: [&CudaWeight; 3],
+        biases: Option<[&CudaBuffer; 3]>,
+        outs: [&mut CudaBuffer; 3],
+    ) {
+        let outputs = qkv(x.n_rows, weights, biases, outs);
+        self.normed(x, &weights).times(&outputs, Epilogue::store());
     }
 
     fn linear_add(
@@ -223,9 +287,8 @@ impl Backend for CudaBackend {
         scale: f32,
         y: &mut CudaBuffer,
     ) {
-        let y = y.at(n_rows * weight.rows);
-        let bias = bias.map(|bias| bias.at(weight.rows));
-        self.input(x, n_rows, &[weight]).times(weight, Epilogue::add(y, bias, scale));
+        let output = Output::new(weight, y, n_rows, bias);
+        self.input(x, n_rows, &[weight]).times(&[output], Epilogue::add(scale));
     }
 
     fn linear_add_rows(
@@ -238,11 +301,11 @@ impl Backend for CudaBackend {
     ) {
         assert_eq!(rows.len(), scales.len(), "one scale a row");
         let n_needed = rows.iter().max().map_or(0, |&row| row as usize + 1);
-        let y = y.at(n_needed * weight.rows);
+        let output = Output::new(weight, y, n_needed, None);
         let input = self.input(x, rows.len(), &[weight]);
         let rows = self.stream.upload(&bytes_of(rows, u32::to_le_bytes));
         let scales = self.stream.upload(&bytes_of(scales, f32::to_le_bytes));
-        input.times(weight, Epilogue::add_rows(y, rows, scales));
+        input.times(&[output], Epilogue::add_rows(rows, scales));
     }
 
     fn linear_gate(
@@ -254,11 +317,22 @@ impl Backend for CudaBackend {
         activation: GateActivation,
         out: &mut CudaBuffer,
     ) {
-        assert_eq!((gate.rows, gate.columns), (up.rows, up.columns), "gate and up have one shape");
-        let out = out.at(n_rows * gate.rows);
-        let input = self.input(x, n_rows, &[gate, up]);
-        input.times(gate, Epilogue::activated(out, activation));
-        input.times(up, Epilogue::times(out));
+        check_gate(gate, up);
+        let output = Output::new(gate, out, n_rows, None);
+        self.input(x, n_rows, &[gate, up]).gate(output, up, activation);
+    }
+
+    fn norm_gate(
+        &self,
+        x: Normed<'_, CudaBuffer>,
+        gate: &CudaWeight,
+        up: &CudaWeight,
+        activation: GateActivation,
+        out: &mut CudaBuffer,
+    ) {
+        check_gate(gate, up);
+        let output = Output::new(gate, out, x.n_rows, None);
+        self.normed(x, &[gate, up]).gate(output, up, activation);
     }
 
     fn linear_gelu(
@@ -269,9 +343,8 @@ impl Backend for CudaBackend {
         bias: &CudaBuffer,
         out: &mut CudaBuffer,
     ) {
-        let out = out.at(n_rows * weight.rows);
-        let bias = bias.at(weight.rows);
-        self.input(x, n_rows, &[weight]).times(weight, Epilogue::gelu(out, bias));
+        let output = Output::new(weight, out, n_rows, Some(bias));
+        self.input(x, n_rows, &[weight]).times(&[output], Epilogue::gelu());
     }
 
     fn rope(
@@ -296,6 +369,18 @@ impl Backend for CudaBackend {
         pool.write(&self.stream, layer, k, v, slots);
     }
 
+    fn place_heads(
+        &self,
+        heads: HeadRows<'_, CudaBuffer>,
+        positions: &[u32],
+        pool: &mut CudaKvPool,
+        layer: usize,
+        slots: &[KvSlot],
+    ) {
+        assert_eq!(positions.len(), slots.len(), "one place a row");
+        pool.place_heads(&self.stream, heads, positions, layer, slots);
+    }
+
     fn attention(
         &self,
         q: &CudaBuffer,
@@ -305,7 +390,7 @@ impl Backend for CudaBackend {
         spans: &[AttentionSpan<'_>],
         out: &mut CudaBuffer,
     ) {
-        attention::attention(&self.stream, q, (pool, layer), shape, spans, out);
+        attention::attention(&self.stream, self.options, q, (pool, layer), shape, spans, out);
     }
 
     fn attention_full(

@@ -4,7 +4,7 @@
 
 use std::sync::Arc;
 
-use cudarc::driver::{CudaContext, result, sys};
+use cudarc::driver::{CudaContext, DriverError, result, sys};
 
 use crate::CudaError;
 
@@ -53,6 +53,19 @@ pub(crate) fn open(ordinal: usize) -> Result<(Arc<CudaContext>, DeviceFacts), Cu
         });
     }
     Ok((context, facts))
+}
+
+/// The most shared memory that a block of threads may ask for.
+pub(crate) fn max_shared_bytes(context: &CudaContext) -> Result<usize, DriverError> {
+    let attribute =
+        sys::CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
+    Ok(usize::try_from(context.attribute(attribute)?).unwrap_or(0))
+}
+
+/// Whether a kernel may start while the one before ends: its machine code waits at the right place
+/// where it was compiled for this very card; what the driver compiles from PTX does not.
+pub(crate) fn kernels_overlap(facts: &DeviceFacts) -> bool {
+    facts.capability == (9, 0)
 }
 
 fn facts(ordinal: usize) -> Result<(Arc<CudaContext>, DeviceFacts), CudaError> {

@@ -5,10 +5,11 @@
 use std::sync::Arc;
 
 use cudarc::driver::DeviceRepr;
-use exrail_kernels::{KernelError, KvDtype, KvShape, KvSlot, PAGE_TOKENS, PageId};
+use exrail_kernels::{HeadRows, KernelError, KvDtype, KvShape, KvSlot, PAGE_TOKENS, PageId};
 
 use crate::CudaBuffer;
 use crate::memory::{bytes_of_u32, narrow};
+use crate::rows::Rotation;
 use crate::stream::{Address, Grid, Memory, Stream};
 
 /// The C++ struct of the same name.
@@ -25,6 +26,22 @@ pub(crate) struct Pages {
 
 // SAFETY: plain data, with the fields of the C++ struct in its order.
 unsafe impl DeviceRepr for Pages {}
+
+/// The C++ struct of the same name.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+struct Heads {
+    queries: Address,
+    keys: Address,
+    values: Address,
+    query_norm: Address,
+    key_norm: Address,
+    eps: f32,
+    n_heads: u32,
+}
+
+// SAFETY: plain data, with the fields of the C++ struct in its order.
+unsafe impl DeviceRepr for Heads {}
 
 /// Keys and values of all pages, on the device.
 #[derive(Debug)]
@@ -94,18 +111,59 @@ impl CudaKvPool {
         v: &CudaBuffer,
         slots: &[KvSlot],
     ) {
+        let at = self.slots(stream, layer, slots);
+        let n_values = slots.len() * self.shape.n_kv_heads * self.shape.head_dim;
+        let (k, v) = (k.at(n_values), v.at(n_values));
+        let (pages, layer, n) = (self.pages(), narrow(layer), narrow(slots.len()));
+        let grid = Grid::warps(2 * slots.len() * self.shape.n_kv_heads);
+        stream.launch("kv_write", grid, &[&pages, &layer, &k, &v, &at, &n]);
+    }
+
+    /// See [`exrail_kernels::Backend::place_heads`].
+    pub(crate) fn place_heads(
+        &mut self,
+        stream: &Stream,
+        heads: HeadRows<'_, CudaBuffer>,
+        positions: &[u32],
+        layer: usize,
+        slots: &[KvSlot],
+    ) {
+        const WARPS: usize = 4;
+        let HeadRows { queries, keys, values, n_heads, n_kv_heads, head_dim, norms, rope } = heads;
+        let KvShape { n_kv_heads: of_pool, head_dim: width, .. } = self.shape;
+        assert_eq!((n_kv_heads, head_dim), (of_pool, width), "heads of the pool");
+        let at = self.slots(stream, layer, slots);
+        let n_rows = slots.len();
+        let n_cached = n_rows * n_kv_heads * head_dim;
+        let norm = |weight: Option<&CudaBuffer>| weight.map_or(Address(0), |w| w.at(head_dim));
+        let heads = Heads {
+            queries: queries.at(n_rows * n_heads * head_dim),
+            keys: keys.at(n_cached),
+            values: values.at(n_cached),
+            query_norm: norm(norms.as_ref().map(|norms| norms.query)),
+            key_norm: norm(norms.as_ref().map(|norms| norms.key)),
+            eps: norms.as_ref().map_or(0.0, |norms| norms.eps),
+            n_heads: narrow(n_heads),
+        };
+        let rotation = Rotation::of(stream, rope, positions, head_dim);
+        let (pages, layer, n) = (self.pages(), narrow(layer), narrow(n_rows));
+        let grid = Grid {
+            blocks: ((n_rows * (n_heads + 2 * n_kv_heads)).div_ceil(WARPS), 1),
+            threads: 32 * WARPS,
+            ..Grid::one(4 * WARPS * head_dim)
+        };
+        stream.launch("place_heads", grid, &[&heads, &rotation, &pages, &layer, &at, &n]);
+    }
+
+    /// Where the slots of rows are, after checking that the pool has them.
+    fn slots(&self, stream: &Stream, layer: usize, slots: &[KvSlot]) -> Address {
         assert!(layer < self.shape.n_layers, "layer {layer} of {}", self.shape.n_layers);
         for slot in slots {
             self.check_page(slot.page);
             assert!((slot.offset as usize) < PAGE_TOKENS, "offset {}", slot.offset);
         }
-        let n_values = slots.len() * self.shape.n_kv_heads * self.shape.head_dim;
-        let (k, v) = (k.at(n_values), v.at(n_values));
         let each = slots.iter().flat_map(|slot| [slot.page.0 as usize, slot.offset as usize]);
-        let at = stream.upload(&bytes_of_u32(each));
-        let (pages, layer, n) = (self.pages(), narrow(layer), narrow(slots.len()));
-        let grid = Grid::warps(2 * slots.len() * self.shape.n_kv_heads);
-        stream.launch("kv_write", grid, &[&pages, &layer, &k, &v, &at, &n]);
+        stream.upload(&bytes_of_u32(each))
     }
 
     pub(crate) fn check_page(&self, page: PageId) {

@@ -3,14 +3,34 @@
 #![expect(unsafe_code, reason = "plain data that kernels take by value")]
 
 use cudarc::driver::DeviceRepr;
-use exrail_kernels::{Activation, GateActivation, InputRounding};
+use exrail_kernels::{Activation, GateActivation, InputRounding, NormKind, Normed};
 
 use crate::memory::narrow;
+use crate::queue::Kernel;
+use crate::rows::{Into, Norm};
 use crate::stream::{Address, Grid, Stream};
-use crate::{CudaBuffer, CudaWeight};
+use crate::{CudaBuffer, CudaOptions, CudaWeight};
 
 /// Rows of activations that one warp decodes a weight for; `cu/linear.cu` has a kernel of each.
 pub(crate) const TILES: [usize; 2] = [1, 8];
+/// Warps of a block of threads, and chunks of weights that each has room for; the constants of
+/// `cu/input.cuh` and `cu/ring.cuh`.
+const WARPS: usize = 16;
+const DEPTH: usize = 4;
+/// Blocks of 32 weights in a chunk.
+const CHUNK: usize = 32;
+/// Rows of activations up to which products stream their weights (`matmul_few` of `cu/matmul.cu`), and
+/// those of a tile beyond.
+const FEW: usize = 64;
+/// Rows and outputs of a tile of `matmul_many`, and the shared memory that it takes.
+const TILE: (usize, usize) = (128, 128);
+const TILE_BYTES: usize = (3 * TILE.0 + 2 * TILE.1) * 144;
+/// Outputs of a block of threads of `matmul_few`, and bytes of a row of 32 halves.
+const FEW_OUTPUTS: usize = 32;
+const FEW_ROW_BYTES: usize = 80;
+/// Chunks a multiprocessor, from which two blocks of threads share it: with fewer, rounding the
+/// activations twice costs more than the second block brings.
+const TWO_FROM: usize = 48;
 
 /// The C++ enum of the same name.
 #[derive(Clone, Copy, Debug)]
@@ -29,8 +49,6 @@ enum Finish {
 #[derive(Clone, Copy, Debug)]
 #[repr(C)]
 pub(crate) struct Epilogue {
-    out: Address,
-    bias: Address,
     rows: Address,
     scales: Address,
     scale: f32,
@@ -43,45 +61,82 @@ unsafe impl DeviceRepr for Epilogue {}
 const NONE: Address = Address(0);
 
 impl Epilogue {
-    fn new(finish: Finish, out: Address) -> Epilogue {
-        let finish = finish as u32;
-        Epilogue { out, bias: NONE, rows: NONE, scales: NONE, scale: 1.0, finish }
+    fn new(finish: Finish) -> Epilogue {
+        Epilogue { rows: NONE, scales: NONE, scale: 1.0, finish: finish as u32 }
     }
 
     /// `out = x Wᵀ (+ bias)`.
-    pub(crate) fn store(out: Address, bias: Option<Address>) -> Epilogue {
-        Epilogue { bias: bias.unwrap_or(NONE), ..Epilogue::new(Finish::Store, out) }
+    pub(crate) fn store() -> Epilogue {
+        Epilogue::new(Finish::Store)
     }
 
     /// `out += scale * (x Wᵀ (+ bias))`.
-    pub(crate) fn add(out: Address, bias: Option<Address>, scale: f32) -> Epilogue {
-        Epilogue { bias: bias.unwrap_or(NONE), scale, ..Epilogue::new(Finish::Add, out) }
+    pub(crate) fn add(scale: f32) -> Epilogue {
+        Epilogue { scale, ..Epilogue::new(Finish::Add) }
     }
 
     /// `out[rows[t]] += scales[t] * (x[t] Wᵀ)`.
-    pub(crate) fn add_rows(out: Address, rows: Address, scales: Address) -> Epilogue {
-        Epilogue { rows, scales, ..Epilogue::new(Finish::AddRows, out) }
+    pub(crate) fn add_rows(rows: Address, scales: Address) -> Epilogue {
+        Epilogue { rows, scales, ..Epilogue::new(Finish::AddRows) }
     }
 
     /// `out = activation(x Wᵀ)`.
-    pub(crate) fn activated(out: Address, activation: GateActivation) -> Epilogue {
-        let finish = match activation {
+    fn activated(activation: GateActivation) -> Epilogue {
+        Epilogue::new(match activation {
             GateActivation::Silu => Finish::Silu,
             GateActivation::GeluTanh => Finish::GeluTanh,
-        };
-        Epilogue::new(finish, out)
+        })
     }
 
     /// `out *= x Wᵀ`.
-    pub(crate) fn times(out: Address) -> Epilogue {
-        Epilogue::new(Finish::Times, out)
+    fn times() -> Epilogue {
+        Epilogue::new(Finish::Times)
     }
 
     /// `out = gelu(x Wᵀ + bias)`.
-    pub(crate) fn gelu(out: Address, bias: Address) -> Epilogue {
-        Epilogue { bias, ..Epilogue::new(Finish::Gelu, out) }
+    pub(crate) fn gelu() -> Epilogue {
+        Epilogue::new(Finish::Gelu)
     }
 }
+
+/// One matrix of a product, and where its outputs go. The C++ struct of the same name.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+struct Part {
+    weight: crate::weight::Planes,
+    out: Address,
+    bias: Address,
+}
+
+// SAFETY: plain data, with the fields of the C++ struct in its order.
+unsafe impl DeviceRepr for Part {}
+
+/// The C++ struct of the same name.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+struct Parts {
+    each: [Part; 3],
+    n: u32,
+    paired: u32,
+    n_units: u32,
+    padding: u32,
+}
+
+// SAFETY: plain data, with the fields of the C++ struct in its order.
+unsafe impl DeviceRepr for Parts {}
+
+/// The C++ struct of the same name.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+struct Row {
+    x: Address,
+    norm: Address,
+    eps: f32,
+    padding: u32,
+}
+
+// SAFETY: plain data, with the fields of the C++ struct in its order.
+unsafe impl DeviceRepr for Row {}
 
 /// The C++ struct of the same name.
 #[derive(Clone, Copy, Debug)]
@@ -90,21 +145,75 @@ struct Quantised {
     first: Address,
     second: Address,
     heads: Address,
+    inverses: Address,
 }
 
 // SAFETY: plain data, with the fields of the C++ struct in its order.
 unsafe impl DeviceRepr for Quantised {}
 
+/// The C++ struct of the same name.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+struct Halves {
+    values: Address,
+    factors: Address,
+    operands: u32,
+    padding: u32,
+}
+
+// SAFETY: plain data, with the fields of the C++ struct in its order.
+unsafe impl DeviceRepr for Halves {}
+
+/// How the rows of an input lie before its products.
+#[derive(Clone, Copy)]
+enum Prepared {
+    /// As they are: f32, or one row that its product rounds on its way.
+    Not,
+    /// As int8, for products whose rows do not depend on each other.
+    Rounded(Quantised),
+    /// As halves, for tensor cores.
+    Halves(Halves),
+}
+
 /// Bytes of the C++ struct `QuantHead`.
 const HEAD_BYTES: usize = 12;
+
+/// A matrix, where its outputs go, and perhaps its bias.
+#[derive(Clone, Copy)]
+pub(crate) struct Output<'a> {
+    weight: &'a CudaWeight,
+    out: Address,
+    bias: Address,
+}
+
+impl<'a> Output<'a> {
+    /// `out` has `n_rows` rows.
+    ///
+    /// # Panics
+    /// When a buffer is short.
+    pub(crate) fn new(
+        weight: &'a CudaWeight,
+        out: &CudaBuffer,
+        n_rows: usize,
+        bias: Option<&CudaBuffer>,
+    ) -> Output<'a> {
+        let bias = bias.map_or(NONE, |bias| bias.at(weight.rows));
+        Output { weight, out: out.at(n_rows * weight.rows), bias }
+    }
+
+    fn part(&self) -> Part {
+        Part { weight: self.weight.planes(), out: self.out, bias: self.bias }
+    }
+}
 
 /// Activations `(T, columns)` that meet one or more matrices.
 pub(crate) struct Input<'a> {
     stream: &'a Stream,
-    x: Address,
-    quantised: Option<(Quantised, InputRounding)>,
+    row: Row,
+    rounding: Option<InputRounding>,
     n_rows: usize,
     columns: usize,
+    batch_invariant: bool,
 }
 
 impl<'a> Input<'a> {
@@ -114,14 +223,14 @@ impl<'a> Input<'a> {
     /// When the matrices have different numbers of columns, or the buffer is short.
     pub(crate) fn new(
         stream: &'a Stream,
-        activation: Activation,
+        options: CudaOptions,
         x: &CudaBuffer,
         n_rows: usize,
         weights: &[&CudaWeight],
     ) -> Input<'a> {
+        let CudaOptions { activation, batch_invariant, .. } = options;
         let columns = weights[0].columns;
         assert!(weights.iter().all(|w| w.columns == columns), "matrices of one input");
-        let x = x.at(n_rows * columns);
         let packed = weights.iter().filter(|weight| weight.dtype.is_quantised());
         let twice = |rounding| matches!(rounding, InputRounding::Twice);
         let rounding = match activation {
@@ -130,46 +239,173 @@ impl<'a> Input<'a> {
                 if twice(a) || twice(b) { InputRounding::Twice } else { InputRounding::Once }
             }),
         };
-        let mut input = Input { stream, x, quantised: None, n_rows, columns };
-        if let Some(rounding) = rounding.filter(|_| n_rows > 0) {
-            input.quantised = Some((input.quantise(twice(rounding)), rounding));
-        }
-        input
+        let row = Row { x: x.at(n_rows * columns), norm: NONE, eps: 0.0, padding: 0 };
+        Input { stream, row, rounding, n_rows, columns, batch_invariant }
     }
 
-    fn quantise(&self, twice: bool) -> Quantised {
+    /// The same behind a norm, which meets the rows on their way where all matrices are packed.
+    pub(crate) fn normed(
+        stream: &'a Stream,
+        options: CudaOptions,
+        normed: &mut Normed<'_, CudaBuffer>,
+        weights: &[&CudaWeight],
+    ) -> Input<'a> {
+        let Normed { kind, x, n_rows, weight, eps, ref mut work } = *normed;
+        let direct = Input::new(stream, options, x, n_rows, weights);
+        let width = direct.columns;
+        let all_packed = weights.iter().all(|weight| weight.dtype.is_quantised());
+        if kind == NormKind::Rms && all_packed && direct.rounding.is_some() {
+            let row = Row { norm: weight.at(width), eps, ..direct.row };
+            return Input { row, ..direct };
+        }
+        let norm = Norm { kind, weight, bias: None, width, eps };
+        let len = n_rows * width;
+        norm.run(stream, x.at(len), n_rows, work.at(len), Into::Replace);
+        Input::new(stream, options, work, n_rows, weights)
+    }
+
+    /// Products of matrices, which are launched together where they have one format.
+    pub(crate) fn times(&self, outputs: &[Output<'_>], end: Epilogue) {
+        let alike = |a: &Output<'_>, b: &Output<'_>| {
+            let facts = |w: &CudaWeight| (w.dtype, w.shared);
+            facts(a.weight) == facts(b.weight)
+        };
+        let prepared = self.prepare();
+        for outputs in outputs.chunk_by(alike) {
+            self.launch(outputs, false, end, prepared);
+        }
+    }
+
+    /// `out = activation(x Gᵀ) * (x Uᵀ)`.
+    pub(crate) fn gate(&self, gate: Output<'_>, up: &CudaWeight, activation: GateActivation) {
+        let up = Output { weight: up, ..gate };
+        let facts = |w: &CudaWeight| (w.dtype, w.shared);
+        let prepared = self.prepare();
+        let packed = self.rounding.is_some() && gate.weight.dtype.is_quantised();
+        if packed && facts(gate.weight) == facts(up.weight) {
+            return self.launch(&[gate, up], true, Epilogue::activated(activation), prepared);
+        }
+        self.launch(&[gate], false, Epilogue::activated(activation), prepared);
+        self.launch(&[up], false, Epilogue::times(), prepared);
+    }
+
+    fn is_twice(&self) -> bool {
+        matches!(self.rounding, Some(InputRounding::Twice))
+    }
+
+    /// Bytes of shared memory of one rounded row; `Rounded` in `cu/input.cuh` has the same.
+    fn row_bytes(&self, halves: bool) -> usize {
+        let integers = if self.is_twice() { 64 } else { 32 };
+        (self.columns / 32 * (integers + 4 + if halves { 8 } else { 4 })).next_multiple_of(16)
+    }
+
+    /// Rounds the rows in memory, unless a product does it on its way.
+    fn prepare(&self) -> Prepared {
+        // Rows of tens of thousands of activations do not fit beside the rings.
+        let fits = self.row_bytes(true) + WARPS * DEPTH * 1200 <= self.stream.max_shared_bytes();
+        if self.rounding.is_none() || self.n_rows == 0 || self.n_rows == 1 && fits {
+            return Prepared::Not;
+        }
         let n_values = self.n_rows * self.columns;
-        let n_blocks = n_values / 32;
+        let grid = |threads| Grid { blocks: (self.n_rows, 1), threads, ..Grid::one(0) };
+        let width = narrow(self.columns);
+        let factors = self.stream.work("factors of rounded activations", 4 * self.n_rows);
+        if self.n_rows > 1 && !self.batch_invariant {
+            let operands = u32::from(self.n_rows <= FEW);
+            let n_places = self.n_rows.next_multiple_of(16) * self.columns;
+            let values = self.stream.work("half activations", 2 * n_places);
+            let out = Halves { values, factors, operands, padding: 0 };
+            self.stream.launch("halve", grid(512), &[&self.row, &out, &width]);
+            return Prepared::Halves(out);
+        }
         let out = Quantised {
             first: self.stream.work("int8 activations", n_values),
             second: self.stream.work("remainders of int8 activations", n_values),
-            heads: self.stream.work("scales of int8 activations", n_blocks * HEAD_BYTES),
+            heads: self.stream.work("scales of int8 activations", n_values / 32 * HEAD_BYTES),
+            inverses: factors,
         };
-        let (n, twice) = (narrow(n_blocks), u32::from(twice));
-        self.stream.launch("quantise", Grid::warps(n_blocks), &[&self.x, &out, &n, &twice]);
-        out
+        let kernel = if self.is_twice() { "quantise_twice" } else { "quantise_once" };
+        self.stream.launch(kernel, grid(32 * WARPS), &[&self.row, &out, &width]);
+        Prepared::Rounded(out)
     }
 
-    /// One product.
-    pub(crate) fn times(&self, weight: &CudaWeight, end: Epilogue) {
-        let n_rows = narrow(self.n_rows);
-        let tile = if self.n_rows == 1 { TILES[0] } else { TILES[1] };
-        let blocks = (weight.rows.div_ceil(8), self.n_rows.div_ceil(tile));
-        let grid = Grid { blocks, ..Grid::one(0) };
-        let (planes, suffix) = (weight.planes(), weight.suffix());
-        match self.quantised.filter(|_| weight.dtype.is_quantised()) {
-            Some((x, rounding)) => {
-                let mode = match rounding {
-                    InputRounding::Once => "once",
-                    InputRounding::Twice => "twice",
-                };
-                let kernel = format!("linear_{mode}_{suffix}_{tile}");
-                self.stream.launch(&kernel, grid, &[&planes, &x, &end, &n_rows]);
+    /// One launch, or one for each matrix in f32; `outputs` have one format.
+    fn launch(&self, outputs: &[Output<'_>], paired: bool, end: Epilogue, prepared: Prepared) {
+        let first = outputs[0].weight;
+        let (stream, n_rows) = (self.stream, narrow(self.n_rows));
+        let kernels = stream.format(first.format);
+        if self.rounding.is_none() || !first.dtype.is_quantised() {
+            let i = usize::from(self.n_rows > 1);
+            let (kernel, tile) = (kernels.exact[i], TILES[i]);
+            for output in outputs {
+                let n_tiles = self.n_rows.div_ceil(tile);
+                let blocks = (output.weight.rows.div_ceil(8), n_tiles);
+                let grid = Grid { blocks, ..Grid::one(0) };
+                let part = output.part();
+                stream.launch_kernel(kernel, grid, &[&part, &self.row.x, &end, &n_rows]);
             }
-            None => {
-                let kernel = format!("linear_f32_{suffix}_{tile}");
-                self.stream.launch(&kernel, grid, &[&planes, &self.x, &end, &n_rows]);
+            return;
+        }
+        let n_units = match paired {
+            true => first.rows,
+            false => outputs.iter().map(|output| output.weight.rows).sum(),
+        };
+        let mut parts = Parts {
+            each: [outputs[0].part(); 3],
+            n: narrow(outputs.len()),
+            paired: paired.into(),
+            n_units: narrow(n_units),
+            padding: 0,
+        };
+        for (part, output) in parts.each.iter_mut().zip(outputs) {
+            *part = output.part();
+        }
+        let rounded = kernels.rounded[usize::from(self.is_twice())];
+        match prepared {
+            Prepared::Not => {
+                let grid = self.grid(first, (n_units, paired), TILES[0]);
+                stream.launch_kernel(rounded[0], grid, &[&parts, &self.row, &end]);
+            }
+            Prepared::Rounded(x) => {
+                let grid = self.grid(first, (n_units, paired), TILES[1]);
+                stream.launch_kernel(rounded[1], grid, &[&parts, &x, &end, &n_rows]);
+            }
+            Prepared::Halves(x) => {
+                let n_outputs = n_units * if paired { 2 } else { 1 };
+                let (kernel, grid) = self.matmul(first, n_outputs);
+                stream.launch_kernel(kernel, grid, &[&parts, &x, &end, &n_rows]);
             }
         }
+    }
+
+    /// The product on tensor cores for this number of rows.
+    fn matmul(&self, weight: &CudaWeight, n_outputs: usize) -> (Kernel, Grid) {
+        let kernels = self.stream.format(weight.format);
+        if self.n_rows > FEW {
+            let blocks = (self.n_rows.div_ceil(TILE.0), n_outputs.div_ceil(TILE.1));
+            return (kernels.many, Grid { blocks, ..Grid::one(TILE_BYTES) });
+        }
+        let size = self.n_rows.div_ceil(16).next_power_of_two().ilog2() as usize;
+        let n_blocks = n_outputs.div_ceil(FEW_OUTPUTS);
+        // Where there is less than a block of threads or two for a multiprocessor, larger ones.
+        let n_warps = if n_blocks < 3 * self.stream.facts.n_multiprocessors { 16 } else { 8 };
+        let rings = n_warps * (DEPTH * weight.column_bytes() + 32 * FEW_ROW_BYTES);
+        let sums = 4 * n_warps * 16 * (1 << size) * FEW_OUTPUTS;
+        let (blocks, threads) = ((n_blocks, 1), 32 * n_warps);
+        (kernels.few[size], Grid { blocks, threads, ..Grid::one(rings.max(sums)) })
+    }
+
+    fn grid(&self, weight: &CudaWeight, (n_units, paired): (usize, bool), tile: usize) -> Grid {
+        let width = if paired { 2 } else { 1 };
+        let n_multiprocessors = self.stream.facts.n_multiprocessors.max(1);
+        let n_chunks = n_units * width * (self.columns / 32).div_ceil(CHUNK);
+        let two = n_chunks >= TWO_FROM * n_multiprocessors;
+        let n_blocks = (n_multiprocessors * if two { 2 } else { 1 }).min(n_units);
+        let rings = WARPS * DEPTH * weight.chunk_bytes();
+        let row = if tile == 1 { self.row_bytes(weight.has_halves()) } else { 0 };
+        let sums = 4 * tile * width * n_units.div_ceil(n_blocks.max(1));
+        let n_tiles = self.n_rows.div_ceil(tile);
+        let threads = 32 * WARPS;
+        Grid { blocks: (n_blocks, n_tiles), threads, ..Grid::one(row + rings + sums) }
     }
 }

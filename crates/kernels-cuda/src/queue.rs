@@ -85,7 +85,8 @@ impl List {
     }
 
     /// Hands every launch over, to run or to be captured.
-    fn run(&mut self, stream: sys::CUstream) -> Result<(), DriverError> {
+    fn run(&mut self, stream: sys::CUstream, overlap: bool) -> Result<(), DriverError> {
+        let mut attribute = overlapping();
         for launch in &self.launches {
             let range = launch.first_argument..launch.first_argument + launch.n_arguments;
             let words = self.words.as_mut_ptr();
@@ -93,16 +94,39 @@ impl List {
             let mut pointers: Vec<*mut c_void> =
                 self.arguments[range].iter().map(pointer).collect();
             let [x, y, z, threads, shared] = launch.dimensions;
-            let (blocks, threads) = ((x, y, z), (threads, 1, 1));
-            let function = launch.kernel.function();
+            let config = sys::CUlaunchConfig {
+                gridDimX: x,
+                gridDimY: y,
+                gridDimZ: z,
+                blockDimX: threads,
+                blockDimY: 1,
+                blockDimZ: 1,
+                sharedMemBytes: shared,
+                hStream: stream,
+                attrs: &raw mut attribute,
+                numAttrs: overlap.into(),
+            };
+            let (function, arguments) = (launch.kernel.function(), pointers.as_mut_ptr());
+            let no_more = std::ptr::null_mut();
             // SAFETY: every pointer is to an argument of the type that the kernel's signature has,
-            // which the tests of every operation check; the driver copies them before it returns.
-            unsafe {
-                result::launch_kernel(function, blocks, threads, shared, stream, &mut pointers)?;
-            }
+            // which the tests of every operation check; the driver copies them and the attribute
+            // before it returns.
+            let launched =
+                unsafe { sys::cuLaunchKernelEx(&raw const config, function, arguments, no_more) };
+            launched.result()?;
         }
         Ok(())
     }
+}
+
+/// What lets a kernel start before the one before it has ended: it waits for that end itself, in
+/// `begin` of `cu/common.cuh`.
+fn overlapping() -> sys::CUlaunchAttribute {
+    // SAFETY: the C struct is plain data, for which zeros are valid.
+    let mut attribute: sys::CUlaunchAttribute = unsafe { std::mem::zeroed() };
+    attribute.id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+    attribute.value.programmaticStreamSerializationAllowed = 1;
+    attribute
 }
 
 /// A list of launches that runs as one.
@@ -138,9 +162,15 @@ pub(crate) struct Queue {
     graphs: VecDeque<Graph>,
     seen: VecDeque<u64>,
     n_graphs: u64,
+    overlap: bool,
 }
 
 impl Queue {
+    /// `overlap`: whether the kernels of this device wait for each other by themselves.
+    pub(crate) fn new(overlap: bool) -> Queue {
+        Queue { overlap, ..Queue::default() }
+    }
+
     /// Notes a launch.
     pub(crate) fn push(&mut self, kernel: Kernel, dimensions: Dimensions, arguments: &[&[u8]]) {
         self.list.push(kernel, dimensions, arguments);
@@ -203,7 +233,7 @@ impl Queue {
 
     fn launch(&mut self, stream: sys::CUstream) -> Result<(), DriverError> {
         if self.list.launches.len() < GRAPH_FROM {
-            return self.list.run(stream);
+            return self.list.run(stream, self.overlap);
         }
         if let Some(graph) = self.graphs.iter().find(|graph| graph.list == self.list) {
             // SAFETY: both handles are live.
@@ -211,7 +241,7 @@ impl Queue {
         }
         let digest = self.list.digest();
         if self.seen.contains(&digest) {
-            let executable = capture(&mut self.list, stream)?;
+            let executable = capture(&mut self.list, stream, self.overlap)?;
             if self.graphs.len() == KEPT {
                 // It may still run: destroying one that does is allowed and waits for its end.
                 self.graphs.pop_front();
@@ -225,16 +255,20 @@ impl Queue {
             self.seen.pop_front();
         }
         self.seen.push_back(digest);
-        self.list.run(stream)
+        self.list.run(stream, self.overlap)
     }
 }
 
 /// Makes a graph of a list.
-fn capture(list: &mut List, stream: sys::CUstream) -> Result<sys::CUgraphExec, DriverError> {
+fn capture(
+    list: &mut List,
+    stream: sys::CUstream,
+    overlap: bool,
+) -> Result<sys::CUgraphExec, DriverError> {
     let mode = sys::CUstreamCaptureMode_enum::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
     // SAFETY: the stream is live and captures nothing else: the queue is behind a lock.
     unsafe { result::stream::begin_capture(stream, mode)? };
-    let launched = list.run(stream);
+    let launched = list.run(stream, overlap);
     // SAFETY: the capture was begun above, and ends whether or not the launches could be captured.
     let graph = unsafe { result::stream::end_capture(stream) };
     launched?;

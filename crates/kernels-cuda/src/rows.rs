@@ -1,15 +1,21 @@
 //! Norms, rotations and other operations on rows of activations.
 
+#![expect(unsafe_code, reason = "plain data that kernels take by value")]
+
+use cudarc::driver::DeviceRepr;
 use exrail_kernels::{Largest, NormKind, Rope, RopeStyle, Span, TokenId};
 
 use crate::memory::{bytes_of, bytes_of_u32, narrow};
-use crate::stream::{Address, Grid, Stream};
+use crate::stream::{Address, AnyArgument, Grid, Stream};
 use crate::{CudaBuffer, CudaWeight};
 
 /// Threads of a block that norms one row.
 const NORM_THREADS: usize = 256;
-/// Threads of a block that looks for the largest of a row.
-const LARGEST_THREADS: usize = 1024;
+/// Threads of a block that looks for the largest of a row, and values that each looks at.
+const LARGEST_THREADS: usize = 512;
+const LARGEST_EACH: usize = 8;
+/// The most blocks that share a row.
+const LARGEST_BLOCKS: usize = 64;
 
 /// What a norm does with its result; the constants of `cu/norm.cu`.
 #[derive(Clone, Copy)]
@@ -65,6 +71,54 @@ pub(crate) fn embed(
     stream.launch(&kernel, Grid::each(n_threads), &[&planes, &ids, &scale, &out, &n_ids]);
 }
 
+/// The sines and cosines of a step's rows. The C++ struct of the same name.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub(crate) struct Rotation {
+    turns: Address,
+    n_pairs: u32,
+    interleaved: u32,
+}
+
+// SAFETY: plain data, with the fields of the C++ struct in its order.
+unsafe impl DeviceRepr for Rotation {}
+
+impl Rotation {
+    /// Of rows at `positions`: made once a step, however many layers turn by it.
+    ///
+    /// # Panics
+    /// When the pairs do not fit a head.
+    pub(crate) fn of(
+        stream: &Stream,
+        rope: Option<&Rope>,
+        positions: &[u32],
+        head_dim: usize,
+    ) -> Rotation {
+        let Some(rope) = rope else {
+            return Rotation { turns: Address(0), n_pairs: 0, interleaved: 0 };
+        };
+        let n_pairs = rope.inverse_frequencies.len();
+        assert!(2 * n_pairs <= head_dim, "{n_pairs} pairs do not fit a head of {head_dim}");
+        let at = stream.upload(&bytes_of(positions, u32::to_le_bytes));
+        let frequencies = stream.upload(&bytes_of(&rope.inverse_frequencies, f32::to_le_bytes));
+        let (n, pairs) = (narrow(positions.len()), narrow(n_pairs));
+        let n_turns = positions.len() * n_pairs;
+        let facts = [at.0, frequencies.0, u64::from(n), rope.magnitude.to_bits().into()];
+        let (turns, is_new) = stream.kept_in_step(facts, 8 * n_turns);
+        if is_new {
+            let (grid, magnitude) = (Grid::each(n_turns), rope.magnitude);
+            let arguments: [&dyn AnyArgument; 6] =
+                [&at, &frequencies, &turns, &n, &pairs, &magnitude];
+            stream.launch("rope_turns", grid, &arguments);
+        }
+        let interleaved = match rope.style {
+            RopeStyle::Interleaved => 1,
+            RopeStyle::Halves => 0,
+        };
+        Rotation { turns, n_pairs: pairs, interleaved }
+    }
+}
+
 /// See [`exrail_kernels::Backend::rope`].
 pub(crate) fn rope(
     stream: &Stream,
@@ -74,24 +128,11 @@ pub(crate) fn rope(
     positions: &[u32],
     rope: &Rope,
 ) {
-    let n_pairs = rope.inverse_frequencies.len();
-    assert!(2 * n_pairs <= head_dim, "{n_pairs} pairs do not fit a head of {head_dim}");
     let x = x.at(positions.len() * n_heads * head_dim);
-    let at = stream.upload(&bytes_of(positions, u32::to_le_bytes));
-    let frequencies = bytes_of(&rope.inverse_frequencies, f32::to_le_bytes);
-    let frequencies = stream.upload(&frequencies);
-    let interleaved = match rope.style {
-        RopeStyle::Interleaved => 1_u32,
-        RopeStyle::Halves => 0,
-    };
-    let (n, heads, dim, pairs) =
-        (narrow(positions.len()), narrow(n_heads), narrow(head_dim), narrow(n_pairs));
-    let grid = Grid::each(positions.len() * n_heads * n_pairs);
-    stream.launch(
-        "rope",
-        grid,
-        &[&x, &at, &frequencies, &n, &heads, &dim, &pairs, &rope.magnitude, &interleaved],
-    );
+    let rotation = Rotation::of(stream, Some(rope), positions, head_dim);
+    let (n, heads, dim) = (narrow(positions.len()), narrow(n_heads), narrow(head_dim));
+    let grid = Grid::each(positions.len() * n_heads * rope.inverse_frequencies.len());
+    stream.launch("rope", grid, &[&x, &rotation, &n, &heads, &dim]);
 }
 
 /// See [`exrail_kernels::Backend::gather_rows`].
@@ -160,8 +201,11 @@ pub(crate) fn largest(
     const FOUND: &str = "largest outputs";
     let (at, out) = (x.at(n_rows * width), stream.work(FOUND, 8 * n_rows));
     let (columns, first) = (narrow(width), narrow(limit));
-    let grid = Grid { blocks: (n_rows, 1), threads: LARGEST_THREADS, ..Grid::one(0) };
-    stream.launch("largest", grid, &[&at, &out, &columns, &first]);
+    let n_blocks = limit.div_ceil(LARGEST_THREADS * LARGEST_EACH).min(LARGEST_BLOCKS);
+    let parts = stream.work("largest outputs of parts", 8 * n_blocks * n_rows);
+    let n_done = stream.counters(n_rows);
+    let grid = Grid { blocks: (n_blocks, n_rows), threads: LARGEST_THREADS, ..Grid::one(0) };
+    stream.launch("largest", grid, &[&at, &out, &parts, &n_done, &columns, &first]);
     let mut bytes = vec![0; 8 * n_rows];
     stream.read_work(FOUND, &mut bytes);
     let found = bytes.as_chunks::<8>().0.iter().map(|bytes| {

@@ -11,6 +11,7 @@ use std::{
 
 use cudarc::driver::{
     CudaContext, CudaSlice, CudaStream, DevicePtr, DevicePtrMut, DeviceRepr, DriverError, result,
+    sys,
 };
 use exrail_kernels::KernelError;
 
@@ -18,16 +19,21 @@ use crate::queue::{Kernel, Queue};
 use crate::{CudaError, DeviceFacts, device};
 
 /// The compiled kernels, one fat binary a file of `cu/`.
-const BINARIES: [(&str, &[u8]); 8] = [
+const BINARIES: [(&str, &[u8]); 10] = [
     ("attention", include_bytes!(concat!(env!("OUT_DIR"), "/attention.fatbin"))),
+    ("flash", include_bytes!(concat!(env!("OUT_DIR"), "/flash.fatbin"))),
     ("kv", include_bytes!(concat!(env!("OUT_DIR"), "/kv.fatbin"))),
     ("linear", include_bytes!(concat!(env!("OUT_DIR"), "/linear.fatbin"))),
+    ("matmul", include_bytes!(concat!(env!("OUT_DIR"), "/matmul.fatbin"))),
     ("norm", include_bytes!(concat!(env!("OUT_DIR"), "/norm.fatbin"))),
     ("quantise", include_bytes!(concat!(env!("OUT_DIR"), "/quantise.fatbin"))),
     ("repack", include_bytes!(concat!(env!("OUT_DIR"), "/repack.fatbin"))),
     ("rope", include_bytes!(concat!(env!("OUT_DIR"), "/rope.fatbin"))),
     ("rows", include_bytes!(concat!(env!("OUT_DIR"), "/rows.fatbin"))),
 ];
+
+/// Shared memory that kernels have besides what a launch adds, at most.
+const STATIC_BYTES: usize = 4096;
 
 /// An address on the device, as kernels take it; 0 is none.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -124,12 +130,41 @@ impl Drop for Memory {
     }
 }
 
+/// The kernels of products with weights of one format; a step of decode asks for hundreds. Those that
+/// a format of floats lacks are its first.
+pub(crate) struct FormatKernels {
+    pub(crate) exact: [Kernel; 2],        // by tile
+    pub(crate) rounded: [[Kernel; 2]; 2], // rounded once and twice, by tile
+    pub(crate) few: [Kernel; 3],          // of 16, 32 and 64 rows
+    pub(crate) many: Kernel,
+}
+
+impl FormatKernels {
+    fn new(kernels: &HashMap<String, Kernel>, suffix: &str) -> FormatKernels {
+        let [one, several] = crate::linear::TILES;
+        let exact = [one, several].map(|tile| kernels[&format!("linear_f32_{suffix}_{tile}")]);
+        let find = |name: String| kernels.get(&name).copied().unwrap_or(exact[0]);
+        let rounded = ["once", "twice"]
+            .map(|mode| [one, several].map(|tile| find(format!("linear_{mode}_{suffix}_{tile}"))));
+        let few = [1, 2, 4].map(|tiles| find(format!("matmul_few_{suffix}_{tiles}")));
+        FormatKernels { exact, rounded, few, many: find(format!("matmul_many_{suffix}")) }
+    }
+}
+
 /// What operations share.
 #[derive(Default)]
 struct Shared {
     queue: Queue,
     work: HashMap<&'static str, CudaSlice<u8>>,
+    kept: Kept,
     retired: Vec<CudaSlice<u8>>, // until what waits was handed over
+}
+
+/// What the operations of one step make once and share.
+#[derive(Default)]
+struct Kept {
+    memory: Vec<(CudaSlice<u8>, Address)>,
+    facts: Vec<[u64; 4]>, // of this step; entry i lies in memory i
 }
 
 /// The one queue of a device: work runs in the order in which it was asked for.
@@ -138,6 +173,8 @@ pub(crate) struct Stream {
     context: Arc<CudaContext>,
     stream: Arc<CudaStream>,
     kernels: HashMap<String, Kernel>,
+    formats: Vec<FormatKernels>, // in the order of `weight::SUFFIXES`
+    max_shared_bytes: usize,
     shared: Mutex<Shared>,
 }
 
@@ -155,11 +192,27 @@ impl Stream {
         unsafe { context.disable_event_tracking() };
         let failed = |call| CudaError::driver(ordinal, call);
         let stream = context.new_stream().map_err(failed("making a stream"))?;
+        let limit = device::max_shared_bytes(&context).map_err(failed("asking its limits"))?;
         let mut kernels = HashMap::new();
         for (file, image) in BINARIES {
-            load(ordinal, file, image, &mut kernels)?;
+            load(ordinal, file, image, limit, &mut kernels)?;
         }
-        Ok(Stream { facts, context, stream, kernels, shared: Mutex::default() })
+        let of_format = |(_, suffix)| FormatKernels::new(&kernels, suffix);
+        let formats = crate::weight::SUFFIXES.into_iter().map(of_format).collect();
+        let queue = Queue::new(device::kernels_overlap(&facts));
+        let shared = Mutex::new(Shared { queue, ..Shared::default() });
+        let max_shared_bytes = limit - STATIC_BYTES;
+        Ok(Stream { facts, context, stream, kernels, formats, max_shared_bytes, shared })
+    }
+
+    /// The products of a format, by its place in `weight::SUFFIXES`.
+    pub(crate) fn format(&self, index: usize) -> &FormatKernels {
+        &self.formats[index]
+    }
+
+    /// The most shared memory that a launch may add.
+    pub(crate) fn max_shared_bytes(&self) -> usize {
+        self.max_shared_bytes
     }
 
     /// Name of the device in messages.
@@ -253,6 +306,33 @@ impl Stream {
         self.address(&shared.work[what])
     }
 
+    /// At least `n` counters, all zero; a kernel leaves them so.
+    pub(crate) fn counters(&self, n: usize) -> Address {
+        self.work("counters", 4 * n)
+    }
+
+    /// Memory of `bytes` for what depends on `facts` alone, addresses of this step's uploads among
+    /// them, and whether it must still be made: it is there until the step is handed over.
+    pub(crate) fn kept_in_step(&self, facts: [u64; 4], bytes: usize) -> (Address, bool) {
+        let mut shared = self.shared();
+        let Shared { kept, retired, .. } = &mut *shared;
+        if let Some(i) = kept.facts.iter().position(|known| *known == facts) {
+            return (kept.memory[i].1, false);
+        }
+        let i = kept.facts.len();
+        kept.facts.push(facts);
+        if kept.memory.get(i).is_none_or(|(memory, _)| memory.len() < bytes) {
+            let wanted = bytes.next_power_of_two();
+            let memory = self.zeroed(wanted, "rotations").unwrap_or_else(|error| panic!("{error}"));
+            let address = self.address(&memory);
+            match kept.memory.get_mut(i) {
+                Some(old) => retired.push(std::mem::replace(old, (memory, address)).0),
+                None => kept.memory.push((memory, address)),
+            }
+        }
+        (kept.memory[i].1, true)
+    }
+
     /// Copies the head of an operation's memory out.
     pub(crate) fn read_work(&self, what: &'static str, bytes: &mut [u8]) {
         self.flush();
@@ -262,17 +342,22 @@ impl Stream {
     /// Asks for a kernel, which runs when a result is asked for. The caller passes what the kernel's
     /// signature in `cu/` says.
     pub(crate) fn launch(&self, kernel: &str, grid: Grid, arguments: &[&dyn AnyArgument]) {
+        let Some(&kernel) = self.kernels.get(kernel) else {
+            panic!("{}: no kernel `{kernel}`", self.device());
+        };
+        self.launch_kernel(kernel, grid, arguments);
+    }
+
+    /// The same of a kernel that was looked up before.
+    pub(crate) fn launch_kernel(&self, kernel: Kernel, grid: Grid, arguments: &[&dyn AnyArgument]) {
         let Grid { blocks: (x, y), runs: z, threads, shared_bytes } = grid;
         if x == 0 || y == 0 || z == 0 {
             return;
         }
-        let Some(kernel) = self.kernels.get(kernel) else {
-            panic!("{}: no kernel `{kernel}`", self.device());
-        };
         let narrow = |n: usize| u32::try_from(n).expect("grids are below 2^32");
         let dimensions = [x, y, z, threads, shared_bytes].map(narrow);
         let arguments: Vec<&[u8]> = arguments.iter().map(|argument| argument.bytes()).collect();
-        self.shared().queue.push(*kernel, dimensions, &arguments);
+        self.shared().queue.push(kernel, dimensions, &arguments);
     }
 
     /// Hands over what waits.
@@ -285,6 +370,7 @@ impl Stream {
         let mut shared = self.shared();
         let done = shared.queue.flush(self.stream.cu_stream());
         shared.retired.clear();
+        shared.kept.facts.clear();
         done
     }
 
@@ -326,6 +412,7 @@ fn load(
     ordinal: usize,
     file: &str,
     image: &[u8],
+    max_shared_bytes: usize,
     kernels: &mut HashMap<String, Kernel>,
 ) -> Result<(), CudaError> {
     let refused = |kernel: &str, error: DriverError| CudaError::Kernel {
@@ -341,6 +428,12 @@ fn load(
         // SAFETY: the module was loaded above and is never unloaded.
         let function = unsafe { result::module::get_function(module, symbol) }
             .map_err(|error| refused(&name, error))?;
+        let attribute =
+            sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        let bytes = i32::try_from(max_shared_bytes - STATIC_BYTES).unwrap_or(0);
+        // SAFETY: the function was found above.
+        let raised = unsafe { sys::cuFuncSetAttribute(function, attribute, bytes) };
+        raised.result().map_err(|error| refused(&name, error))?;
         kernels.insert(name, Kernel::new(function));
     }
     Ok(())
@@ -352,17 +445,24 @@ fn names(file: &str) -> Vec<String> {
     let blocks = || crate::weight::SUFFIXES.iter().filter(|(dtype, _)| dtype.is_quantised());
     match file {
         "attention" => {
-            let mut names: Vec<String> = plain(&["attention_full", "attention_merge"]);
-            for dtype in ["f32", "f16", "int8"] {
-                names.push(format!("attention_{dtype}"));
-                names.push(format!("attention_run_{dtype}"));
+            let mut names: Vec<String> =
+                plain(&["attention_full", "attention_f32", "attention_f16", "attention_int8"]);
+            names.extend(crate::attention::run_names());
+            names
+        }
+        "flash" => crate::attention::tile_names().collect(),
+        "kv" => plain(&["kv_write"]),
+        "matmul" => {
+            let mut names: Vec<String> = plain(&["halve"]);
+            for (_, suffix) in blocks() {
+                names.push(format!("matmul_many_{suffix}"));
+                names.extend([1, 2, 4].map(|tiles| format!("matmul_few_{suffix}_{tiles}")));
             }
             names
         }
-        "kv" => plain(&["kv_write"]),
         "norm" => plain(&["norm_rows"]),
-        "quantise" => plain(&["quantise"]),
-        "rope" => plain(&["rope"]),
+        "quantise" => plain(&["quantise_once", "quantise_twice"]),
+        "rope" => plain(&["rope", "rope_turns", "place_heads"]),
         "repack" => blocks().map(|(_, suffix)| format!("repack_{suffix}")).collect(),
         "linear" => {
             let mut names = Vec::new();

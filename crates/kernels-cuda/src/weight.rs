@@ -44,6 +44,8 @@ pub(crate) struct Planes {
     supers: Address,
     rows: u32,
     columns: u32,
+    shared: u32,
+    scale_bytes: u32,
 }
 
 // SAFETY: plain data, with the fields of the C++ struct in its order.
@@ -82,9 +84,13 @@ impl PlaneBytes {
 #[derive(Debug)]
 pub struct CudaWeight {
     pub(crate) dtype: DType,
+    pub(crate) format: usize, // the place of `dtype` in `SUFFIXES`
     pub(crate) rounding: InputRounding,
     pub(crate) rows: usize,
     pub(crate) columns: usize,
+    /// 2^shared neighbours of a row share a scale.
+    pub(crate) shared: u32,
+    scale_bytes: usize, // of a row
     memory: Memory,
     parts: [usize; 3], // where the planes after the first start
 }
@@ -101,16 +107,22 @@ impl CudaWeight {
         // Planes start on 256 bytes; only floats have rows of no whole blocks.
         let n_blocks = (rows * columns).div_ceil(32);
         let aligned = |bytes: usize| bytes.next_multiple_of(256);
+        let shared = shared_scales(view);
+        let n_scales = columns.div_ceil(32).div_ceil(1 << shared);
+        let scale_bytes = (n_scales * bytes.scales).next_multiple_of(4);
         let high = aligned(n_blocks * bytes.low);
         let scales = high + aligned(n_blocks * bytes.high);
-        let supers = scales + aligned(n_blocks * bytes.scales);
+        let supers = scales + aligned(rows * scale_bytes);
         let len = supers + aligned(n_blocks.div_ceil(8) * bytes.supers);
         let memory = Memory::zeroed(stream, len, view.name)?;
         let mut weight = CudaWeight {
             dtype,
+            format: SUFFIXES.iter().position(|&(known, _)| known == dtype).unwrap_or(0),
             rounding: view.rounding,
             rows,
             columns,
+            shared,
+            scale_bytes,
             memory,
             parts: [high, scales, supers],
         };
@@ -124,8 +136,7 @@ impl CudaWeight {
 
     /// The ending of the names of this format's kernels.
     pub(crate) fn suffix(&self) -> &'static str {
-        let known = SUFFIXES.iter().find(|(dtype, _)| *dtype == self.dtype);
-        known.map_or("", |(_, suffix)| suffix)
+        SUFFIXES[self.format].1
     }
 
     /// What kernels take.
@@ -133,7 +144,25 @@ impl CudaWeight {
         let Address(low) = self.memory.address();
         let [high, scales, supers] = self.parts.map(|part| Address(low + part as u64));
         let (rows, columns) = (narrow(self.rows), narrow(self.columns));
-        Planes { low: Address(low), high, scales, supers, rows, columns }
+        let (shared, scale_bytes) = (self.shared, narrow(self.scale_bytes));
+        Planes { low: Address(low), high, scales, supers, rows, columns, shared, scale_bytes }
+    }
+
+    /// Whether the halves of a block have scales of their own; `Format` in `cu/common.cuh`.
+    pub(crate) fn has_halves(&self) -> bool {
+        matches!(self.dtype, DType::Q2_K | DType::Q3_K | DType::Q6_K)
+    }
+
+    /// Bytes that a chunk of 32 blocks takes in a ring; `cu/ring.cuh`.
+    pub(crate) fn chunk_bytes(&self) -> usize {
+        let bytes = PlaneBytes::of(self.dtype);
+        32 * (bytes.low + bytes.high + bytes.scales) + if bytes.supers > 0 { 16 } else { 0 }
+    }
+
+    /// Bytes that a block of each of 32 rows takes in a ring; `Column` in `cu/matmul.cu`.
+    pub(crate) fn column_bytes(&self) -> usize {
+        let bytes = PlaneBytes::of(self.dtype);
+        32 * (bytes.low + bytes.high + 4 + if bytes.supers > 0 { 4 } else { 0 })
     }
 
     /// In runs of whole rows, through one staging buffer.
@@ -151,7 +180,7 @@ impl CudaWeight {
             Memory::zeroed(stream, rows_at_once * row_bytes, "a checkpoint's blocks")?;
         let kernel = format!("repack_{}", self.suffix());
         let unit = PlaneBytes::of(self.dtype);
-        let mut first_block = 0;
+        let (mut first_row, mut first_block) = (0, 0);
         for chunk in bytes.chunks(rows_at_once * row_bytes) {
             let n_blocks = chunk.len() / row_bytes * self.columns / 32;
             staging.write(chunk);
@@ -159,13 +188,34 @@ impl CudaWeight {
             let behind = |Address(at): Address, bytes| Address(at + (first_block * bytes) as u64);
             planes.low = behind(planes.low, unit.low);
             planes.high = behind(planes.high, unit.high);
-            planes.scales = behind(planes.scales, unit.scales);
+            planes.scales = Address(planes.scales.0 + (first_row * self.scale_bytes) as u64);
             // Formats with superblocks have whole ones in a row.
             planes.supers = Address(planes.supers.0 + (first_block / 8 * unit.supers) as u64);
             let (from, n) = (staging.address(), narrow(n_blocks));
             stream.launch(&kernel, Grid::each(n_blocks), &[&from, &planes, &n]);
+            first_row += chunk.len() / row_bytes;
             first_block += n_blocks;
         }
         Ok(())
     }
+}
+
+/// Neighbours that share a scale in a checkpoint with larger groups than its format's blocks (GPTQ and
+/// AWQ with groups of 128), as a power of two: where every block of a row has the scale of the first of
+/// its four, only that one is kept. Nothing changes but the bytes that a product reads.
+fn shared_scales(view: &WeightView<'_>) -> u32 {
+    const GROUP: usize = 4;
+    let (n_scale_bytes, block_bytes) = match view.dtype {
+        DType::Q4_0 | DType::Q8_0 | DType::IQ4_NL => (2, view.dtype.block_bytes()),
+        DType::Q4_1 => (4, view.dtype.block_bytes()),
+        _ => return 0,
+    };
+    if !view.columns.is_multiple_of(32 * GROUP) || view.bytes.is_empty() {
+        return 0;
+    }
+    let shared = view.bytes.chunks_exact(GROUP * block_bytes).all(|group| {
+        let scale = &group[..n_scale_bytes];
+        group.chunks_exact(block_bytes).all(|block| block[..n_scale_bytes] == *scale)
+    });
+    if shared { 2 } else { 0 }
 }

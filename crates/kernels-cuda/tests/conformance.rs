@@ -4,15 +4,24 @@ use exrail_kernels::{Activation, Backend, InputRounding, WeightView, conformance
 use exrail_kernels_cuda::{CudaBackend, CudaOptions};
 use exrail_tensor::DType;
 
-fn backend(activation: Activation) -> CudaBackend {
-    CudaBackend::open(CudaOptions { ordinal: 0, activation }).expect("a device")
+fn backend(activation: Activation, batch_invariant: bool) -> CudaBackend {
+    let options = CudaOptions { activation, batch_invariant, ..CudaOptions::new(0) };
+    CudaBackend::open(options).expect("a device")
+}
+
+/// Every way in which rows meet weights.
+fn backends() -> [CudaBackend; 3] {
+    [
+        backend(Activation::F32, false),
+        backend(Activation::Int8, false),
+        backend(Activation::Int8, true),
+    ]
 }
 
 #[test]
 fn every_operation_conforms() {
-    for activation in [Activation::F32, Activation::Int8] {
-        let backend = backend(activation);
-        if let Err(error) = conformance::run(&backend, activation) {
+    for backend in backends() {
+        if let Err(error) = conformance::run(&backend, backend.options().activation) {
             panic!("{}: {error}", backend.name());
         }
     }
@@ -49,7 +58,7 @@ fn bits(values: &[f32]) -> Vec<u32> {
 #[test]
 fn a_row_alone_equals_the_row_in_a_batch() {
     for activation in [Activation::F32, Activation::Int8] {
-        let backend = backend(activation);
+        let backend = backend(activation, true);
         for (i, dtype) in DType::ALL.into_iter().enumerate() {
             for rounding in [InputRounding::Once, InputRounding::Twice] {
                 let (rows, columns, n_rows) = (37, 512, 11);
@@ -72,7 +81,12 @@ fn a_row_alone_equals_the_row_in_a_batch() {
 
 #[test]
 fn a_nan_activation_reaches_the_output_of_its_row_only() {
-    let backend = backend(Activation::Int8);
+    for batch_invariant in [false, true] {
+        a_nan_stays_in_its_row(&backend(Activation::Int8, batch_invariant));
+    }
+}
+
+fn a_nan_stays_in_its_row(backend: &CudaBackend) {
     let bytes = exrail_tensor::quantize(DType::Q4_0, &noise(3, 20 * 64)).expect("whole blocks");
     let (rows, columns, rounding) = (20, 64, InputRounding::Once);
     let (name, dtype, bytes) = ("w", DType::Q4_0, &bytes[..]);
@@ -81,7 +95,7 @@ fn a_nan_activation_reaches_the_output_of_its_row_only() {
         for place in [0, 15, 16, 40, 63] {
             let mut x = noise(4, 3 * 64);
             x[64 + place] = bad;
-            let out = product(&backend, &view, &x);
+            let out = product(backend, &view, &x);
             assert!(out[..20].iter().all(|v| v.is_finite()));
             assert!(out[20..40].iter().all(|v| v.is_nan()));
             assert!(out[40..].iter().all(|v| v.is_finite()));

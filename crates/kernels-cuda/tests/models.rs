@@ -17,15 +17,14 @@ use exrail_model::{Batch, Decoder};
 const EXACT_DISTANCE: f32 = 2e-4;
 /// The same of a real model, whose logits reach 30.
 const REAL_DISTANCE: f32 = 2e-3;
-/// Largest mean KLD, in nats, of the fast mode on two devices, which round alike until sums in
-/// another order move a value across the middle of two steps; what the fast mode may differ from
-/// the exact one.
-const FAST_KLD: f64 = 2e-3;
+/// Mean KLD of the fast mode against the exact one, as a multiple of what the CPU's fast mode has: both
+/// round alike, the GPU less where rows come in batches.
+const FAST_SHARE: f64 = 1.25;
 
 type Model<'a> = (&'a DecoderConfig, &'a dyn Tensors);
 
 fn cuda(activation: Activation) -> CudaBackend {
-    CudaBackend::open(CudaOptions { ordinal: 0, activation }).expect("a device")
+    CudaBackend::open(CudaOptions { activation, ..CudaOptions::new(0) }).expect("a device")
 }
 
 fn cpu(activation: Activation) -> CpuBackend {
@@ -175,17 +174,29 @@ fn real_models_agree_with_the_cpu_and_with_themselves() {
         let config = DecoderConfig::from_gguf(&gguf).unwrap();
         let model: Model<'_> = (&config, &gguf);
         let ids = some_ids(config.vocab_size, 300);
-        for (activation, kv) in [(Activation::F32, KvDtype::F32), (Activation::Int8, KvDtype::F16)]
-        {
-            let (cuda, cpu) = (cuda(activation), cpu(activation));
-            let found = logits(&cuda, model, &ids, 64, kv);
-            let expected = logits(&cpu, model, &ids, 64, kv);
+        // Both modes against the exact one of the CPU; the fast one row by row and in batches, whose
+        // kernels round differently.
+        let expected = logits(&cpu(Activation::F32), model, &ids, 64, KvDtype::F32);
+        let fast = logits(&cpu(Activation::Int8), model, &ids, 64, KvDtype::F16);
+        let allowed = FAST_SHARE * mean_kld(&expected, &fast, config.vocab_size);
+        for (activation, kv, step) in [
+            (Activation::F32, KvDtype::F32, 64),
+            (Activation::Int8, KvDtype::F16, 1),
+            (Activation::Int8, KvDtype::F16, 64),
+            (Activation::Int8, KvDtype::F16, 300),
+        ] {
+            let cuda = cuda(activation);
+            let found = logits(&cuda, model, &ids, step, kv);
             let distance = distance(&found, &expected);
             let kld = mean_kld(&expected, &found, config.vocab_size);
-            eprintln!("{variable} {activation:?}: distance {distance:.1e}, mean KLD {kld:.1e}");
+            eprintln!(
+                "{variable} {activation:?} in steps of {step}: distance {distance:.1e}, mean KLD {kld:.1e}"
+            );
             match activation {
                 Activation::F32 => assert!(distance < REAL_DISTANCE, "{variable}: {distance:e}"),
-                Activation::Int8 => assert!(kld < FAST_KLD, "{variable}: {kld:e}"),
+                Activation::Int8 => {
+                    assert!(kld < allowed, "{variable}: {kld:e} of {allowed:e}");
+                }
             }
             let runs = [(); 3].map(|()| greedy(&cuda, model, &ids[..20], 64));
             assert!(runs.iter().all(|run| *run == runs[0]), "{variable}: greedy tokens differ");

@@ -87,7 +87,7 @@ pub enum KernelError {
 pub enum InputRounding {
     /// To one int8 a value: half the work, where the model tolerates it.
     Once,
-    /// To at least 16 bits a value, such as an int8 and another for the remainder.
+    /// Ten times as exactly at least: to a half, or to an int8 and another for the remainder.
     Twice,
 }
 
@@ -334,10 +334,60 @@ pub struct Rope {
     pub magnitude: f32,
 }
 
+/// Rows that meet a matrix through a norm.
+#[derive(Debug)]
+pub struct Normed<'a, Buffer> {
+    /// The rows, `(T, C)`.
+    pub x: &'a Buffer,
+    /// T.
+    pub n_rows: usize,
+    /// Which norm.
+    pub kind: NormKind,
+    /// Its weight, `(C)`.
+    pub weight: &'a Buffer,
+    /// What the norm adds below the root.
+    pub eps: f32,
+    /// `(T, C)`: where a device may leave the normed rows. It may hold anything afterwards.
+    pub work: &'a mut Buffer,
+}
+
+/// Queries, keys and values of a step on their way to attention.
+#[derive(Debug)]
+pub struct HeadRows<'a, Buffer> {
+    /// `(T, H * D)`; normed and rotated in place.
+    pub queries: &'a mut Buffer,
+    /// `(T, K * D)`; may hold anything afterwards.
+    pub keys: &'a mut Buffer,
+    /// `(T, K * D)`.
+    pub values: &'a Buffer,
+    /// Query heads H.
+    pub n_heads: usize,
+    /// Key/value heads K.
+    pub n_kv_heads: usize,
+    /// Head width D.
+    pub head_dim: usize,
+    /// RMS norms of each query and each key head.
+    pub norms: Option<HeadNorms<'a, Buffer>>,
+    /// How queries and keys are rotated.
+    pub rope: Option<&'a Rope>,
+}
+
+/// Norms of queries and keys, head by head (Henry et al. 2020, arXiv:2010.04245).
+#[derive(Clone, Copy, Debug)]
+pub struct HeadNorms<'a, Buffer> {
+    /// Weight of the queries' norm, `(D)`.
+    pub query: &'a Buffer,
+    /// Weight of the keys' norm, `(D)`.
+    pub key: &'a Buffer,
+    /// What the norms add below the root.
+    pub eps: f32,
+}
+
 /// A device: the operations that the decoder and the encoder are written in.
 ///
 /// Defined by [`crate::reference`]; every implementation runs [`crate::conformance`].
-/// Operations are synchronous from the caller's view. They panic when buffers are shorter than the
+/// Operations are synchronous from the caller's view. Those with a body are several of the others in a
+/// row, which a device may run as one. They panic when buffers are shorter than the
 /// shapes say: the caller is the model, whose shapes were checked at load.
 pub trait Backend: Send + Sync + 'static {
     /// A matrix prepared for this device (repacked, uploaded).
@@ -455,6 +505,50 @@ pub trait Backend: Send + Sync + 'static {
         biases: Option<[&Self::Buffer; 3]>,
         outs: [&mut Self::Buffer; 3],
     );
+    /// [`Backend::linear_qkv`] behind a norm.
+    fn norm_qkv(
+        &self,
+        x: Normed<'_, Self::Buffer>,
+        weights: [&Self::Weight; 3],
+        biases: Option<[&Self::Buffer; 3]>,
+        outs: [&mut Self::Buffer; 3],
+    ) {
+        self.norm(x.kind, x.x, x.n_rows, x.weight, x.eps, x.work);
+        self.linear_qkv(x.work, x.n_rows, weights, biases, outs);
+    }
+    /// [`Backend::linear_gate`] behind a norm.
+    fn norm_gate(
+        &self,
+        x: Normed<'_, Self::Buffer>,
+        gate: &Self::Weight,
+        up: &Self::Weight,
+        activation: GateActivation,
+        out: &mut Self::Buffer,
+    ) {
+        self.norm(x.kind, x.x, x.n_rows, x.weight, x.eps, x.work);
+        self.linear_gate(x.work, x.n_rows, gate, up, activation, out);
+    }
+    /// [`Backend::linear`] behind a norm: the logits of a head.
+    fn norm_linear(
+        &self,
+        x: Normed<'_, Self::Buffer>,
+        weight: &Self::Weight,
+        out: &mut Self::Buffer,
+    ) {
+        self.norm(x.kind, x.x, x.n_rows, x.weight, x.eps, x.work);
+        self.linear(x.work, x.n_rows, weight, None, out);
+    }
+    /// [`Backend::linear_largest`] behind a norm: of what [`Backend::norm_linear`] gives.
+    fn norm_largest(
+        &self,
+        x: Normed<'_, Self::Buffer>,
+        weight: &Self::Weight,
+        limit: usize,
+        work: &mut Self::Buffer,
+    ) -> Vec<Largest> {
+        self.norm(x.kind, x.x, x.n_rows, x.weight, x.eps, x.work);
+        self.linear_largest(x.work, x.n_rows, weight, limit, work)
+    }
     /// `y += scale * (x Wᵀ (+ bias))`: the residual add; y `(T, N)`.
     fn linear_add(
         &self,
@@ -513,6 +607,28 @@ pub trait Backend: Send + Sync + 'static {
         v: &Self::Buffer,
         slots: &[KvSlot],
     );
+    /// Norms queries and keys, rotates them at `positions[t]`, and stores keys and values of one
+    /// layer at `slots[t]`.
+    fn place_heads(
+        &self,
+        heads: HeadRows<'_, Self::Buffer>,
+        positions: &[u32],
+        pool: &mut Self::KvPool,
+        layer: usize,
+        slots: &[KvSlot],
+    ) {
+        let HeadRows { queries, keys, values, n_heads, n_kv_heads, head_dim, norms, rope } = heads;
+        let n_rows = positions.len();
+        if let Some(HeadNorms { query, key, eps }) = norms {
+            self.norm_in_place(NormKind::Rms, queries, n_rows * n_heads, query, eps);
+            self.norm_in_place(NormKind::Rms, keys, n_rows * n_kv_heads, key, eps);
+        }
+        if let Some(rope) = rope {
+            self.rope(queries, n_heads, head_dim, positions, rope);
+            self.rope(keys, n_kv_heads, head_dim, positions, rope);
+        }
+        self.kv_write(pool, layer, keys, values, slots);
+    }
     /// Causal attention over pages; q, out `(T, H * D)`.
     fn attention(
         &self,

@@ -7,7 +7,7 @@ pub mod conformance;
 pub mod reference;
 
 pub use backend::{
-    Activation, AttentionShape, AttentionSpan, Backend, GateActivation, InputRounding, KernelError,
-    KvDtype, KvShape, KvSlot, Largest, NormKind, PAGE_TOKENS, PageId, Rope, RopeStyle, Span,
-    TokenId, WeightView, int8_scale,
+    Activation, AttentionShape, AttentionSpan, Backend, GateActivation, HeadNorms, HeadRows,
+    InputRounding, KernelError, KvDtype, KvShape, KvSlot, Largest, NormKind, Normed, PAGE_TOKENS,
+    PageId, Rope, RopeStyle, Span, TokenId, WeightView, int8_scale,
 };

@@ -3,9 +3,9 @@
 use exrail_kernels::conformance::{ConformanceError, run};
 use exrail_kernels::reference::{Reference, ReferenceKvPool, ReferenceWeight};
 use exrail_kernels::{
-    Activation, AttentionShape, AttentionSpan, Backend, GateActivation, KernelError, KvDtype,
-    KvShape, KvSlot, Largest, NormKind, PAGE_TOKENS, PageId, Rope, RopeStyle, Span, TokenId,
-    WeightView,
+    Activation, AttentionShape, AttentionSpan, Backend, GateActivation, HeadRows, KernelError,
+    KvDtype, KvShape, KvSlot, Largest, NormKind, Normed, PAGE_TOKENS, PageId, Rope, RopeStyle,
+    Span, TokenId, WeightView,
 };
 
 /// What is wrong with a [`Faulty`] backend.
@@ -33,6 +33,12 @@ enum Fault {
     GateSwapsUp,
     GateIsAlwaysSilu,
     GeluByTanh,
+    QkvUnnormed,
+    GateUnnormed,
+    LogitsUnnormed,
+    LargestUnnormed,
+    PlacesUnnormed,
+    PlacesUnrotated,
     RopeOtherStyle,
     RopeFromZero,
     RopeWithoutMagnitude,
@@ -58,7 +64,7 @@ enum Fault {
     RoundsActivations,
 }
 
-const FAULTS: [Fault; 43] = [
+const FAULTS: [Fault; 49] = [
     Fault::LargestBeyondTheLimit,
     Fault::AcceptsShortWeights,
     Fault::SwapsShape,
@@ -81,6 +87,12 @@ const FAULTS: [Fault; 43] = [
     Fault::GateSwapsUp,
     Fault::GateIsAlwaysSilu,
     Fault::GeluByTanh,
+    Fault::QkvUnnormed,
+    Fault::GateUnnormed,
+    Fault::LogitsUnnormed,
+    Fault::LargestUnnormed,
+    Fault::PlacesUnnormed,
+    Fault::PlacesUnrotated,
     Fault::RopeOtherStyle,
     Fault::RopeFromZero,
     Fault::RopeWithoutMagnitude,
@@ -145,6 +157,11 @@ fn every_fault_is_caught_at_its_operation() {
             Fault::GateSwapsUp => "linear_gate Silu",
             Fault::GateIsAlwaysSilu => "linear_gate GeluTanh",
             Fault::GeluByTanh => "linear_gelu",
+            Fault::QkvUnnormed
+            | Fault::GateUnnormed
+            | Fault::LogitsUnnormed
+            | Fault::LargestUnnormed => "normed q",
+            Fault::PlacesUnnormed | Fault::PlacesUnrotated => "place_heads",
             Fault::RopeOtherStyle | Fault::RopeFromZero | Fault::RopeWithoutMagnitude => "rope",
             Fault::HalfPrecisionIgnored => "attention F16",
             Fault::Int8Ignored => "attention Int8",
@@ -419,6 +436,66 @@ impl Backend for Faulty {
         let silu = self.is(Fault::GateIsAlwaysSilu);
         let activation = if silu { GateActivation::Silu } else { activation };
         Reference.linear_gate(&self.activations(x, gate), n_rows, gate, up, activation, out);
+    }
+
+    fn norm_qkv(
+        &self,
+        x: Normed<'_, Vec<f32>>,
+        weights: [&ReferenceWeight; 3],
+        biases: Option<[&Vec<f32>; 3]>,
+        outs: [&mut Vec<f32>; 3],
+    ) {
+        if self.is(Fault::QkvUnnormed) {
+            return self.linear_qkv(x.x, x.n_rows, weights, biases, outs);
+        }
+        Reference.norm_qkv(x, weights, biases, outs);
+    }
+
+    fn norm_gate(
+        &self,
+        x: Normed<'_, Vec<f32>>,
+        gate: &ReferenceWeight,
+        up: &ReferenceWeight,
+        activation: GateActivation,
+        out: &mut Vec<f32>,
+    ) {
+        if self.is(Fault::GateUnnormed) {
+            return self.linear_gate(x.x, x.n_rows, gate, up, activation, out);
+        }
+        Reference.norm_gate(x, gate, up, activation, out);
+    }
+
+    fn norm_linear(&self, x: Normed<'_, Vec<f32>>, weight: &ReferenceWeight, out: &mut Vec<f32>) {
+        if self.is(Fault::LogitsUnnormed) {
+            return self.linear(x.x, x.n_rows, weight, None, out);
+        }
+        Reference.norm_linear(x, weight, out);
+    }
+
+    fn norm_largest(
+        &self,
+        x: Normed<'_, Vec<f32>>,
+        weight: &ReferenceWeight,
+        limit: usize,
+        work: &mut Vec<f32>,
+    ) -> Vec<Largest> {
+        if self.is(Fault::LargestUnnormed) {
+            return self.linear_largest(x.x, x.n_rows, weight, limit, work);
+        }
+        Reference.norm_largest(x, weight, limit, work)
+    }
+
+    fn place_heads(
+        &self,
+        mut heads: HeadRows<'_, Vec<f32>>,
+        positions: &[u32],
+        pool: &mut ReferenceKvPool,
+        layer: usize,
+        slots: &[KvSlot],
+    ) {
+        heads.norms = heads.norms.filter(|_| !self.is(Fault::PlacesUnnormed));
+        heads.rope = heads.rope.filter(|_| !self.is(Fault::PlacesUnrotated));
+        Reference.place_heads(heads, positions, pool, layer, slots);
     }
 
     fn linear_gelu(

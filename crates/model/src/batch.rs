@@ -37,6 +37,11 @@ impl<'a> Batch<'a> {
         assert!(last <= self.ids.len(), "logit row {last} of {} rows", self.ids.len());
     }
 
+    /// Whether the logit rows, which ascend, are all rows: a step of decode.
+    pub(crate) fn all_rows_have_logits(&self) -> bool {
+        self.logit_rows.len() == self.ids.len()
+    }
+
     /// The spans that remain when only the logit rows do: row i of them is `logit_rows[i]`.
     pub(crate) fn logit_spans(&self) -> Vec<AttentionSpan<'a>> {
         let mut kept: Vec<AttentionSpan<'a>> = Vec::with_capacity(self.logit_rows.len());

@@ -5,11 +5,15 @@
 mod block;
 
 use exrail_checkpoint::{BlockNorms, DecoderConfig, NormKind, QkNorm, Tensors};
-use exrail_kernels::{AttentionShape, Backend, InputRounding, KvDtype, KvShape, Largest, Rope};
+use exrail_kernels::{
+    AttentionShape, Backend, HeadNorms, HeadRows, InputRounding, KvDtype, KvShape, Largest, Normed,
+    Rope,
+};
 
 pub use block::{Block, embed_tokens};
 
-use crate::layer::{Layer, QkNorms};
+use crate::experts::Experts;
+use crate::layer::{Dense, Ffn, Layer, NetworkInput, QkNorms};
 use crate::load::Loader;
 use crate::rope::rope;
 use crate::{Batch, LoadProgress, ModelError, Scratch};
@@ -142,8 +146,9 @@ impl<B: Backend> Decoder<B> {
             return Vec::new();
         }
         if self.has_plain_logits() {
-            let (normed, work) = scratch.logits_for(0);
-            return backend.linear_largest(normed, n_rows, self.head(), limit, work);
+            let (x, normed, work) = scratch.logits_for(0);
+            let input = self.last_norm(x, n_rows, normed);
+            return backend.norm_largest(input, self.head(), limit, work);
         }
         // A cap may make different logits equal, and then the first counts.
         self.logits(backend, scratch, n_rows);
@@ -154,7 +159,7 @@ impl<B: Backend> Decoder<B> {
         rows.map(|row| Largest::of(&row[..limit])).collect()
     }
 
-    /// All layers, and the norm before the head for the logit rows.
+    /// All layers, the last one for the logit rows.
     fn run(&self, backend: &B, scratch: &mut Scratch<B>, pool: &mut B::KvPool, batch: &Batch<'_>) {
         let (n_rows, n_logit_rows) = (batch.ids.len(), batch.logit_rows.len());
         assert!(n_rows <= scratch.max_rows, "{n_rows} rows of {}", scratch.max_rows);
@@ -196,30 +201,35 @@ impl<B: Backend> Decoder<B> {
     ) {
         let (layer, config) = (&self.layers[layer_idx], &self.config);
         let Scratch { residual, normed, queries, keys, values, positions, slots, .. } = scratch;
-        let input = match &layer.attention_norm {
-            Some(weight) => {
-                backend.norm(self.norm_kind(), residual, n_rows, weight, config.norm.eps, normed);
-                &*normed
-            }
-            None => &*residual,
-        };
         let outs = [&mut *queries, &mut *keys, &mut *values];
-        layer.qkv.run(backend, input, n_rows, outs);
+        let (kind, eps) = (self.norm_kind(), config.norm.eps);
+        match &layer.attention_norm {
+            // The network will read the normed rows, too.
+            Some(weight) if config.blocks == BlockNorms::Parallel => {
+                backend.norm(kind, residual, n_rows, weight, eps, normed);
+                layer.qkv.run(backend, normed, n_rows, outs);
+            }
+            Some(weight) => {
+                let input = Normed { x: residual, n_rows, kind, weight, eps, work: normed };
+                layer.qkv.run_normed(backend, input, outs);
+            }
+            None => layer.qkv.run(backend, residual, n_rows, outs),
+        }
+        let mut norms = None;
         if let Some(QkNorms { query, key }) = &layer.qk_norm {
-            let (h, k) = match config.qk_norm {
-                Some(QkNorm::Heads) => (config.n_heads, config.n_kv_heads),
-                Some(QkNorm::Whole) | None => (1, 1),
-            };
-            let (kind, eps) = (exrail_kernels::NormKind::Rms, config.norm.eps);
-            backend.norm_in_place(kind, queries, n_rows * h, query, eps);
-            backend.norm_in_place(kind, keys, n_rows * k, key, eps);
+            match config.qk_norm {
+                Some(QkNorm::Heads) => norms = Some(HeadNorms { query, key, eps }),
+                Some(QkNorm::Whole) | None => {
+                    let kind = exrail_kernels::NormKind::Rms;
+                    backend.norm_in_place(kind, queries, n_rows, query, eps);
+                    backend.norm_in_place(kind, keys, n_rows, key, eps);
+                }
+            }
         }
-        if let Some(rope) = config.layers[layer_idx].rope {
-            let rope = &self.ropes[rope];
-            backend.rope(queries, config.n_heads, config.head_dim, positions, rope);
-            backend.rope(keys, config.n_kv_heads, config.head_dim, positions, rope);
-        }
-        backend.kv_write(pool, layer_idx, keys, values, slots);
+        let rope = config.layers[layer_idx].rope.map(|rope| &self.ropes[rope]);
+        let DecoderConfig { n_heads, n_kv_heads, head_dim, .. } = *config;
+        let heads = HeadRows { queries, keys, values, n_heads, n_kv_heads, head_dim, norms, rope };
+        backend.place_heads(heads, positions, pool, layer_idx, slots);
     }
 
     /// Adds a layer's attention output and its network to the residual.
@@ -227,7 +237,7 @@ impl<B: Backend> Decoder<B> {
         let (layer, config) = (&self.layers[layer_idx], &self.config);
         let (kind, eps) = (self.norm_kind(), config.norm.eps);
         let scale = config.residual_scale;
-        let Scratch { residual, normed, attended, branch, .. } = scratch;
+        let Scratch { residual, attended, branch, .. } = scratch;
         let out = &layer.attention_out;
         match &layer.attention_post_norm {
             Some(weight) => {
@@ -239,24 +249,81 @@ impl<B: Backend> Decoder<B> {
                 backend.linear_add(attended, n_rows, &out.weight, bias, scale, residual);
             }
         }
-        if let Some(weight) = &layer.ffn_norm {
-            backend.norm(kind, residual, n_rows, weight, eps, normed);
-        }
-        // Without a norm of its own the network reads the residual (post-norm blocks) or, side by
-        // side with attention, what attention read.
-        let reads_residual = config.blocks == BlockNorms::Post;
-        let Scratch { residual, normed, branch, gated, experts, .. } = scratch;
-        match &layer.ffn_post_norm {
-            Some(weight) => {
-                let input = if reads_residual { &*residual } else { &*normed };
-                layer.ffn.run(backend, input, n_rows, config, (gated, experts), branch);
-                backend.norm_add(kind, branch, n_rows, weight, eps, residual);
-            }
-            None => layer.ffn.run_add(backend, normed, n_rows, config, (gated, experts), residual),
+        match &layer.ffn {
+            Ffn::Dense(dense) => self.dense(backend, scratch, (layer, dense), n_rows),
+            Ffn::Experts(experts) => self.experts(backend, scratch, (layer, experts), n_rows),
         }
     }
 
-    /// The rest of the last layer and the norm before the head, for the logit rows alone.
+    /// Adds the output of a network of one piece to the residual.
+    fn dense(
+        &self,
+        backend: &B,
+        scratch: &mut Scratch<B>,
+        (layer, dense): (&Layer<B>, &Dense<B>),
+        n_rows: usize,
+    ) {
+        let config = &self.config;
+        let (kind, eps) = (self.norm_kind(), config.norm.eps);
+        let Scratch { residual, normed, branch, gated, .. } = scratch;
+        let input = match &layer.ffn_norm {
+            Some(weight) => NetworkInput::Normed(Normed {
+                x: residual,
+                n_rows,
+                kind,
+                weight,
+                eps,
+                work: normed,
+            }),
+            // Without a norm of its own the network reads the residual (post-norm blocks) or, side
+            // by side with attention, what attention read.
+            None if config.blocks == BlockNorms::Post => NetworkInput::Plain(residual, n_rows),
+            None => NetworkInput::Plain(normed, n_rows),
+        };
+        dense.open(backend, input, config, gated);
+        let down = &dense.down;
+        match &layer.ffn_post_norm {
+            Some(weight) => {
+                backend.linear(gated, n_rows, &down.weight, down.bias.as_ref(), branch);
+                backend.norm_add(kind, branch, n_rows, weight, eps, residual);
+            }
+            None => {
+                let (bias, scale) = (down.bias.as_ref(), config.residual_scale);
+                backend.linear_add(gated, n_rows, &down.weight, bias, scale, residual);
+            }
+        }
+    }
+
+    /// Adds the output of a network of experts to the residual.
+    fn experts(
+        &self,
+        backend: &B,
+        scratch: &mut Scratch<B>,
+        (layer, all): (&Layer<B>, &Experts<B>),
+        n_rows: usize,
+    ) {
+        let config = &self.config;
+        let (kind, eps) = (self.norm_kind(), config.norm.eps);
+        let Scratch { residual, normed, branch, gated, experts, .. } = scratch;
+        if let Some(weight) = &layer.ffn_norm {
+            backend.norm(kind, residual, n_rows, weight, eps, normed);
+        }
+        let work = (gated, experts);
+        match &layer.ffn_post_norm {
+            Some(weight) => {
+                let input = if config.blocks == BlockNorms::Post { &*residual } else { &*normed };
+                backend.write(branch, &vec![0.0; n_rows * config.width]);
+                all.run_add(backend, (input, n_rows), config, work, 1.0, branch);
+                backend.norm_add(kind, branch, n_rows, weight, eps, residual);
+            }
+            None => {
+                let scale = config.residual_scale;
+                all.run_add(backend, (normed, n_rows), config, work, scale, residual);
+            }
+        }
+    }
+
+    /// The rest of the last layer, for the logit rows alone.
     fn finish(&self, backend: &B, scratch: &mut Scratch<B>, pool: &B::KvPool, batch: &Batch<'_>) {
         let (rows, n_rows) = (batch.logit_rows, batch.logit_rows.len());
         if n_rows == 0 {
@@ -265,6 +332,12 @@ impl<B: Backend> Decoder<B> {
         let config = &self.config;
         let last = self.layers.len() - 1;
         let shape = self.attention_shape(last);
+        scratch.gathered = !batch.all_rows_have_logits();
+        if !scratch.gathered {
+            let Scratch { queries, attended, .. } = scratch;
+            backend.attention(queries, pool, last, shape, batch.spans, attended);
+            return self.mix(backend, scratch, last, n_rows);
+        }
         let Scratch { residual, queries, attended, last_residual, last_queries, normed, .. } =
             scratch;
         backend.gather_rows(residual, config.width, rows, last_residual);
@@ -278,22 +351,31 @@ impl<B: Backend> Decoder<B> {
         // The residual of the other rows is not needed any more, so its place is free.
         std::mem::swap(residual, last_residual);
         self.mix(backend, scratch, last, n_rows);
-        let (kind, eps) = (self.norm_kind(), config.norm.eps);
-        backend.norm(kind, &scratch.residual, n_rows, &self.norm, eps, &mut scratch.normed);
         std::mem::swap(&mut scratch.residual, &mut scratch.last_residual);
     }
 
-    /// The logits of the logit rows, whose states are normed.
+    /// The logits of the logit rows.
     fn logits(&self, backend: &B, scratch: &mut Scratch<B>, n_rows: usize) {
-        let (normed, logits) = scratch.logits_for(n_rows);
+        let (x, work, logits) = scratch.logits_for(n_rows);
         if n_rows == 0 {
             return;
         }
-        backend.linear(normed, n_rows, self.head(), None, logits);
+        backend.norm_linear(self.last_norm(x, n_rows, work), self.head(), logits);
         if !self.has_plain_logits() {
             let (scale, cap) = (self.config.logit_scale, self.config.logit_soft_cap);
             backend.scale_and_cap(logits, n_rows * self.config.vocab_size, scale, cap);
         }
+    }
+
+    /// The norm before the head.
+    fn last_norm<'a>(
+        &'a self,
+        x: &'a B::Buffer,
+        n_rows: usize,
+        work: &'a mut B::Buffer,
+    ) -> Normed<'a, B::Buffer> {
+        let (kind, eps) = (self.norm_kind(), self.config.norm.eps);
+        Normed { x, n_rows, kind, weight: &self.norm, eps, work }
     }
 
     fn head(&self) -> &B::Weight {

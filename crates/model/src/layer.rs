@@ -1,10 +1,10 @@
 //! [`Layer`]: the weights of one block.
 
 use exrail_checkpoint::{BlockNorms, DecoderConfig, GateKind, QkNorm, tensor_name};
-use exrail_kernels::{Backend, GateActivation, InputRounding};
+use exrail_kernels::{Backend, GateActivation, InputRounding, Normed};
 
 use crate::ModelError;
-use crate::experts::{ExpertScratch, Experts};
+use crate::experts::Experts;
 use crate::load::Loader;
 
 /// A matrix and perhaps its bias.
@@ -45,9 +45,9 @@ pub(crate) enum Ffn<B: Backend> {
 
 /// A gated network: down(activation(gate x) · up x).
 pub(crate) struct Dense<B: Backend> {
-    gate: B::Weight, // (F, C)
-    up: B::Weight,   // (F, C)
-    down: Linear<B>, // (C, F)
+    gate: B::Weight,            // (F, C)
+    up: B::Weight,              // (F, C)
+    pub(crate) down: Linear<B>, // (C, F)
 }
 
 impl<B: Backend> Layer<B> {
@@ -178,6 +178,16 @@ impl<B: Backend> Qkv<B> {
         let biases = self.biases.as_ref().map(|biases| biases.each_ref());
         backend.linear_qkv(input, n_rows, self.weights.each_ref(), biases, outs);
     }
+
+    pub(crate) fn run_normed(
+        &self,
+        backend: &B,
+        input: Normed<'_, B::Buffer>,
+        outs: [&mut B::Buffer; 3],
+    ) {
+        let biases = self.biases.as_ref().map(|biases| biases.each_ref());
+        backend.norm_qkv(input, self.weights.each_ref(), biases, outs);
+    }
 }
 
 /// The kernels' name of a gate.
@@ -214,51 +224,29 @@ impl<B: Backend> Ffn<B> {
             Linear::load(loader, &name("ffn_down"), (width, ffn_width), InputRounding::Twice)?;
         Ok(Ffn::Dense(Dense { gate, up, down }))
     }
+}
 
-    /// `out` becomes the output of the network.
-    pub(crate) fn run(
+impl<B: Backend> Dense<B> {
+    /// `gated` becomes activation(gate x) · up x, through a norm where there is one.
+    pub(crate) fn open(
         &self,
         backend: &B,
-        input: &B::Buffer,
-        n_rows: usize,
+        input: NetworkInput<'_, B>,
         config: &DecoderConfig,
-        (gated, experts): (&mut B::Buffer, &mut ExpertScratch<B>),
-        out: &mut B::Buffer,
+        gated: &mut B::Buffer,
     ) {
-        match self {
-            Ffn::Dense(dense) => {
-                let Dense { gate, up, down } = dense;
-                backend.linear_gate(input, n_rows, gate, up, activation(config), gated);
-                backend.linear(gated, n_rows, &down.weight, down.bias.as_ref(), out);
+        let (gate, up, activation) = (&self.gate, &self.up, activation(config));
+        match input {
+            NetworkInput::Plain(x, n_rows) => {
+                backend.linear_gate(x, n_rows, gate, up, activation, gated);
             }
-            Ffn::Experts(all) => {
-                backend.write(out, &vec![0.0; n_rows * config.width]);
-                all.run_add(backend, (input, n_rows), config, (gated, experts), 1.0, out);
-            }
+            NetworkInput::Normed(x) => backend.norm_gate(x, gate, up, activation, gated),
         }
     }
+}
 
-    /// Adds the output of the network, scaled as the family does, to the residual.
-    pub(crate) fn run_add(
-        &self,
-        backend: &B,
-        input: &B::Buffer,
-        n_rows: usize,
-        config: &DecoderConfig,
-        (gated, experts): (&mut B::Buffer, &mut ExpertScratch<B>),
-        residual: &mut B::Buffer,
-    ) {
-        let scale = config.residual_scale;
-        match self {
-            Ffn::Dense(dense) => {
-                let Dense { gate, up, down } = dense;
-                backend.linear_gate(input, n_rows, gate, up, activation(config), gated);
-                let bias = down.bias.as_ref();
-                backend.linear_add(gated, n_rows, &down.weight, bias, scale, residual);
-            }
-            Ffn::Experts(all) => {
-                all.run_add(backend, (input, n_rows), config, (gated, experts), scale, residual);
-            }
-        }
-    }
+/// The rows that a network reads.
+pub(crate) enum NetworkInput<'a, B: Backend> {
+    Plain(&'a B::Buffer, usize),
+    Normed(Normed<'a, B::Buffer>),
 }

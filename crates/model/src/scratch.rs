@@ -23,6 +23,9 @@ pub struct Scratch<B: Backend> {
     pub(crate) gated: B::Buffer,    // (T, F)
     pub(crate) branch: B::Buffer,   // (T, C)
     pub(crate) experts: ExpertScratch<B>,
+    /// Whether the last rows of this step were gathered into `last_residual`; else they are in
+    /// `residual`.
+    pub(crate) gathered: bool,
     pub(crate) last_residual: B::Buffer, // (M, C)
     pub(crate) last_queries: B::Buffer,  // (M, H * D)
     logits: B::Buffer,                   // (M, V)
@@ -56,6 +59,7 @@ impl<B: Backend> Scratch<B> {
             gated: backend.buffer(max_rows * ffn_width)?,
             branch: backend.buffer(max_rows * config.width)?,
             experts: ExpertScratch::new(backend, config, max_rows)?,
+            gathered: false,
             last_residual: backend.buffer(max_logit_rows * config.width)?,
             last_queries: backend.buffer(max_logit_rows * query_width)?,
             logits: backend.buffer(max_logit_rows * config.vocab_size)?,
@@ -65,10 +69,15 @@ impl<B: Backend> Scratch<B> {
         })
     }
 
-    /// Where the head writes the logits of this step's `n_rows` logit rows.
-    pub(crate) fn logits_for(&mut self, n_rows: usize) -> (&B::Buffer, &mut B::Buffer) {
+    /// The last rows, work for their norm, and where the head writes the logits of this step's
+    /// `n_rows` logit rows.
+    pub(crate) fn logits_for(
+        &mut self,
+        n_rows: usize,
+    ) -> (&B::Buffer, &mut B::Buffer, &mut B::Buffer) {
         self.n_logit_rows = n_rows;
-        (&self.normed, &mut self.logits)
+        let x = if self.gathered { &self.last_residual } else { &self.residual };
+        (x, &mut self.normed, &mut self.logits)
     }
 
     /// Rows of the last step that have logits.

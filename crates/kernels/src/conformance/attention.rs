@@ -7,26 +7,32 @@
 //! and its division, and the sums over S positions by S · u each: together `relative`, applied to
 //! Σ p|v|, which the reference computes from |v|.
 //!
+//! A device that rounds activations of products ([`Activation::Int8`]) may also round queries, keys,
+//! values and probabilities to halves on their way, 2⁻¹¹ relative each, where the cache has no more
+//! bits: s grows by 2 · 2⁻¹¹ · scale · ‖q‖‖k‖ and `relative` by 4 · 2⁻¹¹; a probability below 2⁻²⁴ of the
+//! highest may vanish, S · 2⁻²⁴ · max|v| in all.
+//!
 //! Cached values are rounded to half precision, or to int8 as [`int8_scale`] says, by one rule, so
 //! both sides see the same ones; rounding lengthens a key by 2⁻¹¹ or by √D / 254 at most.
 
 use super::{ConformanceError, Suite, U, accepted, defined};
 use crate::reference::{Reference, ReferenceKvPool};
 use crate::{
-    AttentionShape, AttentionSpan, Backend, KvDtype, KvShape, KvSlot, PAGE_TOKENS, PageId, Span,
+    Activation, AttentionShape, AttentionSpan, Backend, KvDtype, KvShape, KvSlot, PAGE_TOKENS,
+    PageId, Span,
 };
 
 const N_LAYERS: usize = 2;
 const N_PAGES: usize = 9;
 
 /// H, K, D: one head, groups of 1, 2, 3 and 8, head widths with and without SIMD tails.
-const HEADS: [(usize, usize, usize); 5] =
-    [(1, 1, 8), (4, 2, 16), (9, 3, 64), (8, 1, 20), (3, 3, 33)];
+const HEADS: [(usize, usize, usize); 7] =
+    [(1, 1, 8), (4, 2, 16), (9, 3, 64), (8, 1, 20), (3, 3, 33), (2, 1, 128), (1, 1, 256)];
 
 /// Sequences of one call: page table, first position, rows. Pages are out of order and interleaved;
-/// rows start at, cross and end at page edges; the first sequence decodes, the last has T = 33.
+/// rows start at, cross and end at page edges; the first sequence decodes, the last has T = 70.
 const SEQUENCES: [(&[u32], usize, usize); 5] =
-    [(&[7, 2, 5], 600, 1), (&[4], 0, 7), (&[1, 8], 254, 3), (&[6], 255, 1), (&[3, 0], 240, 33)];
+    [(&[7, 2, 5], 600, 1), (&[4], 0, 7), (&[1, 8], 254, 3), (&[6], 255, 1), (&[3, 0], 240, 70)];
 
 /// Soft caps and windows. Windows hold the row alone, end inside a tile of sixteen, fill some tiles,
 /// and cross page edges; the last is longer than most sequences.
@@ -49,6 +55,8 @@ struct Pools<P> {
     reference: ReferenceKvPool,
     magnitudes: ReferenceKvPool, // the same keys, |v|
     key_norm: f64,
+    highest_value: f64,
+    dtype: KvDtype,
 }
 
 impl<B: Backend> Suite<'_, B> {
@@ -152,8 +160,14 @@ impl<B: Backend> Suite<'_, B> {
             r.attention(&q, &pools.magnitudes, layer, shape, spans, out);
         });
         let n_seen = spans.iter().map(|s| s.first_position + s.n_rows).max().unwrap_or(0);
-        let relative = relative_bound(shape, n_seen, norm(&q, shape.head_dim), pools.key_norm);
-        self.check(case, &out, &expected, |i| relative * f64::from(reach[i]))
+        let halves = self.activation == Activation::Int8 && pools.dtype != KvDtype::F32;
+        let norms = (norm(&q, shape.head_dim), pools.key_norm);
+        let relative = relative_bound(shape, n_seen, norms, halves);
+        let vanished = match halves {
+            true => n_seen as f64 * pools.highest_value / 16_777_216.0,
+            false => 0.0,
+        };
+        self.check(case, &out, &expected, |i| relative * f64::from(reach[i]) + vanished)
     }
 
     /// Pools with every position of [`SEQUENCES`] written, a few rows a call, and NaN in those that
@@ -169,6 +183,8 @@ impl<B: Backend> Suite<'_, B> {
             reference: accepted(case, Reference.kv_pool(shape))?,
             magnitudes: accepted(case, Reference.kv_pool(shape))?,
             key_norm: 0.0,
+            highest_value: 0.0,
+            dtype: shape.dtype,
         };
         let width = shape.n_kv_heads * shape.head_dim;
         for (pages, first_position, n_rows) in SEQUENCES {
@@ -192,7 +208,10 @@ impl<B: Backend> Suite<'_, B> {
                         };
                         let key_norm = lengthened * norm(&k, shape.head_dim);
                         pools.key_norm = pools.key_norm.max(key_norm);
-                        (k, self.random.normals(slots.len() * width, 0.0, 1.0))
+                        let v = self.random.normals(slots.len() * width, 0.0, 1.0);
+                        let highest = v.iter().fold(0.0_f32, |most, v| most.max(v.abs()));
+                        pools.highest_value = pools.highest_value.max(f64::from(highest));
+                        (k, v)
                     } else {
                         (vec![f32::NAN; slots.len() * width], vec![f32::NAN; slots.len() * width])
                     };
@@ -238,8 +257,8 @@ impl<B: Backend> Suite<'_, B> {
                 let reach = defined(q.len(), |r, out| {
                     r.attention_full(&q, &k, &magnitudes, shape, &spans, out);
                 });
-                let relative =
-                    relative_bound(shape, n_rows, norm(&q, head_dim), norm(&k, head_dim));
+                let norms = (norm(&q, head_dim), norm(&k, head_dim));
+                let relative = relative_bound(shape, n_rows, norms, false);
                 self.check(&case, &out, &expected, |i| relative * f64::from(reach[i]))?;
             }
         }
@@ -265,11 +284,17 @@ fn label(shape: AttentionShape) -> String {
 }
 
 /// `relative` of the file header.
-fn relative_bound(shape: AttentionShape, n_seen: usize, q_norm: f64, k_norm: f64) -> f64 {
+fn relative_bound(
+    shape: AttentionShape,
+    n_seen: usize,
+    (q_norm, k_norm): (f64, f64),
+    halves: bool,
+) -> f64 {
+    let rounded = if halves { 1.0 / 2048.0 } else { 0.0 };
     let reach = f64::from(shape.scale) * q_norm * k_norm;
     let capped = 8.0 * U * shape.soft_cap.map_or(0.0, f64::from);
-    let score_error = (shape.head_dim + 8) as f64 * U * reach + capped;
-    2.0 * score_error.exp_m1() + (2 * n_seen + 16) as f64 * U
+    let score_error = ((shape.head_dim + 8) as f64 * U + 2.0 * rounded) * reach + capped;
+    2.0 * score_error.exp_m1() + (2 * n_seen + 16) as f64 * U + 4.0 * rounded
 }
 
 /// The largest Euclidean norm of a head.

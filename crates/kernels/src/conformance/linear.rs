@@ -24,14 +24,14 @@ use crate::{Activation, Backend, GateActivation, InputRounding, Largest, TokenId
 const INT8_RUN: usize = 32;
 
 /// A matrix on the backend and as the reference sees it.
-struct Pair<W> {
-    case: String,
-    rows: usize,
+pub(super) struct Pair<W> {
+    pub(super) case: String,
+    pub(super) rows: usize,
     columns: usize,
-    tested: W,
-    reference: ReferenceWeight,
-    magnitudes: ReferenceWeight, // |w|
-    spreads: ReferenceWeight,    // |w|, or 3 max|w| of 32 for block formats
+    pub(super) tested: W,
+    pub(super) reference: ReferenceWeight,
+    pub(super) magnitudes: ReferenceWeight, // |w|
+    spreads: ReferenceWeight,               // |w|, or 3 max|w| of 32 for block formats
 }
 
 impl<B: Backend> Suite<'_, B> {
@@ -140,15 +140,28 @@ impl<B: Backend> Suite<'_, B> {
             let mut outputs = vec![0.0; n_rows * rows];
             self.backend.read(&out, &mut outputs);
             let found = self.backend.linear_largest(&x, n_rows, &weight, limit, &mut out);
-            let expected = outputs.chunks_exact(rows).map(|row| Largest::of(&row[..limit]));
-            for (t, (found, expected)) in found.iter().zip(expected).enumerate() {
-                let same = found.index == expected.index && found.value == expected.value;
-                let both_nan = found.value.is_nan() && expected.value.is_nan();
-                if !same && !both_nan {
-                    let device = self.backend.name();
-                    let (expected, found) = (format!("{expected:?}"), format!("{found:?}"));
-                    return Err(ConformanceError::Largest { case, t, expected, found, device });
-                }
+            self.check_largest(&case, &found, &outputs, rows, limit)?;
+        }
+        Ok(())
+    }
+
+    /// Compares the largest of every row with the rows' values.
+    pub(super) fn check_largest(
+        &self,
+        case: &str,
+        found: &[Largest],
+        values: &[f32],
+        width: usize,
+        limit: usize,
+    ) -> Result<(), ConformanceError> {
+        let expected = values.chunks_exact(width).map(|row| Largest::of(&row[..limit]));
+        for (t, (found, expected)) in found.iter().zip(expected).enumerate() {
+            let same = found.index == expected.index && found.value == expected.value;
+            let both_nan = found.value.is_nan() && expected.value.is_nan();
+            if !same && !both_nan {
+                let (case, device) = (case.to_owned(), self.backend.name());
+                let (expected, found) = (format!("{expected:?}"), format!("{found:?}"));
+                return Err(ConformanceError::Largest { case, t, expected, found, device });
             }
         }
         Ok(())
@@ -292,20 +305,32 @@ impl<B: Backend> Suite<'_, B> {
         let expected = defined(len, |r, out| {
             r.linear_gate(&x, n_rows, &gate.reference, &up.reference, activation, out);
         });
-        let gates = defined(len, |r, out| r.linear(&x, n_rows, &gate.reference, None, out));
-        let ups = defined(len, |r, out| r.linear(&x, n_rows, &up.reference, None, out));
-        let gate_bound = self.product_bound(&x, n_rows, &gate);
-        let up_bound = self.product_bound(&x, n_rows, &up);
-        let (slope, own) = match activation {
-            GateActivation::Silu => (1.1, 0.0),
-            GateActivation::GeluTanh => (1.13, 4.0 * U),
-        };
-        self.check(&case, &out, &expected, |i| {
+        let bounds = [&gate, &up].map(|pair| self.product_bound(&x, n_rows, pair));
+        self.check_gate(&case, &out, &expected, &x, (&gate, &up), |i| (bounds[0][i], bounds[1][i]))
+    }
+
+    /// Compares a gate's output; `bounds` are those of the two products of `x`.
+    pub(super) fn check_gate(
+        &self,
+        case: &str,
+        out: &B::Buffer,
+        expected: &[f32],
+        x: &Vec<f32>,
+        (gate, up): (&Pair<B::Weight>, &Pair<B::Weight>),
+        bounds: impl Fn(usize) -> (f64, f64),
+    ) -> Result<(), ConformanceError> {
+        let (n_rows, len) = (x.len() / gate.columns, expected.len());
+        let gates = defined(len, |r, out| r.linear(x, n_rows, &gate.reference, None, out));
+        let ups = defined(len, |r, out| r.linear(x, n_rows, &up.reference, None, out));
+        // The larger slope, and the larger error of a kernel's own function, of both activations.
+        let (slope, own) = (1.13, 4.0 * U);
+        self.check(case, out, expected, |i| {
             // |f(g)| <= |g| for both, which spares a second formula here.
             let (g, u) = (f64::from(gates[i].abs()), f64::from(ups[i].abs()));
-            let moved = slope * gate_bound[i] * (u + up_bound[i]) + g * up_bound[i];
+            let (gate_bound, up_bound) = bounds(i);
+            let moved = slope * gate_bound * (u + up_bound) + g * up_bound;
             moved
-                + own * g * (u + up_bound[i])
+                + own * g * (u + up_bound)
                 + 16.0 * U * f64::from(expected[i].abs())
                 + f64::from(f32::MIN_POSITIVE)
         })
@@ -341,7 +366,7 @@ impl<B: Backend> Suite<'_, B> {
     }
 
     /// A random matrix with rows of zeros and an offset, so that block minima matter.
-    fn pair(
+    pub(super) fn pair(
         &mut self,
         op: &str,
         dtype: DType,
@@ -387,7 +412,12 @@ impl<B: Backend> Suite<'_, B> {
     }
 
     /// How far each value of `x Wᵀ` may lie from the reference, `(T, N)`.
-    fn product_bound(&self, x: &[f32], n_rows: usize, weight: &Pair<B::Weight>) -> Vec<f64> {
+    pub(super) fn product_bound(
+        &self,
+        x: &[f32],
+        n_rows: usize,
+        weight: &Pair<B::Weight>,
+    ) -> Vec<f64> {
         let half_steps: Vec<f32> = match self.activation {
             Activation::F32 => vec![0.0; x.len()],
             Activation::Int8 => x

@@ -11,6 +11,7 @@
 //! cached positions that no row sees are NaN too: a fault in one sequence must not reach another.
 
 mod attention;
+mod fused;
 mod linear;
 mod memory;
 mod norm;
@@ -126,7 +127,8 @@ pub fn run<B: Backend>(backend: &B, activation: Activation) -> Result<(), Confor
     suite.rope()?;
     suite.linear()?;
     suite.attention()?;
-    suite.attention_full()
+    suite.attention_full()?;
+    suite.fused()
 }
 
 /// State of one run.

@@ -64,7 +64,7 @@ impl<B: Backend> Suite<'_, B> {
     }
 
     /// A buffer without a tail: the width of a norm is the length of its weight.
-    fn whole(&self, case: &str, values: &[f32]) -> Result<B::Buffer, ConformanceError> {
+    pub(super) fn whole(&self, case: &str, values: &[f32]) -> Result<B::Buffer, ConformanceError> {
         let mut buffer = super::accepted(case, self.backend.buffer(values.len()))?;
         self.backend.write(&mut buffer, values);
         Ok(buffer)

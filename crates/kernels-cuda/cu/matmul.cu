@@ -1,0 +1,367 @@
+// Products of several rows on tensor cores: weights and activations as halves, sums in f32.
+//
+// Rows of activations are scaled by a power of two to at most one (`halve`), so that none leaves the
+// range of a half; a weight is rounded to a half, 2^-12 of it, which is less than int8 activations lose.
+//
+// `matmul_few` streams the weights as decode does: a block of threads has 32 outputs and its warps take
+// turns with the blocks of their columns. `matmul_many` is compute-bound: tiles of rows by outputs.
+#include "common.cuh"
+#include "epilogue.cuh"
+#include "ring.cuh"
+#include "row.cuh"
+#include "tensor.cuh"
+
+// Rows of activations as halves. `src/linear.rs` has the same fields in the same order.
+struct Halves {
+    __half *values;    // (T, K), or as operands of `mma`
+    float *factors;    // (T): what the products of a row are multiplied by
+    uint32_t operands; // whether every 16 rows of 32 columns lie as the lanes of a warp take them
+
+    // Where columns c and c + 1 of a row of K are, c even.
+    __device__ __forceinline__ __half2 *at(uint32_t row, uint32_t c, uint32_t K) const {
+        if (!operands) return (__half2 *)(values + (size_t)row * K + c);
+        const size_t tile = (size_t)(row / 16) * (K / 32) + c / 32;
+        const uint32_t lane = row % 8 * 4 + c % 8 / 2;
+        const uint32_t word = c % 32 / 16 * 4 + c % 16 / 8 * 2 + row % 16 / 8;
+        return (__half2 *)values + (tile * 32 + lane) * 8 + word;
+    }
+};
+
+// x (T, K), each row through an RMS norm if there is one; one block of threads a row.
+EXTERN void halve(Row row, Halves out, uint32_t width) {
+    begin();
+    __shared__ uint32_t most;
+    const float *x = row.x + (size_t)blockIdx.x * width;
+    if (threadIdx.x == 0) most = 0;
+    __syncthreads();
+    float squares = 0;
+    uint32_t bits = 0; // As integers, which puts a NaN after infinity.
+    for (uint32_t c = threadIdx.x; c < width; c += blockDim.x) {
+        squares = fmaf(x[c], x[c], squares);
+        const float value = row.norm ? x[c] * row.norm[c] : x[c];
+        bits = max(bits, __float_as_uint(fabsf(value)));
+    }
+    bits = __reduce_max_sync(0xffffffff, bits);
+    if (threadIdx.x % 32 == 0) atomicMax(&most, bits);
+    const float sum = block_sum(squares);
+    __syncthreads();
+    const float largest = __uint_as_float(most);
+    const bool finite = largest < INFINITY;
+    // The power of two above the largest: denormals stay what they are.
+    const int exponent = max((int)(most >> 23) - 126, -125);
+    const float down = finite ? ldexpf(1.0f, -exponent) : 0;
+    const float inverse = row.norm ? 1.0f / sqrtf(sum / (float)width + row.eps) : 1.0f;
+    for (uint32_t c = 2 * threadIdx.x; c < width; c += 2 * blockDim.x) {
+        float2 pair = *(const float2 *)(x + c);
+        if (row.norm) pair.x *= row.norm[c], pair.y *= row.norm[c + 1];
+        const __half2 scaled = __floats2half2_rn(pair.x * down, pair.y * down);
+        *out.at(blockIdx.x, c, width) = finite ? scaled : __half2half2(__float2half(0.0f));
+    }
+    if (threadIdx.x == 0) out.factors[blockIdx.x] = finite ? inverse * ldexpf(1.0f, exponent) : NAN;
+}
+
+// Two pairs of codes of a word as halves, what a code is biased by taken off.
+template <class F> __device__ __forceinline__ void halves(uint32_t codes, __half2 (&out)[2]) {
+    // 0x6400 is 1024, whose last bit is one.
+    constexpr int BIAS = F::MEANING == CODE ? F::BIAS : 128;
+    if constexpr (F::MEANING != CODE) codes ^= 0x80808080;
+    const __half2 bias = __half2half2(__int2half_rn(1024 + BIAS));
+    const uint32_t low = __byte_perm(codes, 0x64646464, 0x4140);
+    const uint32_t high = __byte_perm(codes, 0x64646464, 0x4342);
+    out[0] = __hsub2(*(const __half2 *)&low, bias);
+    out[1] = __hsub2(*(const __half2 *)&high, bias);
+}
+
+// The 32 weights of a block as halves, in order, to 16-byte aligned memory.
+template <class F> __device__ __forceinline__ void weights(const Raw<F> &raw, uint4 *to) {
+    uint32_t q[8];
+    codes(raw, q);
+    const Affine w = affine(raw);
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const __half2 scale = __half2half2(__float2half_rn(w.scale[i / 2]));
+        const __half2 minimum = __half2half2(__float2half_rn(w.minimum[i / 2]));
+        __half2 out[4];
+#pragma unroll
+        for (int word = 0; word < 2; word++) {
+            __half2 pairs[2];
+            halves<F>(q[2 * i + word], pairs);
+#pragma unroll
+            for (int p = 0; p < 2; p++) {
+                out[2 * word + p] = F::MINIMA ? __hfma2(pairs[p], scale, minimum) : __hmul2(pairs[p], scale);
+            }
+        }
+        to[i] = *(const uint4 *)out;
+    }
+}
+
+// What one block of 32 weights of each of a warp's 32 rows takes in a ring.
+template <class F> struct Column {
+    static constexpr int LOW = F::LOW / 4, HIGH_AT = 512 * LOW, SCALES_AT = HIGH_AT + 128 * F::HIGH;
+    static constexpr int SUPERS_AT = SCALES_AT + 128, BYTES = SUPERS_AT + (F::SUPERS ? 128 : 0);
+
+    // Asks for block k of a row; `end_of_chunk` must follow.
+    static __device__ __forceinline__ void ask(uint32_t to, const Planes &w, uint32_t row, uint32_t k) {
+        const uint32_t lane = threadIdx.x % 32;
+        const size_t block = (size_t)row * (w.columns / 32) + k;
+#pragma unroll
+        for (int i = 0; i < LOW; i++) {
+            copy_16(to + (i * 32 + lane) * 16, w.low + (block * LOW + i) * 16);
+        }
+        if constexpr (F::HIGH == 1) copy_4(to + HIGH_AT + lane * 4, w.high + block);
+        if constexpr (F::HIGH == 2) copy_8(to + HIGH_AT + lane * 8, w.high + 2 * block);
+        // The word that has the entry.
+        const uint32_t entry = (k >> w.shared) * F::SCALE_BYTES;
+        copy_4(to + SCALES_AT + lane * 4, w.scales_of(row) + entry / 4 * 4);
+        if constexpr (F::SUPERS) copy_4(to + SUPERS_AT + lane * 4, w.supers + block / 8);
+    }
+
+    static __device__ __forceinline__ void read(const char *at, const Planes &w, uint32_t k, Raw<F> &raw) {
+        const uint32_t lane = threadIdx.x % 32;
+#pragma unroll
+        for (int i = 0; i < LOW; i++) raw.low[i] = ((const uint4 *)at)[i * 32 + lane];
+#pragma unroll
+        for (int i = 0; i < F::HIGH; i++) raw.high[i] = ((const uint32_t *)(at + HIGH_AT))[F::HIGH * lane + i];
+        const uint32_t entry = (k >> w.shared) * F::SCALE_BYTES;
+        raw.scales = scale_entry<F>((const uint8_t *)at + SCALES_AT + lane * 4 + entry % 4);
+        if constexpr (F::SUPERS) raw.super = ((const __half2 *)(at + SUPERS_AT))[lane];
+    }
+};
+
+// Bytes of a row of 32 halves in shared memory: ldmatrix reads eight without conflicts.
+#define ROW_32 80
+
+// M tiles of 16 rows, which lie as operands.
+template <class F, int M>
+__device__ __forceinline__ void matmul_few(const Parts &parts, const Halves &x, const Epilogue &end,
+                                           uint32_t n_rows) {
+    extern __shared__ uint4 shared[];
+    const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, n_warps = blockDim.x / 32;
+    const uint32_t n_blocks = parts.each[0].weight.columns / 32;
+    // A warp's ring, and its weights as halves; later the warps' sums.
+    constexpr int WARP_BYTES = DEPTH * Column<F>::BYTES + 32 * ROW_32;
+    char *own = (char *)shared + warp * WARP_BYTES;
+    char *as_halves = own + DEPTH * Column<F>::BYTES;
+    const uint32_t ring = (uint32_t)__cvta_generic_to_shared(own);
+    const uint32_t halves_at = (uint32_t)__cvta_generic_to_shared(as_halves);
+    // This lane's row; a lane beyond the last one reads that again.
+    const uint32_t n_outputs = parts.n_units * (parts.paired ? 2 : 1);
+    const uint32_t output = blockIdx.x * 32 + lane;
+    const Where place = where(parts, min(output, n_outputs - 1));
+    const Planes &w = parts.each[place.part].weight;
+    uint32_t asked = warp;
+    auto ask = [&](int slot) {
+        if (asked < n_blocks) Column<F>::ask(ring + slot * Column<F>::BYTES, w, place.row, asked);
+        asked += n_warps;
+        end_of_chunk();
+    };
+#pragma unroll
+    for (int slot = 0; slot < DEPTH - 1; slot++) ask(slot);
+    begin();
+    uint4 next[M][2];
+    auto fetch = [&](uint32_t k) {
+        if (k >= n_blocks) return;
+#pragma unroll
+        for (int m = 0; m < M; m++) {
+            const uint4 *at = (const uint4 *)x.values + (((size_t)m * n_blocks + k) * 32 + lane) * 2;
+            next[m][0] = at[0], next[m][1] = at[1];
+        }
+    };
+    fetch(warp);
+    float sums[M][4][4] = {};
+    int slot = 0;
+    const uint32_t first = lane / 4, pair = 2 * (lane % 4);
+    for (uint32_t k = warp; k < n_blocks; k += n_warps) {
+        uint32_t a[M][2][4];
+#pragma unroll
+        for (int m = 0; m < M; m++) {
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                const uint4 four = next[m][i];
+                a[m][i][0] = four.x, a[m][i][1] = four.y, a[m][i][2] = four.z, a[m][i][3] = four.w;
+            }
+        }
+        fetch(k + n_warps);
+        asm volatile("cp.async.wait_group %0;" ::"n"(DEPTH - 2) : "memory");
+        __syncwarp();
+        ask(slot == 0 ? DEPTH - 1 : slot - 1);
+        Raw<F> raw;
+        Column<F>::read(own + slot * Column<F>::BYTES, w, k, raw);
+        slot = slot == DEPTH - 1 ? 0 : slot + 1;
+        weights(raw, (uint4 *)(as_halves + lane * ROW_32));
+        __syncwarp();
+#pragma unroll
+        for (int n = 0; n < 4; n++) {
+            uint32_t b[4]; // k 0..8, 8..16, 16..24, 24..32 of eight outputs
+            matrices(b, halves_at + (8 * n + lane % 8) * ROW_32 + lane / 8 * 16);
+#pragma unroll
+            for (int m = 0; m < M; m++) {
+                mma(sums[m][n], a[m][0], b[0], b[1]);
+                mma(sums[m][n], a[m][1], b[2], b[3]);
+            }
+        }
+    }
+    __syncthreads();
+    // (warps, 16 M, 32)
+    float *all = (float *)shared;
+#pragma unroll
+    for (int m = 0; m < M; m++) {
+#pragma unroll
+        for (int n = 0; n < 4; n++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const uint32_t row = 16 * m + first + 8 * (i / 2);
+                all[(warp * 16 * M + row) * 32 + 8 * n + pair + i % 2] = sums[m][n][i];
+            }
+        }
+    }
+    __syncthreads();
+    auto total = [&](uint32_t row, uint32_t n) {
+        float sum = 0;
+        for (uint32_t v = 0; v < n_warps; v++) sum += all[(v * 16 * M + row) * 32 + n];
+        return x.factors[row] * sum;
+    };
+    const uint32_t step = parts.paired ? 2 : 1;
+    for (uint32_t i = threadIdx.x; i < 16 * M * 32 / step; i += blockDim.x) {
+        const uint32_t row = i / (32 / step), n = i % (32 / step) * step;
+        if (row >= n_rows || blockIdx.x * 32 + n >= n_outputs) continue;
+        const Where place = where(parts, blockIdx.x * 32 + n);
+        if (parts.paired) {
+            end.put_gated(parts.each[0], row, place.row, total(row, n), total(row, n + 1));
+        } else {
+            end.put(parts.each[place.part], row, place.row, total(row, n));
+        }
+    }
+}
+
+// Rows of activations and outputs of a tile, and columns of a step.
+#define TILE_T 128
+#define TILE_N 128
+#define TILE_K 64
+// Steps of activations on their way.
+#define STAGES 3
+// Bytes of a row of a step in shared memory.
+#define ROW_64 144
+
+// A tile: warps have 64 rows and 32 outputs each. `first` is the tile's first output.
+template <class F>
+__device__ __forceinline__ void matmul_many(const Parts &parts, const Halves &x, const Epilogue &end,
+                                            uint32_t n_rows) {
+    extern __shared__ uint4 shared[];
+    const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const uint32_t K = parts.each[0].weight.columns, n_blocks = K / 32;
+    const uint32_t n_steps = (K + TILE_K - 1) / TILE_K;
+    const uint32_t n_outputs = parts.n_units * (parts.paired ? 2 : 1);
+    const uint32_t first_row = blockIdx.x * TILE_T, first_output = blockIdx.y * TILE_N;
+    char *x_tiles = (char *)shared, *w_tiles = x_tiles + STAGES * TILE_T * ROW_64;
+    const uint32_t x_at = (uint32_t)__cvta_generic_to_shared(x_tiles);
+    const uint32_t w_at = (uint32_t)__cvta_generic_to_shared(w_tiles);
+    // This thread's block of the weights of a step.
+    const uint32_t w_row = threadIdx.x / 2, w_block = threadIdx.x % 2;
+    const Where place = where(parts, min(first_output + w_row, n_outputs - 1));
+    const Planes &w = parts.each[place.part].weight;
+
+    auto ask = [&](uint32_t step) {
+        if (step < n_steps) {
+#pragma unroll
+            for (int i = 0; i < TILE_T * TILE_K / 8 / 256; i++) {
+                const uint32_t at = threadIdx.x + 256 * i, row = at / 8, part = at % 8;
+                const uint32_t from = min(first_row + row, n_rows - 1), k = step * TILE_K + 8 * part;
+                const uint32_t to = x_at + (step % STAGES * TILE_T + row) * ROW_64 + part * 16;
+                if (k < K) copy_16(to, x.values + (size_t)from * K + k);
+            }
+        }
+        end_of_chunk();
+    };
+    auto fetch = [&](uint32_t step, Raw<F> &raw) {
+        const uint32_t k = 2 * step + w_block;
+        if (k < n_blocks) load(w, place.row, k, raw);
+    };
+    auto unpack = [&](uint32_t step, const Raw<F> &raw) {
+        uint4 *to = (uint4 *)(w_tiles + (step % 2 * TILE_N + w_row) * ROW_64 + w_block * 64);
+        if (2 * step + w_block < n_blocks) {
+            weights(raw, to);
+        } else {
+            for (int i = 0; i < 4; i++) to[i] = {0, 0, 0, 0};
+        }
+    };
+    Raw<F> next;
+    fetch(0, next);
+    begin();
+    // What lies behind the last column meets zeros, and must be a number.
+    for (uint32_t i = threadIdx.x; i < STAGES * TILE_T * ROW_64 / 16; i += 256) shared[i] = {0, 0, 0, 0};
+    __syncthreads();
+#pragma unroll
+    for (int step = 0; step < STAGES - 1; step++) ask(step);
+    unpack(0, next);
+    fetch(1, next);
+    float sums[4][4][4] = {};
+    const uint32_t row_of_warp = warp / 4 * 64, output_of_warp = warp % 4 * 32;
+    for (uint32_t step = 0; step < n_steps; step++) {
+        asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 2) : "memory");
+        __syncthreads();
+        ask(step + STAGES - 1);
+        if (step + 1 < n_steps) {
+            unpack(step + 1, next);
+            if (step + 2 < n_steps) fetch(step + 2, next);
+        }
+        const uint32_t x_tile = x_at + step % STAGES * TILE_T * ROW_64;
+        const uint32_t w_tile = w_at + step % 2 * TILE_N * ROW_64;
+#pragma unroll
+        for (int k = 0; k < TILE_K / 16; k++) {
+            uint32_t a[4][4], b[2][4];
+#pragma unroll
+            for (int m = 0; m < 4; m++) {
+                matrices(a[m], x_tile + (row_of_warp + 16 * m + lane % 16) * ROW_64 + k * 32 + lane / 16 * 16);
+            }
+#pragma unroll
+            for (int n = 0; n < 2; n++) {
+                const uint32_t output = output_of_warp + 16 * n + lane / 16 * 8 + lane % 8;
+                matrices(b[n], w_tile + output * ROW_64 + k * 32 + lane / 8 % 2 * 16);
+            }
+#pragma unroll
+            for (int m = 0; m < 4; m++) {
+#pragma unroll
+                for (int n = 0; n < 4; n++) mma(sums[m][n], a[m], b[n / 2][n % 2 * 2], b[n / 2][n % 2 * 2 + 1]);
+            }
+        }
+    }
+    const uint32_t first = lane / 4, pair = 2 * (lane % 4);
+#pragma unroll
+    for (int m = 0; m < 4; m++) {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const uint32_t row = first_row + row_of_warp + 16 * m + first + 8 * i;
+            if (row >= n_rows) continue;
+            const float factor = x.factors[row];
+#pragma unroll
+            for (int n = 0; n < 4; n++) {
+                const uint32_t output = first_output + output_of_warp + 8 * n + pair;
+                const float low = factor * sums[m][n][2 * i], high = factor * sums[m][n][2 * i + 1];
+                if (output >= n_outputs) continue;
+                const Where place = where(parts, output);
+                if (parts.paired) {
+                    end.put_gated(parts.each[0], row, place.row, low, high);
+                    continue;
+                }
+                end.put(parts.each[place.part], row, place.row, low);
+                if (output + 1 >= n_outputs) continue;
+                const Where second = where(parts, output + 1);
+                end.put(parts.each[second.part], row, second.row, high);
+            }
+        }
+    }
+}
+
+#define FEW(name, F, M)                                                                            \
+    EXTERN __launch_bounds__(512, 1) void matmul_few_##name##_##M(                          \
+        const __grid_constant__ Parts parts, Halves x, Epilogue end, uint32_t n_rows) {            \
+        matmul_few<F, M>(parts, x, end, n_rows);                                                   \
+    }
+#define FORMAT(name, F)                                                                            \
+    FEW(name, F, 1) FEW(name, F, 2) FEW(name, F, 4)                                                \
+    EXTERN __launch_bounds__(256, 2) void matmul_many_##name(                               \
+        const __grid_constant__ Parts parts, Halves x, Epilogue end, uint32_t n_rows) {            \
+        matmul_many<F>(parts, x, end, n_rows);                                                     \
+    }
+EACH_FORMAT(FORMAT)
