@@ -88,15 +88,20 @@ impl Measured for CpuBackend {
 
 impl Device {
     /// Opens what an option names. With [`DeviceOption::Auto`] a GPU that cannot be used leaves the
-    /// CPU, and the second part says why.
+    /// CPU, and the second part says why. `batch_invariant` asks for rows that do not depend on their
+    /// batch, which the CPU's never do.
     ///
     /// # Errors
     /// The device is not there, or the kernels do not run on it.
-    pub(crate) fn open(option: DeviceOption, cpu: CpuOptions) -> Result<(Device, Option<String>)> {
+    pub(crate) fn open(
+        option: DeviceOption,
+        cpu: CpuOptions,
+        batch_invariant: bool,
+    ) -> Result<(Device, Option<String>)> {
         match option {
             DeviceOption::Cpu => Ok((Device::Cpu(CpuBackend::new(cpu)?), None)),
-            DeviceOption::Cuda(ordinal) => Ok((cuda::open(ordinal, cpu)?, None)),
-            DeviceOption::Auto => match cuda::open(0, cpu) {
+            DeviceOption::Cuda(ordinal) => Ok((cuda::open(ordinal, cpu, batch_invariant)?, None)),
+            DeviceOption::Auto => match cuda::open(0, cpu, batch_invariant) {
                 Ok(device) => Ok((device, None)),
                 Err(why) => Ok((Device::Cpu(CpuBackend::new(cpu)?), Some(why.to_string()))),
             },
@@ -176,11 +181,11 @@ mod cuda {
         }
     }
 
-    pub(super) fn open(ordinal: usize, cpu: CpuOptions) -> Result<Device> {
+    pub(super) fn open(ordinal: usize, cpu: CpuOptions, batch_invariant: bool) -> Result<Device> {
         if cpu.threads.is_some() {
             bail!("--threads: expected --device cpu, found a GPU");
         }
-        let options = CudaOptions { activation: cpu.activation, ..CudaOptions::new(ordinal) };
+        let options = CudaOptions { ordinal, activation: cpu.activation, batch_invariant };
         Ok(Device::Cuda(CudaBackend::open(options)?))
     }
 
@@ -206,7 +211,7 @@ mod cuda {
     const ABSENT: &str = "CUDA: expected a program built with feature `cuda`, found one without; \
                           build with --features cuda, or use --device cpu";
 
-    pub(super) fn open(_ordinal: usize, _cpu: CpuOptions) -> Result<Device> {
+    pub(super) fn open(_: usize, _: CpuOptions, _: bool) -> Result<Device> {
         bail!(ABSENT)
     }
 

@@ -120,7 +120,10 @@ impl Boot<'_> {
 
     fn device(&self) -> Result<Device> {
         self.board.run(Phase::Device, || {
-            let (device, no_gpu) = Device::open(self.engine.device, self.engine.cpu())?;
+            let (device, no_gpu) = {
+                let engine = &self.engine;
+                Device::open(engine.device, engine.cpu(), engine.batch_invariant)?
+            };
             let name = device.name();
             let why = no_gpu.map_or_else(String::new, |why| format!(" ({why})"));
             // A program without kernels for a GPU had nothing to choose from.

@@ -111,6 +111,10 @@ pub(crate) struct EngineArgs {
     /// How activations meet quantised weights.
     #[arg(long, value_enum, default_value = "int8")]
     pub(crate) activation: ActivationOption,
+    /// Give every answer the same bits whatever runs beside it: on a GPU, batches then do without tensor
+    /// cores. The CPU always does.
+    #[arg(long)]
+    pub(crate) batch_invariant: bool,
     /// Element type of the KV cache.
     #[arg(long, value_enum, default_value = "f16")]
     pub(crate) kv: KvOption,

@@ -19,6 +19,8 @@ struct Row {
     uint32_t first;
     uint32_t end;
     uint32_t pages_at; // unmasked: the first row of its span
+    uint32_t old;      // positions before it were written before this step
+    uint32_t padding;
 };
 
 // Keys and values in pages.
@@ -158,7 +160,22 @@ __device__ __forceinline__ void eight(const int8_t *at, float (&out)[VECTOR]) {
 // Eight elements as they lie in memory.
 template <class E> struct alignas(8 * sizeof(E)) Packed {
     E elements[VECTOR];
+
+    // Keeps the compiler from unpacking it once for all heads, which takes more registers than there are.
+    __device__ __forceinline__ void stay() {
+        uint32_t *words = (uint32_t *)elements;
+#pragma unroll
+        for (int i = 0; i < (int)(2 * sizeof(E)); i++) asm volatile("" : "+r"(words[i]));
+    }
 };
+
+// Counts one up; what this block of threads wrote is seen by who counts later, and the other way round.
+// All its threads have met before.
+__device__ __forceinline__ uint32_t counted(uint32_t *counter) {
+    uint32_t before;
+    asm volatile("atom.add.acq_rel.gpu.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+    return before;
+}
 
 // What a warp, or a run, knows of a head: the sum of the values by their weights is beside it.
 struct Softmax {
@@ -183,8 +200,8 @@ __device__ void attend_run(const float *q, const Pages &pages, uint32_t layer, c
     constexpr int BATCH = STEPS < AHEAD ? STEPS : AHEAD;
     __shared__ Softmax of_warps[WARPS];
     __shared__ bool is_last;
-    extern __shared__ float sums[]; // (warps, D), then factors of runs
-    begin();
+    extern __shared__ float sums[]; // (warps, D)
+    // Rows, pages and old positions are there at any time.
     const Row row = rows[blockIdx.x];
     const uint32_t head = blockIdx.y, n_runs = gridDim.z, group = shape.n_heads / shape.n_kv_heads;
     const uint32_t D = shape.head_dim, start = blockIdx.z * RUN;
@@ -206,33 +223,44 @@ __device__ void attend_run(const float *q, const Pages &pages, uint32_t layer, c
         const uint32_t p = start + position(step);
         return any && step * AT_ONCE + own < RUN_OF_WARP && p >= row.first && p < row.end;
     };
-    const auto ask = [&](uint32_t first) {
+    const auto ask = [&](uint32_t first, uint32_t from, uint32_t to) {
 #pragma unroll
         for (int i = 0; i < BATCH; i++) {
             const uint32_t p = position(first + i);
-            key[i] = value[i] = {};
-            if (seen(first + i) && d < D) {
+            if (!seen(first + i) || start + p < from || start + p >= to) continue;
+            if (d < D) {
                 key[i] = *(const Packed<E> *)(elements + (keys + p) * D + d);
                 value[i] = *(const Packed<E> *)(elements + (values + p) * D + d);
             }
             if (sizeof(E) == 1) {
-                key_scale[i] = seen(first + i) ? pages.scales[keys + p] : 0;
-                value_scale[i] = seen(first + i) ? pages.scales[values + p] : 0;
+                key_scale[i] = pages.scales[keys + p];
+                value_scale[i] = pages.scales[values + p];
             }
         }
     };
-    if (any && STEPS == BATCH) ask(0);
+    const auto clear = [&] {
+#pragma unroll
+        for (int i = 0; i < BATCH; i++) {
+            key[i] = value[i] = {};
+            key_scale[i] = value_scale[i] = 0;
+        }
+    };
+    clear();
+    if (STEPS == BATCH) ask(0, 0, row.old);
+    begin();
+    if (STEPS == BATCH) ask(0, row.old, row.end);
     for (uint32_t g = 0; g < group && any; g++) {
         const size_t at = ((size_t)row.row * shape.n_heads + head * group + g) * D;
         float query[VECTOR] = {};
         if (d < D) eight(q + at + d, query);
         float highest = -INFINITY, total = 0, sum[VECTOR] = {};
         for (uint32_t first = 0; first < STEPS; first += BATCH) {
-            if (STEPS > BATCH) ask(first);
+            if (STEPS > BATCH) clear(), ask(first, 0, row.end);
             float scores[BATCH], next = highest;
 #pragma unroll
             for (int i = 0; i < BATCH; i++) {
                 float k[VECTOR], dot = 0;
+                key[i].stay();
                 eight(key[i].elements, k);
 #pragma unroll
                 for (int e = 0; e < VECTOR; e++) dot = fmaf(query[e], k[e], dot);
@@ -261,6 +289,7 @@ __device__ void attend_run(const float *q, const Pages &pages, uint32_t layer, c
                 const float weight = scores[i] == -INFINITY ? 0.0f : expf(scores[i] - highest);
                 total += weight;
                 float v[VECTOR];
+                value[i].stay();
                 eight(value[i].elements, v);
                 const float scaled = sizeof(E) == 1 ? weight * value_scale[i] : weight;
 #pragma unroll
@@ -303,36 +332,32 @@ __device__ void attend_run(const float *q, const Pages &pages, uint32_t layer, c
     }
     if (n_runs == 1) return;
     // What this block wrote is there before it is counted; who counts the last sees all parts.
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0) is_last = atomicAdd(&n_done[in_all], 1) == n_runs - 1;
+    if (threadIdx.x == 0) is_last = counted(&n_done[in_all]) == n_runs - 1;
     __syncthreads();
     if (!is_last) return;
-    __threadfence();
     if (threadIdx.x == 0) n_done[in_all] = 0;
     const uint32_t first_run = row.first / RUN, end_run = (row.end + RUN - 1) / RUN;
+    const uint32_t in_warp = threadIdx.x % 32, c = threadIdx.x;
+    const size_t step = (size_t)group * (D + 2);
     for (uint32_t g = 0; g < group; g++) {
         const float *of_head = first_part + g * (D + 2);
-        const size_t step = (size_t)group * (D + 2);
-        float most = -INFINITY;
-        for (uint32_t r = first_run + threadIdx.x % 32; r < end_run; r += 32) {
+        float most = -INFINITY, all = 0, merged = 0;
+        for (uint32_t r = first_run + in_warp; r < end_run; r += 32) {
             most = fmaxf(most, of_head[r * step + D + 1]);
         }
         most = warp_max(most);
-        float all = 0;
-        for (uint32_t r = first_run + threadIdx.x % 32; r < end_run; r += 32) {
-            all += Softmax::factor(of_head[r * step + D + 1], most) * of_head[r * step + D];
+        for (uint32_t base = first_run; base < end_run; base += 32) {
+            const uint32_t r = base + in_warp, n = min(32, end_run - base);
+            const float own = in_warp < n ? Softmax::factor(of_head[r * step + D + 1], most) : 0;
+            if (in_warp < n) all = fmaf(own, of_head[r * step + D], all);
+#pragma unroll 8
+            for (uint32_t i = 0; i < n; i++) {
+                const float factor = __shfl_sync(0xffffffff, own, i);
+                if (c < D) merged = fmaf(factor, of_head[(base + i) * step + c], merged);
+            }
         }
         all = warp_sum(all);
-        for (uint32_t c = threadIdx.x; c < D; c += blockDim.x) {
-            float merged = 0;
-#pragma unroll 8
-            for (uint32_t r = first_run; r < end_run; r++) {
-                const float factor = Softmax::factor(of_head[r * step + D + 1], most);
-                merged = fmaf(factor, of_head[r * step + c], merged);
-            }
-            out[((size_t)row.row * shape.n_heads + head * group + g) * D + c] = merged / all;
-        }
+        if (c < D) out[((size_t)row.row * shape.n_heads + head * group + g) * D + c] = merged / all;
     }
 }
 

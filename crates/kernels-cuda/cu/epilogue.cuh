@@ -14,7 +14,8 @@ struct Parts {
     Part each[3];
     uint32_t n;       // matrices
     uint32_t paired;  // of two matrices the rows take turns: a gate's and the one that it lets through
-    uint32_t n_units; // rows of all matrices, or pairs of rows
+    uint32_t n_outputs; // rows of all matrices
+    uint32_t n_pairs;   // of rows that are computed together
 };
 
 // Where a row of the run lies.

@@ -1,8 +1,9 @@
 // Activations in int8, as products meet them: rounded before, by `quantise.cu`, or on the way in.
 //
-// Rounded once, x = scale * q with scale = max|x| / 127; rounded twice, x = scale * (256 q + r) with a
-// 256th of that scale. Below 1e-35 a block becomes zeros; one with a NaN or an infinity gets a NaN
-// scale, so that the fault reaches the output of its row.
+// x = scale * (256 q + r) with scale = max|x| / 127 / 256: an int8 and another for the remainder, 16 bits
+// in all. (One int8 alone is what the CPU takes where a model tolerates it; here the weights' bytes are
+// what a product takes its time for.) Below 1e-35 a block becomes zeros; one with a NaN or an infinity gets
+// a NaN scale, so that the fault reaches the output of its row.
 #pragma once
 #include "common.cuh"
 #include "row.cuh"
@@ -11,12 +12,12 @@
 #define WARPS 16
 
 // 32 activations that meet a block of weights.
-template <class F, bool TWICE> struct Activations {
+template <class F> struct Activations {
     uint4 first[2];
-    uint4 second[TWICE ? 2 : 1];
+    uint4 second[2];
     float scale;
-    // Sums of the integers (of 256 q + r when rounded twice): of 0..16 and 16..32 where the halves of
-    // a block of weights have scales of their own, else of all.
+    // Sums of the integers 256 q + r: of 0..16 and 16..32 where the halves of a block of weights have
+    // scales of their own, else of all.
     int sums[F::HALVES ? 2 : 1];
 };
 
@@ -33,13 +34,12 @@ struct Quantised {
     QuantHead *heads;
     float *inverses; // of normed rows (T): what their products are multiplied by
 
-    template <class F, bool TWICE>
-    __device__ __forceinline__ Activations<F, TWICE> at(size_t block) const {
-        Activations<F, TWICE> out;
+    template <class F> __device__ __forceinline__ Activations<F> at(size_t block) const {
+        Activations<F> out;
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             out.first[half] = ((const uint4 *)(first + block * 32))[half];
-            if constexpr (TWICE) out.second[half] = ((const uint4 *)(second + block * 32))[half];
+            out.second[half] = ((const uint4 *)(second + block * 32))[half];
         }
         const QuantHead head = heads[block];
         out.scale = head.scale;
@@ -58,13 +58,13 @@ struct Rounding {
     float step, inverse, scale;
     bool usable;
 
-    __device__ __forceinline__ Rounding(uint32_t bits, bool twice) {
+    __device__ __forceinline__ explicit Rounding(uint32_t bits) {
         const float largest = __uint_as_float(bits);
         usable = largest >= 1e-35f && largest < INFINITY;
         step = largest / 127.0f;
         inverse = 127.0f / largest;
         const float fault = largest >= 1e-35f || isnan(largest) ? NAN : 0.0f;
-        scale = usable ? (twice ? step / 256.0f : step) : fault;
+        scale = usable ? step / 256.0f : fault;
     }
 
     __device__ __forceinline__ int first(float value) const {
@@ -90,7 +90,7 @@ __device__ __forceinline__ void prefetch(const Row &row, uint32_t width) {
 // which rounds alike without it. Eight lanes have a block, four values each; `put(block, part, first,
 // second, scale, lower, upper)` takes them, with the sums of the block's halves. Called by all of WARPS
 // warps; gives the sum of squares that this thread has seen.
-template <bool TWICE, class Put>
+template <class Put>
 __device__ __forceinline__ float round_row(const Row &row, uint32_t n_blocks, Put put) {
     float squares = 0;
 #pragma unroll 2
@@ -110,19 +110,15 @@ __device__ __forceinline__ float round_row(const Row &row, uint32_t n_blocks, Pu
         const uint32_t lanes = 0xffu << (threadIdx.x % 32 / 8 * 8);
 #pragma unroll
         for (int step = 4; step > 0; step /= 2) bits = max(bits, __shfl_xor_sync(lanes, bits, step));
-        const Rounding rounding(bits, TWICE);
+        const Rounding rounding(bits);
         uint32_t first = 0, second = 0;
         int sum = 0;
 #pragma unroll
         for (int c = 0; c < 4; c++) {
-            const int a = rounding.first(values[c]);
+            const int a = rounding.first(values[c]), b = rounding.second(values[c], a);
             first |= (uint32_t)(uint8_t)(int8_t)a << (8 * c);
-            sum += a;
-            if constexpr (TWICE) {
-                const int b = rounding.second(values[c], a);
-                second |= (uint32_t)(uint8_t)(int8_t)b << (8 * c);
-                sum += 255 * a + b;
-            }
+            second |= (uint32_t)(uint8_t)(int8_t)b << (8 * c);
+            sum += 256 * a + b;
         }
         sum += __shfl_xor_sync(lanes, sum, 1);
         sum += __shfl_xor_sync(lanes, sum, 2);
@@ -151,7 +147,7 @@ struct Inverse {
 };
 
 // A row in shared memory, rounded. Halves of blocks lie apart, so that lanes read without conflicts.
-template <class F, bool TWICE> struct Rounded {
+template <class F> struct Rounded {
     uint4 *first, *second;
     float *scales;
     int *sums;
@@ -160,19 +156,19 @@ template <class F, bool TWICE> struct Rounded {
     __device__ __forceinline__ Rounded(uint4 *shared, uint32_t n_blocks) : n_blocks(n_blocks) {
         first = shared;
         second = first + 2 * n_blocks;
-        scales = (float *)(TWICE ? second + 2 * n_blocks : second);
+        scales = (float *)(second + 2 * n_blocks);
         sums = (int *)(scales + n_blocks);
     }
 
     // Bytes that it takes; `src/linear.rs` has the same.
     static __device__ __forceinline__ uint32_t bytes(uint32_t n_blocks) {
-        return (n_blocks * ((TWICE ? 64 : 32) + 4 + (F::HALVES ? 8 : 4)) + 15) / 16 * 16;
+        return (n_blocks * (64 + 4 + (F::HALVES ? 8 : 4)) + 15) / 16 * 16;
     }
 
-    __device__ __forceinline__ Activations<F, TWICE> at(uint32_t block) const {
-        Activations<F, TWICE> out;
+    __device__ __forceinline__ Activations<F> at(uint32_t block) const {
+        Activations<F> out;
         out.first[0] = first[block], out.first[1] = first[n_blocks + block];
-        if constexpr (TWICE) out.second[0] = second[block], out.second[1] = second[n_blocks + block];
+        out.second[0] = second[block], out.second[1] = second[n_blocks + block];
         out.scale = scales[block];
         out.sums[0] = sums[block];
         if constexpr (F::HALVES) out.sums[1] = sums[n_blocks + block];
@@ -184,7 +180,7 @@ template <class F, bool TWICE> struct Rounded {
                              int lower, int upper) {
             const uint32_t half = part / 4 * n_blocks + block;
             ((uint32_t *)(first + half))[part % 4] = q;
-            if constexpr (TWICE) ((uint32_t *)(second + half))[part % 4] = r;
+            ((uint32_t *)(second + half))[part % 4] = r;
             if (part > 0) return;
             scales[block] = scale;
             if constexpr (F::HALVES) {
@@ -193,6 +189,6 @@ template <class F, bool TWICE> struct Rounded {
                 sums[block] = lower + upper;
             }
         };
-        return round_row<TWICE>(row, n_blocks, put);
+        return round_row(row, n_blocks, put);
     }
 };

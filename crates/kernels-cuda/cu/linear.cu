@@ -1,8 +1,8 @@
 // Products x W^T of one to three matrices that share their input.
 //
-// A block of threads has a run of the outputs, and its warps share the run's weights evenly, chunk by
-// chunk, each with a ring of chunks on their way (`ring.cuh`). Where two warps meet in a row, their sums
-// are added in the warps' order.
+// A block of threads has a run of pairs of rows, and its warps share the run's weights evenly, chunk by
+// chunk, each with a ring of chunks on their way (`ring.cuh`): a pair's rows meet the activations at the
+// same time. Where two warps meet in a pair, their sums are added in the warps' order.
 //
 // A row's result does not depend on the other rows of the batch: its sums have one order.
 #include "common.cuh"
@@ -10,19 +10,29 @@
 #include "input.cuh"
 #include "ring.cuh"
 
-// The chunks of a warp, one after the other.
-struct Walk {
-    uint32_t row, chunk, chunks_of_row;
+// Two rows that are computed together: a gate's and the one that it lets through, or neighbours. The last
+// row of a matrix may be alone, and is then there twice.
+struct Pair {
+    uint32_t first, second; // rows
+    uint32_t part, of_second;
 
-    __device__ __forceinline__ void next() {
-        if (++chunk == chunks_of_row) chunk = 0, row++;
+    __device__ __forceinline__ Pair(const Parts &parts, uint32_t pair) {
+        part = 0, of_second = 1, first = second = pair;
+        if (parts.paired) return;
+        while (part + 1 < parts.n && pair >= (parts.each[part].weight.rows + 1) / 2) {
+            pair -= (parts.each[part].weight.rows + 1) / 2;
+            part++;
+        }
+        of_second = part;
+        first = 2 * pair;
+        second = min(first + 1, parts.each[part].weight.rows - 1);
     }
 };
 
-// The value of a block times one row of activations.
-template <class F, bool TWICE>
+// `total` and the value of a block times one row of activations.
+template <class F>
 __device__ __forceinline__ float block_product(const uint32_t (&q)[8], const Affine &w,
-                                               const Activations<F, TWICE> &x) {
+                                               const Activations<F> &x, float total) {
     int sums[2] = {0, 0};
 #pragma unroll
     for (int half = 0; half < 2; half++) {
@@ -32,63 +42,65 @@ __device__ __forceinline__ float block_product(const uint32_t (&q)[8], const Aff
         s = __dp4a((int)q[4 * half + 2], (int)v.z, s);
         sums[half] = __dp4a((int)q[4 * half + 3], (int)v.w, s);
     }
-    if constexpr (TWICE) {
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const uint4 v = x.second[half];
-            int s = __dp4a((int)q[4 * half], (int)v.x, 256 * sums[half]);
-            s = __dp4a((int)q[4 * half + 1], (int)v.y, s);
-            s = __dp4a((int)q[4 * half + 2], (int)v.z, s);
-            sums[half] = __dp4a((int)q[4 * half + 3], (int)v.w, s);
-        }
+    for (int half = 0; half < 2; half++) {
+        const uint4 v = x.second[half];
+        int s = __dp4a((int)q[4 * half], (int)v.x, 256 * sums[half]);
+        s = __dp4a((int)q[4 * half + 1], (int)v.y, s);
+        s = __dp4a((int)q[4 * half + 2], (int)v.z, s);
+        sums[half] = __dp4a((int)q[4 * half + 3], (int)v.w, s);
     }
+    // Each step is named, so that kernels for one and for several rows round alike.
     float out;
     if constexpr (F::HALVES) {
-        out = w.scale[0] * (float)(sums[0] - F::BIAS * x.sums[0]) +
-              w.scale[1] * (float)(sums[1] - F::BIAS * x.sums[1]);
+        out = __fmul_rn(w.scale[0], (float)(sums[0] - F::BIAS * x.sums[0]));
+        out = fmaf(w.scale[1], (float)(sums[1] - F::BIAS * x.sums[1]), out);
         if constexpr (F::MINIMA) {
-            out += w.minimum[0] * (float)x.sums[0] + w.minimum[1] * (float)x.sums[1];
+            out = fmaf(w.minimum[0], (float)x.sums[0], out);
+            out = fmaf(w.minimum[1], (float)x.sums[1], out);
         }
     } else {
-        out = w.scale[0] * (float)(sums[0] + sums[1] - F::BIAS * x.sums[0]);
-        if constexpr (F::MINIMA) out += w.minimum[0] * (float)x.sums[0];
+        out = __fmul_rn(w.scale[0], (float)(sums[0] + sums[1] - F::BIAS * x.sums[0]));
+        if constexpr (F::MINIMA) out = fmaf(w.minimum[0], (float)x.sums[0], out);
     }
-    return x.scale * out;
+    return fmaf(x.scale, out, total);
 }
 
 // What the warps of a block of threads tell each other.
 template <int T> struct Results {
-    float begun[WARPS][T]; // the sum of a row that an earlier warp began
-    int begun_row[WARPS];  // which, or -1
+    float begun[WARPS][2][T]; // the sums of a pair that an earlier warp began
+    int begun_pair[WARPS];    // which, or -1
 };
 
-// `sums` has room for T results of each row of the run, behind it lie the rings. `prepare` makes what
-// `at(t, block)` gives: the activations of row t of the tile; `factor(t)` multiplies what they gave.
-template <class F, bool TWICE, int T, class Prepare, class At, class Factor>
+// `shared` has the rings and, behind them, room for 2 T results of each pair of the run. `prepare` makes
+// what `at(t, block)` gives: the activations of row t of the tile; `factor(t)` multiplies what they gave.
+template <class F, int T, class Prepare, class At, class Factor>
 __device__ __forceinline__ void product(const Parts &parts, const Epilogue &end, char *shared,
                                         uint32_t first_row, uint32_t n_rows, Prepare prepare, At at,
                                         Factor factor) {
     __shared__ Results<T> results;
     const uint32_t warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
     const Ring<F> ring(shared);
-    float *sums = (float *)(shared + WARPS * DEPTH * Ring<F>::CHUNK_BYTES);
+    float *sums = (float *)(shared + WARPS * DEPTH * Ring<F>::PAIR_BYTES); // (pairs, 2, T)
     const uint32_t n_blocks = parts.each[0].weight.columns / 32;
     const uint32_t chunks_of_row = (n_blocks + LANES - 1) / LANES;
-    const uint32_t width = parts.paired ? 2 : 1;
-    const uint32_t start = width * (uint32_t)((uint64_t)parts.n_units * blockIdx.x / gridDim.x);
-    const uint32_t stop = width * (uint32_t)((uint64_t)parts.n_units * (blockIdx.x + 1) / gridDim.x);
+    const uint32_t start = (uint32_t)((uint64_t)parts.n_pairs * blockIdx.x / gridDim.x);
+    const uint32_t stop = (uint32_t)((uint64_t)parts.n_pairs * (blockIdx.x + 1) / gridDim.x);
     const uint32_t n_local = stop - start, n_chunks = n_local * chunks_of_row;
     const uint32_t from = n_chunks * warp / WARPS, to = n_chunks * (warp + 1) / WARPS;
 
-    Walk ahead = {from / chunks_of_row, from % chunks_of_row, chunks_of_row};
-    uint32_t n_left = to - from;
+    uint32_t asked_pair = from / chunks_of_row, asked_chunk = from % chunks_of_row, n_left = to - from;
+    Pair asked(parts, start + asked_pair);
     auto ask = [&](int slot) {
         if (n_left > 0) {
-            const Where place = where(parts, start + ahead.row);
-            const uint32_t k = ahead.chunk * LANES;
-            ring.ask(slot, parts.each[place.part].weight, place.row, k, min(LANES, n_blocks - k));
-            ahead.next();
+            const uint32_t k = asked_chunk * LANES, n = min(LANES, n_blocks - k);
+            ring.ask(slot, 0, parts.each[asked.part].weight, asked.first, k, n);
+            ring.ask(slot, 1, parts.each[asked.of_second].weight, asked.second, k, n);
             n_left--;
+            if (++asked_chunk == chunks_of_row) {
+                asked_chunk = 0, asked_pair++;
+                if (n_left > 0) asked = Pair(parts, start + asked_pair);
+            }
         }
         end_of_chunk();
     };
@@ -96,83 +108,86 @@ __device__ __forceinline__ void product(const Parts &parts, const Epilogue &end,
     for (int slot = 0; slot < DEPTH - 1; slot++) ask(slot);
     begin(); // Weights are there at any time; all else comes from the kernels before.
     prepare();
-    if (lane == 0) results.begun_row[warp] = -1;
+    if (lane == 0) results.begun_pair[warp] = -1;
     __syncthreads();
 
-    Walk walk = {from / chunks_of_row, from % chunks_of_row, chunks_of_row};
-    bool whole = walk.chunk == 0; // whether this warp began the row
-    float totals[T] = {};
-    auto close = [&](uint32_t row) {
+    uint32_t pair = from / chunks_of_row, chunk = from % chunks_of_row;
+    bool whole = chunk == 0; // whether this warp began the pair
+    float totals[2][T] = {};
+    auto close = [&] {
 #pragma unroll
-        for (int t = 0; t < T; t++) {
-            const float total = warp_sum(totals[t]);
-            if (lane == 0) {
-                if (whole) {
-                    sums[row * T + t] = total;
-                } else {
-                    results.begun[warp][t] = total;
-                    results.begun_row[warp] = (int)row;
-                }
+        for (int r = 0; r < 2; r++) {
+#pragma unroll
+            for (int t = 0; t < T; t++) {
+                const float total = warp_sum(totals[r][t]);
+                if (lane == 0) *(whole ? &sums[(2 * pair + r) * T + t] : &results.begun[warp][r][t]) = total;
+                totals[r][t] = 0;
             }
-            totals[t] = 0;
         }
+        if (lane == 0 && !whole) results.begun_pair[warp] = (int)pair;
         whole = true;
     };
     const uint32_t shared_scales = parts.each[0].weight.shared;
     int slot = 0;
     for (uint32_t c = from; c < to; c++) {
         ring.wait();
-        ask(slot == 0 ? DEPTH - 1 : slot - 1); // Into the place of the chunk before.
-        const uint32_t block = walk.chunk * LANES + lane;
+        ask(slot == 0 ? DEPTH - 1 : slot - 1); // Into the place of the chunks before.
+        const uint32_t block = chunk * LANES + lane;
         if (block < n_blocks) {
-            Raw<F> raw;
-            ring.read(slot, shared_scales, raw);
-            uint32_t q[8];
-            codes(raw, q);
-            const Affine scales = affine(raw);
+            uint32_t q[2][8];
+            Affine scales[2];
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                Raw<F> raw;
+                ring.read(slot, r, shared_scales, raw);
+                codes(raw, q[r]);
+                scales[r] = affine(raw);
+            }
 #pragma unroll
             for (int t = 0; t < T; t++) {
-                totals[t] += block_product<F, TWICE>(q, scales, at(t, block));
+                const Activations<F> x = at(t, block);
+#pragma unroll
+                for (int r = 0; r < 2; r++) {
+                    totals[r][t] = block_product<F>(q[r], scales[r], x, totals[r][t]);
+                }
             }
         }
         slot = slot == DEPTH - 1 ? 0 : slot + 1;
-        const uint32_t row = walk.row;
-        walk.next();
-        if (walk.chunk == 0) close(row);
+        if (++chunk == chunks_of_row) close(), chunk = 0, pair++;
     }
-    if (walk.chunk != 0 && from < to) close(walk.row);
+    if (chunk != 0 && from < to) close();
     __syncthreads();
 
-    auto total = [&](uint32_t row, int t) {
-        float sum = sums[row * T + t];
+    auto total = [&](uint32_t pair, int r, int t) {
+        float sum = sums[(2 * pair + r) * T + t];
 #pragma unroll
         for (int w = 0; w < WARPS; w++) {
-            if (results.begun_row[w] == (int)row) sum += results.begun[w][t];
+            if (results.begun_pair[w] == (int)pair) sum += results.begun[w][r][t];
         }
         return factor(t) * sum;
     };
-    for (uint32_t i = threadIdx.x; i < n_local / width * T; i += WARPS * LANES) {
-        const uint32_t row = i / T * width;
-        const int t = i % T;
+    for (uint32_t i = threadIdx.x; i < n_local * 2 * T; i += WARPS * LANES) {
+        const uint32_t pair = i / (2 * T);
+        const int r = i / T % 2, t = i % T;
         if (first_row + t >= n_rows) continue;
-        const Where place = where(parts, start + row);
+        const Pair rows(parts, start + pair);
         if (parts.paired) {
-            end.put_gated(parts.each[0], first_row + t, place.row, total(row, t), total(row + 1, t));
-        } else {
-            end.put(parts.each[place.part], first_row + t, place.row, total(row, t));
+            if (r == 0) end.put_gated(parts.each[0], first_row + t, rows.first, total(pair, 0, t), total(pair, 1, t));
+        } else if (r == 0 || rows.second > rows.first) {
+            end.put(parts.each[rows.part], first_row + t, r == 0 ? rows.first : rows.second, total(pair, r, t));
         }
     }
 }
 
 // One row, which every block of threads rounds for itself while its weights are coming.
-template <class F, bool TWICE>
+template <class F>
 __device__ __forceinline__ void linear_one(const Parts &parts, const Row &row, const Epilogue &end) {
     extern __shared__ uint4 shared[];
     __shared__ Inverse inverse;
     const uint32_t width = parts.each[0].weight.columns, n_blocks = width / 32;
-    const Rounded<F, TWICE> rounded(shared, n_blocks);
+    const Rounded<F> rounded(shared, n_blocks);
     prefetch(row, width);
-    product<F, TWICE, 1>(
+    product<F, 1>(
         parts, end, (char *)shared + rounded.bytes(n_blocks), 0, 1,
         [&] { inverse.share(rounded.fill(row)); },
         [&](int, uint32_t block) { return rounded.at(block); },
@@ -180,16 +195,16 @@ __device__ __forceinline__ void linear_one(const Parts &parts, const Row &row, c
 }
 
 // T of `n_rows` rows, rounded before.
-template <class F, bool TWICE, int T>
+template <class F, int T>
 __device__ __forceinline__ void linear_tile(const Parts &parts, const Quantised &x, const Epilogue &end,
                                             uint32_t n_rows) {
     extern __shared__ uint4 shared[];
     const uint32_t n_blocks = parts.each[0].weight.columns / 32, first_row = blockIdx.y * T;
-    product<F, TWICE, T>(
+    product<F, T>(
         parts, end, (char *)shared, first_row, n_rows, [] {},
         [&](int t, uint32_t block) {
             const uint32_t row = min(first_row + t, n_rows - 1);
-            return x.at<F, TWICE>((size_t)row * n_blocks + block);
+            return x.at<F>((size_t)row * n_blocks + block);
         },
         [&](int t) { return x.inverses[min(first_row + t, n_rows - 1)]; });
 }
@@ -263,14 +278,14 @@ __device__ __forceinline__ void linear_float(const Part &part, const float *x, c
 }
 
 #define THREADS __launch_bounds__(WARPS * LANES, 2)
-#define ROUNDED(mode, TWICE, name, F)                                                              \
-    EXTERN THREADS void linear_##mode##_##name##_1(const __grid_constant__ Parts parts, Row row,   \
-                                                   Epilogue end) {                                 \
-        linear_one<F, TWICE>(parts, row, end);                                                     \
+#define ROUNDED(name, F)                                                                           \
+    EXTERN THREADS void linear_##name##_1(const __grid_constant__ Parts parts, Row row,            \
+                                          Epilogue end) {                                          \
+        linear_one<F>(parts, row, end);                                                            \
     }                                                                                              \
-    EXTERN THREADS void linear_##mode##_##name##_8(const __grid_constant__ Parts parts,            \
-                                                   Quantised x, Epilogue end, uint32_t n) {        \
-        linear_tile<F, TWICE, 8>(parts, x, end, n);                                                \
+    EXTERN THREADS void linear_##name##_8(const __grid_constant__ Parts parts, Quantised x,        \
+                                          Epilogue end, uint32_t n) {                              \
+        linear_tile<F, 8>(parts, x, end, n);                                                       \
     }
 #define F32(name, F, T)                                                                            \
     EXTERN void linear_f32_##name##_##T(Part part, const float *x, Epilogue end, uint32_t n) {     \
@@ -282,8 +297,7 @@ __device__ __forceinline__ void linear_float(const Part &part, const float *x, c
         begin();                                                                                   \
         linear_float<W, T>(part, x, end, n);                                                       \
     }
-#define FORMAT(name, F)                                                                            \
-    ROUNDED(once, false, name, F) ROUNDED(twice, true, name, F) F32(name, F, 1) F32(name, F, 8)
+#define FORMAT(name, F) ROUNDED(name, F) F32(name, F, 1) F32(name, F, 8)
 EACH_FORMAT(FORMAT)
 FLOAT(f32, float, 1) FLOAT(f32, float, 8)
 FLOAT(f16, __half, 1) FLOAT(f16, __half, 8)

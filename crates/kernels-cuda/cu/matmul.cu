@@ -7,7 +7,7 @@
 // turns with the blocks of their columns. `matmul_many` is compute-bound: tiles of rows by outputs.
 #include "common.cuh"
 #include "epilogue.cuh"
-#include "ring.cuh"
+#include "copy.cuh"
 #include "row.cuh"
 #include "tensor.cuh"
 
@@ -95,6 +95,9 @@ template <class F> __device__ __forceinline__ void weights(const Raw<F> &raw, ui
     }
 }
 
+// Blocks of a row that a warp of `matmul_few` has room for; one of them is being used.
+#define FEW_DEPTH 4
+
 // What one block of 32 weights of each of a warp's 32 rows takes in a ring.
 template <class F> struct Column {
     static constexpr int LOW = F::LOW / 4, HIGH_AT = 512 * LOW, SCALES_AT = HIGH_AT + 128 * F::HIGH;
@@ -139,13 +142,13 @@ __device__ __forceinline__ void matmul_few(const Parts &parts, const Halves &x, 
     const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, n_warps = blockDim.x / 32;
     const uint32_t n_blocks = parts.each[0].weight.columns / 32;
     // A warp's ring, and its weights as halves; later the warps' sums.
-    constexpr int WARP_BYTES = DEPTH * Column<F>::BYTES + 32 * ROW_32;
+    constexpr int WARP_BYTES = FEW_DEPTH * Column<F>::BYTES + 32 * ROW_32;
     char *own = (char *)shared + warp * WARP_BYTES;
-    char *as_halves = own + DEPTH * Column<F>::BYTES;
+    char *as_halves = own + FEW_DEPTH * Column<F>::BYTES;
     const uint32_t ring = (uint32_t)__cvta_generic_to_shared(own);
     const uint32_t halves_at = (uint32_t)__cvta_generic_to_shared(as_halves);
     // This lane's row; a lane beyond the last one reads that again.
-    const uint32_t n_outputs = parts.n_units * (parts.paired ? 2 : 1);
+    const uint32_t n_outputs = parts.n_outputs;
     const uint32_t output = blockIdx.x * 32 + lane;
     const Where place = where(parts, min(output, n_outputs - 1));
     const Planes &w = parts.each[place.part].weight;
@@ -156,7 +159,7 @@ __device__ __forceinline__ void matmul_few(const Parts &parts, const Halves &x, 
         end_of_chunk();
     };
 #pragma unroll
-    for (int slot = 0; slot < DEPTH - 1; slot++) ask(slot);
+    for (int slot = 0; slot < FEW_DEPTH - 1; slot++) ask(slot);
     begin();
     uint4 next[M][2];
     auto fetch = [&](uint32_t k) {
@@ -182,12 +185,12 @@ __device__ __forceinline__ void matmul_few(const Parts &parts, const Halves &x, 
             }
         }
         fetch(k + n_warps);
-        asm volatile("cp.async.wait_group %0;" ::"n"(DEPTH - 2) : "memory");
+        asm volatile("cp.async.wait_group %0;" ::"n"(FEW_DEPTH - 2) : "memory");
         __syncwarp();
-        ask(slot == 0 ? DEPTH - 1 : slot - 1);
+        ask(slot == 0 ? FEW_DEPTH - 1 : slot - 1);
         Raw<F> raw;
         Column<F>::read(own + slot * Column<F>::BYTES, w, k, raw);
-        slot = slot == DEPTH - 1 ? 0 : slot + 1;
+        slot = slot == FEW_DEPTH - 1 ? 0 : slot + 1;
         weights(raw, (uint4 *)(as_halves + lane * ROW_32));
         __syncwarp();
 #pragma unroll
@@ -251,7 +254,7 @@ __device__ __forceinline__ void matmul_many(const Parts &parts, const Halves &x,
     const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const uint32_t K = parts.each[0].weight.columns, n_blocks = K / 32;
     const uint32_t n_steps = (K + TILE_K - 1) / TILE_K;
-    const uint32_t n_outputs = parts.n_units * (parts.paired ? 2 : 1);
+    const uint32_t n_outputs = parts.n_outputs;
     const uint32_t first_row = blockIdx.x * TILE_T, first_output = blockIdx.y * TILE_N;
     char *x_tiles = (char *)shared, *w_tiles = x_tiles + STAGES * TILE_T * ROW_64;
     const uint32_t x_at = (uint32_t)__cvta_generic_to_shared(x_tiles);

@@ -3,7 +3,7 @@
 #include "input.cuh"
 
 // x (T, K), each row through an RMS norm if there is one; one block of threads a row.
-template <bool TWICE> __device__ __forceinline__ void quantise(Row row, Quantised out, uint32_t width) {
+EXTERN void quantise(Row row, Quantised out, uint32_t width) {
     begin();
     __shared__ Inverse inverse;
     const uint32_t n_blocks = width / 32;
@@ -13,13 +13,10 @@ template <bool TWICE> __device__ __forceinline__ void quantise(Row row, Quantise
                          int upper) {
         const size_t at = (start + block) * 8 + part;
         ((uint32_t *)out.first)[at] = q;
-        if constexpr (TWICE) ((uint32_t *)out.second)[at] = r;
+        ((uint32_t *)out.second)[at] = r;
         if (part == 0) out.heads[start + block] = {scale, {lower, upper}};
     };
-    inverse.share(round_row<TWICE>(row, n_blocks, put));
+    inverse.share(round_row(row, n_blocks, put));
     __syncthreads();
     if (threadIdx.x == 0) out.inverses[blockIdx.x] = inverse.value(row, width);
 }
-
-EXTERN void quantise_once(Row row, Quantised out, uint32_t width) { quantise<false>(row, out, width); }
-EXTERN void quantise_twice(Row row, Quantised out, uint32_t width) { quantise<true>(row, out, width); }

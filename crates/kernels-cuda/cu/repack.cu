@@ -164,7 +164,9 @@ template <> struct Checkpoint<IQ4_XS> {
     }
 };
 
-template <class F> __device__ void repack(const uint8_t *from, Planes to, uint32_t n_blocks) {
+// `differ` becomes one where a block does not have the scale that its neighbours share.
+template <class F>
+__device__ void repack(const uint8_t *from, Planes to, uint32_t n_blocks, uint32_t *differ) {
     const uint32_t block = blockIdx.x * blockDim.x + threadIdx.x;
     begin();
     if (block >= n_blocks) return;
@@ -189,9 +191,17 @@ template <class F> __device__ void repack(const uint8_t *from, Planes to, uint32
         }
     }
     const uint32_t of_row = to.columns / 32, k = block % of_row;
-    if (k % (1 << to.shared) == 0) {
+    const uint32_t leader = k >> to.shared << to.shared;
+    if (k == leader) {
         uint8_t *scales = (uint8_t *)to.scales_of(block / of_row);
         copy(scales + (k >> to.shared) * F::SCALE_BYTES, out.scales, F::SCALE_BYTES);
+    } else {
+        Block first = {};
+        const uint32_t at = block - (k - leader);
+        C::take(first, from + (size_t)(at / C::RUNS) * C::BYTES, at % C::RUNS);
+        for (int i = 0; i < F::SCALE_BYTES; i++) {
+            if (first.scales[i] != out.scales[i]) *differ = 1;
+        }
     }
     if constexpr (F::SUPERS) {
         if (block % 8 == 0) copy((uint8_t *)(to.supers + block / 8), out.supers, 4);
@@ -199,7 +209,8 @@ template <class F> __device__ void repack(const uint8_t *from, Planes to, uint32
 }
 
 #define KERNEL(name, F)                                                                            \
-    EXTERN void repack_##name(const uint8_t *from, Planes to, uint32_t n_blocks) {                 \
-        repack<F>(from, to, n_blocks);                                                             \
+    EXTERN void repack_##name(const uint8_t *from, Planes to, uint32_t n_blocks,                   \
+                              uint32_t *differ) {                                                  \
+        repack<F>(from, to, n_blocks, differ);                                                     \
     }
 EACH_FORMAT(KERNEL)

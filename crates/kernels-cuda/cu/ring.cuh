@@ -1,13 +1,14 @@
 // Chunks of weights on their way to a warp: copied to shared memory without a register, and awaited in
 // their order.
 //
-// A chunk is 32 blocks of one row, one for each lane, or what is left of it.
+// A chunk is 32 blocks of one row, one for each lane, or what is left of it; chunks of two rows travel
+// together.
 #pragma once
 #include "common.cuh"
 #include "copy.cuh"
 
-// Chunks that a warp has room for; one of them is being used.
-#define DEPTH 4
+// Pairs of chunks that a warp has room for; one of them is being used.
+#define DEPTH 3
 #define LANES 32
 
 template <class F> struct Ring {
@@ -17,20 +18,23 @@ template <class F> struct Ring {
     static constexpr int SUPERS_AT = SCALES_AT + LANES * F::SCALE_BYTES;
     // `src/linear.rs` has the same.
     static constexpr int CHUNK_BYTES = SUPERS_AT + (F::SUPERS ? 16 : 0);
+    static constexpr int PAIR_BYTES = 2 * CHUNK_BYTES;
 
     const char *place;
     uint32_t address;
 
     // The place of this warp; `shared` starts on 16 bytes.
     __device__ __forceinline__ explicit Ring(char *shared) {
-        place = shared + threadIdx.x / LANES * (DEPTH * CHUNK_BYTES);
+        place = shared + threadIdx.x / LANES * (DEPTH * PAIR_BYTES);
         address = (uint32_t)__cvta_generic_to_shared(place);
     }
 
-    // Asks for blocks `k`.. of a row, `n` of them; `end_of_chunk` must follow.
-    __device__ __forceinline__ void ask(int slot, const Planes &w, uint32_t row, uint32_t k,
+    // Asks for blocks `k`.. of a row, `n` of them, the first or second of a pair; `end_of_chunk` must
+    // follow both.
+    __device__ __forceinline__ void ask(int slot, int second, const Planes &w, uint32_t row, uint32_t k,
                                         uint32_t n) const {
-        const uint32_t lane = threadIdx.x % LANES, to = address + slot * CHUNK_BYTES;
+        const uint32_t lane = threadIdx.x % LANES;
+        const uint32_t to = address + slot * PAIR_BYTES + second * CHUNK_BYTES;
         const size_t block = (size_t)row * (w.columns / 32) + k;
         if (lane < n) {
 #pragma unroll
@@ -50,16 +54,16 @@ template <class F> struct Ring {
         }
     }
 
-    // Waits for the oldest chunk that was asked for.
+    // Waits for the oldest pair that was asked for.
     __device__ __forceinline__ void wait() const {
         asm volatile("cp.async.wait_group %0;" ::"n"(DEPTH - 2) : "memory");
         __syncwarp();
     }
 
     // This lane's block of a chunk.
-    __device__ __forceinline__ void read(int slot, uint32_t shared, Raw<F> &raw) const {
+    __device__ __forceinline__ void read(int slot, int second, uint32_t shared, Raw<F> &raw) const {
         const uint32_t lane = threadIdx.x % LANES;
-        const char *at = place + slot * CHUNK_BYTES;
+        const char *at = place + slot * PAIR_BYTES + second * CHUNK_BYTES;
 #pragma unroll
         for (int i = 0; i < LOW; i++) raw.low[i] = ((const uint4 *)at)[i * LANES + lane];
 #pragma unroll

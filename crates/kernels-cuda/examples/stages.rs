@@ -68,6 +68,7 @@ fn weight(backend: &CudaBackend, dtype: DType, rows: usize, columns: usize) -> (
 fn stages(backend: &CudaBackend, shape: Shape, n_rows: usize, depth: usize, copy: f64) {
     let (name, n_layers, width, n_heads, n_kv_heads, head_dim, ffn, vocabulary) = shape;
     let (query, kv) = (n_heads * head_dim, n_kv_heads * head_dim);
+    let prefill = n_rows > 64;
     let dtype = DType::Q4_0;
     let mut bytes = [0; 4];
     let layers: Vec<Layer> = (0..n_layers)
@@ -98,11 +99,10 @@ fn stages(backend: &CudaBackend, shape: Shape, n_rows: usize, depth: usize, copy
     let mut x = ones(n_rows * wide);
     let (mut q, mut k, mut v) = (buffer(query), buffer(kv), buffer(kv));
     let (mut attended, mut gated) = (buffer(query), buffer(ffn));
-    let n_logits = n_rows.min(64);
+    let n_logits = if prefill { 1 } else { n_rows };
     let mut logits = backend.buffer(n_logits * vocabulary).expect("memory");
     let (mut work, kind, eps) = (buffer(wide), NormKind::Rms, 1e-5);
     // One sequence in prefill, or one a row in decode.
-    let prefill = n_rows > 64;
     let (n_sequences, rows_of_one) = if prefill { (1, n_rows) } else { (n_rows, 1) };
     let pages_of_one = (depth + rows_of_one).div_ceil(PAGE_TOKENS);
     let n_pages = n_sequences * pages_of_one;

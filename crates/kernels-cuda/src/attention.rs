@@ -20,7 +20,7 @@ const MAX_RUN_WIDTH: usize = 32 * VECTOR;
 /// Bytes of the results of runs that are kept at once: rows of a long prompt take turns.
 const PARTS_BYTES: usize = 64 << 20;
 /// Bytes of the C++ struct `Row`.
-const ROW_BYTES: usize = 16;
+const ROW_BYTES: usize = 24;
 /// Widest head: what the lanes of a warp hold.
 const MAX_HEAD_DIM: usize = 512;
 
@@ -125,13 +125,16 @@ pub(crate) fn attention(
                 pool.check_page(*page);
             }
             if !tiled {
-                rows.extend([span.first_row + i, first, end, pages_at]);
+                // Kernels of this step write the rest. Rows of a step of decode have one new position,
+                // and between two such steps something is read.
+                let old = if span.n_rows == 1 { span.first_position } else { 0 };
+                rows.extend([span.first_row + i, first, end, pages_at, old, 0]);
                 longest = longest.max(end);
             }
         }
         n_needed = n_needed.max(span.first_row + span.n_rows);
     }
-    let n_rows = rows.len() / 4;
+    let n_rows = rows.len() / (ROW_BYTES / 4);
     let n_values = n_needed * shape.n_heads * shape.head_dim;
     let (q, out) = (q.at(n_values), out.at(n_values));
     let (pages, layer, shape) = (pool.pages(), narrow(layer), Shape::of(shape));
@@ -190,11 +193,11 @@ pub(crate) fn attention_full(
     assert!(shape.window.is_none(), "only causal attention has a window");
     let each = |span: &Span| {
         let (first, n) = (span.first_row, span.n_rows);
-        (first..first + n).flat_map(move |row| [row, 0, n, first])
+        (first..first + n).flat_map(move |row| [row, 0, n, first, 0, 0])
     };
     let rows: Vec<usize> = spans.iter().flat_map(each).collect();
     let n_needed = spans.iter().map(|span| span.first_row + span.n_rows).max().unwrap_or(0);
-    let n_rows = rows.len() / 4;
+    let n_rows = rows.len() / (ROW_BYTES / 4);
     let n_values = n_needed * shape.n_heads * shape.head_dim;
     let n_cached = n_needed * shape.n_kv_heads * shape.head_dim;
     let (q, out) = (q.at(n_values), out.at(n_values));

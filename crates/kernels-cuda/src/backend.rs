@@ -128,6 +128,10 @@ impl Backend for CudaBackend {
         format!("{}, {activation} activations{mode}", self.stream.device())
     }
 
+    fn release_unused(&self) {
+        self.stream.end_of_loading();
+    }
+
     fn weight(&self, view: &WeightView<'_>) -> Result<CudaWeight, KernelError> {
         CudaWeight::new(&self.stream, view)
     }

@@ -15,6 +15,7 @@ mod device;
 mod error;
 mod kv;
 mod linear;
+mod loader;
 mod memory;
 mod probe;
 mod queue;

@@ -3,7 +3,7 @@
 #![expect(unsafe_code, reason = "plain data that kernels take by value")]
 
 use cudarc::driver::DeviceRepr;
-use exrail_kernels::{Activation, GateActivation, InputRounding, NormKind, Normed};
+use exrail_kernels::{Activation, GateActivation, NormKind, Normed};
 
 use crate::memory::narrow;
 use crate::queue::Kernel;
@@ -13,10 +13,10 @@ use crate::{CudaBuffer, CudaOptions, CudaWeight};
 
 /// Rows of activations that one warp decodes a weight for; `cu/linear.cu` has a kernel of each.
 pub(crate) const TILES: [usize; 2] = [1, 8];
-/// Warps of a block of threads, and chunks of weights that each has room for; the constants of
+/// Warps of a block of threads, and pairs of chunks of weights that each has room for; the constants of
 /// `cu/input.cuh` and `cu/ring.cuh`.
 const WARPS: usize = 16;
-const DEPTH: usize = 4;
+const DEPTH: usize = 3;
 /// Blocks of 32 weights in a chunk.
 const CHUNK: usize = 32;
 /// Rows of activations up to which products stream their weights (`matmul_few` of `cu/matmul.cu`), and
@@ -25,12 +25,14 @@ const FEW: usize = 64;
 /// Rows and outputs of a tile of `matmul_many`, and the shared memory that it takes.
 const TILE: (usize, usize) = (128, 128);
 const TILE_BYTES: usize = (3 * TILE.0 + 2 * TILE.1) * 144;
-/// Outputs of a block of threads of `matmul_few`, and bytes of a row of 32 halves.
+/// Outputs of a block of threads of `matmul_few`, blocks of a row that a warp of it has room for, and bytes
+/// of a row of 32 halves.
 const FEW_OUTPUTS: usize = 32;
+const FEW_DEPTH: usize = 4;
 const FEW_ROW_BYTES: usize = 80;
-/// Chunks a multiprocessor, from which two blocks of threads share it: with fewer, rounding the
+/// Pairs of chunks a multiprocessor, from which two blocks of threads share it: with fewer, rounding the
 /// activations twice costs more than the second block brings.
-const TWO_FROM: usize = 48;
+const TWO_FROM: usize = 24;
 
 /// The C++ enum of the same name.
 #[derive(Clone, Copy, Debug)]
@@ -118,8 +120,8 @@ struct Parts {
     each: [Part; 3],
     n: u32,
     paired: u32,
-    n_units: u32,
-    padding: u32,
+    n_outputs: u32,
+    n_pairs: u32,
 }
 
 // SAFETY: plain data, with the fields of the C++ struct in its order.
@@ -210,7 +212,7 @@ impl<'a> Output<'a> {
 pub(crate) struct Input<'a> {
     stream: &'a Stream,
     row: Row,
-    rounding: Option<InputRounding>,
+    is_rounded: bool, // where it meets packed weights
     n_rows: usize,
     columns: usize,
     batch_invariant: bool,
@@ -231,16 +233,10 @@ impl<'a> Input<'a> {
         let CudaOptions { activation, batch_invariant, .. } = options;
         let columns = weights[0].columns;
         assert!(weights.iter().all(|w| w.columns == columns), "matrices of one input");
-        let packed = weights.iter().filter(|weight| weight.dtype.is_quantised());
-        let twice = |rounding| matches!(rounding, InputRounding::Twice);
-        let rounding = match activation {
-            Activation::F32 => None,
-            Activation::Int8 => packed.map(|weight| weight.rounding).reduce(|a, b| {
-                if twice(a) || twice(b) { InputRounding::Twice } else { InputRounding::Once }
-            }),
-        };
+        let any_packed = weights.iter().any(|weight| weight.dtype.is_quantised());
+        let is_rounded = activation == Activation::Int8 && any_packed;
         let row = Row { x: x.at(n_rows * columns), norm: NONE, eps: 0.0, padding: 0 };
-        Input { stream, row, rounding, n_rows, columns, batch_invariant }
+        Input { stream, row, is_rounded, n_rows, columns, batch_invariant }
     }
 
     /// The same behind a norm, which meets the rows on their way where all matrices are packed.
@@ -251,10 +247,11 @@ impl<'a> Input<'a> {
         weights: &[&CudaWeight],
     ) -> Input<'a> {
         let Normed { kind, x, n_rows, weight, eps, ref mut work } = *normed;
+        stream.hand_over();
         let direct = Input::new(stream, options, x, n_rows, weights);
         let width = direct.columns;
         let all_packed = weights.iter().all(|weight| weight.dtype.is_quantised());
-        if kind == NormKind::Rms && all_packed && direct.rounding.is_some() {
+        if kind == NormKind::Rms && all_packed && direct.is_rounded {
             let row = Row { norm: weight.at(width), eps, ..direct.row };
             return Input { row, ..direct };
         }
@@ -281,7 +278,7 @@ impl<'a> Input<'a> {
         let up = Output { weight: up, ..gate };
         let facts = |w: &CudaWeight| (w.dtype, w.shared);
         let prepared = self.prepare();
-        let packed = self.rounding.is_some() && gate.weight.dtype.is_quantised();
+        let packed = self.is_rounded && gate.weight.dtype.is_quantised();
         if packed && facts(gate.weight) == facts(up.weight) {
             return self.launch(&[gate, up], true, Epilogue::activated(activation), prepared);
         }
@@ -289,21 +286,17 @@ impl<'a> Input<'a> {
         self.launch(&[up], false, Epilogue::times(), prepared);
     }
 
-    fn is_twice(&self) -> bool {
-        matches!(self.rounding, Some(InputRounding::Twice))
-    }
-
     /// Bytes of shared memory of one rounded row; `Rounded` in `cu/input.cuh` has the same.
     fn row_bytes(&self, halves: bool) -> usize {
-        let integers = if self.is_twice() { 64 } else { 32 };
-        (self.columns / 32 * (integers + 4 + if halves { 8 } else { 4 })).next_multiple_of(16)
+        (self.columns / 32 * (64 + 4 + if halves { 8 } else { 4 })).next_multiple_of(16)
     }
 
     /// Rounds the rows in memory, unless a product does it on its way.
     fn prepare(&self) -> Prepared {
         // Rows of tens of thousands of activations do not fit beside the rings.
-        let fits = self.row_bytes(true) + WARPS * DEPTH * 1200 <= self.stream.max_shared_bytes();
-        if self.rounding.is_none() || self.n_rows == 0 || self.n_rows == 1 && fits {
+        let fits =
+            self.row_bytes(true) + WARPS * DEPTH * 2 * 1200 <= self.stream.max_shared_bytes();
+        if !self.is_rounded || self.n_rows == 0 || self.n_rows == 1 && fits {
             return Prepared::Not;
         }
         let n_values = self.n_rows * self.columns;
@@ -324,8 +317,7 @@ impl<'a> Input<'a> {
             heads: self.stream.work("scales of int8 activations", n_values / 32 * HEAD_BYTES),
             inverses: factors,
         };
-        let kernel = if self.is_twice() { "quantise_twice" } else { "quantise_once" };
-        self.stream.launch(kernel, grid(32 * WARPS), &[&self.row, &out, &width]);
+        self.stream.launch("quantise", grid(32 * WARPS), &[&self.row, &out, &width]);
         Prepared::Rounded(out)
     }
 
@@ -334,7 +326,7 @@ impl<'a> Input<'a> {
         let first = outputs[0].weight;
         let (stream, n_rows) = (self.stream, narrow(self.n_rows));
         let kernels = stream.format(first.format);
-        if self.rounding.is_none() || !first.dtype.is_quantised() {
+        if !self.is_rounded || !first.dtype.is_quantised() {
             let i = usize::from(self.n_rows > 1);
             let (kernel, tile) = (kernels.exact[i], TILES[i]);
             for output in outputs {
@@ -346,32 +338,33 @@ impl<'a> Input<'a> {
             }
             return;
         }
-        let n_units = match paired {
+        let each = outputs.iter().map(|output| output.weight.rows);
+        let n_outputs: usize = each.clone().sum();
+        let n_pairs = match paired {
             true => first.rows,
-            false => outputs.iter().map(|output| output.weight.rows).sum(),
+            false => each.map(|rows| rows.div_ceil(2)).sum(),
         };
         let mut parts = Parts {
             each: [outputs[0].part(); 3],
             n: narrow(outputs.len()),
             paired: paired.into(),
-            n_units: narrow(n_units),
-            padding: 0,
+            n_outputs: narrow(n_outputs),
+            n_pairs: narrow(n_pairs),
         };
         for (part, output) in parts.each.iter_mut().zip(outputs) {
             *part = output.part();
         }
-        let rounded = kernels.rounded[usize::from(self.is_twice())];
+        let rounded = kernels.rounded;
         match prepared {
             Prepared::Not => {
-                let grid = self.grid(first, (n_units, paired), TILES[0]);
+                let grid = self.grid(first, n_pairs, TILES[0]);
                 stream.launch_kernel(rounded[0], grid, &[&parts, &self.row, &end]);
             }
             Prepared::Rounded(x) => {
-                let grid = self.grid(first, (n_units, paired), TILES[1]);
+                let grid = self.grid(first, n_pairs, TILES[1]);
                 stream.launch_kernel(rounded[1], grid, &[&parts, &x, &end, &n_rows]);
             }
             Prepared::Halves(x) => {
-                let n_outputs = n_units * if paired { 2 } else { 1 };
                 let (kernel, grid) = self.matmul(first, n_outputs);
                 stream.launch_kernel(kernel, grid, &[&parts, &x, &end, &n_rows]);
             }
@@ -389,23 +382,23 @@ impl<'a> Input<'a> {
         let n_blocks = n_outputs.div_ceil(FEW_OUTPUTS);
         // Where there is less than a block of threads or two for a multiprocessor, larger ones.
         let n_warps = if n_blocks < 3 * self.stream.facts.n_multiprocessors { 16 } else { 8 };
-        let rings = n_warps * (DEPTH * weight.column_bytes() + 32 * FEW_ROW_BYTES);
+        let rings = n_warps * (FEW_DEPTH * weight.column_bytes() + 32 * FEW_ROW_BYTES);
         let sums = 4 * n_warps * 16 * (1 << size) * FEW_OUTPUTS;
         let (blocks, threads) = ((n_blocks, 1), 32 * n_warps);
         (kernels.few[size], Grid { blocks, threads, ..Grid::one(rings.max(sums)) })
     }
 
-    fn grid(&self, weight: &CudaWeight, (n_units, paired): (usize, bool), tile: usize) -> Grid {
-        let width = if paired { 2 } else { 1 };
+    fn grid(&self, weight: &CudaWeight, n_pairs: usize, tile: usize) -> Grid {
         let n_multiprocessors = self.stream.facts.n_multiprocessors.max(1);
-        let n_chunks = n_units * width * (self.columns / 32).div_ceil(CHUNK);
-        let two = n_chunks >= TWO_FROM * n_multiprocessors;
-        let n_blocks = (n_multiprocessors * if two { 2 } else { 1 }).min(n_units);
-        let rings = WARPS * DEPTH * weight.chunk_bytes();
+        let n_chunks = n_pairs * (self.columns / 32).div_ceil(CHUNK);
+        let rings = WARPS * DEPTH * 2 * weight.chunk_bytes();
         let row = if tile == 1 { self.row_bytes(weight.has_halves()) } else { 0 };
-        let sums = 4 * tile * width * n_units.div_ceil(n_blocks.max(1));
-        let n_tiles = self.n_rows.div_ceil(tile);
-        let threads = 32 * WARPS;
-        Grid { blocks: (n_blocks, n_tiles), threads, ..Grid::one(row + rings + sums) }
+        let shared_bytes =
+            |n_blocks: usize| row + rings + 4 * tile * 2 * n_pairs.div_ceil(n_blocks.max(1));
+        let two = n_chunks >= TWO_FROM * n_multiprocessors
+            && 2 * shared_bytes(2 * n_multiprocessors) <= self.stream.max_shared_bytes();
+        let n_blocks = (n_multiprocessors * if two { 2 } else { 1 }).min(n_pairs);
+        let (blocks, threads) = ((n_blocks, self.n_rows.div_ceil(tile)), 32 * WARPS);
+        Grid { blocks, threads, ..Grid::one(shared_bytes(n_blocks)) }
     }
 }

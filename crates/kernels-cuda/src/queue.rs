@@ -17,7 +17,7 @@ use cudarc::driver::{CudaSlice, DriverError, result, sys};
 /// Launches from which a graph is worth its making.
 const GRAPH_FROM: usize = 16;
 /// Graphs that are kept, and lists that are remembered.
-const KEPT: usize = 64;
+const KEPT: usize = 256;
 /// Smallest memory for uploads, in bytes.
 const CHUNK_BYTES: usize = 1 << 20;
 /// Uploads start on multiples of this.
@@ -174,6 +174,11 @@ impl Queue {
     /// Notes a launch.
     pub(crate) fn push(&mut self, kernel: Kernel, dimensions: Dimensions, arguments: &[&[u8]]) {
         self.list.push(kernel, dimensions, arguments);
+    }
+
+    /// Launches that wait.
+    pub(crate) fn len(&self) -> usize {
+        self.list.launches.len()
     }
 
     /// Graphs that were ever made.

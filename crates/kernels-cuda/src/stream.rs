@@ -15,6 +15,7 @@ use cudarc::driver::{
 };
 use exrail_kernels::KernelError;
 
+use crate::loader::Loader;
 use crate::queue::{Kernel, Queue};
 use crate::{CudaError, DeviceFacts, device};
 
@@ -32,6 +33,8 @@ const BINARIES: [(&str, &[u8]); 10] = [
     ("rows", include_bytes!(concat!(env!("OUT_DIR"), "/rows.fatbin"))),
 ];
 
+/// Launches that are handed over while more are asked for: about a third of a step of a small model.
+const HAND_OVER_FROM: usize = 64;
 /// Shared memory that kernels have besides what a launch adds, at most.
 const STATIC_BYTES: usize = 4096;
 
@@ -133,9 +136,9 @@ impl Drop for Memory {
 /// The kernels of products with weights of one format; a step of decode asks for hundreds. Those that
 /// a format of floats lacks are its first.
 pub(crate) struct FormatKernels {
-    pub(crate) exact: [Kernel; 2],        // by tile
-    pub(crate) rounded: [[Kernel; 2]; 2], // rounded once and twice, by tile
-    pub(crate) few: [Kernel; 3],          // of 16, 32 and 64 rows
+    pub(crate) exact: [Kernel; 2],   // by tile
+    pub(crate) rounded: [Kernel; 2], // by tile
+    pub(crate) few: [Kernel; 3],     // of 16, 32 and 64 rows
     pub(crate) many: Kernel,
 }
 
@@ -144,8 +147,7 @@ impl FormatKernels {
         let [one, several] = crate::linear::TILES;
         let exact = [one, several].map(|tile| kernels[&format!("linear_f32_{suffix}_{tile}")]);
         let find = |name: String| kernels.get(&name).copied().unwrap_or(exact[0]);
-        let rounded = ["once", "twice"]
-            .map(|mode| [one, several].map(|tile| find(format!("linear_{mode}_{suffix}_{tile}"))));
+        let rounded = [one, several].map(|tile| find(format!("linear_{suffix}_{tile}")));
         let few = [1, 2, 4].map(|tiles| find(format!("matmul_few_{suffix}_{tiles}")));
         FormatKernels { exact, rounded, few, many: find(format!("matmul_many_{suffix}")) }
     }
@@ -176,6 +178,7 @@ pub(crate) struct Stream {
     formats: Vec<FormatKernels>, // in the order of `weight::SUFFIXES`
     max_shared_bytes: usize,
     shared: Mutex<Shared>,
+    loader: Mutex<Option<Loader>>, // while a model is loaded
 }
 
 impl fmt::Debug for Stream {
@@ -202,7 +205,8 @@ impl Stream {
         let queue = Queue::new(device::kernels_overlap(&facts));
         let shared = Mutex::new(Shared { queue, ..Shared::default() });
         let max_shared_bytes = limit - STATIC_BYTES;
-        Ok(Stream { facts, context, stream, kernels, formats, max_shared_bytes, shared })
+        let loader = Mutex::default();
+        Ok(Stream { facts, context, stream, kernels, formats, max_shared_bytes, shared, loader })
     }
 
     /// The products of a format, by its place in `weight::SUFFIXES`.
@@ -245,6 +249,48 @@ impl Stream {
         // SAFETY: `memory` has room, and the driver has taken pageable bytes when this returns.
         let copied = unsafe { result::memcpy_htod_async(to, bytes, self.stream.cu_stream()) };
         self.expect(copied, "copying to the device");
+    }
+
+    /// Copies a file's bytes, at most [`crate::loader::SLOT_BYTES`], to where `then` finds them; `then`
+    /// asks for what uses them.
+    pub(crate) fn load(&self, bytes: &[u8], then: impl FnOnce(Address)) -> Result<(), KernelError> {
+        let mut loader = self.loader.lock().unwrap_or_else(PoisonError::into_inner);
+        self.flush();
+        if loader.is_none() {
+            let allocate = |wanted| {
+                let memory = self.stream.alloc_zeros(wanted)?;
+                let Address(start) = self.address(&memory);
+                Ok::<_, DriverError>((memory, start))
+            };
+            *loader = Some(Loader::new(allocate).map_err(|_| KernelError::OutOfMemory {
+                what: "loading".to_owned(),
+                wanted_bytes: 2 * crate::loader::SLOT_BYTES,
+                device: self.device(),
+            })?);
+        }
+        let loader = loader.as_mut().expect("made above");
+        let stream = self.stream.cu_stream();
+        match loader.send(bytes, stream) {
+            Ok(start) => then(Address(start)),
+            Err(error) => self.expect(Err(error), "copying to the device"),
+        }
+        self.flush();
+        self.expect(loader.taken(stream), "copying to the device");
+        Ok(())
+    }
+
+    /// Gives back what loading needed.
+    pub(crate) fn end_of_loading(&self) {
+        self.wait();
+        *self.loader.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+
+    /// Hands a long list over early, so that the device begins while the host goes on asking. Called
+    /// where no upload waits for its launch.
+    pub(crate) fn hand_over(&self) {
+        if self.shared().queue.len() >= HAND_OVER_FROM {
+            self.flush();
+        }
     }
 
     fn read(&self, memory: &CudaSlice<u8>, bytes: &mut [u8]) {
@@ -461,7 +507,7 @@ fn names(file: &str) -> Vec<String> {
             names
         }
         "norm" => plain(&["norm_rows"]),
-        "quantise" => plain(&["quantise_once", "quantise_twice"]),
+        "quantise" => plain(&["quantise"]),
         "rope" => plain(&["rope", "rope_turns", "place_heads"]),
         "repack" => blocks().map(|(_, suffix)| format!("repack_{suffix}")).collect(),
         "linear" => {
@@ -470,8 +516,7 @@ fn names(file: &str) -> Vec<String> {
                 for tile in crate::linear::TILES {
                     names.push(format!("linear_f32_{suffix}_{tile}"));
                     if dtype.is_quantised() {
-                        names.push(format!("linear_once_{suffix}_{tile}"));
-                        names.push(format!("linear_twice_{suffix}_{tile}"));
+                        names.push(format!("linear_{suffix}_{tile}"));
                     }
                 }
             }

@@ -5,9 +5,10 @@
 use std::sync::Arc;
 
 use cudarc::driver::DeviceRepr;
-use exrail_kernels::{InputRounding, KernelError, WeightView};
+use exrail_kernels::{KernelError, WeightView};
 use exrail_tensor::DType;
 
+use crate::loader::SLOT_BYTES;
 use crate::memory::narrow;
 use crate::stream::{Address, Grid, Memory, Stream};
 
@@ -30,9 +31,6 @@ pub(crate) const SUFFIXES: [(DType, &str); 16] = [
     (DType::IQ4_XS, "iq4_xs"),
     (DType::MXFP4, "mxfp4"),
 ];
-
-/// Bytes of a checkpoint's blocks that are uploaded at once.
-const CHUNK_BYTES: usize = 64 << 20;
 
 /// The C++ struct of the same name.
 #[derive(Clone, Copy, Debug)]
@@ -85,7 +83,6 @@ impl PlaneBytes {
 pub struct CudaWeight {
     pub(crate) dtype: DType,
     pub(crate) format: usize, // the place of `dtype` in `SUFFIXES`
-    pub(crate) rounding: InputRounding,
     pub(crate) rows: usize,
     pub(crate) columns: usize,
     /// 2^shared neighbours of a row share a scale.
@@ -102,12 +99,26 @@ impl CudaWeight {
         view: &WeightView<'_>,
     ) -> Result<CudaWeight, KernelError> {
         let row_bytes = view.row_bytes()?;
+        let shared = maybe_shared_scales(view);
+        if let Some(weight) = CudaWeight::packed(stream, view, row_bytes, shared)? {
+            return Ok(weight);
+        }
+        let packed = CudaWeight::packed(stream, view, row_bytes, 0)?;
+        Ok(packed.expect("blocks with scales of their own are what they are"))
+    }
+
+    /// The same with scales that 2^`shared` neighbours share, or nothing if some do not.
+    fn packed(
+        stream: &Arc<Stream>,
+        view: &WeightView<'_>,
+        row_bytes: usize,
+        shared: u32,
+    ) -> Result<Option<CudaWeight>, KernelError> {
         let WeightView { dtype, rows, columns, .. } = *view;
         let bytes = PlaneBytes::of(dtype);
         // Planes start on 256 bytes; only floats have rows of no whole blocks.
         let n_blocks = (rows * columns).div_ceil(32);
         let aligned = |bytes: usize| bytes.next_multiple_of(256);
-        let shared = shared_scales(view);
         let n_scales = columns.div_ceil(32).div_ceil(1 << shared);
         let scale_bytes = (n_scales * bytes.scales).next_multiple_of(4);
         let high = aligned(n_blocks * bytes.low);
@@ -115,10 +126,9 @@ impl CudaWeight {
         let supers = scales + aligned(rows * scale_bytes);
         let len = supers + aligned(n_blocks.div_ceil(8) * bytes.supers);
         let memory = Memory::zeroed(stream, len, view.name)?;
-        let mut weight = CudaWeight {
+        let weight = CudaWeight {
             dtype,
             format: SUFFIXES.iter().position(|&(known, _)| known == dtype).unwrap_or(0),
-            rounding: view.rounding,
             rows,
             columns,
             shared,
@@ -127,11 +137,14 @@ impl CudaWeight {
             parts: [high, scales, supers],
         };
         if dtype.is_quantised() {
-            weight.repack(stream, view.bytes, row_bytes)?;
-        } else {
-            weight.memory.write(view.bytes);
+            return Ok(weight.repack(stream, view.bytes, row_bytes)?.then_some(weight));
         }
-        Ok(weight)
+        let Address(start) = weight.memory.address();
+        for (i, chunk) in view.bytes.chunks(SLOT_BYTES).enumerate() {
+            let to = Address(start + (i * SLOT_BYTES) as u64);
+            stream.load(chunk, |from| stream.copy(from, to, chunk.len()))?;
+        }
+        Ok(Some(weight))
     }
 
     /// The ending of the names of this format's kernels.
@@ -165,25 +178,24 @@ impl CudaWeight {
         32 * (bytes.low + bytes.high + 4 + if bytes.supers > 0 { 4 } else { 0 })
     }
 
-    /// In runs of whole rows, through one staging buffer.
+    /// In runs of whole rows; whether all neighbours that should share a scale do.
     fn repack(
         &self,
         stream: &Arc<Stream>,
         bytes: &[u8],
         row_bytes: usize,
-    ) -> Result<(), KernelError> {
+    ) -> Result<bool, KernelError> {
         if bytes.is_empty() {
-            return Ok(());
+            return Ok(true);
         }
-        let rows_at_once = (CHUNK_BYTES / row_bytes).clamp(1, self.rows);
-        let mut staging =
-            Memory::zeroed(stream, rows_at_once * row_bytes, "a checkpoint's blocks")?;
+        assert!(row_bytes <= SLOT_BYTES, "a row of {row_bytes} bytes");
+        let rows_at_once = SLOT_BYTES / row_bytes;
+        let differ = Memory::zeroed(stream, 4, "a flag")?;
         let kernel = format!("repack_{}", self.suffix());
         let unit = PlaneBytes::of(self.dtype);
         let (mut first_row, mut first_block) = (0, 0);
         for chunk in bytes.chunks(rows_at_once * row_bytes) {
             let n_blocks = chunk.len() / row_bytes * self.columns / 32;
-            staging.write(chunk);
             let mut planes = self.planes();
             let behind = |Address(at): Address, bytes| Address(at + (first_block * bytes) as u64);
             planes.low = behind(planes.low, unit.low);
@@ -191,29 +203,41 @@ impl CudaWeight {
             planes.scales = Address(planes.scales.0 + (first_row * self.scale_bytes) as u64);
             // Formats with superblocks have whole ones in a row.
             planes.supers = Address(planes.supers.0 + (first_block / 8 * unit.supers) as u64);
-            let (from, n) = (staging.address(), narrow(n_blocks));
-            stream.launch(&kernel, Grid::each(n_blocks), &[&from, &planes, &n]);
+            let (n, flag) = (narrow(n_blocks), differ.address());
+            stream.load(chunk, |from| {
+                stream.launch(&kernel, Grid::each(n_blocks), &[&from, &planes, &n, &flag]);
+            })?;
             first_row += chunk.len() / row_bytes;
             first_block += n_blocks;
         }
-        Ok(())
+        if self.shared == 0 {
+            return Ok(true);
+        }
+        let mut flag = [0; 4];
+        differ.read(&mut flag);
+        Ok(flag == [0; 4])
     }
 }
 
-/// Neighbours that share a scale in a checkpoint with larger groups than its format's blocks (GPTQ and
-/// AWQ with groups of 128), as a power of two: where every block of a row has the scale of the first of
-/// its four, only that one is kept. Nothing changes but the bytes that a product reads.
-fn shared_scales(view: &WeightView<'_>) -> u32 {
+/// Neighbours that may share a scale, as a power of two. In a checkpoint with larger groups than its
+/// format's blocks (GPTQ and AWQ with groups of 128) every block has the scale of the first of its four,
+/// and only that one is kept: nothing changes but the bytes that a product reads. A few groups are looked
+/// at here; the device looks at all.
+fn maybe_shared_scales(view: &WeightView<'_>) -> u32 {
     const GROUP: usize = 4;
-    let (n_scale_bytes, block_bytes) = match view.dtype {
-        DType::Q4_0 | DType::Q8_0 | DType::IQ4_NL => (2, view.dtype.block_bytes()),
-        DType::Q4_1 => (4, view.dtype.block_bytes()),
+    const LOOKED_AT: usize = 64;
+    let block_bytes = view.dtype.block_bytes();
+    let n_scale_bytes = match view.dtype {
+        DType::Q4_0 | DType::Q8_0 | DType::IQ4_NL => 2,
+        DType::Q4_1 => 4,
         _ => return 0,
     };
     if !view.columns.is_multiple_of(32 * GROUP) || view.bytes.is_empty() {
         return 0;
     }
-    let shared = view.bytes.chunks_exact(GROUP * block_bytes).all(|group| {
+    let groups = view.bytes.chunks_exact(GROUP * block_bytes);
+    let step = (groups.len() / LOOKED_AT).max(1);
+    let shared = groups.step_by(step).all(|group| {
         let scale = &group[..n_scale_bytes];
         group.chunks_exact(block_bytes).all(|block| block[..n_scale_bytes] == *scale)
     });

@@ -79,6 +79,36 @@ fn a_row_alone_equals_the_row_in_a_batch() {
     }
 }
 
+/// Groups of four blocks share a scale, as in a checkpoint with groups of 128, and are kept so; where
+/// one block of one group has its own, it counts.
+#[test]
+fn shared_scales_change_no_value() {
+    let (dtype, rows, columns) = (DType::Q4_0, 64, 512);
+    let values = noise(9, rows * columns);
+    let mut bytes = exrail_tensor::quantize(dtype, &values).expect("whole blocks");
+    for group in bytes.chunks_exact_mut(4 * dtype.block_bytes()) {
+        let scale = [group[0], group[1]];
+        group.chunks_exact_mut(dtype.block_bytes()).for_each(|b| b[..2].copy_from_slice(&scale));
+    }
+    let mut with_one = bytes.clone();
+    let block = 7 * 4 * dtype.block_bytes() + 2 * dtype.block_bytes();
+    with_one[block + 1] = 0x30; // 0.125 and more
+    let x = noise(10, columns);
+    for bytes in [&bytes, &with_one] {
+        let (name, rounding, head) = ("w", InputRounding::Twice, false);
+        let view = WeightView { name, dtype, rows, columns, bytes, rounding, head };
+        let mut weights = vec![0.0; rows * columns];
+        exrail_tensor::dequantize(dtype, bytes, &mut weights).expect("whole blocks");
+        for backend in backends() {
+            for (n, found) in product(&backend, &view, &x).into_iter().enumerate() {
+                let row = &weights[n * columns..][..columns];
+                let expected: f32 = row.iter().zip(&x).map(|(w, x)| w * x).sum();
+                assert!((found - expected).abs() < 2e-3, "{n}: {found}, expected {expected}");
+            }
+        }
+    }
+}
+
 #[test]
 fn a_nan_activation_reaches_the_output_of_its_row_only() {
     for batch_invariant in [false, true] {

@@ -17,9 +17,9 @@ use exrail_model::{Batch, Decoder};
 const EXACT_DISTANCE: f32 = 2e-4;
 /// The same of a real model, whose logits reach 30.
 const REAL_DISTANCE: f32 = 2e-3;
-/// Mean KLD of the fast mode against the exact one, as a multiple of what the CPU's fast mode has: both
-/// round alike, the GPU less where rows come in batches.
-const FAST_SHARE: f64 = 1.25;
+/// Largest mean KLD of the fast mode against the exact one, in nats: activations have 16 bits row by row
+/// and 11 in batches, keys and values are halves.
+const FAST_KLD: f64 = 2e-4;
 
 type Model<'a> = (&'a DecoderConfig, &'a dyn Tensors);
 
@@ -177,8 +177,6 @@ fn real_models_agree_with_the_cpu_and_with_themselves() {
         // Both modes against the exact one of the CPU; the fast one row by row and in batches, whose
         // kernels round differently.
         let expected = logits(&cpu(Activation::F32), model, &ids, 64, KvDtype::F32);
-        let fast = logits(&cpu(Activation::Int8), model, &ids, 64, KvDtype::F16);
-        let allowed = FAST_SHARE * mean_kld(&expected, &fast, config.vocab_size);
         for (activation, kv, step) in [
             (Activation::F32, KvDtype::F32, 64),
             (Activation::Int8, KvDtype::F16, 1),
@@ -195,7 +193,7 @@ fn real_models_agree_with_the_cpu_and_with_themselves() {
             match activation {
                 Activation::F32 => assert!(distance < REAL_DISTANCE, "{variable}: {distance:e}"),
                 Activation::Int8 => {
-                    assert!(kld < allowed, "{variable}: {kld:e} of {allowed:e}");
+                    assert!(kld < FAST_KLD, "{variable}: {kld:e}");
                 }
             }
             let runs = [(); 3].map(|()| greedy(&cuda, model, &ids[..20], 64));

@@ -50,7 +50,7 @@ pub(super) struct FirstToken {
 /// # Errors
 /// The model cannot be loaded, or gives no token.
 pub(super) fn run(plan: &Plan, path: &Path, since: Instant) -> Result<FirstToken> {
-    let (device, _) = Device::open(plan.device, plan.cpu())?;
+    let (device, _) = Device::open(plan.device, plan.cpu(), plan.batch_invariant)?;
     device.run(Start { plan, path, since })
 }
 

@@ -44,6 +44,9 @@ pub(super) struct Workload {
     /// How activations meet quantised weights.
     #[arg(long, value_enum, default_value = "int8")]
     activation: ActivationOption,
+    /// Rows that do not depend on the other rows of their batch, see `exrail serve`.
+    #[arg(long)]
+    batch_invariant: bool,
     /// Element type of the KV cache.
     #[arg(long, value_enum, default_value = "f16")]
     kv: KvOption,
@@ -72,6 +75,8 @@ pub(super) struct Plan {
     pub(super) chunk: usize,
     /// How activations meet quantised weights.
     pub(super) activation: ActivationOption,
+    /// Whether a row may not depend on the other rows of its batch.
+    pub(super) batch_invariant: bool,
     /// Element type of the KV cache.
     pub(super) kv: KvOption,
 }
@@ -99,6 +104,7 @@ impl Workload {
             threads: self.threads.map(NonZeroUsize::get),
             chunk: self.chunk.get(),
             activation: self.activation,
+            batch_invariant: self.batch_invariant,
             kv: self.kv,
         })
     }
@@ -172,7 +178,9 @@ impl Plan {
         if let Some(threads) = self.threads {
             pairs.push(("--threads", threads.to_string()));
         }
-        pairs.into_iter().flat_map(|(name, value)| [name.to_owned(), value]).collect()
+        let pairs = pairs.into_iter().flat_map(|(name, value)| [name.to_owned(), value]);
+        let flag = self.batch_invariant.then(|| "--batch-invariant".to_owned());
+        pairs.chain(flag).collect()
     }
 }
 
@@ -197,7 +205,10 @@ mod tests {
         let given = ["--prompt", "64,512", "--gen", "7", "--depth", "0,1000", "--batch", "8,1"];
         let more = ["--repeat", "3", "--chunk", "32", "--threads", "2", "--device", "cpu"];
         let plan_of = |arguments: &[&str]| plan(arguments).unwrap();
-        let first = plan_of(&[&given[..], &more, &["--activation", "f32", "--kv", "f32"]].concat());
+        let first = plan_of(
+            &[&given[..], &more, &["--activation", "f32", "--kv", "f32", "--batch-invariant"]]
+                .concat(),
+        );
         let arguments = first.arguments();
         let again: Vec<&str> = arguments.iter().map(String::as_str).collect();
         assert_eq!(plan_of(&again), first);

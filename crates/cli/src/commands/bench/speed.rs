@@ -24,9 +24,9 @@ use crate::{
     progress::Bars,
 };
 
-/// Largest KLD, in nats, between the logits of a prefill and of token-by-token decode: what int8
-/// activations may cost against exact ones. The two round the same activations, so that they may
-/// not differ by more. A kernel that computes something else has no speed.
+/// Largest KLD, in nats, between the logits of a prefill and of token-by-token decode: what rounded
+/// activations may cost against exact ones. The two round alike or, on a GPU, more finely, so that they
+/// may not differ by more. A kernel that computes something else has no speed.
 const KLD_LIMIT: f64 = 2e-3;
 
 /// Positions of that comparison.
@@ -94,7 +94,7 @@ pub(super) enum StepOutput {
 /// # Errors
 /// The model cannot be loaded, its context is too short, or prefill and decode disagree.
 pub(super) fn run(plan: &Plan, path: &Path, bars: &mut Bars) -> Result<Speed> {
-    let (device, _) = Device::open(plan.device, plan.cpu())?;
+    let (device, _) = Device::open(plan.device, plan.cpu(), plan.batch_invariant)?;
     device.run(Tests { plan, path, bars })
 }
 
