@@ -95,16 +95,33 @@ const CHUNK_BYTES: usize = 4 << 20;
 /// The context that the file claims.
 const CONTEXT_LEN: u32 = 8192;
 
+#[derive(Clone, Copy)]
+enum Kind {
+    Norm,
+    Int4,
+    SixBits,
+}
+
+impl Kind {
+    fn dtype(self) -> DType {
+        match self {
+            Kind::Norm => DType::F32,
+            Kind::Int4 => DType::Q4_0,
+            Kind::SixBits => DType::Q6_K,
+        }
+    }
+}
+
 struct Tensor {
     name: String,
-    dtype: DType,
+    kind: Kind,
     rows: usize, // 0: a vector
     columns: usize,
 }
 
 impl Tensor {
     fn n_bytes(&self) -> usize {
-        let row = self.dtype.row_bytes(self.columns).expect("the shapes are whole blocks");
+        let row = self.kind.dtype().row_bytes(self.columns).expect("the shapes are whole blocks");
         row * self.rows.max(1)
     }
 }
@@ -136,7 +153,7 @@ pub fn synthetic_llama(path: &Path, shape: &SyntheticLlama, seed: u64) -> io::Re
         if tensor.rows > 0 {
             dimensions.push(tensor.rows as u64);
         }
-        let type_id = tensor.dtype.to_ggml();
+        let type_id = tensor.kind.dtype().to_ggml();
         writer = writer.raw_tensor(tensor.name.as_bytes(), &dimensions, type_id, offset as u64);
         offset = (offset + tensor.n_bytes()).next_multiple_of(32);
     }
@@ -153,14 +170,14 @@ pub fn synthetic_llama(path: &Path, shape: &SyntheticLlama, seed: u64) -> io::Re
 fn tensors(shape: &SyntheticLlama) -> Vec<Tensor> {
     let (width, query, kv) =
         (shape.width, shape.n_heads * shape.head_dim, shape.n_kv_heads * shape.head_dim);
-    let matrix = |name: String, dtype: DType, rows: usize, columns: usize| Tensor {
+    let matrix = |name: String, kind: Kind, rows: usize, columns: usize| Tensor {
         name,
-        dtype,
+        kind,
         rows,
         columns,
     };
-    let norm = |name: String| Tensor { name, dtype: DType::F32, rows: 0, columns: width };
-    let mut all = vec![matrix("token_embd.weight".into(), DType::Q6_K, shape.vocab_size, width)];
+    let norm = |name: String| Tensor { name, kind: Kind::Norm, rows: 0, columns: width };
+    let mut all = vec![matrix("token_embd.weight".into(), Kind::SixBits, shape.vocab_size, width)];
     for i in 0..shape.n_layers {
         all.push(norm(format!("blk.{i}.attn_norm.weight")));
         for (part, rows, columns) in [
@@ -172,13 +189,13 @@ fn tensors(shape: &SyntheticLlama) -> Vec<Tensor> {
             ("ffn_up", shape.ffn_width, width),
             ("ffn_down", width, shape.ffn_width),
         ] {
-            all.push(matrix(format!("blk.{i}.{part}.weight"), DType::Q4_0, rows, columns));
+            all.push(matrix(format!("blk.{i}.{part}.weight"), Kind::Int4, rows, columns));
         }
         all.push(norm(format!("blk.{i}.ffn_norm.weight")));
     }
     all.push(norm("output_norm.weight".into()));
     if !shape.tied {
-        all.push(matrix("output.weight".into(), DType::Q6_K, shape.vocab_size, width));
+        all.push(matrix("output.weight".into(), Kind::SixBits, shape.vocab_size, width));
     }
     all
 }
@@ -193,17 +210,17 @@ fn write(file: &mut impl Write, tensor: &Tensor, seed: u64) -> io::Result<()> {
     while written < n_bytes {
         chunk.clear();
         while chunk.len() < CHUNK_BYTES && written + chunk.len() < n_bytes {
-            match tensor.dtype {
-                DType::F32 => chunk.extend(1.0_f32.to_le_bytes()),
+            match tensor.kind {
+                Kind::Norm => chunk.extend(1.0_f32.to_le_bytes()),
                 // Uniform codes -8..8 have a deviation of 4.6, -32..32 one of 18.5.
-                DType::Q4_0 => {
+                Kind::Int4 => {
                     let d = half(deviation / 4.6 * spread(&mut random));
                     for _ in 0..GROUP_BLOCKS {
                         let qs = bytes::<16>(&mut random);
                         chunk.extend(BlockQ4_0 { d, qs }.to_bytes());
                     }
                 }
-                _ => {
+                Kind::SixBits => {
                     let d = half(deviation / (18.5 * 4.0) * spread(&mut random));
                     let (ql, qh) = (bytes::<128>(&mut random), bytes::<64>(&mut random));
                     chunk.extend(BlockQ6_K { ql, qh, scales: [4; 16], d }.to_bytes());

@@ -14,18 +14,72 @@ use exrail_kernels::{
     AttentionShape, AttentionSpan, Backend, GateActivation, HeadRows, InputRounding, KvDtype,
     KvShape, KvSlot, NormKind, Normed, PAGE_TOKENS, PageId, Rope, RopeStyle, TokenId, WeightView,
 };
-use exrail_kernels_cuda::{CopyProbe, CudaBackend, CudaOptions, CudaWeight};
+use exrail_kernels_cuda::{CopyProbe, CudaBackend, CudaBuffer, CudaOptions, CudaWeight};
 use exrail_model::{Batch, Decoder};
 use exrail_tensor::DType;
 
-/// Layers, width, query heads, key/value heads, head width, FFN width, vocabulary.
-type Shape = (&'static str, usize, usize, usize, usize, usize, usize, usize);
+/// Sizes of a decoder.
+#[derive(Clone, Copy)]
+struct Shape {
+    name: &'static str,
+    n_layers: usize,
+    width: usize,
+    n_heads: usize,
+    n_kv_heads: usize,
+    head_dim: usize,
+    ffn_width: usize,
+    vocab_size: usize,
+}
 
+impl Shape {
+    fn query_width(self) -> usize {
+        self.n_heads * self.head_dim
+    }
+
+    fn kv_width(self) -> usize {
+        self.n_kv_heads * self.head_dim
+    }
+}
+
+const LLAMA_2_7B: Shape = Shape {
+    name: "llama-2-7b",
+    n_layers: 32,
+    width: 4096,
+    n_heads: 32,
+    n_kv_heads: 32,
+    head_dim: 128,
+    ffn_width: 11_008,
+    vocab_size: 32_000,
+};
 const SHAPES: [Shape; 4] = [
-    ("llama-2-7b", 32, 4096, 32, 32, 128, 11_008, 32_000),
-    ("llama-3-8b", 32, 4096, 32, 8, 128, 14_336, 128_256),
-    ("llama-3.2-1b", 16, 2048, 32, 8, 64, 8192, 128_256),
-    ("smollm2-135m", 30, 576, 9, 3, 64, 1536, 49_152),
+    LLAMA_2_7B,
+    Shape {
+        name: "llama-3-8b",
+        n_kv_heads: 8,
+        ffn_width: 14_336,
+        vocab_size: 128_256,
+        ..LLAMA_2_7B
+    },
+    Shape {
+        name: "llama-3.2-1b",
+        n_layers: 16,
+        width: 2048,
+        n_heads: 32,
+        n_kv_heads: 8,
+        head_dim: 64,
+        ffn_width: 8192,
+        vocab_size: 128_256,
+    },
+    Shape {
+        name: "smollm2-135m",
+        n_layers: 30,
+        width: 576,
+        n_heads: 9,
+        n_kv_heads: 3,
+        head_dim: 64,
+        ffn_width: 1536,
+        vocab_size: 49_152,
+    },
 ];
 /// Passes before: the second makes the graph.
 const WARM_UPS: usize = 3;
@@ -44,11 +98,14 @@ fn main() {
     println!("|---|---|---|---|---|---|---|---|");
     for shape in SHAPES {
         for (n_rows, depth) in [(1, 512), (1, 3500), (8, 512), (2048, 0)] {
-            stages(&backend, shape, n_rows, depth, copy);
+            let load = Load { backend: &backend, shape, n_rows, depth, copy };
+            load.products();
+            load.heads();
         }
     }
 }
 
+/// The weights of a layer.
 struct Layer {
     qkv: [CudaWeight; 3],
     out: CudaWeight,
@@ -57,160 +114,165 @@ struct Layer {
     down: CudaWeight,
 }
 
-fn weight(backend: &CudaBackend, dtype: DType, rows: usize, columns: usize) -> (CudaWeight, usize) {
-    let len = rows * dtype.row_bytes(columns).expect("whole blocks");
-    let bytes: Vec<u8> = (0..len).map(|i| (i * i % 251) as u8 & 0x3f).collect();
-    let (name, rounding, head) = ("w", InputRounding::Twice, false);
-    let view = WeightView { name, dtype, rows, columns, bytes: &bytes, rounding, head };
-    (backend.weight(&view).expect("the device has memory"), len)
+/// Rows that go through a decoder's stages.
+#[derive(Clone, Copy)]
+struct Load<'a> {
+    backend: &'a CudaBackend,
+    shape: Shape,
+    n_rows: usize, // of one sequence in prefill, or one a sequence in decode
+    depth: usize,
+    copy: f64, // bytes a second
 }
 
-fn stages(backend: &CudaBackend, shape: Shape, n_rows: usize, depth: usize, copy: f64) {
-    let (name, n_layers, width, n_heads, n_kv_heads, head_dim, ffn, vocabulary) = shape;
-    let (query, kv) = (n_heads * head_dim, n_kv_heads * head_dim);
-    let prefill = n_rows > 64;
-    let dtype = DType::Q4_0;
-    let mut bytes = [0; 4];
-    let layers: Vec<Layer> = (0..n_layers)
-        .map(|_| {
-            let mut make = |stage: usize, rows, columns| {
-                let (weight, len) = weight(backend, dtype, rows, columns);
-                bytes[stage] += len;
-                weight
-            };
-            Layer {
-                qkv: [make(0, query, width), make(0, kv, width), make(0, kv, width)],
-                out: make(1, width, query),
-                gate: make(2, ffn, width),
-                up: make(2, ffn, width),
-                down: make(3, width, ffn),
-            }
-        })
-        .collect();
-    let (head, head_bytes) = weight(backend, DType::Q6_K, vocabulary, width.next_multiple_of(256));
-    let buffer = |len: usize| backend.buffer(n_rows * len).expect("memory");
-    let ones = |len: usize| {
-        let mut buffer = backend.buffer(len).expect("memory");
-        backend.write(&mut buffer, &vec![1.0; len]);
+impl Load<'_> {
+    fn weight(&self, dtype: DType, rows: usize, columns: usize) -> CudaWeight {
+        let len = bytes_of(dtype, rows, columns);
+        let bytes: Vec<u8> = (0..len).map(|i| (i * i % 251) as u8 & 0x3f).collect();
+        let (name, rounding, head) = ("w", InputRounding::Twice, false);
+        let view = WeightView { name, dtype, rows, columns, bytes: &bytes, rounding, head };
+        self.backend.weight(&view).expect("the device has memory")
+    }
+
+    fn layer(&self) -> Layer {
+        let Shape { width, ffn_width, .. } = self.shape;
+        let (query, kv) = (self.shape.query_width(), self.shape.kv_width());
+        let make = |rows, columns| self.weight(DType::Q4_0, rows, columns);
+        Layer {
+            qkv: [make(query, width), make(kv, width), make(kv, width)],
+            out: make(width, query),
+            gate: make(ffn_width, width),
+            up: make(ffn_width, width),
+            down: make(width, ffn_width),
+        }
+    }
+
+    fn buffer(&self, len: usize) -> CudaBuffer {
+        let mut buffer = self.backend.buffer(len).expect("memory");
+        self.backend.write(&mut buffer, &vec![1.0; len]);
         buffer
-    };
-    let wide = width.next_multiple_of(256);
-    let (norm, head_norm) = (ones(width), ones(wide));
-    let mut x = ones(n_rows * wide);
-    let (mut q, mut k, mut v) = (buffer(query), buffer(kv), buffer(kv));
-    let (mut attended, mut gated) = (buffer(query), buffer(ffn));
-    let n_logits = if prefill { 1 } else { n_rows };
-    let mut logits = backend.buffer(n_logits * vocabulary).expect("memory");
-    let (mut work, kind, eps) = (buffer(wide), NormKind::Rms, 1e-5);
-    // One sequence in prefill, or one a row in decode.
-    let (n_sequences, rows_of_one) = if prefill { (1, n_rows) } else { (n_rows, 1) };
-    let pages_of_one = (depth + rows_of_one).div_ceil(PAGE_TOKENS);
-    let n_pages = n_sequences * pages_of_one;
-    let kv_shape = KvShape { n_layers, n_kv_heads, head_dim, n_pages, dtype: KvDtype::F16 };
-    let mut pool = backend.kv_pool(kv_shape).expect("memory");
-    let pages: Vec<PageId> = (0..n_pages as u32).map(PageId).collect();
-    let own = |row: usize| &pages[row / rows_of_one * pages_of_one..][..pages_of_one];
-    let position = |row: usize| depth + row % rows_of_one;
-    let positions: Vec<u32> = (0..n_rows).map(|row| position(row) as u32).collect();
-    let slots: Vec<KvSlot> = (0..n_rows)
-        .map(|row| KvSlot {
+    }
+
+    fn is_prefill(&self) -> bool {
+        self.n_rows > 64
+    }
+
+    /// Measures `n_nodes` of a stage, which read `bytes` together.
+    fn report(&self, stage: &str, bytes: usize, n_nodes: usize, run: impl FnMut()) {
+        let seconds = measure(self.backend, run);
+        let (us, rate) = (1e6 * seconds / n_nodes as f64, bytes as f64 / seconds);
+        let mb = bytes as f64 / n_nodes as f64 / 1e6;
+        println!(
+            "| {} | {stage} | {} | {} | {us:.2} | {mb:.2} | {:.0} | {:.0} % |",
+            self.shape.name,
+            self.n_rows,
+            self.depth,
+            rate / 1e9,
+            100.0 * rate / self.copy
+        );
+    }
+
+    /// What reads weights.
+    fn products(&self) {
+        let Load { backend, n_rows, .. } = *self;
+        let Shape { n_layers, width, ffn_width, vocab_size, .. } = self.shape;
+        let (query, kv) = (self.shape.query_width(), self.shape.kv_width());
+        let layers: Vec<Layer> = (0..n_layers).map(|_| self.layer()).collect();
+        let bytes = |rows: usize, columns: usize| n_layers * bytes_of(DType::Q4_0, rows, columns);
+        let (norm, kind, eps) = (self.buffer(width), NormKind::Rms, 1e-5);
+        let (mut x, mut work) = (self.buffer(n_rows * width), self.buffer(n_rows * width));
+        let [mut q, mut k, mut v, mut gated] =
+            [query, kv, kv, ffn_width].map(|len| self.buffer(n_rows * len));
+        self.report("norm, q, k, v", bytes(query + 2 * kv, width), n_layers, || {
+            for layer in &layers {
+                let input = Normed { x: &x, n_rows, kind, weight: &norm, eps, work: &mut work };
+                let outs = [&mut q, &mut k, &mut v];
+                backend.norm_qkv(input, layer.qkv.each_ref(), None, outs);
+            }
+        });
+        self.report("output, add", bytes(width, query), n_layers, || {
+            for layer in &layers {
+                backend.linear_add(&q, n_rows, &layer.out, None, 0.0, &mut x);
+            }
+        });
+        self.report("norm, gate, up", bytes(2 * ffn_width, width), n_layers, || {
+            for Layer { gate, up, .. } in &layers {
+                let input = Normed { x: &x, n_rows, kind, weight: &norm, eps, work: &mut work };
+                backend.norm_gate(input, gate, up, GateActivation::Silu, &mut gated);
+            }
+        });
+        self.report("down, add", bytes(width, ffn_width), n_layers, || {
+            for layer in &layers {
+                backend.linear_add(&gated, n_rows, &layer.down, None, 0.0, &mut x);
+            }
+        });
+        // Superblocks have 256 columns.
+        let width = width.next_multiple_of(256);
+        let n_rows = if self.is_prefill() { 1 } else { n_rows };
+        let head = self.weight(DType::Q6_K, vocab_size, width);
+        let (norm, x) = (self.buffer(width), self.buffer(n_rows * width));
+        let (mut work, mut logits) =
+            (self.buffer(n_rows * width), self.buffer(n_rows * vocab_size));
+        self.report("norm, head", 16 * bytes_of(DType::Q6_K, vocab_size, width), 16, || {
+            for _ in 0..16 {
+                let input = Normed { x: &x, n_rows, kind, weight: &norm, eps, work: &mut work };
+                backend.norm_linear(input, &head, &mut logits);
+            }
+        });
+    }
+
+    /// What reads keys and values.
+    fn heads(&self) {
+        let Load { backend, n_rows, depth, .. } = *self;
+        let Shape { n_layers, n_heads, n_kv_heads, head_dim, .. } = self.shape;
+        let (query, kv) = (self.shape.query_width(), self.shape.kv_width());
+        let (n_sequences, rows_of_one) = if self.is_prefill() { (1, n_rows) } else { (n_rows, 1) };
+        let pages_of_one = (depth + rows_of_one).div_ceil(PAGE_TOKENS);
+        let n_pages = n_sequences * pages_of_one;
+        let kv_shape = KvShape { n_layers, n_kv_heads, head_dim, n_pages, dtype: KvDtype::F16 };
+        let mut pool = backend.kv_pool(kv_shape).expect("memory");
+        let pages: Vec<PageId> = (0..n_pages as u32).map(PageId).collect();
+        let own = |row: usize| &pages[row / rows_of_one * pages_of_one..][..pages_of_one];
+        let position = |row: usize| depth + row % rows_of_one;
+        let positions: Vec<u32> = (0..n_rows).map(|row| position(row) as u32).collect();
+        let slot = |row: usize| KvSlot {
             page: own(row)[position(row) / PAGE_TOKENS],
             offset: (position(row) % PAGE_TOKENS) as u32,
-        })
-        .collect();
-    let spans: Vec<AttentionSpan<'_>> = (0..n_sequences)
-        .map(|i| AttentionSpan {
+        };
+        let slots: Vec<KvSlot> = (0..n_rows).map(slot).collect();
+        let span = |i: usize| AttentionSpan {
             first_row: i * rows_of_one,
             n_rows: rows_of_one,
             first_position: depth,
             pages: own(i * rows_of_one),
-        })
-        .collect();
-    let inverse_frequencies = (0..head_dim / 2).map(|i| 1.0 / (i + 1) as f32).collect();
-    let rope = Rope { inverse_frequencies, style: RopeStyle::Interleaved, magnitude: 1.0 };
-    let scale = 1.0 / (head_dim as f32).sqrt();
-    let attention =
-        AttentionShape { n_heads, n_kv_heads, head_dim, scale, soft_cap: None, window: None };
-    let cached = 2 * n_layers * n_sequences * (depth + rows_of_one) * kv * 2;
-
-    let row = |stage: &str, bytes: usize, n_nodes: usize, seconds: f64| {
-        let (us, rate) = (1e6 * seconds / n_nodes as f64, bytes as f64 / seconds);
-        let mb = bytes as f64 / n_nodes as f64 / 1e6;
-        let share = 100.0 * rate / copy;
-        println!(
-            "| {name} | {stage} | {n_rows} | {depth} | {us:.2} | {mb:.2} | {:.0} | {share:.0} % |",
-            rate / 1e9
-        );
-    };
-    macro_rules! time {
-        ($stage:expr, $bytes:expr, $n:expr, $run:expr) => {
-            let seconds = measure(backend, || $run);
-            row($stage, $bytes, $n, seconds);
         };
+        let spans: Vec<AttentionSpan<'_>> = (0..n_sequences).map(span).collect();
+        let inverse_frequencies = (0..head_dim / 2).map(|i| 1.0 / (i + 1) as f32).collect();
+        let rope = Rope { inverse_frequencies, style: RopeStyle::Interleaved, magnitude: 1.0 };
+        let [mut q, mut k, v, mut attended] =
+            [query, kv, kv, query].map(|len| self.buffer(n_rows * len));
+        self.report("rotate, store", 0, n_layers, || {
+            for layer_idx in 0..n_layers {
+                let (queries, keys, values) = (&mut q, &mut k, &v);
+                let (norms, rope) = (None, Some(&rope));
+                let heads =
+                    HeadRows { queries, keys, values, n_heads, n_kv_heads, head_dim, norms, rope };
+                backend.place_heads(heads, &positions, &mut pool, layer_idx, &slots);
+            }
+        });
+        let scale = 1.0 / (head_dim as f32).sqrt();
+        let shape =
+            AttentionShape { n_heads, n_kv_heads, head_dim, scale, soft_cap: None, window: None };
+        let cached = 2 * n_layers * n_sequences * (depth + rows_of_one) * kv * 2;
+        self.report("attention", cached, n_layers, || {
+            for layer_idx in 0..n_layers {
+                backend.attention(&q, &pool, layer_idx, shape, &spans, &mut attended);
+            }
+        });
     }
-    time!(
-        "norm, q, k, v",
-        bytes[0],
-        n_layers,
-        for layer in &layers {
-            let input = Normed { x: &x, n_rows, kind, weight: &norm, eps, work: &mut work };
-            backend.norm_qkv(input, layer.qkv.each_ref(), None, [&mut q, &mut k, &mut v]);
-        }
-    );
-    time!(
-        "rotate, store",
-        0,
-        n_layers,
-        for layer_idx in 0..n_layers {
-            let (queries, keys, values) = (&mut q, &mut k, &v);
-            let (norms, rope) = (None, Some(&rope));
-            let heads =
-                HeadRows { queries, keys, values, n_heads, n_kv_heads, head_dim, norms, rope };
-            backend.place_heads(heads, &positions, &mut pool, layer_idx, &slots);
-        }
-    );
-    time!(
-        "attention",
-        cached,
-        n_layers,
-        for layer_idx in 0..n_layers {
-            backend.attention(&q, &pool, layer_idx, attention, &spans, &mut attended);
-        }
-    );
-    time!(
-        "output, add",
-        bytes[1],
-        n_layers,
-        for layer in &layers {
-            backend.linear_add(&attended, n_rows, &layer.out, None, 0.0, &mut x);
-        }
-    );
-    time!(
-        "norm, gate, up",
-        bytes[2],
-        n_layers,
-        for layer in &layers {
-            let input = Normed { x: &x, n_rows, kind, weight: &norm, eps, work: &mut work };
-            backend.norm_gate(input, &layer.gate, &layer.up, GateActivation::Silu, &mut gated);
-        }
-    );
-    time!(
-        "down, add",
-        bytes[3],
-        n_layers,
-        for layer in &layers {
-            backend.linear_add(&gated, n_rows, &layer.down, None, 0.0, &mut x);
-        }
-    );
-    time!(
-        "norm, head, largest",
-        16 * head_bytes,
-        16,
-        for _ in 0..16 {
-            let input = Normed { x: &x, n_rows, kind, weight: &head_norm, eps, work: &mut work };
-            backend.norm_linear(input, &head, &mut logits);
-        }
-    );
+}
+
+fn bytes_of(dtype: DType, rows: usize, columns: usize) -> usize {
+    rows * dtype.row_bytes(columns).expect("whole blocks")
 }
 
 /// Seconds of a pass.

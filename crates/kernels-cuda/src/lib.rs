@@ -3,8 +3,9 @@
 //! a device is opened.
 //!
 //! Way in: `backend` holds one method an operation; `linear` is the matrix products on the planes of
-//! `weight`, `attention` and `kv` the page pool, `rows` the rest. `device` opens a card and says
-//! what is there; `stream` owns everything that is asked of the driver afterwards.
+//! `weight`, which come through `loader`, `attention` and `kv` the page pool, `rows` the rest. `device`
+//! opens a card and says what is there; `stream` owns everything that is asked of the driver afterwards,
+//! and `queue` what waits for it.
 //!
 //! This crate knows no model: shapes and weights come through the trait.
 #![cfg(feature = "cuda")]

@@ -227,12 +227,10 @@ fn maybe_shared_scales(view: &WeightView<'_>) -> u32 {
     const GROUP: usize = 4;
     const LOOKED_AT: usize = 64;
     let block_bytes = view.dtype.block_bytes();
-    let n_scale_bytes = match view.dtype {
-        DType::Q4_0 | DType::Q8_0 | DType::IQ4_NL => 2,
-        DType::Q4_1 => 4,
-        _ => return 0,
-    };
-    if !view.columns.is_multiple_of(32 * GROUP) || view.bytes.is_empty() {
+    let n_scale_bytes = PlaneBytes::of(view.dtype).scales;
+    let begins_with_scales =
+        matches!(view.dtype, DType::Q4_0 | DType::Q4_1 | DType::Q8_0 | DType::IQ4_NL);
+    if !begins_with_scales || !view.columns.is_multiple_of(32 * GROUP) || view.bytes.is_empty() {
         return 0;
     }
     let groups = view.bytes.chunks_exact(GROUP * block_bytes);
