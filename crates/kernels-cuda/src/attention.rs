@@ -107,7 +107,7 @@ pub(crate) fn attention(
 ) {
     assert!(layer < pool.shape.n_layers, "layer {layer} of {}", pool.shape.n_layers);
     let (mut rows, mut tiles, mut table) = (Vec::new(), Vec::new(), Vec::new());
-    let (mut n_needed, mut longest) = (0, 1);
+    let (mut n_needed, mut longest, list) = (0, 1, stream.list());
     for span in spans {
         let pages_at = table.len();
         let end = span.first_position + span.n_rows;
@@ -125,9 +125,8 @@ pub(crate) fn attention(
                 pool.check_page(*page);
             }
             if !tiled {
-                // Kernels of this step write the rest. Rows of a step of decode have one new position,
-                // and between two such steps something is read.
-                let old = if span.n_rows == 1 { span.first_position } else { 0 };
+                let seen = span.pages.iter().map(|page| page.0 as usize);
+                let old = pool.fresh.old(list, seen, PAGE_TOKENS, end);
                 rows.extend([span.first_row + i, first, end, pages_at, old, 0]);
                 longest = longest.max(end);
             }

@@ -8,6 +8,7 @@ use cudarc::driver::DeviceRepr;
 use exrail_kernels::{HeadRows, KernelError, KvDtype, KvShape, KvSlot, PAGE_TOKENS, PageId};
 
 use crate::CudaBuffer;
+use crate::fresh::Fresh;
 use crate::memory::{bytes_of_u32, narrow};
 use crate::rows::Rotation;
 use crate::stream::{Address, Grid, Memory, Stream};
@@ -47,6 +48,7 @@ unsafe impl DeviceRepr for Heads {}
 #[derive(Debug)]
 pub struct CudaKvPool {
     pub(crate) shape: KvShape,
+    pub(crate) fresh: Fresh,
     elements: Memory,
     scales: Memory,
 }
@@ -61,6 +63,7 @@ impl CudaKvPool {
         };
         Ok(CudaKvPool {
             shape,
+            fresh: Fresh::new(shape.n_pages),
             elements: Memory::zeroed(stream, bytes, "the KV pool")?,
             scales: Memory::zeroed(stream, scale_bytes, "the KV pool's scales")?,
         })
@@ -155,12 +158,14 @@ impl CudaKvPool {
         stream.launch("place_heads", grid, &[&heads, &rotation, &pages, &layer, &at, &n]);
     }
 
-    /// Where the slots of rows are, after checking that the pool has them.
-    fn slots(&self, stream: &Stream, layer: usize, slots: &[KvSlot]) -> Address {
+    /// Where the slots of rows are, after checking that the pool has them; they are written next.
+    fn slots(&mut self, stream: &Stream, layer: usize, slots: &[KvSlot]) -> Address {
+        let list = stream.list();
         assert!(layer < self.shape.n_layers, "layer {layer} of {}", self.shape.n_layers);
         for slot in slots {
             self.check_page(slot.page);
             assert!((slot.offset as usize) < PAGE_TOKENS, "offset {}", slot.offset);
+            self.fresh.note(list, slot.page.0 as usize, slot.offset);
         }
         let each = slots.iter().flat_map(|slot| [slot.page.0 as usize, slot.offset as usize]);
         stream.upload(&bytes_of_u32(each))

@@ -14,6 +14,7 @@ mod attention;
 mod backend;
 mod device;
 mod error;
+mod fresh;
 mod kv;
 mod linear;
 mod loader;

@@ -87,7 +87,7 @@ impl List {
     /// Hands every launch over, to run or to be captured.
     fn run(&mut self, stream: sys::CUstream, overlap: bool) -> Result<(), DriverError> {
         let mut attribute = overlapping();
-        for launch in &self.launches {
+        for (i, launch) in self.launches.iter().enumerate() {
             let range = launch.first_argument..launch.first_argument + launch.n_arguments;
             let words = self.words.as_mut_ptr();
             let pointer = |&start: &usize| words.wrapping_add(start).cast::<c_void>();
@@ -104,7 +104,8 @@ impl List {
                 sharedMemBytes: shared,
                 hStream: stream,
                 attrs: &raw mut attribute,
-                numAttrs: overlap.into(),
+                // The first waits for all that was handed over before: its list may read any of it.
+                numAttrs: (overlap && i > 0).into(),
             };
             let (function, arguments) = (launch.kernel.function(), pointers.as_mut_ptr());
             let no_more = std::ptr::null_mut();
@@ -162,6 +163,7 @@ pub(crate) struct Queue {
     graphs: VecDeque<Graph>,
     seen: VecDeque<u64>,
     n_graphs: u64,
+    n_lists: u64,
     overlap: bool,
 }
 
@@ -174,6 +176,11 @@ impl Queue {
     /// Notes a launch.
     pub(crate) fn push(&mut self, kernel: Kernel, dimensions: Dimensions, arguments: &[&[u8]]) {
         self.list.push(kernel, dimensions, arguments);
+    }
+
+    /// Lists that were handed over before this one.
+    pub(crate) fn list(&self) -> u64 {
+        self.n_lists
     }
 
     /// Launches that wait.
@@ -233,6 +240,7 @@ impl Queue {
         }
         let done = self.launch(stream);
         self.list.clear();
+        self.n_lists += 1;
         done
     }
 

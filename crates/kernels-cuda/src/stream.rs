@@ -285,6 +285,11 @@ impl Stream {
         *self.loader.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
+    /// Which list of launches waits: another number after each that was handed over.
+    pub(crate) fn list(&self) -> u64 {
+        self.shared().queue.list()
+    }
+
     /// Hands a long list over early, so that the device begins while the host goes on asking. Called
     /// where no upload waits for its launch.
     pub(crate) fn hand_over(&self) {
@@ -436,6 +441,14 @@ impl Stream {
         if let Err(error) = outcome {
             panic!("{}: {call}: {error}", self.device());
         }
+    }
+}
+
+impl Drop for Stream {
+    fn drop(&mut self) {
+        // Pinned memory is given back in its context; an error leaves nothing to do.
+        self.context.bind_to_thread().ok();
+        *self.loader.get_mut().unwrap_or_else(PoisonError::into_inner) = None;
     }
 }
 

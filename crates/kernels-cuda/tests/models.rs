@@ -141,6 +141,50 @@ fn some_ids(vocab_size: usize, n: usize) -> Vec<TokenId> {
     (0..n).map(|i| TokenId((i * 7919 % vocab_size) as u32)).collect()
 }
 
+/// Logits of the last token of a prompt alone: the last layer then attends with one row to positions that
+/// the same step has just written.
+fn last_logits<B: Backend>(
+    backend: &B,
+    (config, tensors): Model<'_>,
+    ids: &[TokenId],
+    n_times: usize,
+) -> Vec<Vec<f32>> {
+    let config = config.clone().with_context_len(ids.len()).unwrap();
+    let decoder = Decoder::load(backend, &config, tensors, &mut |_| {}).unwrap();
+    let n_pages = ids.len().div_ceil(PAGE_TOKENS);
+    let pages: Vec<PageId> = (0..n_pages as u32).map(PageId).collect();
+    let mut scratch = decoder.scratch(backend, ids.len(), 1).unwrap();
+    let one = |_| {
+        // Fresh pages are zero: a key that is read before it is written counts as such.
+        let mut pool = backend.kv_pool(decoder.kv_shape(n_pages, KvDtype::F16)).unwrap();
+        let span =
+            AttentionSpan { first_row: 0, n_rows: ids.len(), first_position: 0, pages: &pages };
+        let batch = Batch { ids, spans: &[span], logit_rows: &[ids.len() as u32 - 1] };
+        decoder.forward(backend, &mut scratch, &mut pool, &batch);
+        let mut logits = Vec::new();
+        scratch.read_logits(backend, &mut logits);
+        logits
+    };
+    (0..n_times).map(one).collect()
+}
+
+#[test]
+fn the_last_row_of_a_prompt_sees_what_its_own_step_wrote() {
+    let path = std::env::var_os("EXRAIL_TEST_GENERATOR").expect("EXRAIL_TEST_GENERATOR is set");
+    let gguf = Gguf::open(Path::new(&path)).unwrap();
+    let config = DecoderConfig::from_gguf(&gguf).unwrap();
+    let model: Model<'_> = (&config, &gguf);
+    for n in [2, 8, 40, 300] {
+        let ids = some_ids(config.vocab_size, n);
+        let expected = last_logits(&cpu(Activation::F32), model, &ids, 1).remove(0);
+        let found = last_logits(&cuda(Activation::Int8), model, &ids, 10);
+        for (i, found) in found.iter().enumerate() {
+            let kld = mean_kld(&expected, found, config.vocab_size);
+            assert!(kld < FAST_KLD, "{n} tokens, time {i}: {kld:e}");
+        }
+    }
+}
+
 #[test]
 fn logits_of_every_family_are_those_of_the_cpu() {
     let (cuda, cpu) = (cuda(Activation::F32), cpu(Activation::F32));
