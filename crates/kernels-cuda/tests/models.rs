@@ -180,7 +180,8 @@ fn the_last_row_of_a_prompt_sees_what_its_own_step_wrote() {
         let found = last_logits(&cuda(Activation::Int8), model, &ids, 10);
         for (i, found) in found.iter().enumerate() {
             let kld = mean_kld(&expected, found, config.vocab_size);
-            assert!(kld < FAST_KLD, "{n} tokens, time {i}: {kld:e}");
+            // One position may lie ten times as far as the mean does; a key that is missing costs far more.
+            assert!(kld < 10.0 * FAST_KLD, "{n} tokens, time {i}: {kld:e}");
         }
     }
 }
