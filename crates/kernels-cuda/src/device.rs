@@ -68,6 +68,11 @@ pub(crate) fn kernels_overlap(facts: &DeviceFacts) -> bool {
     facts.capability == (9, 0)
 }
 
+/// Pairs of chunks of weights that a warp has room for; `DEPTH` of `cu/ring.cuh`.
+pub(crate) fn ring_depth(facts: &DeviceFacts) -> usize {
+    if facts.capability == (9, 0) { 3 } else { 2 }
+}
+
 fn facts(ordinal: usize) -> Result<(Arc<CudaContext>, DeviceFacts), CudaError> {
     let failed = |call| CudaError::driver(ordinal, call);
     let context = CudaContext::new(ordinal).map_err(failed("opening the device"))?;

@@ -16,6 +16,7 @@ mod device;
 mod error;
 mod fresh;
 mod kv;
+mod layout;
 mod linear;
 mod loader;
 mod memory;

@@ -5,6 +5,7 @@
 use cudarc::driver::DeviceRepr;
 use exrail_kernels::{Activation, GateActivation, NormKind, Normed};
 
+use crate::layout::{Cut, WARPS};
 use crate::memory::narrow;
 use crate::queue::Kernel;
 use crate::rows::{Into, Norm};
@@ -13,27 +14,12 @@ use crate::{CudaBuffer, CudaOptions, CudaWeight};
 
 /// Rows of activations that one warp decodes a weight for; `cu/linear.cu` has a kernel of each.
 pub(crate) const TILES: [usize; 2] = [1, 8];
-/// Warps of a block of threads, and pairs of chunks of weights that each has room for; the constants of
-/// `cu/input.cuh` and `cu/ring.cuh`.
-const WARPS: usize = 16;
-const DEPTH: usize = 3;
-/// Blocks of 32 weights in a chunk.
-const CHUNK: usize = 32;
 /// Rows of activations up to which products stream their weights (`matmul_few` of `cu/matmul.cu`), and
 /// those of a tile beyond.
 const FEW: usize = 64;
 /// Rows and outputs of a tile of `matmul_many`, and the shared memory that it takes.
 const TILE: (usize, usize) = (128, 128);
 const TILE_BYTES: usize = (3 * TILE.0 + 2 * TILE.1) * 144;
-/// Outputs of a block of threads of `matmul_few`, blocks of a row that a warp of it has room for, and bytes
-/// of a row of 32 halves.
-const FEW_OUTPUTS: usize = 32;
-const FEW_DEPTH: usize = 4;
-const FEW_ROW_BYTES: usize = 80;
-/// Pairs of chunks a multiprocessor, from which two blocks of threads share it: with fewer, rounding the
-/// activations twice costs more than the second block brings.
-const TWO_FROM: usize = 24;
-
 /// The C++ enum of the same name.
 #[derive(Clone, Copy, Debug)]
 #[repr(u32)]
@@ -215,6 +201,7 @@ pub(crate) struct Input<'a> {
     is_rounded: bool, // where it meets packed weights
     n_rows: usize,
     columns: usize,
+    row_fits: bool, // beside the rings of every matrix
     batch_invariant: bool,
 }
 
@@ -233,10 +220,12 @@ impl<'a> Input<'a> {
         let CudaOptions { activation, batch_invariant, .. } = options;
         let columns = weights[0].columns;
         assert!(weights.iter().all(|w| w.columns == columns), "matrices of one input");
-        let any_packed = weights.iter().any(|weight| weight.dtype.is_quantised());
-        let is_rounded = activation == Activation::Int8 && any_packed;
+        let packed = || weights.iter().filter(|weight| weight.dtype.is_quantised());
+        let is_rounded = activation == Activation::Int8 && packed().next().is_some();
         let row = Row { x: x.at(n_rows * columns), norm: NONE, eps: 0.0, padding: 0 };
-        Input { stream, row, is_rounded, n_rows, columns, batch_invariant }
+        let machine = stream.machine();
+        let row_fits = packed().all(|weight| machine.row_fits(weight.matrix()));
+        Input { stream, row, is_rounded, n_rows, columns, row_fits, batch_invariant }
     }
 
     /// The same behind a norm, which meets the rows on their way where all matrices are packed.
@@ -286,17 +275,9 @@ impl<'a> Input<'a> {
         self.launch(&[up], false, Epilogue::times(), prepared);
     }
 
-    /// Bytes of shared memory of one rounded row; `Rounded` in `cu/input.cuh` has the same.
-    fn row_bytes(&self, halves: bool) -> usize {
-        (self.columns / 32 * (64 + 4 + if halves { 8 } else { 4 })).next_multiple_of(16)
-    }
-
     /// Rounds the rows in memory, unless a product does it on its way.
     fn prepare(&self) -> Prepared {
-        // Rows of tens of thousands of activations do not fit beside the rings.
-        let fits =
-            self.row_bytes(true) + WARPS * DEPTH * 2 * 1200 <= self.stream.max_shared_bytes();
-        if !self.is_rounded || self.n_rows == 0 || self.n_rows == 1 && fits {
+        if !self.is_rounded || self.n_rows == 0 || self.n_rows == 1 && self.row_fits {
             return Prepared::Not;
         }
         let n_values = self.n_rows * self.columns;
@@ -357,11 +338,11 @@ impl<'a> Input<'a> {
         let rounded = kernels.rounded;
         match prepared {
             Prepared::Not => {
-                let grid = self.grid(first, n_pairs, TILES[0]);
+                let grid = self.grid(first, n_pairs, 0);
                 stream.launch_kernel(rounded[0], grid, &[&parts, &self.row, &end]);
             }
             Prepared::Rounded(x) => {
-                let grid = self.grid(first, n_pairs, TILES[1]);
+                let grid = self.grid(first, n_pairs, 1);
                 stream.launch_kernel(rounded[1], grid, &[&parts, &x, &end, &n_rows]);
             }
             Prepared::Halves(x) => {
@@ -379,26 +360,20 @@ impl<'a> Input<'a> {
             return (kernels.many, Grid { blocks, ..Grid::one(TILE_BYTES) });
         }
         let size = self.n_rows.div_ceil(16).next_power_of_two().ilog2() as usize;
-        let n_blocks = n_outputs.div_ceil(FEW_OUTPUTS);
-        // Where there is less than a block of threads or two for a multiprocessor, larger ones.
-        let n_warps = if n_blocks < 3 * self.stream.facts.n_multiprocessors { 16 } else { 8 };
-        let rings = n_warps * (FEW_DEPTH * weight.column_bytes() + 32 * FEW_ROW_BYTES);
-        let sums = 4 * n_warps * 16 * (1 << size) * FEW_OUTPUTS;
-        let (blocks, threads) = ((n_blocks, 1), 32 * n_warps);
-        (kernels.few[size], Grid { blocks, threads, ..Grid::one(rings.max(sums)) })
+        let cut = self.stream.machine().few(weight.column_bytes(), n_outputs, 1 << size);
+        (kernels.few[size], cut.grid(1))
     }
 
+    /// The grid of a product with one row or with tiles of several, by the place of the tile in [`TILES`].
     fn grid(&self, weight: &CudaWeight, n_pairs: usize, tile: usize) -> Grid {
-        let n_multiprocessors = self.stream.facts.n_multiprocessors.max(1);
-        let n_chunks = n_pairs * (self.columns / 32).div_ceil(CHUNK);
-        let rings = WARPS * DEPTH * 2 * weight.chunk_bytes();
-        let row = if tile == 1 { self.row_bytes(weight.has_halves()) } else { 0 };
-        let shared_bytes =
-            |n_blocks: usize| row + rings + 4 * tile * 2 * n_pairs.div_ceil(n_blocks.max(1));
-        let two = n_chunks >= TWO_FROM * n_multiprocessors
-            && 2 * shared_bytes(2 * n_multiprocessors) <= self.stream.max_shared_bytes();
-        let n_blocks = (n_multiprocessors * if two { 2 } else { 1 }).min(n_pairs);
-        let (blocks, threads) = ((n_blocks, self.n_rows.div_ceil(tile)), 32 * WARPS);
-        Grid { blocks, threads, ..Grid::one(shared_bytes(n_blocks)) }
+        let cut = self.stream.machine().streamed(weight.matrix(), n_pairs, tile == 0);
+        cut.grid(self.n_rows.div_ceil(TILES[tile]))
+    }
+}
+
+impl Cut {
+    fn grid(self, n_tiles: usize) -> Grid {
+        let (blocks, threads) = ((self.n_blocks, n_tiles), 32 * self.n_warps);
+        Grid { blocks, threads, ..Grid::one(self.shared_bytes) }
     }
 }

@@ -15,6 +15,7 @@ use cudarc::driver::{
 };
 use exrail_kernels::KernelError;
 
+use crate::layout::Machine;
 use crate::loader::Loader;
 use crate::queue::{Kernel, Queue};
 use crate::{CudaError, DeviceFacts, device};
@@ -176,7 +177,7 @@ pub(crate) struct Stream {
     stream: Arc<CudaStream>,
     kernels: HashMap<String, Kernel>,
     formats: Vec<FormatKernels>, // in the order of `weight::SUFFIXES`
-    max_shared_bytes: usize,
+    machine: Machine,
     shared: Mutex<Shared>,
     loader: Mutex<Option<Loader>>, // while a model is loaded
 }
@@ -204,9 +205,13 @@ impl Stream {
         let formats = crate::weight::SUFFIXES.into_iter().map(of_format).collect();
         let queue = Queue::new(device::kernels_overlap(&facts));
         let shared = Mutex::new(Shared { queue, ..Shared::default() });
-        let max_shared_bytes = limit - STATIC_BYTES;
+        let machine = Machine {
+            n_multiprocessors: facts.n_multiprocessors,
+            max_shared_bytes: limit.saturating_sub(STATIC_BYTES),
+            depth: device::ring_depth(&facts),
+        };
         let loader = Mutex::default();
-        Ok(Stream { facts, context, stream, kernels, formats, max_shared_bytes, shared, loader })
+        Ok(Stream { facts, context, stream, kernels, formats, machine, shared, loader })
     }
 
     /// The products of a format, by its place in `weight::SUFFIXES`.
@@ -214,9 +219,9 @@ impl Stream {
         &self.formats[index]
     }
 
-    /// The most shared memory that a launch may add.
-    pub(crate) fn max_shared_bytes(&self) -> usize {
-        self.max_shared_bytes
+    /// What of the device the cuts of products depend on.
+    pub(crate) fn machine(&self) -> Machine {
+        self.machine
     }
 
     /// Name of the device in messages.
@@ -489,7 +494,7 @@ fn load(
             .map_err(|error| refused(&name, error))?;
         let attribute =
             sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-        let bytes = i32::try_from(max_shared_bytes - STATIC_BYTES).unwrap_or(0);
+        let bytes = i32::try_from(max_shared_bytes.saturating_sub(STATIC_BYTES)).unwrap_or(0);
         // SAFETY: the function was found above.
         let raised = unsafe { sys::cuFuncSetAttribute(function, attribute, bytes) };
         raised.result().map_err(|error| refused(&name, error))?;

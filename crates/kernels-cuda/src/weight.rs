@@ -8,6 +8,7 @@ use cudarc::driver::DeviceRepr;
 use exrail_kernels::{KernelError, WeightView};
 use exrail_tensor::DType;
 
+use crate::layout::Matrix;
 use crate::loader::SLOT_BYTES;
 use crate::memory::narrow;
 use crate::stream::{Address, Grid, Memory, Stream};
@@ -161,15 +162,15 @@ impl CudaWeight {
         Planes { low: Address(low), high, scales, supers, rows, columns, shared, scale_bytes }
     }
 
-    /// Whether the halves of a block have scales of their own; `Format` in `cu/common.cuh`.
-    pub(crate) fn has_halves(&self) -> bool {
-        matches!(self.dtype, DType::Q2_K | DType::Q3_K | DType::Q6_K)
-    }
-
-    /// Bytes that a chunk of 32 blocks takes in a ring; `cu/ring.cuh`.
-    pub(crate) fn chunk_bytes(&self) -> usize {
+    /// What the cut of a product depends on: `Ring` of `cu/ring.cuh` and `Format` of `cu/common.cuh`.
+    pub(crate) fn matrix(&self) -> Matrix {
         let bytes = PlaneBytes::of(self.dtype);
-        32 * (bytes.low + bytes.high + bytes.scales) + if bytes.supers > 0 { 16 } else { 0 }
+        let supers = if bytes.supers > 0 { 16 } else { 0 };
+        Matrix {
+            columns: self.columns,
+            chunk_bytes: 32 * (bytes.low + bytes.high + bytes.scales) + supers,
+            halves: matches!(self.dtype, DType::Q2_K | DType::Q3_K | DType::Q6_K),
+        }
     }
 
     /// Bytes that a block of each of 32 rows takes in a ring; `Column` in `cu/matmul.cu`.

@@ -1,0 +1,148 @@
+//! [`Machine`]: how products are cut into blocks of threads, and the shared memory that they take.
+//!
+//! One row and several are cut alike, because where a run of rows ends says in which order sums are
+//! added.
+
+/// Warps of a block of threads that streams weights; the constant of `cu/input.cuh`.
+pub(crate) const WARPS: usize = 16;
+/// Rows of activations that a block of threads of several takes at once; see `linear::TILES`.
+const TILE: usize = 8;
+/// Blocks of 32 weights in a chunk.
+const CHUNK: usize = 32;
+/// Pairs of chunks a multiprocessor, from which two blocks of threads share it: with fewer, rounding the
+/// activations twice costs more than the second block brings.
+const TWO_FROM: usize = 24;
+
+/// Outputs of a block of threads of `matmul_few`, blocks of a row that a warp of it has room for, and bytes
+/// of a row of 32 halves; the constants of `cu/matmul.cu`.
+const FEW_OUTPUTS: usize = 32;
+const FEW_DEPTH: usize = 4;
+const FEW_ROW_BYTES: usize = 80;
+
+/// What of a device the cuts depend on.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Machine {
+    pub(crate) n_multiprocessors: usize,
+    /// The most shared memory that a launch may add.
+    pub(crate) max_shared_bytes: usize,
+    /// Pairs of chunks that a warp has room for; `DEPTH` of `cu/ring.cuh`.
+    pub(crate) depth: usize,
+}
+
+/// What of a matrix they depend on.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Matrix {
+    pub(crate) columns: usize,
+    /// Bytes of 32 blocks of a row in a ring.
+    pub(crate) chunk_bytes: usize,
+    /// Whether the halves of a block have scales of their own.
+    pub(crate) halves: bool,
+}
+
+impl Matrix {
+    /// Bytes of shared memory of one rounded row; `Rounded` in `cu/input.cuh` has the same.
+    fn row_bytes(self) -> usize {
+        let sums = if self.halves { 8 } else { 4 };
+        (self.columns / 32 * (64 + 4 + sums)).next_multiple_of(16)
+    }
+}
+
+/// A cut of a product.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Cut {
+    pub(crate) n_blocks: usize,
+    pub(crate) n_warps: usize,
+    pub(crate) shared_bytes: usize,
+}
+
+impl Machine {
+    fn rings(self, matrix: Matrix) -> usize {
+        WARPS * self.depth * 2 * matrix.chunk_bytes
+    }
+
+    /// Whether a row fits beside the rings and the sums of a hundred pairs of rows.
+    pub(crate) fn row_fits(self, matrix: Matrix) -> bool {
+        matrix.row_bytes() + self.rings(matrix) + 100 * 2 * 4 <= self.max_shared_bytes
+    }
+
+    /// A product of one row, or of tiles of several, that streams `n_pairs` of rows of weights.
+    pub(crate) fn streamed(self, matrix: Matrix, n_pairs: usize, one: bool) -> Cut {
+        let row = if self.row_fits(matrix) { matrix.row_bytes() } else { 0 };
+        let sums = |n_blocks: usize, n_rows: usize| 4 * n_rows * 2 * n_pairs.div_ceil(n_blocks);
+        let of_one = |n_blocks| row + self.rings(matrix) + sums(n_blocks, 1);
+        let of_tile = |n_blocks| self.rings(matrix) + sums(n_blocks, TILE);
+        let n_multiprocessors = self.n_multiprocessors.max(1);
+        let n_chunks = n_pairs * (matrix.columns / 32).div_ceil(CHUNK);
+        let two = n_chunks >= TWO_FROM * n_multiprocessors
+            && 2 * of_one(2 * n_multiprocessors) <= self.max_shared_bytes;
+        let mut n_blocks = n_multiprocessors * if two { 2 } else { 1 };
+        let most = |n_blocks| of_one(n_blocks).max(of_tile(n_blocks));
+        while most(n_blocks) > self.max_shared_bytes && n_blocks < n_pairs {
+            n_blocks *= 2;
+        }
+        let n_blocks = n_blocks.min(n_pairs).max(1);
+        let shared_bytes = if one { of_one(n_blocks) } else { of_tile(n_blocks) };
+        Cut { n_blocks, n_warps: WARPS, shared_bytes }
+    }
+
+    /// A product on tensor cores of 16 · `n_tiles` rows; `column_bytes` are those of a block of each of
+    /// 32 rows in a ring.
+    pub(crate) fn few(self, column_bytes: usize, n_outputs: usize, n_tiles: usize) -> Cut {
+        let n_blocks = n_outputs.div_ceil(FEW_OUTPUTS);
+        let bytes = |n_warps: usize| {
+            let rings = n_warps * (FEW_DEPTH * column_bytes + FEW_OUTPUTS * FEW_ROW_BYTES);
+            rings.max(4 * n_warps * 16 * n_tiles * FEW_OUTPUTS)
+        };
+        // Where there is less than a block of threads or two for a multiprocessor, larger ones.
+        let large = n_blocks < 3 * self.n_multiprocessors && bytes(16) <= self.max_shared_bytes;
+        let n_warps = if large { 16 } else { 8 };
+        Cut { n_blocks, n_warps, shared_bytes: bytes(n_warps) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Compute capability 8.6 and 8.9, 8.0, 9.0, without what kernels have besides.
+    const MACHINES: [Machine; 3] = [
+        Machine { n_multiprocessors: 128, max_shared_bytes: (99 << 10) - 4096, depth: 2 },
+        Machine { n_multiprocessors: 108, max_shared_bytes: (163 << 10) - 4096, depth: 2 },
+        Machine { n_multiprocessors: 132, max_shared_bytes: (227 << 10) - 4096, depth: 3 },
+    ];
+    /// Bytes of a chunk and of a column, and halves: Q4_0, Q6_K, Q8_0.
+    const FORMATS: [(usize, usize, bool); 3] =
+        [(576, 640, false), (848, 1024, true), (1088, 1152, false)];
+
+    #[test]
+    fn every_product_fits_and_one_row_is_cut_like_several() {
+        for machine in MACHINES {
+            for (chunk_bytes, column_bytes, halves) in FORMATS {
+                for columns in [32, 576, 4096, 14_336, 28_672] {
+                    let matrix = Matrix { columns, chunk_bytes, halves };
+                    for n_pairs in [1, 100, 6144, 64_128, 131_072] {
+                        let one = machine.streamed(matrix, n_pairs, true);
+                        let tile = machine.streamed(matrix, n_pairs, false);
+                        assert_eq!(one.n_blocks, tile.n_blocks, "{machine:?} {matrix:?} {n_pairs}");
+                        let needed = if machine.row_fits(matrix) { one } else { tile };
+                        for cut in [needed, tile] {
+                            assert!(
+                                cut.shared_bytes <= machine.max_shared_bytes,
+                                "{cut:?} {matrix:?}"
+                            );
+                        }
+                    }
+                }
+                for n_tiles in [1, 2, 4] {
+                    for n_outputs in [1, 4096, 128_256] {
+                        let cut = machine.few(column_bytes, n_outputs, n_tiles);
+                        assert!(
+                            cut.shared_bytes <= machine.max_shared_bytes,
+                            "{machine:?} {cut:?}"
+                        );
+                    }
+                }
+            }
+        }
+    }
+}
