@@ -17,60 +17,12 @@ use exrail_kernels::{
 use exrail_kernels_cuda::{CopyProbe, CudaBackend, CudaBuffer, CudaOptions, CudaWeight};
 use exrail_model::{Batch, Decoder};
 use exrail_tensor::DType;
+use exrail_testkit::{SYNTHETIC_LLAMAS, SyntheticLlama as Shape};
 
-/// Sizes of a decoder.
-#[derive(Clone, Copy)]
-struct Shape {
-    name: &'static str,
-    n_layers: usize,
-    width: usize,
-    n_heads: usize,
-    n_kv_heads: usize,
-    head_dim: usize,
-    ffn_width: usize,
-    vocab_size: usize,
-}
-
-impl Shape {
-    fn query_width(self) -> usize {
-        self.n_heads * self.head_dim
-    }
-
-    fn kv_width(self) -> usize {
-        self.n_kv_heads * self.head_dim
-    }
-}
-
-const LLAMA_2_7B: Shape = Shape {
-    name: "llama-2-7b",
-    n_layers: 32,
-    width: 4096,
-    n_heads: 32,
-    n_kv_heads: 32,
-    head_dim: 128,
-    ffn_width: 11_008,
-    vocab_size: 32_000,
-};
-const SHAPES: [Shape; 4] = [
-    LLAMA_2_7B,
-    Shape {
-        name: "llama-3-8b",
-        n_kv_heads: 8,
-        ffn_width: 14_336,
-        vocab_size: 128_256,
-        ..LLAMA_2_7B
-    },
-    Shape {
-        name: "llama-3.2-1b",
-        n_layers: 16,
-        width: 2048,
-        n_heads: 32,
-        n_kv_heads: 8,
-        head_dim: 64,
-        ffn_width: 8192,
-        vocab_size: 128_256,
-    },
-    Shape {
+/// The shapes of `exrail-testkit` that fit one card beside the others, and the smallest.
+fn shapes() -> impl Iterator<Item = Shape> {
+    let large = SYNTHETIC_LLAMAS.into_iter().filter(|shape| shape.n_layers <= 32);
+    large.chain([Shape {
         name: "smollm2-135m",
         n_layers: 30,
         width: 576,
@@ -79,8 +31,16 @@ const SHAPES: [Shape; 4] = [
         head_dim: 64,
         ffn_width: 1536,
         vocab_size: 49_152,
-    },
-];
+        rope_base: 100_000.0,
+        tied: true,
+    }])
+}
+
+/// Widths of queries, and of keys and values.
+fn head_widths(shape: Shape) -> (usize, usize) {
+    (shape.n_heads * shape.head_dim, shape.n_kv_heads * shape.head_dim)
+}
+
 /// Passes before: the second makes the graph.
 const WARM_UPS: usize = 3;
 /// Measurements, of which the median counts.
@@ -96,7 +56,7 @@ fn main() {
     }
     println!("| shape | stage | rows | depth | µs | MB | GB/s | of copies |");
     println!("|---|---|---|---|---|---|---|---|");
-    for shape in SHAPES {
+    for shape in shapes() {
         for (n_rows, depth) in [(1, 512), (1, 3500), (8, 512), (2048, 0)] {
             let load = Load { backend: &backend, shape, n_rows, depth, copy };
             load.products();
@@ -135,7 +95,7 @@ impl Load<'_> {
 
     fn layer(&self) -> Layer {
         let Shape { width, ffn_width, .. } = self.shape;
-        let (query, kv) = (self.shape.query_width(), self.shape.kv_width());
+        let (query, kv) = head_widths(self.shape);
         let make = |rows, columns| self.weight(DType::Q4_0, rows, columns);
         Layer {
             qkv: [make(query, width), make(kv, width), make(kv, width)],
@@ -175,7 +135,7 @@ impl Load<'_> {
     fn products(&self) {
         let Load { backend, n_rows, .. } = *self;
         let Shape { n_layers, width, ffn_width, vocab_size, .. } = self.shape;
-        let (query, kv) = (self.shape.query_width(), self.shape.kv_width());
+        let (query, kv) = head_widths(self.shape);
         let layers: Vec<Layer> = (0..n_layers).map(|_| self.layer()).collect();
         let bytes = |rows: usize, columns: usize| n_layers * bytes_of(DType::Q4_0, rows, columns);
         let (norm, kind, eps) = (self.buffer(width), NormKind::Rms, 1e-5);
@@ -224,7 +184,7 @@ impl Load<'_> {
     fn heads(&self) {
         let Load { backend, n_rows, depth, .. } = *self;
         let Shape { n_layers, n_heads, n_kv_heads, head_dim, .. } = self.shape;
-        let (query, kv) = (self.shape.query_width(), self.shape.kv_width());
+        let (query, kv) = head_widths(self.shape);
         let (n_sequences, rows_of_one) = if self.is_prefill() { (1, n_rows) } else { (n_rows, 1) };
         let pages_of_one = (depth + rows_of_one).div_ceil(PAGE_TOKENS);
         let n_pages = n_sequences * pages_of_one;

@@ -81,8 +81,8 @@ pub enum KernelError {
     },
 }
 
-/// How exactly the activations that meet a matrix are rounded in [`Activation::Int8`]; the exact
-/// mode does not ask.
+/// How coarsely the activations that meet a matrix may be rounded in [`Activation::Int8`]; a device
+/// may round more finely, and the exact mode does not ask.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum InputRounding {
     /// To one int8 a value: half the work, where the model tolerates it.
