@@ -145,4 +145,13 @@ mod tests {
             }
         }
     }
+
+    /// The fault that the checks are there for: the driver refuses such a launch.
+    #[test]
+    fn the_cut_of_a_large_card_does_not_fit_a_small_one() {
+        let [small, _, large] = MACHINES;
+        let matrix = Matrix { columns: 4096, chunk_bytes: 1088, halves: false };
+        assert!(large.streamed(matrix, 6144, true).shared_bytes > small.max_shared_bytes);
+        assert!(large.few(640, 4096, 4).shared_bytes > small.max_shared_bytes);
+    }
 }
