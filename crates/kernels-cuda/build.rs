@@ -10,8 +10,19 @@ use std::{
 };
 
 /// One `.cu` file an operation or a few of one kind.
-const FILES: [&str; 10] =
-    ["attention", "flash", "kv", "linear", "matmul", "norm", "quantise", "repack", "rope", "rows"];
+const FILES: [&str; 11] = [
+    "attention",
+    "flash",
+    "kv",
+    "linear",
+    "matmul",
+    "norm",
+    "quantise",
+    "repack",
+    "rope",
+    "rows",
+    "tiles",
+];
 
 /// Machine code for the architectures in use, and PTX that the driver compiles for later ones.
 const ARCHITECTURES: [&str; 5] = [

@@ -188,10 +188,11 @@ struct Softmax {
     }
 };
 
-// One run of the heads that share keys and values, of one row: every warp has its positions' keys and
-// values on their way at once. A part is, for each head, the sum of the values by their weights, the
+// One run of some of the heads that share keys and values, of one row: every warp has its positions' keys
+// and values on their way at once. A part is, for each head, the sum of the values by their weights, the
 // total and the highest score; where there is one run alone, the result is written at once. The last
-// block to end puts the parts together. `n_done` (T, K) is zero before and after. LANES share a position.
+// block to end puts the parts together. `n_done` (T, blocks of heads) is zero before and after. LANES share
+// a position.
 template <class E, int LANES>
 __device__ void attend_run(const float *q, const Pages &pages, uint32_t layer, const uint32_t *table,
                            Shape shape, const Row *rows, float *out, float *parts, uint32_t *n_done) {
@@ -203,11 +204,12 @@ __device__ void attend_run(const float *q, const Pages &pages, uint32_t layer, c
     extern __shared__ float sums[]; // (warps, D)
     // Rows, pages and old positions are there at any time.
     const Row row = rows[blockIdx.x];
-    const uint32_t head = blockIdx.y, n_runs = gridDim.z, group = shape.n_heads / shape.n_kv_heads;
+    const uint32_t n_runs = gridDim.z, group = shape.n_heads / gridDim.y;
+    const uint32_t head = blockIdx.y / (gridDim.y / shape.n_kv_heads);
     const uint32_t D = shape.head_dim, start = blockIdx.z * RUN;
     const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % LANES, own = threadIdx.x % 32 / LANES;
     const uint32_t d = lane * VECTOR;
-    const size_t in_all = (size_t)blockIdx.x * shape.n_kv_heads + head;
+    const size_t in_all = (size_t)blockIdx.x * gridDim.y + blockIdx.y;
     float *first_part = parts + in_all * n_runs * group * (D + 2);
     float *part = first_part + (size_t)blockIdx.z * group * (D + 2);
     const bool any = start < row.end && start + RUN > row.first;
@@ -250,7 +252,7 @@ __device__ void attend_run(const float *q, const Pages &pages, uint32_t layer, c
     begin();
     if (STEPS == BATCH) ask(0, row.old, row.end);
     for (uint32_t g = 0; g < group && any; g++) {
-        const size_t at = ((size_t)row.row * shape.n_heads + head * group + g) * D;
+        const size_t at = ((size_t)row.row * shape.n_heads + blockIdx.y * group + g) * D;
         float query[VECTOR] = {};
         if (d < D) eight(q + at + d, query);
         float highest = -INFINITY, total = 0, sum[VECTOR] = {};
@@ -357,7 +359,7 @@ __device__ void attend_run(const float *q, const Pages &pages, uint32_t layer, c
             }
         }
         all = warp_sum(all);
-        if (c < D) out[((size_t)row.row * shape.n_heads + head * group + g) * D + c] = merged / all;
+        if (c < D) out[((size_t)row.row * shape.n_heads + blockIdx.y * group + g) * D + c] = merged / all;
     }
 }
 

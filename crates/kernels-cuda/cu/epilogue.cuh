@@ -66,10 +66,30 @@ struct Epilogue {
         }
     }
 
+    // The same of outputs n and n + 1 of STORE or ADD, n and the part's number of rows even.
+    template <Finish FINISH>
+    __device__ __forceinline__ void put_pair(const Part &part, uint32_t t, uint32_t n, float low,
+                                             float high) const {
+        static_assert(FINISH == STORE || FINISH == ADD);
+        if (part.bias) low += part.bias[n], high += part.bias[n + 1];
+        float2 *at = (float2 *)(part.out + (size_t)t * part.weight.rows + n);
+        if (FINISH == STORE) {
+            *at = {low, high};
+        } else {
+            const float2 old = *at;
+            *at = {fmaf(scale, low, old.x), fmaf(scale, high, old.y)};
+        }
+    }
+
     // Ends output n of row t of a gate and what it lets through.
+    template <Finish FINISH>
     __device__ __forceinline__ void put_gated(const Part &gate, uint32_t t, uint32_t n, float sum,
                                               float up) const {
-        const float open = finish == SILU ? silu(sum) : gelu_tanh(sum);
+        const float open = FINISH == SILU ? silu(sum) : gelu_tanh(sum);
         gate.out[(size_t)t * gate.weight.rows + n] = open * up;
+    }
+    __device__ __forceinline__ void put_gated(const Part &gate, uint32_t t, uint32_t n, float sum,
+                                              float up) const {
+        finish == SILU ? put_gated<SILU>(gate, t, n, sum, up) : put_gated<GELU_TANH>(gate, t, n, sum, up);
     }
 };

@@ -1,31 +1,14 @@
 // Products of several rows on tensor cores: weights and activations as halves, sums in f32.
 //
-// Rows of activations are scaled by a power of two to at most one (`halve`), so that none leaves the
-// range of a half; a weight is rounded to a half, 2^-12 of it, which is less than int8 activations lose.
-//
 // `matmul_few` streams the weights as decode does: a block of threads has 32 outputs and its warps take
-// turns with the blocks of their columns. `matmul_many` is compute-bound: tiles of rows by outputs.
+// turns with the blocks of their columns. `matmul_many` is compute-bound: tiles of rows by outputs. For
+// hundreds of rows on Hopper see `tiles.cu`.
 #include "common.cuh"
 #include "epilogue.cuh"
 #include "copy.cuh"
+#include "halves.cuh"
 #include "row.cuh"
 #include "tensor.cuh"
-
-// Rows of activations as halves. `src/linear.rs` has the same fields in the same order.
-struct Halves {
-    __half *values;    // (T, K), or as operands of `mma`
-    float *factors;    // (T): what the products of a row are multiplied by
-    uint32_t operands; // whether every 16 rows of 32 columns lie as the lanes of a warp take them
-
-    // Where columns c and c + 1 of a row of K are, c even.
-    __device__ __forceinline__ __half2 *at(uint32_t row, uint32_t c, uint32_t K) const {
-        if (!operands) return (__half2 *)(values + (size_t)row * K + c);
-        const size_t tile = (size_t)(row / 16) * (K / 32) + c / 32;
-        const uint32_t lane = row % 8 * 4 + c % 8 / 2;
-        const uint32_t word = c % 32 / 16 * 4 + c % 16 / 8 * 2 + row % 16 / 8;
-        return (__half2 *)values + (tile * 32 + lane) * 8 + word;
-    }
-};
 
 // x (T, K), each row through an RMS norm if there is one; one block of threads a row.
 EXTERN void halve(Row row, Halves out, uint32_t width) {
@@ -58,41 +41,6 @@ EXTERN void halve(Row row, Halves out, uint32_t width) {
         *out.at(blockIdx.x, c, width) = finite ? scaled : __half2half2(__float2half(0.0f));
     }
     if (threadIdx.x == 0) out.factors[blockIdx.x] = finite ? inverse * ldexpf(1.0f, exponent) : NAN;
-}
-
-// Two pairs of codes of a word as halves, what a code is biased by taken off.
-template <class F> __device__ __forceinline__ void halves(uint32_t codes, __half2 (&out)[2]) {
-    // 0x6400 is 1024, whose last bit is one.
-    constexpr int BIAS = F::MEANING == CODE ? F::BIAS : 128;
-    if constexpr (F::MEANING != CODE) codes ^= 0x80808080;
-    const __half2 bias = __half2half2(__int2half_rn(1024 + BIAS));
-    const uint32_t low = __byte_perm(codes, 0x64646464, 0x4140);
-    const uint32_t high = __byte_perm(codes, 0x64646464, 0x4342);
-    out[0] = __hsub2(*(const __half2 *)&low, bias);
-    out[1] = __hsub2(*(const __half2 *)&high, bias);
-}
-
-// The 32 weights of a block as halves, in order, to 16-byte aligned memory.
-template <class F> __device__ __forceinline__ void weights(const Raw<F> &raw, uint4 *to) {
-    uint32_t q[8];
-    codes(raw, q);
-    const Affine w = affine(raw);
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        const __half2 scale = __half2half2(__float2half_rn(w.scale[i / 2]));
-        const __half2 minimum = __half2half2(__float2half_rn(w.minimum[i / 2]));
-        __half2 out[4];
-#pragma unroll
-        for (int word = 0; word < 2; word++) {
-            __half2 pairs[2];
-            halves<F>(q[2 * i + word], pairs);
-#pragma unroll
-            for (int p = 0; p < 2; p++) {
-                out[2 * word + p] = F::MINIMA ? __hfma2(pairs[p], scale, minimum) : __hmul2(pairs[p], scale);
-            }
-        }
-        to[i] = *(const uint4 *)out;
-    }
 }
 
 // Blocks of a row that a warp of `matmul_few` has room for; one of them is being used.

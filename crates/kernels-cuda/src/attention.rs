@@ -63,8 +63,14 @@ impl Shape {
         }
     }
 
-    fn run_grid(self, n_rows: usize, n_runs: usize) -> Grid {
-        Grid { blocks: (n_rows, self.n_kv_heads as usize), runs: n_runs, ..self.grid(n_rows) }
+    /// Blocks of threads that share the heads of a row: one for those of each key, or more, so that two for
+    /// each multiprocessor have something to do. What a head gives does not depend on it.
+    fn head_blocks(self, n_rows: usize, n_runs: usize, n_multiprocessors: usize) -> usize {
+        let n_kv_heads = self.n_kv_heads as usize;
+        let group = self.n_heads as usize / n_kv_heads;
+        let enough = |&split: &usize| n_rows * n_kv_heads * split * n_runs >= 2 * n_multiprocessors;
+        let mut splits = (1..=group).filter(|split| group.is_multiple_of(*split));
+        n_kv_heads * splits.find(enough).unwrap_or(group)
     }
 }
 
@@ -167,13 +173,15 @@ pub(crate) fn attention(
     let row_bytes = 4 * shape.n_heads as usize * n_runs * (shape.head_dim as usize + 2);
     let rows_at_once = (PARTS_BYTES / row_bytes).clamp(1, n_rows.max(1));
     let parts = stream.work("runs of attention", rows_at_once * row_bytes);
-    let n_done = stream.counters(rows_at_once * shape.n_kv_heads as usize);
+    let n_done = stream.counters(rows_at_once * shape.n_heads as usize);
     let lanes = (head_dim / VECTOR).next_power_of_two();
     let run = format!("attention_run_{dtype}_{lanes}");
     for first in (0..n_rows).step_by(rows_at_once) {
         let n_rows = rows_at_once.min(n_rows - first);
         let rows = Address(rows.0 + (first * ROW_BYTES) as u64);
-        let grid = shape.run_grid(n_rows, n_runs);
+        let n_blocks =
+            shape.head_blocks(n_rows, longest.div_ceil(RUN), stream.machine().n_multiprocessors);
+        let grid = Grid { blocks: (n_rows, n_blocks), runs: n_runs, ..shape.grid(n_rows) };
         let arguments: [&dyn AnyArgument; 9] =
             [&q, &pages, &layer, &table, &shape, &rows, &out, &parts, &n_done];
         stream.launch(&run, grid, &arguments);

@@ -68,6 +68,12 @@ pub(crate) fn kernels_overlap(facts: &DeviceFacts) -> bool {
     facts.capability == (9, 0)
 }
 
+/// Whether its tensor cores take their operands from shared memory (`wgmma`): machine code for this
+/// very generation alone.
+pub(crate) fn multiplies_tiles(facts: &DeviceFacts) -> bool {
+    facts.capability == (9, 0)
+}
+
 /// Pairs of chunks of weights that a warp has room for; `DEPTH` of `cu/ring.cuh`.
 pub(crate) fn ring_depth(facts: &DeviceFacts) -> usize {
     if facts.capability == (9, 0) { 3 } else { 2 }

@@ -20,8 +20,32 @@ const FEW: usize = 64;
 /// Rows and outputs of a tile of `matmul_many`, and the shared memory that it takes.
 const TILE: (usize, usize) = (128, 128);
 const TILE_BYTES: usize = (3 * TILE.0 + 2 * TILE.1) * 144;
+/// Rows from which weights are written out as halves for Hopper's tensor cores (`cu/tiles.cu`).
+const TILED_FROM: usize = 256;
+/// The kernels of it, one for each way in which it ends.
+pub(crate) const TILED: [&str; 4] =
+    ["matmul_tiles_store", "matmul_tiles_add", "matmul_tiles_silu", "matmul_tiles_gelu_tanh"];
+/// Rows and outputs of a tile, its threads, and the shared memory of four steps of 64 columns, which starts
+/// on 1,024 bytes.
+const TILED_TILE: (usize, usize) = (128, 256);
+const TILED_THREADS: usize = 384;
+const TILED_BYTES: usize = 4 * (TILED_TILE.0 + TILED_TILE.1) * 128 + 1024;
+/// Columns of a step.
+const TILED_COLUMNS: usize = 64;
+/// The most bytes of weights that lie as halves at once.
+const TILED_WEIGHT_BYTES: usize = 128 << 20;
+
 /// The C++ enum of the same name.
 #[derive(Clone, Copy, Debug)]
+#[repr(u32)]
+enum Order {
+    Rows = 0,
+    LanesOfMma = 1,
+    Tiles = 2,
+}
+
+/// The C++ enum of the same name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
 enum Finish {
     Store = 0,
@@ -40,7 +64,7 @@ pub(crate) struct Epilogue {
     rows: Address,
     scales: Address,
     scale: f32,
-    finish: u32,
+    finish: Finish,
 }
 
 // SAFETY: plain data, with the fields of the C++ struct in its order.
@@ -50,7 +74,7 @@ const NONE: Address = Address(0);
 
 impl Epilogue {
     fn new(finish: Finish) -> Epilogue {
-        Epilogue { rows: NONE, scales: NONE, scale: 1.0, finish: finish as u32 }
+        Epilogue { rows: NONE, scales: NONE, scale: 1.0, finish }
     }
 
     /// `out = x Wᵀ (+ bias)`.
@@ -145,7 +169,7 @@ unsafe impl DeviceRepr for Quantised {}
 struct Halves {
     values: Address,
     factors: Address,
-    operands: u32,
+    order: Order,
     padding: u32,
 }
 
@@ -161,6 +185,8 @@ enum Prepared {
     Rounded(Quantised),
     /// As halves, for tensor cores.
     Halves(Halves),
+    /// As halves in tiles, for those of Hopper, and the kernel.
+    Tiles(Halves, &'static str),
 }
 
 /// Bytes of the C++ struct `QuantHead`.
@@ -256,7 +282,7 @@ impl<'a> Input<'a> {
             let facts = |w: &CudaWeight| (w.dtype, w.shared);
             facts(a.weight) == facts(b.weight)
         };
-        let prepared = self.prepare();
+        let prepared = self.prepare(self.tiled(outputs, false, end));
         for outputs in outputs.chunk_by(alike) {
             self.launch(outputs, false, end, prepared);
         }
@@ -266,17 +292,40 @@ impl<'a> Input<'a> {
     pub(crate) fn gate(&self, gate: Output<'_>, up: &CudaWeight, activation: GateActivation) {
         let up = Output { weight: up, ..gate };
         let facts = |w: &CudaWeight| (w.dtype, w.shared);
-        let prepared = self.prepare();
+        let end = Epilogue::activated(activation);
         let packed = self.is_rounded && gate.weight.dtype.is_quantised();
         if packed && facts(gate.weight) == facts(up.weight) {
-            return self.launch(&[gate, up], true, Epilogue::activated(activation), prepared);
+            let prepared = self.prepare(self.tiled(&[gate, up], true, end));
+            return self.launch(&[gate, up], true, end, prepared);
         }
-        self.launch(&[gate], false, Epilogue::activated(activation), prepared);
+        let prepared = self.prepare(None);
+        self.launch(&[gate], false, end, prepared);
         self.launch(&[up], false, Epilogue::times(), prepared);
     }
 
-    /// Rounds the rows in memory, unless a product does it on its way.
-    fn prepare(&self) -> Prepared {
+    /// The kernel of `cu/tiles.cu` for all of these matrices, where it is worth its while.
+    fn tiled(&self, outputs: &[Output<'_>], paired: bool, end: Epilogue) -> Option<&'static str> {
+        let fits =
+            |o: &Output<'_>| o.weight.dtype.is_quantised() && o.weight.rows.is_multiple_of(2);
+        let large = self.n_rows >= TILED_FROM && self.columns.is_multiple_of(TILED_COLUMNS);
+        if !large || !self.stream.multiplies_tiles() || !outputs.iter().all(fits) {
+            return None;
+        }
+        let [store, add, silu, gelu_tanh] = TILED;
+        match (end.finish, paired) {
+            (Finish::Store, false) => Some(store),
+            (Finish::Add, false) => Some(add),
+            (Finish::Silu, true) => Some(silu),
+            (Finish::GeluTanh, true) => Some(gelu_tanh),
+            (Finish::Store | Finish::Add, true)
+            | (Finish::Silu | Finish::GeluTanh, false)
+            | (Finish::AddRows | Finish::Times | Finish::Gelu, _) => None,
+        }
+    }
+
+    /// Rounds the rows in memory, unless a product does it on its way; for the kernel `tiled` of
+    /// `cu/tiles.cu`, if there is one.
+    fn prepare(&self, tiled: Option<&'static str>) -> Prepared {
         if !self.is_rounded || self.n_rows == 0 || self.n_rows == 1 && self.row_fits {
             return Prepared::Not;
         }
@@ -285,12 +334,19 @@ impl<'a> Input<'a> {
         let width = narrow(self.columns);
         let factors = self.stream.work("factors of rounded activations", 4 * self.n_rows);
         if self.n_rows > 1 && !self.batch_invariant {
-            let operands = u32::from(self.n_rows <= FEW);
-            let n_places = self.n_rows.next_multiple_of(16) * self.columns;
+            let (order, rows_together) = match tiled {
+                Some(_) => (Order::Tiles, TILED_TILE.0),
+                None if self.n_rows <= FEW => (Order::LanesOfMma, 16),
+                None => (Order::Rows, 1),
+            };
+            let n_places = self.n_rows.next_multiple_of(rows_together) * self.columns;
             let values = self.stream.work("half activations", 2 * n_places);
-            let out = Halves { values, factors, operands, padding: 0 };
+            let out = Halves { values, factors, order, padding: 0 };
             self.stream.launch("halve", grid(512), &[&self.row, &out, &width]);
-            return Prepared::Halves(out);
+            return match tiled {
+                Some(kernel) => Prepared::Tiles(out, kernel),
+                None => Prepared::Halves(out),
+            };
         }
         let out = Quantised {
             first: self.stream.work("int8 activations", n_values),
@@ -349,6 +405,34 @@ impl<'a> Input<'a> {
                 let (kernel, grid) = self.matmul(first, n_outputs);
                 stream.launch_kernel(kernel, grid, &[&parts, &x, &end, &n_rows]);
             }
+            Prepared::Tiles(x, kernel) => self.tiles(kernel, first, (&parts, x, end), n_outputs),
+        }
+    }
+
+    /// The product on Hopper's tensor cores: as many outputs at once as there is room for their weights.
+    fn tiles(
+        &self,
+        kernel: &str,
+        weight: &CudaWeight,
+        (parts, x, end): (&Parts, Halves, Epilogue),
+        n_outputs: usize,
+    ) {
+        let (stream, n_rows) = (self.stream, narrow(self.n_rows));
+        let unpack = stream.format(weight.format).unpack;
+        let n_multiprocessors = stream.machine().n_multiprocessors;
+        let most = TILED_WEIGHT_BYTES / (2 * self.columns) / TILED_TILE.1 * TILED_TILE.1;
+        let most = most.max(TILED_TILE.1);
+        for first in (0..n_outputs).step_by(most) {
+            let n = most.min(n_outputs - first);
+            let n_places = n.next_multiple_of(TILED_TILE.1) * self.columns;
+            let w = stream.work("weights as halves", 2 * n_places);
+            let (first, n_here) = (narrow(first), narrow(n));
+            let grid = Grid::each(n * self.columns / 32);
+            stream.launch_kernel(unpack, grid, &[parts, &w, &first, &n_here]);
+            let n_tiles = self.n_rows.div_ceil(TILED_TILE.0) * n.div_ceil(TILED_TILE.1);
+            let blocks = (n_tiles.min(n_multiprocessors), 1);
+            let grid = Grid { blocks, threads: TILED_THREADS, ..Grid::one(TILED_BYTES) };
+            stream.launch(kernel, grid, &[parts, &w, &x, &end, &n_rows, &first, &n_here]);
         }
     }
 

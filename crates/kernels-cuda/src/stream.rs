@@ -21,7 +21,7 @@ use crate::queue::{Kernel, Queue};
 use crate::{CudaError, DeviceFacts, device};
 
 /// The compiled kernels, one fat binary a file of `cu/`.
-const BINARIES: [(&str, &[u8]); 10] = [
+const BINARIES: [(&str, &[u8]); 11] = [
     ("attention", include_bytes!(concat!(env!("OUT_DIR"), "/attention.fatbin"))),
     ("flash", include_bytes!(concat!(env!("OUT_DIR"), "/flash.fatbin"))),
     ("kv", include_bytes!(concat!(env!("OUT_DIR"), "/kv.fatbin"))),
@@ -32,6 +32,7 @@ const BINARIES: [(&str, &[u8]); 10] = [
     ("repack", include_bytes!(concat!(env!("OUT_DIR"), "/repack.fatbin"))),
     ("rope", include_bytes!(concat!(env!("OUT_DIR"), "/rope.fatbin"))),
     ("rows", include_bytes!(concat!(env!("OUT_DIR"), "/rows.fatbin"))),
+    ("tiles", include_bytes!(concat!(env!("OUT_DIR"), "/tiles.fatbin"))),
 ];
 
 /// Launches that are handed over while more are asked for: about a third of a step of a small model.
@@ -141,6 +142,7 @@ pub(crate) struct FormatKernels {
     pub(crate) rounded: [Kernel; 2], // by tile
     pub(crate) few: [Kernel; 3],     // of 16, 32 and 64 rows
     pub(crate) many: Kernel,
+    pub(crate) unpack: Kernel,
 }
 
 impl FormatKernels {
@@ -150,7 +152,8 @@ impl FormatKernels {
         let find = |name: String| kernels.get(&name).copied().unwrap_or(exact[0]);
         let rounded = [one, several].map(|tile| find(format!("linear_{suffix}_{tile}")));
         let few = [1, 2, 4].map(|tiles| find(format!("matmul_few_{suffix}_{tiles}")));
-        FormatKernels { exact, rounded, few, many: find(format!("matmul_many_{suffix}")) }
+        let (many, unpack) = (format!("matmul_many_{suffix}"), format!("unpack_{suffix}"));
+        FormatKernels { exact, rounded, few, many: find(many), unpack: find(unpack) }
     }
 }
 
@@ -222,6 +225,11 @@ impl Stream {
     /// What of the device the cuts of products depend on.
     pub(crate) fn machine(&self) -> Machine {
         self.machine
+    }
+
+    /// Whether it runs `cu/tiles.cu`.
+    pub(crate) fn multiplies_tiles(&self) -> bool {
+        device::multiplies_tiles(&self.facts)
     }
 
     /// Name of the device in messages.
@@ -522,6 +530,11 @@ fn names(file: &str) -> Vec<String> {
                 names.push(format!("matmul_many_{suffix}"));
                 names.extend([1, 2, 4].map(|tiles| format!("matmul_few_{suffix}_{tiles}")));
             }
+            names
+        }
+        "tiles" => {
+            let mut names: Vec<String> = plain(&crate::linear::TILED);
+            names.extend(blocks().map(|(_, suffix)| format!("unpack_{suffix}")));
             names
         }
         "norm" => plain(&["norm_rows"]),
