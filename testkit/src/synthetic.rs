@@ -5,7 +5,7 @@ use std::fs::File;
 use std::io::{self, BufWriter, Write};
 use std::path::Path;
 
-use exrail_tensor::{Block, BlockQ4_0, BlockQ6_K, DType, quantize};
+use exrail_tensor::{Block, BlockQ4_0, BlockQ6_K, BlockQ8_0, DType, quantize};
 
 use crate::tiny_llama::{add_tokenizer, filled_tokens};
 use crate::{GgufWriter, Random};
@@ -36,7 +36,7 @@ pub struct SyntheticLlama {
 }
 
 /// The shapes that speed is compared on.
-pub const SYNTHETIC_LLAMAS: [SyntheticLlama; 4] = [
+pub const SYNTHETIC_LLAMAS: [SyntheticLlama; 5] = [
     SyntheticLlama {
         name: "llama-2-7b",
         n_layers: 32,
@@ -85,6 +85,18 @@ pub const SYNTHETIC_LLAMAS: [SyntheticLlama; 4] = [
         rope_base: 500_000.0,
         tied: false,
     },
+    SyntheticLlama {
+        name: "smollm2-135m",
+        n_layers: 30,
+        width: 576,
+        n_heads: 9,
+        n_kv_heads: 3,
+        head_dim: 64,
+        ffn_width: 1536,
+        vocab_size: 49_152,
+        rope_base: 100_000.0,
+        tied: true,
+    },
 ];
 
 /// Weights that share a scale: those of a GPTQ or AWQ checkpoint with groups of 128, which `Q4_0` holds
@@ -100,6 +112,7 @@ enum Kind {
     Norm,
     Int4,
     SixBits,
+    EightBits,
 }
 
 impl Kind {
@@ -108,6 +121,7 @@ impl Kind {
             Kind::Norm => DType::F32,
             Kind::Int4 => DType::Q4_0,
             Kind::SixBits => DType::Q6_K,
+            Kind::EightBits => DType::Q8_0,
         }
     }
 }
@@ -126,7 +140,8 @@ impl Tensor {
     }
 }
 
-/// Writes a GGUF file: int4 with groups of 128, embedding and head with 6 bits, all from `seed`.
+/// Writes a GGUF file: int4 with groups of 128, embedding and head with 6 bits, or 8 where a row is no
+/// whole superblocks, all from `seed`.
 ///
 /// # Errors
 /// The file cannot be written.
@@ -177,7 +192,10 @@ fn tensors(shape: &SyntheticLlama) -> Vec<Tensor> {
         columns,
     };
     let norm = |name: String| Tensor { name, kind: Kind::Norm, rows: 0, columns: width };
-    let mut all = vec![matrix("token_embd.weight".into(), Kind::SixBits, shape.vocab_size, width)];
+    // Rows that are no whole superblocks keep eight bits in real files, too.
+    let coarse = width.is_multiple_of(DType::Q6_K.block_len());
+    let head = if coarse { Kind::SixBits } else { Kind::EightBits };
+    let mut all = vec![matrix("token_embd.weight".into(), head, shape.vocab_size, width)];
     for i in 0..shape.n_layers {
         all.push(norm(format!("blk.{i}.attn_norm.weight")));
         for (part, rows, columns) in [
@@ -195,7 +213,7 @@ fn tensors(shape: &SyntheticLlama) -> Vec<Tensor> {
     }
     all.push(norm("output_norm.weight".into()));
     if !shape.tied {
-        all.push(matrix("output.weight".into(), Kind::SixBits, shape.vocab_size, width));
+        all.push(matrix("output.weight".into(), head, shape.vocab_size, width));
     }
     all
 }
@@ -212,7 +230,7 @@ fn write(file: &mut impl Write, tensor: &Tensor, seed: u64) -> io::Result<()> {
         while chunk.len() < CHUNK_BYTES && written + chunk.len() < n_bytes {
             match tensor.kind {
                 Kind::Norm => chunk.extend(1.0_f32.to_le_bytes()),
-                // Uniform codes -8..8 have a deviation of 4.6, -32..32 one of 18.5.
+                // Uniform codes -8..8 have a deviation of 4.6, -32..32 one of 18.5, -128..128 one of 73.9.
                 Kind::Int4 => {
                     let d = half(deviation / 4.6 * spread(&mut random));
                     for _ in 0..GROUP_BLOCKS {
@@ -224,6 +242,11 @@ fn write(file: &mut impl Write, tensor: &Tensor, seed: u64) -> io::Result<()> {
                     let d = half(deviation / (18.5 * 4.0) * spread(&mut random));
                     let (ql, qh) = (bytes::<128>(&mut random), bytes::<64>(&mut random));
                     chunk.extend(BlockQ6_K { ql, qh, scales: [4; 16], d }.to_bytes());
+                }
+                Kind::EightBits => {
+                    let d = half(deviation / 73.9 * spread(&mut random));
+                    let qs = bytes::<32>(&mut random).map(u8::cast_signed);
+                    chunk.extend(BlockQ8_0 { d, qs }.to_bytes());
                 }
             }
         }

@@ -5,6 +5,30 @@ use exrail_tensor::{DType, dequantize};
 use exrail_testkit::{SYNTHETIC_LLAMAS, SyntheticLlama, synthetic_llama};
 
 #[test]
+fn a_head_of_no_whole_superblocks_has_eight_bits() {
+    let shape = SyntheticLlama {
+        n_layers: 1,
+        width: 192,
+        n_heads: 3,
+        n_kv_heads: 1,
+        head_dim: 64,
+        ffn_width: 512,
+        vocab_size: 700,
+        ..SYNTHETIC_LLAMAS[4]
+    };
+    let file = tempfile::NamedTempFile::new().expect("a file");
+    synthetic_llama(file.path(), &shape, 1).expect("it is written");
+    let gguf = Gguf::open(file.path()).expect("it opens");
+    assert!(gguf.tensor("output.weight").is_none(), "the head is the embedding");
+    let tensor = gguf.tensor("token_embd.weight").expect("the tensor is there");
+    assert_eq!(tensor.dtype, DType::Q8_0);
+    let mut values = vec![0.0; 700 * 192];
+    dequantize(DType::Q8_0, &tensor.bytes, &mut values).expect("whole blocks");
+    let squares: f64 = values.iter().map(|&x| f64::from(x).powi(2)).sum();
+    assert!((0.9..1.1).contains(&(squares / 700.0)), "variance times columns {squares} / 700");
+}
+
+#[test]
 fn a_synthetic_model_has_its_shape_and_weights_of_unit_gain() {
     let shape = SyntheticLlama {
         n_layers: 2,

@@ -8,7 +8,7 @@
 // How an operand lies. `src/linear.rs` has the same constants.
 enum Order {
     ROWS,
-    LANES_OF_MMA, // every 16 rows of 32 columns as the lanes of a warp take them
+    LANES_OF_MMA, // every eight rows of four blocks of 32 columns as the lanes of `matmul_few` take them
     TILES,        // see `Tile`
 };
 
@@ -35,10 +35,10 @@ struct Halves {
     __device__ __forceinline__ __half2 *at(uint32_t row, uint32_t c, uint32_t K) const {
         if (order == ROWS) return (__half2 *)(values + (size_t)row * K + c);
         if (order == TILES) return (__half2 *)((char *)values + Tile::at(row, c / 8, K)) + c % 8 / 2;
-        const size_t tile = (size_t)(row / 16) * (K / 32) + c / 32;
-        const uint32_t lane = row % 8 * 4 + c % 8 / 2;
-        const uint32_t word = c % 32 / 16 * 4 + c % 16 / 8 * 2 + row % 16 / 8;
-        return (__half2 *)values + (tile * 32 + lane) * 8 + word;
+        // A lane has a row of one of four blocks, and takes eight halves at once.
+        const size_t chunk = (size_t)(row / 8) * ((K + 127) / 128) + c / 128;
+        const uint32_t lane = row % 8 * 4 + c % 128 / 32;
+        return (__half2 *)values + ((chunk * 4 + c % 32 / 8) * 32 + lane) * 4 + c % 8 / 2;
     }
 };
 

@@ -1,7 +1,7 @@
 // Products of several rows on tensor cores: weights and activations as halves, sums in f32.
 //
-// `matmul_few` streams the weights as decode does: a block of threads has 32 outputs and its warps take
-// turns with the blocks of their columns. `matmul_many` is compute-bound: tiles of rows by outputs. For
+// `matmul_few` streams the weights as decode does: a block of threads has some outputs and its warps take
+// turns with the chunks of their columns. `matmul_many` is compute-bound: tiles of rows by outputs. For
 // hundreds of rows on Hopper see `tiles.cu`.
 #include "common.cuh"
 #include "epilogue.cuh"
@@ -43,140 +43,91 @@ EXTERN void halve(Row row, Halves out, uint32_t width) {
     if (threadIdx.x == 0) out.factors[blockIdx.x] = finite ? inverse * ldexpf(1.0f, exponent) : NAN;
 }
 
-// Blocks of a row that a warp of `matmul_few` has room for; one of them is being used.
-#define FEW_DEPTH 4
+// Outputs of a block of threads of `matmul_few` that takes N tiles of eight rows: as many as its registers
+// allow. `src/layout.rs` has the same.
+#define FEW_TILES(N) (N < 8 ? 2 : 1)
 
-// What one block of 32 weights of each of a warp's 32 rows takes in a ring.
-template <class F> struct Column {
-    static constexpr int LOW = F::LOW / 4, HIGH_AT = 512 * LOW, SCALES_AT = HIGH_AT + 128 * F::HIGH;
-    static constexpr int SUPERS_AT = SCALES_AT + 128, BYTES = SUPERS_AT + (F::SUPERS ? 128 : 0);
-
-    // Asks for block k of a row; `end_of_chunk` must follow.
-    static __device__ __forceinline__ void ask(uint32_t to, const Planes &w, uint32_t row, uint32_t k) {
-        const uint32_t lane = threadIdx.x % 32;
-        const size_t block = (size_t)row * (w.columns / 32) + k;
-#pragma unroll
-        for (int i = 0; i < LOW; i++) {
-            copy_16(to + (i * 32 + lane) * 16, w.low + (block * LOW + i) * 16);
-        }
-        if constexpr (F::HIGH == 1) copy_4(to + HIGH_AT + lane * 4, w.high + block);
-        if constexpr (F::HIGH == 2) copy_8(to + HIGH_AT + lane * 8, w.high + 2 * block);
-        // The word that has the entry.
-        const uint32_t entry = (k >> w.shared) * F::SCALE_BYTES;
-        copy_4(to + SCALES_AT + lane * 4, w.scales_of(row) + entry / 4 * 4);
-        if constexpr (F::SUPERS) copy_4(to + SUPERS_AT + lane * 4, w.supers + block / 8);
-    }
-
-    static __device__ __forceinline__ void read(const char *at, const Planes &w, uint32_t k, Raw<F> &raw) {
-        const uint32_t lane = threadIdx.x % 32;
-#pragma unroll
-        for (int i = 0; i < LOW; i++) raw.low[i] = ((const uint4 *)at)[i * 32 + lane];
-#pragma unroll
-        for (int i = 0; i < F::HIGH; i++) raw.high[i] = ((const uint32_t *)(at + HIGH_AT))[F::HIGH * lane + i];
-        const uint32_t entry = (k >> w.shared) * F::SCALE_BYTES;
-        raw.scales = scale_entry<F>((const uint8_t *)at + SCALES_AT + lane * 4 + entry % 4);
-        if constexpr (F::SUPERS) raw.super = ((const __half2 *)(at + SUPERS_AT))[lane];
-    }
-};
-
-// Bytes of a row of 32 halves in shared memory: ldmatrix reads eight without conflicts.
-#define ROW_32 80
-
-// M tiles of 16 rows, which lie as operands.
-template <class F, int M>
+// N tiles of eight rows of activations, and M of sixteen outputs. A lane has eight outputs' weights of one
+// of the four blocks of a chunk, as they come from memory: the operands of `mma` may have their columns in
+// any order, if it is the same. Step s of a chunk has columns 4s..4s + 4 of each of its blocks.
+template <class F, int N, int M = FEW_TILES(N)>
 __device__ __forceinline__ void matmul_few(const Parts &parts, const Halves &x, const Epilogue &end,
                                            uint32_t n_rows) {
-    extern __shared__ uint4 shared[];
+    extern __shared__ float sums_of_warps[];
     const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, n_warps = blockDim.x / 32;
-    const uint32_t n_blocks = parts.each[0].weight.columns / 32;
-    // A warp's ring, and its weights as halves; later the warps' sums.
-    constexpr int WARP_BYTES = FEW_DEPTH * Column<F>::BYTES + 32 * ROW_32;
-    char *own = (char *)shared + warp * WARP_BYTES;
-    char *as_halves = own + FEW_DEPTH * Column<F>::BYTES;
-    const uint32_t ring = (uint32_t)__cvta_generic_to_shared(own);
-    const uint32_t halves_at = (uint32_t)__cvta_generic_to_shared(as_halves);
-    // This lane's row; a lane beyond the last one reads that again.
-    const uint32_t n_outputs = parts.n_outputs;
-    const uint32_t output = blockIdx.x * 32 + lane;
-    const Where place = where(parts, min(output, n_outputs - 1));
-    const Planes &w = parts.each[place.part].weight;
-    uint32_t asked = warp;
-    auto ask = [&](int slot) {
-        if (asked < n_blocks) Column<F>::ask(ring + slot * Column<F>::BYTES, w, place.row, asked);
-        asked += n_warps;
-        end_of_chunk();
-    };
+    const uint32_t n_blocks = parts.each[0].weight.columns / 32, n_chunks = (n_blocks + 3) / 4;
+    const uint32_t first = lane / 4, own = lane % 4;
+    constexpr uint32_t OUTPUTS = 16 * M;
+    // An output beyond the last one reads that again.
+    const uint32_t n_outputs = parts.n_outputs, first_output = blockIdx.x * OUTPUTS;
+    Where places[2 * M];
 #pragma unroll
-    for (int slot = 0; slot < FEW_DEPTH - 1; slot++) ask(slot);
-    begin();
-    uint4 next[M][2];
-    auto fetch = [&](uint32_t k) {
+    for (int r = 0; r < 2 * M; r++) places[r] = where(parts, min(first_output + first + 8 * r, n_outputs - 1));
+    Raw<F> next[2 * M];
+    auto fetch = [&](uint32_t chunk) {
+        const uint32_t k = 4 * chunk + own;
         if (k >= n_blocks) return;
 #pragma unroll
-        for (int m = 0; m < M; m++) {
-            const uint4 *at = (const uint4 *)x.values + (((size_t)m * n_blocks + k) * 32 + lane) * 2;
-            next[m][0] = at[0], next[m][1] = at[1];
-        }
+        for (int r = 0; r < 2 * M; r++) load(parts.each[places[r].part].weight, places[r].row, k, next[r]);
     };
     fetch(warp);
-    float sums[M][4][4] = {};
-    int slot = 0;
-    const uint32_t first = lane / 4, pair = 2 * (lane % 4);
-    for (uint32_t k = warp; k < n_blocks; k += n_warps) {
-        uint32_t a[M][2][4];
+    begin();
+    float sums[M][N][4] = {};
+    for (uint32_t chunk = warp; chunk < n_chunks; chunk += n_warps) {
+        const bool is_there = 4 * chunk + own < n_blocks;
+        const uint4 *rows = (const uint4 *)x.values + (size_t)chunk * 4 * 32 + lane;
+        // Behind the last column there may be anything.
+        auto b_of = [&](int n, int i) {
+            return is_there ? rows[((size_t)n * n_chunks * 4 + i) * 32] : uint4{0, 0, 0, 0};
+        };
+        uint4 b[4];
+        if constexpr (N == 1) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) b[i] = b_of(0, i);
+        }
+        Raw<F> raw[2 * M];
+#pragma unroll
+        for (int r = 0; r < 2 * M; r++) raw[r] = next[r];
+        fetch(chunk + n_warps);
 #pragma unroll
         for (int m = 0; m < M; m++) {
+            uint4 low[4] = {}, high[4] = {};
+            if (is_there) weights(raw[2 * m], low), weights(raw[2 * m + 1], high);
 #pragma unroll
-            for (int i = 0; i < 2; i++) {
-                const uint4 four = next[m][i];
-                a[m][i][0] = four.x, a[m][i][1] = four.y, a[m][i][2] = four.z, a[m][i][3] = four.w;
-            }
-        }
-        fetch(k + n_warps);
-        asm volatile("cp.async.wait_group %0;" ::"n"(FEW_DEPTH - 2) : "memory");
-        __syncwarp();
-        ask(slot == 0 ? FEW_DEPTH - 1 : slot - 1);
-        Raw<F> raw;
-        Column<F>::read(own + slot * Column<F>::BYTES, w, k, raw);
-        slot = slot == FEW_DEPTH - 1 ? 0 : slot + 1;
-        weights(raw, (uint4 *)(as_halves + lane * ROW_32));
-        __syncwarp();
+            for (int n = 0; n < N; n++) {
 #pragma unroll
-        for (int n = 0; n < 4; n++) {
-            uint32_t b[4]; // k 0..8, 8..16, 16..24, 24..32 of eight outputs
-            matrices(b, halves_at + (8 * n + lane % 8) * ROW_32 + lane / 8 * 16);
-#pragma unroll
-            for (int m = 0; m < M; m++) {
-                mma(sums[m][n], a[m][0], b[0], b[1]);
-                mma(sums[m][n], a[m][1], b[2], b[3]);
+                for (int i = 0; i < 4; i++) {
+                    if constexpr (N > 1) b[i] = b_of(n, i);
+                    mma(sums[m][n], {low[i].x, high[i].x, low[i].y, high[i].y}, b[i].x, b[i].y);
+                    mma(sums[m][n], {low[i].z, high[i].z, low[i].w, high[i].w}, b[i].z, b[i].w);
+                }
             }
         }
     }
-    __syncthreads();
-    // (warps, 16 M, 32)
-    float *all = (float *)shared;
+    // (warps, 8 N, OUTPUTS), padded so that what a warp stores lies in different banks.
+    constexpr uint32_t WIDTH = OUTPUTS + 4;
 #pragma unroll
     for (int m = 0; m < M; m++) {
 #pragma unroll
-        for (int n = 0; n < 4; n++) {
+        for (int n = 0; n < N; n++) {
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                const uint32_t row = 16 * m + first + 8 * (i / 2);
-                all[(warp * 16 * M + row) * 32 + 8 * n + pair + i % 2] = sums[m][n][i];
+                const uint32_t row = warp * 8 * N + 8 * n + 2 * own + i % 2;
+                sums_of_warps[row * WIDTH + 16 * m + first + 8 * (i / 2)] = sums[m][n][i];
             }
         }
     }
     __syncthreads();
     auto total = [&](uint32_t row, uint32_t n) {
         float sum = 0;
-        for (uint32_t v = 0; v < n_warps; v++) sum += all[(v * 16 * M + row) * 32 + n];
+        for (uint32_t v = 0; v < n_warps; v++) sum += sums_of_warps[(v * 8 * N + row) * WIDTH + n];
         return x.factors[row] * sum;
     };
-    const uint32_t step = parts.paired ? 2 : 1;
-    for (uint32_t i = threadIdx.x; i < 16 * M * 32 / step; i += blockDim.x) {
-        const uint32_t row = i / (32 / step), n = i % (32 / step) * step;
-        if (row >= n_rows || blockIdx.x * 32 + n >= n_outputs) continue;
-        const Where place = where(parts, blockIdx.x * 32 + n);
+    const uint32_t step = parts.paired ? 2 : 1, n_sums = OUTPUTS / step;
+    for (uint32_t i = threadIdx.x; i < n_rows * n_sums; i += blockDim.x) {
+        const uint32_t row = i / n_sums, n = i % n_sums * step;
+        if (first_output + n >= n_outputs) continue;
+        const Where place = where(parts, first_output + n);
         if (parts.paired) {
             end.put_gated(parts.each[0], row, place.row, total(row, n), total(row, n + 1));
         } else {
@@ -304,13 +255,13 @@ __device__ __forceinline__ void matmul_many(const Parts &parts, const Halves &x,
     }
 }
 
-#define FEW(name, F, M)                                                                            \
-    EXTERN __launch_bounds__(512, 1) void matmul_few_##name##_##M(                          \
+#define FEW(name, F, N)                                                                            \
+    EXTERN __launch_bounds__(512, 1) void matmul_few_##name##_##N(                                 \
         const __grid_constant__ Parts parts, Halves x, Epilogue end, uint32_t n_rows) {            \
-        matmul_few<F, M>(parts, x, end, n_rows);                                                   \
+        matmul_few<F, N>(parts, x, end, n_rows);                                                   \
     }
 #define FORMAT(name, F)                                                                            \
-    FEW(name, F, 1) FEW(name, F, 2) FEW(name, F, 4)                                                \
+    FEW(name, F, 1) FEW(name, F, 2) FEW(name, F, 4) FEW(name, F, 8)                                \
     EXTERN __launch_bounds__(256, 2) void matmul_many_##name(                               \
         const __grid_constant__ Parts parts, Halves x, Epilogue end, uint32_t n_rows) {            \
         matmul_many<F>(parts, x, end, n_rows);                                                     \

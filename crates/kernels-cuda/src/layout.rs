@@ -13,11 +13,13 @@ const CHUNK: usize = 32;
 /// activations twice costs more than the second block brings.
 const TWO_FROM: usize = 24;
 
-/// Outputs of a block of threads of `matmul_few`, blocks of a row that a warp of it has room for, and bytes
-/// of a row of 32 halves; the constants of `cu/matmul.cu`.
-const FEW_OUTPUTS: usize = 32;
-const FEW_DEPTH: usize = 4;
-const FEW_ROW_BYTES: usize = 80;
+/// Outputs of a tile of `matmul_few`, what a row of sums has besides, and columns of a chunk; the constants
+/// of `cu/matmul.cu`.
+const FEW_OUTPUTS: usize = 16;
+const FEW_PADDING: usize = 4;
+const FEW_COLUMNS: usize = 128;
+/// Warps that a multiprocessor has room for.
+const FEW_WARPS: usize = 16;
 
 /// What of a device the cuts depend on.
 #[derive(Clone, Copy, Debug)]
@@ -85,18 +87,17 @@ impl Machine {
         Cut { n_blocks, n_warps: WARPS, shared_bytes }
     }
 
-    /// A product on tensor cores of 16 · `n_tiles` rows; `column_bytes` are those of a block of each of
-    /// 32 rows in a ring.
-    pub(crate) fn few(self, column_bytes: usize, n_outputs: usize, n_tiles: usize) -> Cut {
-        let n_blocks = n_outputs.div_ceil(FEW_OUTPUTS);
-        let bytes = |n_warps: usize| {
-            let rings = n_warps * (FEW_DEPTH * column_bytes + FEW_OUTPUTS * FEW_ROW_BYTES);
-            rings.max(4 * n_warps * 16 * n_tiles * FEW_OUTPUTS)
-        };
-        // Where there is less than a block of threads or two for a multiprocessor, larger ones.
-        let large = n_blocks < 3 * self.n_multiprocessors && bytes(16) <= self.max_shared_bytes;
-        let n_warps = if large { 16 } else { 8 };
-        Cut { n_blocks, n_warps, shared_bytes: bytes(n_warps) }
+    /// A product on tensor cores of 8 · `n_tiles` rows.
+    pub(crate) fn few(self, columns: usize, n_outputs: usize, n_tiles: usize) -> Cut {
+        let outputs = FEW_OUTPUTS * if n_tiles < 8 { 2 } else { 1 };
+        let n_blocks = n_outputs.div_ceil(outputs);
+        // As many as are at work at once, but none without two chunks.
+        let at_once = (FEW_WARPS * self.n_multiprocessors / n_blocks).max(1);
+        let at_once = 1 << at_once.ilog2();
+        let most = (columns / (2 * FEW_COLUMNS)).next_power_of_two().min(FEW_WARPS);
+        let n_warps = at_once.clamp(4, FEW_WARPS).min(most.max(1));
+        let shared_bytes = 4 * n_warps * 8 * n_tiles * (outputs + FEW_PADDING);
+        Cut { n_blocks, n_warps, shared_bytes }
     }
 }
 
@@ -110,14 +111,13 @@ mod tests {
         Machine { n_multiprocessors: 108, max_shared_bytes: (163 << 10) - 4096, depth: 2 },
         Machine { n_multiprocessors: 132, max_shared_bytes: (227 << 10) - 4096, depth: 3 },
     ];
-    /// Bytes of a chunk and of a column, and halves: Q4_0, Q6_K, Q8_0.
-    const FORMATS: [(usize, usize, bool); 3] =
-        [(576, 640, false), (848, 1024, true), (1088, 1152, false)];
+    /// Bytes of a chunk, and halves: Q4_0, Q6_K, Q8_0.
+    const FORMATS: [(usize, bool); 3] = [(576, false), (848, true), (1088, false)];
 
     #[test]
     fn every_product_fits_and_one_row_is_cut_like_several() {
         for machine in MACHINES {
-            for (chunk_bytes, column_bytes, halves) in FORMATS {
+            for (chunk_bytes, halves) in FORMATS {
                 for columns in [32, 576, 4096, 14_336, 28_672] {
                     let matrix = Matrix { columns, chunk_bytes, halves };
                     for n_pairs in [1, 100, 6144, 64_128, 131_072] {
@@ -133,9 +133,12 @@ mod tests {
                         }
                     }
                 }
-                for n_tiles in [1, 2, 4] {
+            }
+            for columns in [32, 576, 28_672] {
+                for n_tiles in [1, 2, 4, 8] {
                     for n_outputs in [1, 4096, 128_256] {
-                        let cut = machine.few(column_bytes, n_outputs, n_tiles);
+                        let cut = machine.few(columns, n_outputs, n_tiles);
+                        assert!(cut.n_warps > 0, "{machine:?} {cut:?}");
                         assert!(
                             cut.shared_bytes <= machine.max_shared_bytes,
                             "{machine:?} {cut:?}"
@@ -152,6 +155,5 @@ mod tests {
         let [small, _, large] = MACHINES;
         let matrix = Matrix { columns: 4096, chunk_bytes: 1088, halves: false };
         assert!(large.streamed(matrix, 6144, true).shared_bytes > small.max_shared_bytes);
-        assert!(large.few(640, 4096, 4).shared_bytes > small.max_shared_bytes);
     }
 }

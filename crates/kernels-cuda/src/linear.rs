@@ -336,10 +336,12 @@ impl<'a> Input<'a> {
         if self.n_rows > 1 && !self.batch_invariant {
             let (order, rows_together) = match tiled {
                 Some(_) => (Order::Tiles, TILED_TILE.0),
-                None if self.n_rows <= FEW => (Order::LanesOfMma, 16),
+                None if self.n_rows <= FEW => (Order::LanesOfMma, 8),
                 None => (Order::Rows, 1),
             };
-            let n_places = self.n_rows.next_multiple_of(rows_together) * self.columns;
+            // Four blocks of columns lie together, whether or not all are there.
+            let n_columns = self.columns.next_multiple_of(128);
+            let n_places = self.n_rows.next_multiple_of(rows_together) * n_columns;
             let values = self.stream.work("half activations", 2 * n_places);
             let out = Halves { values, factors, order, padding: 0 };
             self.stream.launch("halve", grid(512), &[&self.row, &out, &width]);
@@ -443,8 +445,8 @@ impl<'a> Input<'a> {
             let blocks = (self.n_rows.div_ceil(TILE.0), n_outputs.div_ceil(TILE.1));
             return (kernels.many, Grid { blocks, ..Grid::one(TILE_BYTES) });
         }
-        let size = self.n_rows.div_ceil(16).next_power_of_two().ilog2() as usize;
-        let cut = self.stream.machine().few(weight.column_bytes(), n_outputs, 1 << size);
+        let size = self.n_rows.div_ceil(8).next_power_of_two().ilog2() as usize;
+        let cut = self.stream.machine().few(self.columns, n_outputs, 1 << size);
         (kernels.few[size], cut.grid(1))
     }
 

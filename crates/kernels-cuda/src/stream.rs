@@ -140,7 +140,7 @@ impl Drop for Memory {
 pub(crate) struct FormatKernels {
     pub(crate) exact: [Kernel; 2],   // by tile
     pub(crate) rounded: [Kernel; 2], // by tile
-    pub(crate) few: [Kernel; 3],     // of 16, 32 and 64 rows
+    pub(crate) few: [Kernel; 4],     // of 8, 16, 32 and 64 rows
     pub(crate) many: Kernel,
     pub(crate) unpack: Kernel,
 }
@@ -151,7 +151,7 @@ impl FormatKernels {
         let exact = [one, several].map(|tile| kernels[&format!("linear_f32_{suffix}_{tile}")]);
         let find = |name: String| kernels.get(&name).copied().unwrap_or(exact[0]);
         let rounded = [one, several].map(|tile| find(format!("linear_{suffix}_{tile}")));
-        let few = [1, 2, 4].map(|tiles| find(format!("matmul_few_{suffix}_{tiles}")));
+        let few = [1, 2, 4, 8].map(|tiles| find(format!("matmul_few_{suffix}_{tiles}")));
         let (many, unpack) = (format!("matmul_many_{suffix}"), format!("unpack_{suffix}"));
         FormatKernels { exact, rounded, few, many: find(many), unpack: find(unpack) }
     }
@@ -528,7 +528,7 @@ fn names(file: &str) -> Vec<String> {
             let mut names: Vec<String> = plain(&["halve"]);
             for (_, suffix) in blocks() {
                 names.push(format!("matmul_many_{suffix}"));
-                names.extend([1, 2, 4].map(|tiles| format!("matmul_few_{suffix}_{tiles}")));
+                names.extend([1, 2, 4, 8].map(|tiles| format!("matmul_few_{suffix}_{tiles}")));
             }
             names
         }
