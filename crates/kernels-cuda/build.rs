@@ -10,9 +10,10 @@ use std::{
 };
 
 /// One `.cu` file an operation or a few of one kind.
-const FILES: [&str; 11] = [
+const FILES: [&str; 12] = [
     "attention",
     "flash",
+    "group",
     "kv",
     "linear",
     "matmul",

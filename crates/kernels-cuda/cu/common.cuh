@@ -169,14 +169,12 @@ template <Meaning MEANING> __device__ __forceinline__ uint32_t looked_up(uint32_
     return out;
 }
 
-// Bit c of `bits` (or bits 2c, 2c + 1) at bit 4 of byte c.
+// Bit c of `bits` (or bits 2c, 2c + 1) at bit 4 of byte c. A factor places copies side by side, of which
+// the mask leaves one field each.
 template <int HIGH> __device__ __forceinline__ uint32_t spread(uint32_t bits) {
-    uint32_t out = 0;
-#pragma unroll
-    for (int c = 0; c < 4; c++) {
-        out |= ((bits >> (HIGH * c)) & ((1 << HIGH) - 1)) << (8 * c + 4);
-    }
-    return out;
+    if constexpr (HIGH == 1) return (bits & 0xf) * 0x02040810 & 0x10101010;
+    // Copies of neighbouring fields would overlap.
+    return ((bits & 0x33) * 0x00010010 & 0x00300030) | ((bits & 0xcc) * 0x00400400 & 0x30003000);
 }
 
 // The codes of a block, weights 4i..4i+4 in word i. Below 64 each, or signed bytes.

@@ -86,43 +86,62 @@ __device__ __forceinline__ void prefetch(const Row &row, uint32_t width) {
     }
 }
 
+// Rounds values 4i..4i + 4 of a row, and adds their squares to those seen, if there is a norm's weight.
+template <class Put>
+__device__ __forceinline__ void round_four(float4 four, const float4 *weight, uint32_t i, float &squares,
+                                           Put put) {
+    float values[4] = {four.x, four.y, four.z, four.w};
+    if (weight) {
+#pragma unroll
+        for (int c = 0; c < 4; c++) squares = fmaf(values[c], values[c], squares);
+        values[0] *= weight->x, values[1] *= weight->y;
+        values[2] *= weight->z, values[3] *= weight->w;
+    }
+    uint32_t bits = 0;
+#pragma unroll
+    for (int c = 0; c < 4; c++) bits = max(bits, __float_as_uint(fabsf(values[c])));
+    const uint32_t lanes = 0xffu << (threadIdx.x % 32 / 8 * 8);
+#pragma unroll
+    for (int step = 4; step > 0; step /= 2) bits = max(bits, __shfl_xor_sync(lanes, bits, step));
+    const Rounding rounding(bits);
+    uint32_t first = 0, second = 0;
+    int sum = 0;
+#pragma unroll
+    for (int c = 0; c < 4; c++) {
+        const int a = rounding.first(values[c]), b = rounding.second(values[c], a);
+        first |= (uint32_t)(uint8_t)(int8_t)a << (8 * c);
+        second |= (uint32_t)(uint8_t)(int8_t)b << (8 * c);
+        sum += 256 * a + b;
+    }
+    sum += __shfl_xor_sync(lanes, sum, 1);
+    sum += __shfl_xor_sync(lanes, sum, 2);
+    put(i / 8, i % 8, first, second, rounding.scale, sum, __shfl_xor_sync(lanes, sum, 4));
+}
+
 // Rounds a row, of an RMS norm x * weight: the root of the mean square is a factor of the whole row,
 // which rounds alike without it. Eight lanes have a block, four values each; `put(block, part, first,
 // second, scale, lower, upper)` takes them, with the sums of the block's halves. Called by all of WARPS
 // warps; gives the sum of squares that this thread has seen.
 template <class Put>
 __device__ __forceinline__ float round_row(const Row &row, uint32_t n_blocks, Put put) {
+    // Values that a thread asks for at once, four each: what it rounds goes to memory, behind which the
+    // compiler would not dare to ask for more.
+    constexpr int AT_ONCE = 4;
+    const uint32_t n = 8 * n_blocks, step = WARPS * 32;
     float squares = 0;
-#pragma unroll 2
-    for (uint32_t i = threadIdx.x; i < 8 * n_blocks; i += WARPS * 32) {
-        const float4 four = ((const float4 *)row.x)[i];
-        float values[4] = {four.x, four.y, four.z, four.w};
-        if (row.norm) {
-            const float4 weight = __ldg((const float4 *)row.norm + i);
+    for (uint32_t begin = threadIdx.x; begin < n; begin += AT_ONCE * step) {
+        float4 values[AT_ONCE], weights[AT_ONCE];
 #pragma unroll
-            for (int c = 0; c < 4; c++) squares = fmaf(values[c], values[c], squares);
-            values[0] *= weight.x, values[1] *= weight.y;
-            values[2] *= weight.z, values[3] *= weight.w;
+        for (int e = 0; e < AT_ONCE; e++) {
+            const uint32_t i = begin + e * step;
+            if (i < n) values[e] = ((const float4 *)row.x)[i];
+            if (i < n && row.norm) weights[e] = __ldg((const float4 *)row.norm + i);
         }
-        uint32_t bits = 0;
 #pragma unroll
-        for (int c = 0; c < 4; c++) bits = max(bits, __float_as_uint(fabsf(values[c])));
-        const uint32_t lanes = 0xffu << (threadIdx.x % 32 / 8 * 8);
-#pragma unroll
-        for (int step = 4; step > 0; step /= 2) bits = max(bits, __shfl_xor_sync(lanes, bits, step));
-        const Rounding rounding(bits);
-        uint32_t first = 0, second = 0;
-        int sum = 0;
-#pragma unroll
-        for (int c = 0; c < 4; c++) {
-            const int a = rounding.first(values[c]), b = rounding.second(values[c], a);
-            first |= (uint32_t)(uint8_t)(int8_t)a << (8 * c);
-            second |= (uint32_t)(uint8_t)(int8_t)b << (8 * c);
-            sum += 256 * a + b;
+        for (int e = 0; e < AT_ONCE; e++) {
+            const uint32_t i = begin + e * step;
+            if (i < n) round_four(values[e], row.norm ? &weights[e] : nullptr, i, squares, put);
         }
-        sum += __shfl_xor_sync(lanes, sum, 1);
-        sum += __shfl_xor_sync(lanes, sum, 2);
-        put(i / 8, i % 8, first, second, rounding.scale, sum, __shfl_xor_sync(lanes, sum, 4));
     }
     return squares;
 }

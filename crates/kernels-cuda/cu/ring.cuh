@@ -7,13 +7,6 @@
 #include "common.cuh"
 #include "copy.cuh"
 
-// Pairs of chunks that a warp has room for; one of them is being used. `src/device.rs` has the same: cards
-// other than those with a compute capability of 9.0 may have less shared memory.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
-#define DEPTH 3
-#else
-#define DEPTH 2
-#endif
 #define LANES 32
 
 template <class F> struct Ring {

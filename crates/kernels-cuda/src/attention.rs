@@ -92,13 +92,93 @@ pub(crate) fn tile_names() -> impl Iterator<Item = String> {
     ["f16", "int8"].into_iter().flat_map(of)
 }
 
+/// Whether tensor cores have a kernel for heads of this width, and may round queries for it.
+fn on_tensor_cores(pool: &CudaKvPool, options: CudaOptions) -> bool {
+    options.activation == Activation::Int8 && TILE_WIDTHS.contains(&pool.shape.head_dim)
+}
+
 /// Whether rows of a span take turns in tiles.
 fn in_tiles(span: &AttentionSpan<'_>, pool: &CudaKvPool, options: CudaOptions) -> bool {
     span.n_rows >= TILE_FROM
         && !options.batch_invariant
-        && options.activation == Activation::Int8
+        && on_tensor_cores(pool, options)
         && pool.shape.dtype != KvDtype::F32
-        && TILE_WIDTHS.contains(&pool.shape.head_dim)
+}
+
+/// Warps of a block that attends with all heads of a key, positions that each takes at once, the most
+/// heads, and the longest run: 32 pages. The constants of `cu/group.cu`.
+const GROUP_WARPS: usize = 4;
+const GROUP_POSITIONS: usize = 16;
+const GROUP_HEADS: usize = 16;
+const GROUP_RUN: usize = 32 * PAGE_TOKENS;
+/// What a part of a head has besides its sums.
+const PART_BESIDES: usize = 4;
+
+/// Names of the kernels of `cu/group.cu`.
+pub(crate) fn group_names() -> impl Iterator<Item = String> {
+    TILE_WIDTHS.into_iter().map(|width| format!("attention_group_{width}"))
+}
+
+/// Rows that attend one by one.
+struct Rows {
+    at: Address,
+    n: usize,
+    longest: usize, // positions that one of them sees, or that lie before those
+}
+
+impl Rows {
+    fn behind(&self, n: usize) -> Address {
+        Address(self.at.0 + (n * ROW_BYTES) as u64)
+    }
+
+    /// Positions of a run of `cu/group.cu`: as few as leave no block of threads waiting for another to end,
+    /// two of which share a multiprocessor; or always the same where nothing may depend on the other rows.
+    fn run_len(&self, n_kv_heads: usize, n_multiprocessors: usize, options: CudaOptions) -> usize {
+        if options.batch_invariant {
+            return PAGE_TOKENS;
+        }
+        let n_blocks = |run: usize| self.n * n_kv_heads * self.longest.div_ceil(run);
+        let mut run = GROUP_WARPS * GROUP_POSITIONS;
+        while run < GROUP_RUN && n_blocks(run) > 2 * n_multiprocessors {
+            run *= 2;
+        }
+        run
+    }
+}
+
+/// What every kernel takes first: queries, the pool, the layer, the table of pages, and the shape.
+type Common = (Address, crate::kv::Pages, u32, Address, Shape);
+
+/// All heads of a key at once, on tensor cores.
+fn attend_in_groups(
+    stream: &Stream,
+    options: CudaOptions,
+    (q, pages, layer, table, shape): Common,
+    rows: &Rows,
+    out: Address,
+) {
+    let (head_dim, n_heads, n_kv_heads) =
+        (shape.head_dim as usize, shape.n_heads as usize, shape.n_kv_heads as usize);
+    let machine = stream.machine();
+    let run = rows.run_len(n_kv_heads, machine.n_multiprocessors, options);
+    // A power of two, so that a growing context seldom changes the grid.
+    let n_runs = rows.longest.div_ceil(run).next_power_of_two();
+    let row_bytes = 4 * n_heads * n_runs * (head_dim + PART_BESIDES);
+    let rows_at_once = (PARTS_BYTES / row_bytes).clamp(1, rows.n);
+    let parts = stream.work("runs of attention", rows_at_once * row_bytes);
+    let n_done = stream.counters(rows_at_once * n_kv_heads);
+    let rings = GROUP_WARPS * machine.depth * 2 * GROUP_POSITIONS * (head_dim + 8) * 2;
+    let sums = GROUP_WARPS * (n_heads / n_kv_heads) * head_dim * 4;
+    let (kernel, run) = (format!("attention_group_{head_dim}"), narrow(run));
+    for first in (0..rows.n).step_by(rows_at_once) {
+        let at = rows.behind(first);
+        let blocks = (rows_at_once.min(rows.n - first), n_kv_heads);
+        let threads = 32 * GROUP_WARPS;
+        let grid = Grid { blocks, runs: n_runs, threads, shared_bytes: rings.max(sums) };
+        let arguments: [&dyn AnyArgument; 10] =
+            [&q, &pages, &layer, &table, &shape, &at, &run, &out, &parts, &n_done];
+        stream.launch(&kernel, grid, &arguments);
+    }
 }
 
 /// See [`exrail_kernels::Backend::attention`]; the pool comes with its layer.
@@ -144,7 +224,7 @@ pub(crate) fn attention(
     let (q, out) = (q.at(n_values), out.at(n_values));
     let (pages, layer, shape) = (pool.pages(), narrow(layer), Shape::of(shape));
     let n_tiles = tiles.len() / 4;
-    let rows = stream.upload(&bytes_of_u32(rows));
+    let rows = Rows { at: stream.upload(&bytes_of_u32(rows)), n: n_rows, longest };
     let tiles = stream.upload(&bytes_of_u32(tiles));
     let table = stream.upload(&bytes_of_u32(table));
     let (dtype, whole) = match pool.shape.dtype {
@@ -163,28 +243,44 @@ pub(crate) fn attention(
     if n_rows == 0 {
         return;
     }
+    let common = (q, pages, layer, table, shape);
+    let group = (shape.n_heads / shape.n_kv_heads) as usize;
+    if on_tensor_cores(pool, options) && dtype == "f16" && group <= GROUP_HEADS {
+        return attend_in_groups(stream, options, common, &rows, out);
+    }
     if !head_dim.is_multiple_of(VECTOR) || head_dim > MAX_RUN_WIDTH {
         let grid = shape.grid(n_rows);
-        stream.launch(whole, grid, &[&q, &pages, &layer, &table, &shape, &rows, &out]);
+        stream.launch(whole, grid, &[&q, &pages, &layer, &table, &shape, &rows.at, &out]);
         return;
     }
+    attend_in_runs(stream, dtype, common, &rows, out);
+}
+
+/// Some heads of a key one after the other, for every type and width.
+fn attend_in_runs(
+    stream: &Stream,
+    dtype: &str,
+    (q, pages, layer, table, shape): Common,
+    rows: &Rows,
+    out: Address,
+) {
+    let head_dim = shape.head_dim as usize;
     // A power of two, so that a growing context seldom changes the grid.
-    let n_runs = longest.div_ceil(RUN).next_power_of_two();
-    let row_bytes = 4 * shape.n_heads as usize * n_runs * (shape.head_dim as usize + 2);
-    let rows_at_once = (PARTS_BYTES / row_bytes).clamp(1, n_rows.max(1));
+    let n_runs = rows.longest.div_ceil(RUN).next_power_of_two();
+    let row_bytes = 4 * shape.n_heads as usize * n_runs * (head_dim + 2);
+    let rows_at_once = (PARTS_BYTES / row_bytes).clamp(1, rows.n);
     let parts = stream.work("runs of attention", rows_at_once * row_bytes);
     let n_done = stream.counters(rows_at_once * shape.n_heads as usize);
     let lanes = (head_dim / VECTOR).next_power_of_two();
-    let run = format!("attention_run_{dtype}_{lanes}");
-    for first in (0..n_rows).step_by(rows_at_once) {
-        let n_rows = rows_at_once.min(n_rows - first);
-        let rows = Address(rows.0 + (first * ROW_BYTES) as u64);
-        let n_blocks =
-            shape.head_blocks(n_rows, longest.div_ceil(RUN), stream.machine().n_multiprocessors);
+    let kernel = format!("attention_run_{dtype}_{lanes}");
+    for first in (0..rows.n).step_by(rows_at_once) {
+        let (n_rows, at) = (rows_at_once.min(rows.n - first), rows.behind(first));
+        let n_needed = rows.longest.div_ceil(RUN);
+        let n_blocks = shape.head_blocks(n_rows, n_needed, stream.machine().n_multiprocessors);
         let grid = Grid { blocks: (n_rows, n_blocks), runs: n_runs, ..shape.grid(n_rows) };
         let arguments: [&dyn AnyArgument; 9] =
-            [&q, &pages, &layer, &table, &shape, &rows, &out, &parts, &n_done];
-        stream.launch(&run, grid, &arguments);
+            [&q, &pages, &layer, &table, &shape, &at, &out, &parts, &n_done];
+        stream.launch(&kernel, grid, &arguments);
     }
 }
 

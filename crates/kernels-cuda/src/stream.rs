@@ -21,9 +21,10 @@ use crate::queue::{Kernel, Queue};
 use crate::{CudaError, DeviceFacts, device};
 
 /// The compiled kernels, one fat binary a file of `cu/`.
-const BINARIES: [(&str, &[u8]); 11] = [
+const BINARIES: [(&str, &[u8]); 12] = [
     ("attention", include_bytes!(concat!(env!("OUT_DIR"), "/attention.fatbin"))),
     ("flash", include_bytes!(concat!(env!("OUT_DIR"), "/flash.fatbin"))),
+    ("group", include_bytes!(concat!(env!("OUT_DIR"), "/group.fatbin"))),
     ("kv", include_bytes!(concat!(env!("OUT_DIR"), "/kv.fatbin"))),
     ("linear", include_bytes!(concat!(env!("OUT_DIR"), "/linear.fatbin"))),
     ("matmul", include_bytes!(concat!(env!("OUT_DIR"), "/matmul.fatbin"))),
@@ -523,6 +524,7 @@ fn names(file: &str) -> Vec<String> {
             names
         }
         "flash" => crate::attention::tile_names().collect(),
+        "group" => crate::attention::group_names().collect(),
         "kv" => plain(&["kv_write"]),
         "matmul" => {
             let mut names: Vec<String> = plain(&["halve"]);

@@ -1,7 +1,8 @@
 //! Every operation against the reference, in both activation modes. A missing device is a failure.
 
 use exrail_kernels::{
-    Activation, Backend, GateActivation, InputRounding, NormKind, Normed, WeightView, conformance,
+    Activation, AttentionShape, AttentionSpan, Backend, GateActivation, InputRounding, KvDtype,
+    KvShape, KvSlot, NormKind, Normed, PAGE_TOKENS, PageId, WeightView, conformance,
 };
 use exrail_kernels_cuda::{CudaBackend, CudaBuffer, CudaOptions, CudaWeight};
 use exrail_tensor::DType;
@@ -197,6 +198,71 @@ fn many_rows_equal_the_same_rows_in_small_batches() {
                             let is_close = (a - b).abs() <= 1e-3 * (1.0 + b.abs());
                             assert!(is_close, "{case}: row {row} output {output}: {a}, not {b}");
                         }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// What rows at the ends of two sequences see of `(positions, window)`, keys and values in halves.
+fn attended(
+    backend: &CudaBackend,
+    [n_heads, n_kv_heads, head_dim]: [usize; 3],
+    n_positions: [usize; 2],
+    n_rows: usize,
+    window: Option<usize>,
+) -> Vec<f32> {
+    let n_pages = n_positions.map(|n| n.div_ceil(PAGE_TOKENS));
+    let dtype = KvDtype::F16;
+    let kv_shape = KvShape { n_layers: 2, n_kv_heads, head_dim, n_pages: 12, dtype };
+    let mut pool = backend.kv_pool(kv_shape).expect("memory");
+    // Pages in no order.
+    let pages: Vec<PageId> = (0..12).map(|i| PageId(i * 5 % 12)).collect();
+    let tables = [&pages[..n_pages[0]], &pages[n_pages[0]..n_pages[0] + n_pages[1]]];
+    for (i, (n, table)) in n_positions.into_iter().zip(tables).enumerate() {
+        let slots: Vec<KvSlot> = (0..n)
+            .map(|p| KvSlot { page: table[p / PAGE_TOKENS], offset: (p % PAGE_TOKENS) as u32 })
+            .collect();
+        let [k, v] = [1, 2]
+            .map(|seed| buffer(backend, &noise(10 * i as u64 + seed, n * n_kv_heads * head_dim)));
+        backend.kv_write(&mut pool, 1, &k, &v, &slots);
+    }
+    let spans = [0, 1].map(|i| AttentionSpan {
+        first_row: i * n_rows,
+        n_rows,
+        first_position: n_positions[i] - n_rows,
+        pages: tables[i],
+    });
+    let scale = 3.0 / (head_dim as f32).sqrt();
+    let shape = AttentionShape { n_heads, n_kv_heads, head_dim, scale, soft_cap: None, window };
+    let len = 2 * n_rows * n_heads * head_dim;
+    let q = buffer(backend, &noise(77, len));
+    let mut out = buffer(backend, &vec![f32::NAN; len]);
+    backend.attention(&q, &pool, 1, shape, &spans, &mut out);
+    let mut values = vec![0.0; len];
+    backend.read(&out, &mut values);
+    values
+}
+
+/// Contexts of many runs, which conformance is too small for: on tensor cores as in the exact mode, within
+/// what rounding queries and weights of positions to halves may cost, whatever is in the batch.
+#[test]
+fn long_contexts_are_attended_to_alike_by_every_kernel() {
+    let exact = backend(Activation::F32, false);
+    for batch_invariant in [false, true] {
+        let rounded = backend(Activation::Int8, batch_invariant);
+        for heads in [[4, 4, 128], [8, 2, 64], [12, 1, 32], [6, 2, 96], [16, 1, 128]] {
+            for n_positions in [[1500, 70], [513, 512], [64, 1], [1025, 300]] {
+                for (n_rows, window) in [(1, None), (1, Some(200)), (5, None), (7, Some(65))] {
+                    if n_positions[1] < n_rows {
+                        continue;
+                    }
+                    let expected = attended(&exact, heads, n_positions, n_rows, window);
+                    let found = attended(&rounded, heads, n_positions, n_rows, window);
+                    let case = format!("{heads:?} {n_positions:?} T={n_rows} window {window:?}");
+                    for (i, (a, b)) in found.iter().zip(&expected).enumerate() {
+                        assert!((a - b).abs() < 4e-3, "{case} element {i}: {a}, not {b}");
                     }
                 }
             }

@@ -1,0 +1,243 @@
+// Causal attention of single rows on tensor cores: the rows of their operands are the heads that share keys
+// and values. One block of threads has a run of the positions that a row sees; its warps take turns with
+// them, 16 at a time, each with a ring of its own and a running softmax (Milakov and Gimelshein 2018,
+// arXiv:1805.02867). The last block to end puts the runs together (Dao et al. 2023, "Flash-Decoding for
+// long-context inference"). Queries and weights of positions are rounded to halves, as keys and values are.
+#include "common.cuh"
+#include "copy.cuh"
+#include "pages.cuh"
+#include "runs.cuh"
+#include "shape.cuh"
+#include "tensor.cuh"
+
+// `src/attention.rs` has the same constants.
+#define WARPS 4
+#define POSITIONS 16 // of a warp at once
+#define STEP (WARPS * POSITIONS)
+// Heads that share keys, at most.
+#define HEADS 16
+
+// Sums of a warp over its positions.
+template <int D> struct Sums {
+    float of[D / 8][4] = {};
+    float highest[2] = {-INFINITY, -INFINITY};
+    float total[2] = {0, 0}; // of this lane's positions
+
+    // Takes 16 positions' keys and values from shared memory, of which those in from..end count.
+    __device__ __forceinline__ void add(const uint32_t (&query)[D / 16][4], uint32_t keys, uint32_t values,
+                                        const Shape &shape, uint32_t position, uint32_t from, uint32_t end) {
+        constexpr int WIDTH = D + 8;
+        const uint32_t lane = threadIdx.x % 32;
+        float scores[2][4] = {};
+#pragma unroll
+        for (int k = 0; k < D / 16; k++) {
+            uint32_t b[4];
+            matrices(b, keys + (lane / 16 * 8 + lane % 8) * WIDTH * 2 + k * 32 + lane / 8 % 2 * 16);
+            mma(scores[0], query[k], b[0], b[1]);
+            mma(scores[1], query[k], b[2], b[3]);
+        }
+        float next[2] = {highest[0], highest[1]};
+#pragma unroll
+        for (int n = 0; n < 2; n++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const uint32_t at = position + 8 * n + 2 * (lane % 4) + i % 2;
+                float score = scores[n][i] * shape.scale;
+                if (shape.soft_cap > 0) score = shape.soft_cap * tanhf(score / shape.soft_cap);
+                scores[n][i] = at >= from && at < end ? score : -INFINITY;
+                next[i / 2] = fmaxf(next[i / 2], scores[n][i]);
+            }
+        }
+        float keep[2];
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            next[i] = fmaxf(next[i], __shfl_xor_sync(0xffffffff, next[i], 1));
+            next[i] = fmaxf(next[i], __shfl_xor_sync(0xffffffff, next[i], 2));
+            keep[i] = highest[i] == -INFINITY ? 0.0f : __expf(highest[i] - next[i]);
+            highest[i] = next[i];
+            // Where no position counted yet all scores are infinitely low.
+            if (next[i] == -INFINITY) next[i] = 0;
+            total[i] *= keep[i];
+        }
+        uint32_t weights[4];
+#pragma unroll
+        for (int n = 0; n < 2; n++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                scores[n][i] = __expf(scores[n][i] - next[i / 2]);
+                total[i / 2] += scores[n][i];
+            }
+            weights[2 * n] = pair_of(scores[n][0], scores[n][1]);
+            weights[2 * n + 1] = pair_of(scores[n][2], scores[n][3]);
+        }
+#pragma unroll
+        for (int d = 0; d < D / 16; d++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) of[2 * d][i] *= keep[i / 2], of[2 * d + 1][i] *= keep[i / 2];
+            uint32_t b[4];
+            transposed(b, values + lane % 16 * WIDTH * 2 + (16 * d + lane / 16 * 8) * 2);
+            mma(of[2 * d], weights, b[0], b[1]);
+            mma(of[2 * d + 1], weights, b[2], b[3]);
+        }
+    }
+};
+
+// A part is what a run knows of a head: the sum of the values by their weights, the total and the highest
+// score. It has room for four more numbers than a head, so that it starts on 16 bytes.
+template <int D> struct Part {
+    static constexpr uint32_t SIZE = D + 4;
+
+    // Of one head, in all runs; a warp. `parts` is that of the first run, and `step` from run to run.
+    static __device__ __forceinline__ void merge(const float *parts, size_t step, uint32_t n_runs, float *out) {
+        const uint32_t lane = threadIdx.x % 32;
+        float most = -INFINITY, all = 0;
+        for (uint32_t r = lane; r < n_runs; r += 32) most = fmaxf(most, parts[r * step + D + 1]);
+        most = warp_max(most);
+        float4 sum = {0, 0, 0, 0};
+        for (uint32_t base = 0; base < n_runs; base += 32) {
+            const uint32_t n = min(32, n_runs - base);
+            const float *own = parts + (base + lane) * step;
+            const float factor = lane < n ? Softmax::factor(own[D + 1], most) : 0;
+            if (lane < n) all = fmaf(factor, own[D], all);
+#pragma unroll 8
+            for (uint32_t i = 0; i < n; i++) {
+                const float f = __shfl_sync(0xffffffff, factor, i);
+                if (lane >= D / 4) continue;
+                const float4 of = *(const float4 *)(parts + (base + i) * step + 4 * lane);
+                sum.x = fmaf(f, of.x, sum.x), sum.y = fmaf(f, of.y, sum.y);
+                sum.z = fmaf(f, of.z, sum.z), sum.w = fmaf(f, of.w, sum.w);
+            }
+        }
+        all = warp_sum(all);
+        if (lane < D / 4) ((float4 *)out)[lane] = {sum.x / all, sum.y / all, sum.z / all, sum.w / all};
+    }
+};
+
+// Runs of `run` positions, which are whole steps and at most 32 pages. `n_done` (T, K) is zero before and
+// after.
+template <int D>
+__device__ __forceinline__ void attend_group(const float *q, const Pages &pages, uint32_t layer,
+                                             const uint32_t *table, const Shape &shape, const Row *rows,
+                                             uint32_t run, float *out, float *parts, uint32_t *n_done) {
+    // Halves of a row in shared memory: ldmatrix reads eight rows without conflicts.
+    constexpr int WIDTH = D + 8, BYTES = POSITIONS * WIDTH * 2, EIGHTS = D / 8;
+    extern __shared__ uint4 shared[];
+    __shared__ Softmax of_warps[WARPS][HEADS];
+    __shared__ bool is_last;
+    const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const uint32_t head = blockIdx.y, group = shape.n_heads / shape.n_kv_heads;
+    // Rows, pages and old positions are there at any time.
+    const Row row = rows[blockIdx.x];
+    const uint32_t first_run = row.first / run, n_runs = (row.end + run - 1) / run - first_run;
+    if (blockIdx.z >= n_runs) return;
+    const uint32_t start = (first_run + blockIdx.z) * run, end = min(row.end, start + run);
+    const uint32_t from = max(start, row.first / STEP * STEP), n_steps = (end - from + STEP - 1) / STEP;
+    const uint32_t first_page = from / PAGE_TOKENS, n_pages = (end - 1) / PAGE_TOKENS + 1 - first_page;
+    const uint32_t own_page = lane < n_pages ? table[row.pages_at + first_page + lane] : 0;
+    char *ring = (char *)shared + warp * DEPTH * 2 * BYTES;
+    const uint32_t ring_at = (uint32_t)__cvta_generic_to_shared(ring);
+    const __half *elements = (const __half *)pages.elements;
+    const auto position = [&](uint32_t step) { return from + step * STEP + warp * POSITIONS; };
+
+    uint32_t asked = 0;
+    const auto ask = [&] {
+        const uint32_t at = position(asked), slot = asked % DEPTH * 2 * BYTES;
+        const uint32_t page = __shfl_sync(0xffffffff, own_page, at / PAGE_TOKENS - first_page);
+        if (asked++ < n_steps) {
+            const size_t keys = pages.entry(page, layer, 0, head, at % PAGE_TOKENS);
+            const size_t values = pages.entry(page, layer, 1, head, at % PAGE_TOKENS);
+#pragma unroll
+            for (uint32_t i = 0; i < 2 * POSITIONS * EIGHTS / 32; i++) {
+                const uint32_t each = 32 * i + lane, value = each / (POSITIONS * EIGHTS);
+                const uint32_t p = each / EIGHTS % POSITIONS, part = each % EIGHTS;
+                const uint32_t to = slot + value * BYTES + p * WIDTH * 2 + part * 16;
+                if (at + p >= row.first && at + p < end) {
+                    copy_16(ring_at + to, elements + ((value ? values : keys) + p) * D + part * 8);
+                } else {
+                    // A weight of zero does not hide a value that is no number.
+                    *(uint4 *)(ring + to) = {0, 0, 0, 0};
+                }
+            }
+        }
+        end_of_chunk();
+    };
+    while (asked < DEPTH - 1 && position(asked) + POSITIONS <= row.old) ask();
+    begin();
+    while (asked < DEPTH - 1) ask();
+
+    const size_t heads_at = (size_t)row.row * shape.n_heads + head * group;
+    uint32_t query[D / 16][4];
+#pragma unroll
+    for (int k = 0; k < D / 16; k++) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const uint32_t g = lane / 4 + 8 * (i % 2);
+            const float *at = q + (heads_at + g) * D + 16 * k + 2 * (lane % 4) + 8 * (i / 2);
+            const float2 two = g < group ? *(const float2 *)at : float2{0, 0};
+            query[k][i] = pair_of(two.x, two.y);
+        }
+    }
+    Sums<D> sums;
+    for (uint32_t step = 0; step < n_steps; step++) {
+        asm volatile("cp.async.wait_group %0;" ::"n"(DEPTH - 2) : "memory");
+        __syncwarp(); // What is asked for lies where the step before this one was read.
+        ask();
+        const uint32_t keys = ring_at + step % DEPTH * 2 * BYTES;
+        sums.add(query, keys, keys + BYTES, shape, position(step), row.first, end);
+    }
+    asm volatile("cp.async.wait_group 0;" ::: "memory");
+    __syncthreads();
+    float *of_all = (float *)shared; // (WARPS, group, D)
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const uint32_t g = lane / 4 + 8 * i;
+        float total = sums.total[i];
+        total += __shfl_xor_sync(0xffffffff, total, 1);
+        total += __shfl_xor_sync(0xffffffff, total, 2);
+        if (lane % 4 == 0) of_warps[warp][g] = {sums.highest[i], total};
+        if (g >= group) continue;
+        float *at = of_all + (warp * group + g) * D + 2 * (lane % 4);
+#pragma unroll
+        for (int d = 0; d < D / 8; d++) *(float2 *)(at + 8 * d) = {sums.of[d][2 * i], sums.of[d][2 * i + 1]};
+    }
+    __syncthreads();
+    const size_t in_all = (size_t)blockIdx.x * shape.n_kv_heads + head;
+    const size_t of_run = (size_t)group * Part<D>::SIZE;
+    float *first_part = parts + in_all * gridDim.z * of_run, *part = first_part + blockIdx.z * of_run;
+    for (uint32_t i = threadIdx.x; i < group * D; i += 32 * WARPS) {
+        const uint32_t g = i / D, c = i % D;
+        float most = -INFINITY, total = 0, merged = 0;
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) most = fmaxf(most, of_warps[w][g].highest);
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) {
+            const float factor = Softmax::factor(of_warps[w][g].highest, most);
+            total = fmaf(factor, of_warps[w][g].total, total);
+            merged = fmaf(factor, of_all[(w * group + g) * D + c], merged);
+        }
+        if (n_runs == 1) {
+            out[(heads_at + g) * D + c] = merged / total;
+        } else {
+            part[g * Part<D>::SIZE + c] = merged;
+            if (c == 0) part[g * Part<D>::SIZE + D] = total, part[g * Part<D>::SIZE + D + 1] = most;
+        }
+    }
+    if (n_runs == 1) return;
+    // What this block wrote is there before it is counted; who counts the last sees all parts.
+    __syncthreads();
+    if (threadIdx.x == 0) is_last = counted(&n_done[in_all]) == n_runs - 1;
+    __syncthreads();
+    if (!is_last) return;
+    if (threadIdx.x == 0) n_done[in_all] = 0;
+    for (uint32_t g = warp; g < group; g += WARPS) {
+        Part<D>::merge(first_part + g * Part<D>::SIZE, of_run, n_runs, out + (heads_at + g) * D);
+    }
+}
+
+#define GROUP(D)                                                                                   \
+    EXTERN __launch_bounds__(32 * WARPS, 2) void attention_group_##D(                              \
+        const float *q, Pages pages, uint32_t layer, const uint32_t *table, Shape shape,           \
+        const Row *rows, uint32_t run, float *out, float *parts, uint32_t *n_done) {               \
+        attend_group<D>(q, pages, layer, table, shape, rows, run, out, parts, n_done);             \
+    }
+GROUP(32) GROUP(64) GROUP(96) GROUP(128)
