@@ -43,6 +43,40 @@ EXTERN void halve(Row row, Halves out, uint32_t width) {
     if (threadIdx.x == 0) out.factors[blockIdx.x] = finite ? inverse * ldexpf(1.0f, exponent) : NAN;
 }
 
+// What a block of 32 weights for each lane of a warp takes in a ring. Each lane reads what it asked for, so
+// that nobody waits for another.
+template <class F> struct Column {
+    static constexpr int LOW = F::LOW / 4, HIGH_AT = 512 * LOW, SCALES_AT = HIGH_AT + 128 * F::HIGH;
+    static constexpr int SUPERS_AT = SCALES_AT + 128, BYTES = SUPERS_AT + (F::SUPERS ? 128 : 0);
+
+    // Asks for block k of a row; `end_of_chunk` must follow.
+    static __device__ __forceinline__ void ask(uint32_t to, const Planes &w, uint32_t row, uint32_t k) {
+        const uint32_t lane = threadIdx.x % 32;
+        const size_t block = (size_t)row * (w.columns / 32) + k;
+#pragma unroll
+        for (int i = 0; i < LOW; i++) {
+            copy_16(to + (i * 32 + lane) * 16, w.low + (block * LOW + i) * 16);
+        }
+        if constexpr (F::HIGH == 1) copy_4(to + HIGH_AT + lane * 4, w.high + block);
+        if constexpr (F::HIGH == 2) copy_8(to + HIGH_AT + lane * 8, w.high + 2 * block);
+        // The word that has the entry.
+        const uint32_t entry = (k >> w.shared) * F::SCALE_BYTES;
+        copy_4(to + SCALES_AT + lane * 4, w.scales_of(row) + entry / 4 * 4);
+        if constexpr (F::SUPERS) copy_4(to + SUPERS_AT + lane * 4, w.supers + block / 8);
+    }
+
+    static __device__ __forceinline__ void read(const char *at, const Planes &w, uint32_t k, Raw<F> &raw) {
+        const uint32_t lane = threadIdx.x % 32;
+#pragma unroll
+        for (int i = 0; i < LOW; i++) raw.low[i] = ((const uint4 *)at)[i * 32 + lane];
+#pragma unroll
+        for (int i = 0; i < F::HIGH; i++) raw.high[i] = ((const uint32_t *)(at + HIGH_AT))[F::HIGH * lane + i];
+        const uint32_t entry = (k >> w.shared) * F::SCALE_BYTES;
+        raw.scales = scale_entry<F>((const uint8_t *)at + SCALES_AT + lane * 4 + entry % 4);
+        if constexpr (F::SUPERS) raw.super = ((const __half2 *)(at + SUPERS_AT))[lane];
+    }
+};
+
 // Outputs of a block of threads of `matmul_few` that takes N tiles of eight rows: as many as its registers
 // allow. `src/layout.rs` has the same.
 #define FEW_TILES(N) (N < 8 ? 2 : 1)
@@ -53,57 +87,86 @@ EXTERN void halve(Row row, Halves out, uint32_t width) {
 template <class F, int N, int M = FEW_TILES(N)>
 __device__ __forceinline__ void matmul_few(const Parts &parts, const Halves &x, const Epilogue &end,
                                            uint32_t n_rows) {
-    extern __shared__ float sums_of_warps[];
+    extern __shared__ uint4 shared[];
     const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, n_warps = blockDim.x / 32;
     const uint32_t n_blocks = parts.each[0].weight.columns / 32, n_chunks = (n_blocks + 3) / 4;
     const uint32_t first = lane / 4, own = lane % 4;
-    constexpr uint32_t OUTPUTS = 16 * M;
+    constexpr uint32_t OUTPUTS = 16 * M, CHUNK_BYTES = 2 * M * Column<F>::BYTES;
     // An output beyond the last one reads that again.
     const uint32_t n_outputs = parts.n_outputs, first_output = blockIdx.x * OUTPUTS;
     Where places[2 * M];
 #pragma unroll
     for (int r = 0; r < 2 * M; r++) places[r] = where(parts, min(first_output + first + 8 * r, n_outputs - 1));
-    Raw<F> next[2 * M];
-    auto fetch = [&](uint32_t chunk) {
-        const uint32_t k = 4 * chunk + own;
-        if (k >= n_blocks) return;
+    const char *ring = (char *)shared + warp * DEPTH * CHUNK_BYTES;
+    const uint32_t ring_at = (uint32_t)__cvta_generic_to_shared(ring);
+    uint32_t asked = warp;
+    auto ask = [&](int slot) {
+        const uint32_t k = 4 * asked + own;
+        if (k < n_blocks) {
 #pragma unroll
-        for (int r = 0; r < 2 * M; r++) load(parts.each[places[r].part].weight, places[r].row, k, next[r]);
+            for (int r = 0; r < 2 * M; r++) {
+                const uint32_t to = ring_at + slot * CHUNK_BYTES + r * Column<F>::BYTES;
+                Column<F>::ask(to, parts.each[places[r].part].weight, places[r].row, k);
+            }
+        }
+        asked += n_warps;
+        end_of_chunk();
     };
-    fetch(warp);
+#pragma unroll
+    for (int slot = 0; slot < DEPTH - 1; slot++) ask(slot);
     begin();
+    // Behind the last column there may be anything.
+    auto b_of = [&](uint32_t chunk, int n, int i) {
+        const uint4 *at = (const uint4 *)x.values + (((size_t)n * n_chunks + chunk) * 4 + i) * 32 + lane;
+        return 4 * chunk + own < n_blocks ? *at : uint4{0, 0, 0, 0};
+    };
+    // Of one tile of rows those to come are on their way, too.
+    uint4 next[4] = {};
+    auto fetch = [&](uint32_t chunk) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) next[i] = b_of(chunk, 0, i);
+    };
+    if constexpr (N == 1) fetch(warp);
     float sums[M][N][4] = {};
+    int slot = 0;
     for (uint32_t chunk = warp; chunk < n_chunks; chunk += n_warps) {
-        const bool is_there = 4 * chunk + own < n_blocks;
-        const uint4 *rows = (const uint4 *)x.values + (size_t)chunk * 4 * 32 + lane;
-        // Behind the last column there may be anything.
-        auto b_of = [&](int n, int i) {
-            return is_there ? rows[((size_t)n * n_chunks * 4 + i) * 32] : uint4{0, 0, 0, 0};
-        };
+        const uint32_t k = 4 * chunk + own;
         uint4 b[4];
         if constexpr (N == 1) {
 #pragma unroll
-            for (int i = 0; i < 4; i++) b[i] = b_of(0, i);
+            for (int i = 0; i < 4; i++) b[i] = next[i];
+            fetch(chunk + n_warps);
         }
-        Raw<F> raw[2 * M];
-#pragma unroll
-        for (int r = 0; r < 2 * M; r++) raw[r] = next[r];
-        fetch(chunk + n_warps);
+        asm volatile("cp.async.wait_group %0;" ::"n"(DEPTH - 2) : "memory");
+        ask(slot == 0 ? DEPTH - 1 : slot - 1); // Into the place of the chunk before.
+        const char *at = ring + slot * CHUNK_BYTES;
+        slot = slot == DEPTH - 1 ? 0 : slot + 1;
 #pragma unroll
         for (int m = 0; m < M; m++) {
-            uint4 low[4] = {}, high[4] = {};
-            if (is_there) weights(raw[2 * m], low), weights(raw[2 * m + 1], high);
+            uint4 halves[2][4] = {};
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                if (k >= n_blocks) continue;
+                const Planes &w = parts.each[places[2 * m + r].part].weight;
+                Raw<F> raw;
+                Column<F>::read(at + (2 * m + r) * Column<F>::BYTES, w, k, raw);
+                weights(raw, halves[r]);
+            }
+            const uint4 (&low)[4] = halves[0], (&high)[4] = halves[1];
 #pragma unroll
             for (int n = 0; n < N; n++) {
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
-                    if constexpr (N > 1) b[i] = b_of(n, i);
+                    if constexpr (N > 1) b[i] = b_of(chunk, n, i);
                     mma(sums[m][n], {low[i].x, high[i].x, low[i].y, high[i].y}, b[i].x, b[i].y);
                     mma(sums[m][n], {low[i].z, high[i].z, low[i].w, high[i].w}, b[i].z, b[i].w);
                 }
             }
         }
     }
+    // Where the rings were.
+    __syncthreads();
+    float *sums_of_warps = (float *)shared;
     // (warps, 8 N, OUTPUTS), padded so that what a warp stores lies in different banks.
     constexpr uint32_t WIDTH = OUTPUTS + 4;
 #pragma unroll

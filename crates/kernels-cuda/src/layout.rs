@@ -87,17 +87,29 @@ impl Machine {
         Cut { n_blocks, n_warps: WARPS, shared_bytes }
     }
 
-    /// A product on tensor cores of 8 · `n_tiles` rows.
-    pub(crate) fn few(self, columns: usize, n_outputs: usize, n_tiles: usize) -> Cut {
-        let outputs = FEW_OUTPUTS * if n_tiles < 8 { 2 } else { 1 };
+    /// A product on tensor cores of 8 · `n_tiles` rows; `column_bytes` are those of a block for each lane of
+    /// a warp in a ring.
+    pub(crate) fn few(
+        self,
+        column_bytes: usize,
+        (columns, n_outputs): (usize, usize),
+        n_tiles: usize,
+    ) -> Cut {
+        let n_output_tiles = if n_tiles < 8 { 2 } else { 1 };
+        let outputs = FEW_OUTPUTS * n_output_tiles;
         let n_blocks = n_outputs.div_ceil(outputs);
+        let bytes = |n_warps: usize| {
+            let rings = n_warps * self.depth * 2 * n_output_tiles * column_bytes;
+            rings.max(4 * n_warps * 8 * n_tiles * (outputs + FEW_PADDING))
+        };
         // As many as are at work at once, but none without two chunks.
         let at_once = (FEW_WARPS * self.n_multiprocessors / n_blocks).max(1);
-        let at_once = 1 << at_once.ilog2();
         let most = (columns / (2 * FEW_COLUMNS)).next_power_of_two().min(FEW_WARPS);
-        let n_warps = at_once.clamp(4, FEW_WARPS).min(most.max(1));
-        let shared_bytes = 4 * n_warps * 8 * n_tiles * (outputs + FEW_PADDING);
-        Cut { n_blocks, n_warps, shared_bytes }
+        let mut n_warps = (1_usize << at_once.ilog2()).clamp(4, FEW_WARPS).min(most);
+        while bytes(n_warps) > self.max_shared_bytes {
+            n_warps /= 2;
+        }
+        Cut { n_blocks, n_warps, shared_bytes: bytes(n_warps) }
     }
 }
 
@@ -134,10 +146,11 @@ mod tests {
                     }
                 }
             }
-            for columns in [32, 576, 28_672] {
+            // Bytes of a column: Q4_0, Q6_K, Q8_0.
+            for column_bytes in [640, 1024, 1152] {
                 for n_tiles in [1, 2, 4, 8] {
-                    for n_outputs in [1, 4096, 128_256] {
-                        let cut = machine.few(columns, n_outputs, n_tiles);
+                    for shape in [(32, 1), (576, 4096), (28_672, 4096), (4096, 128_256)] {
+                        let cut = machine.few(column_bytes, shape, n_tiles);
                         assert!(cut.n_warps > 0, "{machine:?} {cut:?}");
                         assert!(
                             cut.shared_bytes <= machine.max_shared_bytes,
@@ -155,5 +168,6 @@ mod tests {
         let [small, _, large] = MACHINES;
         let matrix = Matrix { columns: 4096, chunk_bytes: 1088, halves: false };
         assert!(large.streamed(matrix, 6144, true).shared_bytes > small.max_shared_bytes);
+        assert!(large.few(1152, (28_672, 4096), 1).shared_bytes > small.max_shared_bytes);
     }
 }

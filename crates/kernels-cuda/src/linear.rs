@@ -446,7 +446,8 @@ impl<'a> Input<'a> {
             return (kernels.many, Grid { blocks, ..Grid::one(TILE_BYTES) });
         }
         let size = self.n_rows.div_ceil(8).next_power_of_two().ilog2() as usize;
-        let cut = self.stream.machine().few(self.columns, n_outputs, 1 << size);
+        let cut =
+            self.stream.machine().few(weight.column_bytes(), (self.columns, n_outputs), 1 << size);
         (kernels.few[size], cut.grid(1))
     }
 

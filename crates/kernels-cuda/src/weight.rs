@@ -173,6 +173,12 @@ impl CudaWeight {
         }
     }
 
+    /// Bytes that a block for each lane of a warp takes in a ring; `Column` in `cu/matmul.cu`.
+    pub(crate) fn column_bytes(&self) -> usize {
+        let bytes = PlaneBytes::of(self.dtype);
+        32 * (bytes.low + bytes.high + 4 + if bytes.supers > 0 { 4 } else { 0 })
+    }
+
     /// In runs of whole rows; whether all neighbours that should share a scale do.
     fn repack(
         &self,
