@@ -5,7 +5,8 @@
 //! a lock, and nothing knows HTTP or async.
 //!
 //! - `request`, `event`, `error`: what goes in and comes out.
-//! - `handle`, `worker`: the two ends of the command channel. `worker` documents faults.
+//! - `handle`, `worker`: the two ends of the command channel. `worker` documents faults, and its `step`
+//!   what is in flight on a device that runs ahead.
 //! - `scheduler`, `sequence`, `pages`: which rows run, what a sequence is, who owns which page.
 //!   `scheduler` says why nothing can wedge.
 //! - `sampler`, `distribution`, `philox`, `output`: from logits to text.

@@ -253,6 +253,15 @@ impl Running {
         }
     }
 
+    /// Whether the token that it gets next, should it go on, is fed: one that reaches `max_tokens` is not,
+    /// and has no position.
+    pub(crate) fn feeds_its_next_token(&self) -> bool {
+        match &self.purpose {
+            Purpose::Generate(generating) => generating.n_completion + 1 < generating.max_tokens,
+            Purpose::Score(_) => false,
+        }
+    }
+
     /// Takes one row; `Some` when the sequence ends with it.
     pub(crate) fn accept(&mut self, row: Row<'_>, shared: &mut Shared<'_>) -> Option<Ending> {
         match (&mut self.purpose, row) {
@@ -292,9 +301,12 @@ impl Generating {
     ) -> Option<(u32, Option<TokenLogprob>, Option<f32>)> {
         let logits = match row {
             Row::Logits(logits) => logits,
-            Row::Largest(largest) => {
-                self.sampler.note(largest.index);
-                return largest.value.is_finite().then_some((largest.index, None, None));
+            Row::Largest(Largest { index, value }) => {
+                if !value.is_finite() {
+                    return None;
+                }
+                self.sampler.note(index);
+                return Some((index, None, None));
             }
         };
         if self.top_logprobs.is_none() && self.entropy_sum.is_none() {

@@ -1,33 +1,37 @@
 //! The engine thread: it alone owns the decoder, its scratch, the KV pool and the sequences.
 //!
 //! One turn: take commands → drop cancelled sequences → admit from the queue → one step → audit.
-//! Cancelling therefore frees pages before the next forward pass, in every state of a sequence.
+//! Cancelling therefore frees pages before another forward pass is asked for, in every state of a
+//! sequence. One that was asked for before may still compute a row of it, which nobody gets; see
+//! `worker/step.rs`.
 //!
 //! # Faults
 //! Non-finite logits, a panic while sampling or a stale page fail that sequence. A panic inside the
-//! forward pass fails the sequences of that batch: which of them caused it is unknown, and their
-//! pages may be half written. Queued sequences and prompts that were not in the batch go on; the
-//! scratch needs no repair, because every step writes what it reads. After
+//! forward pass fails the sequences of that batch, behind the tokens of the step before: which of them
+//! caused it is unknown, and their pages may be half written. Queued sequences and prompts that were
+//! not in the batch go on; the scratch needs no repair, because every step writes what it reads. After
 //! [`MAX_PANICS_IN_A_ROW`] panics without a good step between them the engine stops with
 //! [`EngineState::Faulted`]. A failed audit fails every sequence and starts the books anew.
+
+mod step;
 
 use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
-use exrail_kernels::{AttentionSpan, Backend, Largest, PAGE_TOKENS, TokenId};
-use exrail_model::{Batch, Scratch};
+use exrail_kernels::{Backend, PAGE_TOKENS};
+use exrail_model::Scratch;
 
+use self::step::Flight;
 use crate::counters::{EngineState, Gauges, Total};
 use crate::error::EngineError;
-use crate::event::{Finish, SequenceFault, SequenceId};
+use crate::event::{SequenceFault, SequenceId};
 use crate::handle::{Command, EngineFacts, EngineOptions};
 use crate::load::Loaded;
 use crate::pages::{PageFault, Pages};
 use crate::sampler::SamplerScratch;
-use crate::scheduler::{Demand, PlannedSpan, StepLimits, plan};
-use crate::sequence::{Ending, Row, Running, Shared, Traffic, Waiting};
+use crate::sequence::{Ending, Running, Traffic, Waiting};
 
 /// Panicking steps after which the engine gives up.
 pub(crate) const MAX_PANICS_IN_A_ROW: u32 = 3;
@@ -52,9 +56,10 @@ pub(crate) struct Worker<B: Backend> {
     sampling: SamplerScratch,
     /// One row, `(V,)`.
     logits: Vec<f32>,
-    /// The most likely token of each logit row of the last step, where no sequence of it needed
-    /// more; else nothing.
-    largest: Vec<Largest>,
+    /// Whether the device computes while this thread goes on.
+    runs_ahead: bool,
+    /// The step whose tokens are yet to be accepted.
+    flight: Option<Flight<B::Found>>,
     n_steps: u64,
     panics_in_a_row: u32,
 }
@@ -93,7 +98,8 @@ impl<B: Backend> Worker<B> {
             gauges,
             sampling: SamplerScratch::default(),
             logits: vec![0.0; loaded.config.vocab_size],
-            largest: Vec::new(),
+            runs_ahead: loaded.backend.runs_ahead(),
+            flight: None,
             n_steps: 0,
             panics_in_a_row: 0,
             loaded,
@@ -133,7 +139,7 @@ impl<B: Backend> Worker<B> {
         }
         self.drop_abandoned();
         self.admit();
-        if !self.running.is_empty() {
+        if !self.running.is_empty() || self.flight.is_some() {
             self.step();
             if self.n_steps.is_multiple_of(AUDIT_EVERY) {
                 self.audit();
@@ -152,7 +158,7 @@ impl<B: Backend> Worker<B> {
 
     /// Blocks for a command only when there is nothing to compute.
     fn take_commands(&mut self) -> Turn {
-        let is_idle = self.running.is_empty() && self.waiting.is_empty();
+        let is_idle = self.running.is_empty() && self.waiting.is_empty() && self.flight.is_none();
         let first = if is_idle { self.commands.recv().ok() } else { self.commands.try_recv().ok() };
         if is_idle && first.is_none() {
             return Turn::End(EngineState::Stopped); // every handle is gone
@@ -208,116 +214,6 @@ impl<B: Backend> Worker<B> {
                 admitted.announce();
             }
         }
-    }
-
-    fn step(&mut self) {
-        self.n_steps += 1;
-        self.fail_stale_tables();
-        let demands: Vec<Demand> = self.running.iter().map(Running::demand).collect();
-        let limits =
-            StepLimits { prefill_chunk: self.options.prefill_chunk, score_rows: SCORE_ROWS };
-        let spans = plan(&demands, limits);
-        if spans.is_empty() {
-            return;
-        }
-        let users =
-            spans.iter().any(|span| self.running[span.sequence_idx].traffic == Traffic::User);
-        self.gauges.count(if users { Traffic::User } else { Traffic::WarmUp }, Total::Steps, 1);
-        match self.forward(&spans) {
-            Ok(()) => {
-                self.panics_in_a_row = 0;
-                self.accept(&spans);
-            }
-            Err(message) => {
-                self.panics_in_a_row += 1;
-                self.gauges.count(Traffic::User, Total::Panics, 1);
-                let fault = SequenceFault::StepPanicked { step: self.n_steps, message };
-                for span in spans.iter().rev() {
-                    self.retire(span.sequence_idx, Ending::Fault(fault.clone()));
-                }
-            }
-        }
-    }
-
-    /// The forward pass of the planned rows; `Err` is the message of a panic.
-    fn forward(&mut self, spans: &[PlannedSpan]) -> Result<(), String> {
-        let mut ids = Vec::new();
-        let mut logit_rows = Vec::new();
-        let mut attention = Vec::with_capacity(spans.len());
-        for span in spans {
-            let sequence = &self.running[span.sequence_idx];
-            let first_row = ids.len();
-            let unfed = &sequence.tokens[sequence.fed..sequence.fed + span.n_rows];
-            ids.extend(unfed.iter().map(|&id| TokenId(id)));
-            let end_row = ids.len();
-            let first_logit_row = end_row - span.n_logit_rows;
-            logit_rows.extend((first_logit_row..end_row).map(row_index));
-            attention.push(AttentionSpan {
-                first_row,
-                n_rows: span.n_rows,
-                first_position: sequence.fed,
-                pages: &sequence.page_table,
-            });
-        }
-        let batch = Batch { ids: &ids, spans: &attention, logit_rows: &logit_rows };
-        let Loaded { decoder, backend, .. } = &self.loaded;
-        let (scratch, pool, limit) = (&mut self.scratch, &mut self.pool, self.vocab_len);
-        let mut asked = spans.iter().filter(|span| span.n_logit_rows > 0);
-        let greedy = asked.all(|span| self.running[span.sequence_idx].needs_only_the_largest());
-        let step = AssertUnwindSafe(|| {
-            if greedy {
-                return decoder.forward_largest(backend, scratch, pool, &batch, limit);
-            }
-            decoder.forward(backend, scratch, pool, &batch);
-            Vec::new()
-        });
-        self.largest = catch_unwind(step).map_err(|panic| panic_message(panic.as_ref()))?;
-        Ok(())
-    }
-
-    /// Hands the logits out. Ends are collected first: retiring moves sequences.
-    fn accept(&mut self, spans: &[PlannedSpan]) {
-        let mut ended = Vec::new();
-        let mut logit_row = 0;
-        for span in spans {
-            if let Some(ending) = self.accept_span(span, logit_row) {
-                ended.push((span.sequence_idx, ending));
-            }
-            logit_row += span.n_logit_rows;
-        }
-        for (at, ending) in ended.into_iter().rev() {
-            self.retire(at, ending);
-        }
-    }
-
-    fn accept_span(&mut self, span: &PlannedSpan, first_logit_row: usize) -> Option<Ending> {
-        let Loaded { backend, tokenizer, .. } = &self.loaded;
-        let sequence = &mut self.running[span.sequence_idx];
-        self.gauges.count(sequence.traffic, Total::PromptTokens, sequence.feed(span.n_rows));
-        let mut shared = Shared { tokenizer, eos: &self.eos, scratch: &mut self.sampling };
-        for row in first_logit_row..first_logit_row + span.n_logit_rows {
-            let found = match self.largest.get(row) {
-                Some(&largest) => Row::Largest(largest),
-                None => {
-                    self.scratch.logits(backend, row, &mut self.logits);
-                    // Rows beyond the tokenizer are padding of the output matrix and never sampled
-                    // (E11).
-                    Row::Logits(&self.logits[..self.vocab_len])
-                }
-            };
-            let before = sequence.n_completion();
-            let accepted = catch_unwind(AssertUnwindSafe(|| sequence.accept(found, &mut shared)));
-            let ending = accepted.unwrap_or_else(|panic| {
-                let message = panic_message(panic.as_ref());
-                Some(Ending::Fault(SequenceFault::StepPanicked { step: self.n_steps, message }))
-            });
-            let n_tokens = sequence.n_completion() - before;
-            self.gauges.count(sequence.traffic, Total::GeneratedTokens, n_tokens);
-            if ending.is_some() {
-                return ending;
-            }
-        }
-        sequence.is_scored().then(|| Ending::finish(Finish::Length))
     }
 
     /// Takes a sequence out, frees its pages, publishes that, and only then tells the caller.
@@ -381,17 +277,6 @@ impl<B: Backend> Worker<B> {
     }
 }
 
-fn row_index(row: usize) -> u32 {
-    u32::try_from(row).expect("a batch has at most prefill_chunk + max_sequences rows")
-}
-
-fn panic_message(panic: &(dyn std::any::Any + Send)) -> String {
-    if let Some(message) = panic.downcast_ref::<&str>() {
-        return (*message).to_owned();
-    }
-    panic.downcast_ref::<String>().cloned().unwrap_or_else(|| "no message".to_owned())
-}
-
 #[cfg(test)]
 mod tests {
     use std::time::Instant;
@@ -408,15 +293,15 @@ mod tests {
     use crate::sequence::Job;
 
     /// A worker whose turns the test drives by hand.
-    struct Bench {
-        worker: Worker<Reference>,
-        commands: flume::Sender<Command>,
-        gauges: Arc<Gauges>,
+    pub(super) struct Bench {
+        pub(super) worker: Worker<Reference>,
+        pub(super) commands: flume::Sender<Command>,
+        pub(super) gauges: Arc<Gauges>,
         n_submitted: u64,
     }
 
     impl Bench {
-        fn new() -> Bench {
+        pub(super) fn new() -> Bench {
             let gguf = Gguf::parse(tiny_llama(7, TinyLlama::default())).unwrap();
             let checkpoint = Checkpoint::Gguf(gguf);
             let who = Identity { name: "tiny".to_owned(), sha256: String::new() };
@@ -436,11 +321,24 @@ mod tests {
             Bench { worker, commands, gauges, n_submitted: 0 }
         }
 
-        fn submit(&mut self, n_prompt: u32, max_tokens: usize) -> flume::Receiver<Event> {
-            let (sender, events) = flume::unbounded();
+        /// A greedy request that runs to `max_tokens`.
+        pub(super) fn request(n_prompt: u32, max_tokens: usize) -> GenerateRequest {
             let mut request = GenerateRequest::new((3..3 + n_prompt).collect(), max_tokens);
             request.sampling = Sampling::greedy();
             request.stop_at_eos = false;
+            request
+        }
+
+        pub(super) fn submit(
+            &mut self,
+            n_prompt: u32,
+            max_tokens: usize,
+        ) -> flume::Receiver<Event> {
+            self.send(Bench::request(n_prompt, max_tokens))
+        }
+
+        pub(super) fn send(&mut self, request: GenerateRequest) -> flume::Receiver<Event> {
+            let (sender, events) = flume::unbounded();
             let job = Job::Generate { request: Box::new(request), events: sender };
             let id = SequenceId(self.n_submitted);
             self.n_submitted += 1;
@@ -451,7 +349,7 @@ mod tests {
             events
         }
 
-        fn turn(&mut self) {
+        pub(super) fn turn(&mut self) {
             assert_eq!(self.worker.turn(), Turn::Next);
         }
     }

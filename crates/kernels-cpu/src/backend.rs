@@ -174,6 +174,7 @@ impl Backend for CpuBackend {
     type Weight = CpuWeight;
     type Buffer = CpuBuffer;
     type KvPool = CpuKvPool;
+    type Found = Vec<Largest>;
 
     fn name(&self) -> String {
         let activation = match self.activation {
@@ -317,6 +318,14 @@ impl Backend for CpuBackend {
         self.products(x, n_rows, &mut [product(weight, bias, Epilogue::Store, out)]);
     }
 
+    fn largest(&self, x: &CpuBuffer, n_rows: usize, width: usize, limit: usize) -> Vec<Largest> {
+        Largest::of_rows(&x.0[..n_rows * width], width, limit)
+    }
+
+    fn found(&self, found: &Vec<Largest>) -> Vec<Largest> {
+        found.clone()
+    }
+
     fn linear_largest(
         &self,
         x: &CpuBuffer,
@@ -332,8 +341,7 @@ impl Backend for CpuBackend {
             return vec![engine.largest(&x.0, weight, limit)];
         }
         engine.products(&x.0, n_rows, &mut [product(weight, None, Epilogue::Store, work)]);
-        let outputs = work.0[..n_rows * weight.rows()].chunks_exact(weight.rows());
-        outputs.map(|row| Largest::of(&row[..limit])).collect()
+        self.largest(work, n_rows, weight.rows(), limit)
     }
 
     fn linear_qkv(

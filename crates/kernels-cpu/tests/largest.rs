@@ -32,11 +32,11 @@ fn both(
     let mut input = backend.buffer(columns).expect("memory");
     backend.write(&mut input, x);
     let mut out = backend.buffer(rows).expect("memory");
-    let found = backend.linear_largest(&input, 1, &weight, limit, &mut out)[0];
+    let found = backend.linear_largest(&input, 1, &weight, limit, &mut out);
     backend.linear(&input, 1, &weight, None, &mut out);
     let mut outputs = vec![0.0; rows];
     backend.read(&out, &mut outputs);
-    (found, Largest::of(&outputs[..limit]))
+    (backend.found(&found)[0], Largest::of(&outputs[..limit]))
 }
 
 proptest! {

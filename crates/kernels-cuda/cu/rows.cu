@@ -1,9 +1,16 @@
 // Operations on rows of activations.
 #include "common.cuh"
 
+// Tokens lie `stride` words apart: alone, or each in front of its logit, as `largest` left them. Beside a
+// logit that is no number there may be anything.
+__device__ __forceinline__ uint32_t id_of(const Planes &table, const uint32_t *ids, uint32_t stride,
+                                          size_t t) {
+    return min(ids[t * stride], table.rows - 1);
+}
+
 // out (T, C) = scale * rows `ids` of a packed table; one thread a block of 32.
 template <class F>
-__device__ void embed(const Planes &table, const uint32_t *ids, float scale, float *out,
+__device__ void embed(const Planes &table, const uint32_t *ids, uint32_t stride, float scale, float *out,
                       uint32_t n_ids) {
     begin();
     const uint32_t n_blocks = table.columns / 32;
@@ -11,7 +18,7 @@ __device__ void embed(const Planes &table, const uint32_t *ids, float scale, flo
     if (at >= n_ids * n_blocks) return;
     const uint32_t t = at / n_blocks, b = at % n_blocks;
     Raw<F> raw;
-    load(table, ids[t], b, raw);
+    load(table, id_of(table, ids, stride, t), b, raw);
     uint32_t q[8];
     codes(raw, q);
     const Affine w = affine(raw);
@@ -23,24 +30,24 @@ __device__ void embed(const Planes &table, const uint32_t *ids, float scale, flo
 }
 
 template <class W>
-__device__ void embed_float(const Planes &table, const uint32_t *ids, float scale, float *out,
-                            uint32_t n_ids) {
+__device__ void embed_float(const Planes &table, const uint32_t *ids, uint32_t stride, float scale,
+                            float *out, uint32_t n_ids) {
     begin();
     const size_t at = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (at >= (size_t)n_ids * table.columns) return;
-    const size_t k = at % table.columns;
-    out[at] = scale * (float)((const W *)table.low)[ids[at / table.columns] * (size_t)table.columns + k];
+    const size_t id = id_of(table, ids, stride, at / table.columns);
+    out[at] = scale * (float)((const W *)table.low)[id * table.columns + at % table.columns];
 }
 
 #define EMBED(name, F)                                                                             \
-    EXTERN void embed_##name(Planes table, const uint32_t *ids, float scale, float *out,           \
-                             uint32_t n_ids) {                                                     \
-        embed<F>(table, ids, scale, out, n_ids);                                                   \
+    EXTERN void embed_##name(Planes table, const uint32_t *ids, uint32_t stride, float scale,      \
+                             float *out, uint32_t n_ids) {                                         \
+        embed<F>(table, ids, stride, scale, out, n_ids);                                           \
     }
 #define EMBED_FLOAT(name, W)                                                                       \
-    EXTERN void embed_##name(Planes table, const uint32_t *ids, float scale, float *out,           \
-                             uint32_t n_ids) {                                                     \
-        embed_float<W>(table, ids, scale, out, n_ids);                                             \
+    EXTERN void embed_##name(Planes table, const uint32_t *ids, uint32_t stride, float scale,      \
+                             float *out, uint32_t n_ids) {                                         \
+        embed_float<W>(table, ids, stride, scale, out, n_ids);                                     \
     }
 EACH_FORMAT(EMBED)
 EMBED_FLOAT(f32, float)
@@ -111,11 +118,11 @@ __device__ __forceinline__ Largest largest_of_block(Largest own) {
     return own;
 }
 
-// out[t] = the first largest of the first `limit` values of row t of x (T, width). The blocks (x) of a
-// row share it; the last to end looks through their `parts` (T, blocks). `n_done` (T) is zero before and
-// after.
-EXTERN void largest(const float *x, Largest *out, Largest *parts, uint32_t *n_done, uint32_t width,
-                    uint32_t limit) {
+// out[t] = the first largest of the first `limit` values of row t of x (T, width); `seen`, memory of the
+// host, gets the same. The blocks (x) of a row share it; the last to end looks through their `parts`
+// (T, blocks). `n_done` (T) is zero before and after.
+EXTERN void largest(const float *x, Largest *out, Largest *seen, Largest *parts, uint32_t *n_done,
+                    uint32_t width, uint32_t limit) {
     begin();
     __shared__ bool is_last;
     const uint32_t t = blockIdx.y, n_parts = gridDim.x;
@@ -136,5 +143,5 @@ EXTERN void largest(const float *x, Largest *out, Largest *parts, uint32_t *n_do
     own = {0xffffffff, -INFINITY};
     for (uint32_t i = threadIdx.x; i < n_parts; i += blockDim.x) own = larger(own, parts[t * n_parts + i]);
     own = largest_of_block(own);
-    if (threadIdx.x == 0) out[t] = own, n_done[t] = 0;
+    if (threadIdx.x == 0) out[t] = own, seen[t] = own, n_done[t] = 0;
 }

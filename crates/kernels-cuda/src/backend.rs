@@ -7,6 +7,7 @@ use exrail_kernels::{
     KvShape, KvSlot, Largest, NormKind, Normed, PageId, Rope, Span, TokenId, WeightView,
 };
 
+use crate::found::{CudaFound, Slots};
 use crate::linear::{Epilogue, Input, Output};
 use crate::memory::bytes_of;
 use crate::rows::{self, Into, Norm};
@@ -43,6 +44,7 @@ impl CudaOptions {
 #[derive(Clone, Debug)]
 pub struct CudaBackend {
     stream: Arc<Stream>,
+    slots: Arc<Slots>,
     options: CudaOptions,
 }
 
@@ -53,7 +55,7 @@ impl CudaBackend {
     /// No driver, no such card, or one that the kernels do not run on.
     pub fn open(options: CudaOptions) -> Result<CudaBackend, CudaError> {
         let stream = Arc::new(Stream::open(options.ordinal)?);
-        Ok(CudaBackend { stream, options })
+        Ok(CudaBackend { stream, slots: Arc::default(), options })
     }
 
     /// The card.
@@ -72,7 +74,7 @@ impl CudaBackend {
     #[must_use]
     pub fn with_activation(&self, activation: Activation) -> CudaBackend {
         let options = CudaOptions { activation, ..self.options };
-        CudaBackend { stream: Arc::clone(&self.stream), options }
+        CudaBackend { options, ..self.clone() }
     }
 
     /// CUDA graphs that were ever made: one for each list of launches that came a second time. It does
@@ -118,6 +120,7 @@ impl Backend for CudaBackend {
     type Weight = CudaWeight;
     type Buffer = CudaBuffer;
     type KvPool = CudaKvPool;
+    type Found = CudaFound;
 
     fn name(&self) -> String {
         let activation = match self.options.activation {
@@ -130,6 +133,10 @@ impl Backend for CudaBackend {
 
     fn release_unused(&self) {
         self.stream.end_of_loading();
+    }
+
+    fn runs_ahead(&self) -> bool {
+        true
     }
 
     fn weight(&self, view: &WeightView<'_>) -> Result<CudaWeight, KernelError> {
@@ -162,6 +169,10 @@ impl Backend for CudaBackend {
 
     fn embed(&self, table: &CudaWeight, ids: &[TokenId], scale: f32, out: &mut CudaBuffer) {
         rows::embed(&self.stream, table, ids, scale, out);
+    }
+
+    fn embed_found(&self, table: &CudaWeight, found: &CudaFound, scale: f32, out: &mut CudaBuffer) {
+        rows::embed_found(&self.stream, table, found, scale, out);
     }
 
     fn norm(
@@ -235,16 +246,12 @@ impl Backend for CudaBackend {
         self.normed(x, &[weight]).times(&[output], Epilogue::store());
     }
 
-    fn linear_largest(
-        &self,
-        x: &CudaBuffer,
-        n_rows: usize,
-        weight: &CudaWeight,
-        limit: usize,
-        work: &mut CudaBuffer,
-    ) -> Vec<Largest> {
-        self.linear(x, n_rows, weight, None, work);
-        rows::largest(&self.stream, work, n_rows, weight.rows, limit)
+    fn largest(&self, x: &CudaBuffer, n_rows: usize, width: usize, limit: usize) -> CudaFound {
+        rows::largest(&self.stream, &self.slots, x, n_rows, width, limit)
+    }
+
+    fn found(&self, found: &CudaFound) -> Vec<Largest> {
+        found.read()
     }
 
     fn norm_largest(
@@ -253,10 +260,10 @@ impl Backend for CudaBackend {
         weight: &CudaWeight,
         limit: usize,
         work: &mut CudaBuffer,
-    ) -> Vec<Largest> {
+    ) -> CudaFound {
         let n_rows = x.n_rows;
         self.norm_linear(x, weight, work);
-        rows::largest(&self.stream, work, n_rows, weight.rows, limit)
+        self.largest(work, n_rows, weight.rows, limit)
     }
 
     fn linear_qkv(

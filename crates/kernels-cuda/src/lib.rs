@@ -3,9 +3,9 @@
 //! a device is opened.
 //!
 //! Way in: `backend` holds one method an operation; `linear` is the matrix products on the planes of
-//! `weight`, which come through `loader`, `attention` and `kv` the page pool, `rows` the rest. `device`
-//! opens a card and says what is there; `stream` owns everything that is asked of the driver afterwards,
-//! and `queue` what waits for it.
+//! `weight`, which come through `loader`, `attention` and `kv` the page pool, `rows` the rest, and
+//! `found` what it finds on its way back. `device` opens a card and says what is there; `stream` owns
+//! everything that is asked of the driver afterwards, and `queue` what waits for it.
 //!
 //! This crate knows no model: shapes and weights come through the trait.
 #![cfg(feature = "cuda")]
@@ -14,6 +14,7 @@ mod attention;
 mod backend;
 mod device;
 mod error;
+mod found;
 mod fresh;
 mod kv;
 mod layout;
@@ -29,6 +30,7 @@ mod weight;
 pub use backend::{CudaBackend, CudaOptions};
 pub use device::{DeviceFacts, devices};
 pub use error::CudaError;
+pub use found::CudaFound;
 pub use kv::CudaKvPool;
 pub use memory::CudaBuffer;
 pub use probe::CopyProbe;

@@ -2,9 +2,12 @@
 
 #![expect(unsafe_code, reason = "plain data that kernels take by value")]
 
-use cudarc::driver::DeviceRepr;
-use exrail_kernels::{Largest, NormKind, Rope, RopeStyle, Span, TokenId};
+use std::sync::Arc;
 
+use cudarc::driver::DeviceRepr;
+use exrail_kernels::{NormKind, Rope, RopeStyle, Span, TokenId};
+
+use crate::found::{CudaFound, Slots};
 use crate::memory::{bytes_of, bytes_of_u32, narrow};
 use crate::stream::{Address, AnyArgument, Grid, Stream};
 use crate::{CudaBuffer, CudaWeight};
@@ -60,15 +63,37 @@ pub(crate) fn embed(
     scale: f32,
     out: &CudaBuffer,
 ) {
-    let n_values = ids.len() * table.columns;
-    let out = out.at(n_values);
     assert!(ids.iter().all(|id| (id.0 as usize) < table.rows), "ids below {}", table.rows);
-    let planes = table.planes();
-    let n_ids = narrow(ids.len());
-    let ids = stream.upload(&bytes_of(ids, |id| id.0.to_le_bytes()));
+    let at = stream.upload(&bytes_of(ids, |id| id.0.to_le_bytes()));
+    embed_at(stream, table, (at, 1, ids.len()), scale, out);
+}
+
+/// See [`exrail_kernels::Backend::embed_found`].
+pub(crate) fn embed_found(
+    stream: &Stream,
+    table: &CudaWeight,
+    found: &CudaFound,
+    scale: f32,
+    out: &CudaBuffer,
+) {
+    let [at, _] = found.places();
+    // An index and a value, of which the kernel bounds the former.
+    embed_at(stream, table, (at, 2, found.n_rows()), scale, out);
+}
+
+/// The first of `n_ids`, `stride` words apart, is at `ids`.
+fn embed_at(
+    stream: &Stream,
+    table: &CudaWeight,
+    (ids, stride, n_ids): (Address, u32, usize),
+    scale: f32,
+    out: &CudaBuffer,
+) {
+    let n_values = n_ids * table.columns;
+    let (out, planes, n) = (out.at(n_values), table.planes(), narrow(n_ids));
     let n_threads = if table.dtype.is_quantised() { n_values / 32 } else { n_values };
     let kernel = format!("embed_{}", table.suffix());
-    stream.launch(&kernel, Grid::each(n_threads), &[&planes, &ids, &scale, &out, &n_ids]);
+    stream.launch(&kernel, Grid::each(n_threads), &[&planes, &ids, &stride, &scale, &out, &n]);
 }
 
 /// The sines and cosines of a step's rows. The C++ struct of the same name.
@@ -186,38 +211,25 @@ pub(crate) fn mean_rows(
     stream.launch("mean_rows", grid, &[&x, &at, &out, &n, &columns]);
 }
 
-/// The first largest of the first `limit` values of `n_rows` rows of `width`.
+/// See [`exrail_kernels::Backend::largest`].
 pub(crate) fn largest(
-    stream: &Stream,
+    stream: &Arc<Stream>,
+    slots: &Arc<Slots>,
     x: &CudaBuffer,
     n_rows: usize,
     width: usize,
     limit: usize,
-) -> Vec<Largest> {
+) -> CudaFound {
     assert!((1..=width).contains(&limit), "{limit} of {width} outputs");
-    if n_rows == 0 {
-        return Vec::new();
-    }
-    const FOUND: &str = "largest outputs";
-    let (at, out) = (x.at(n_rows * width), stream.work(FOUND, 8 * n_rows));
+    let found = CudaFound::new(slots, stream, n_rows);
+    let (at, [out, seen]) = (x.at(n_rows * width), found.places());
     let (columns, first) = (narrow(width), narrow(limit));
     let n_blocks = limit.div_ceil(LARGEST_THREADS * LARGEST_EACH).min(LARGEST_BLOCKS);
     let parts = stream.work("largest outputs of parts", 8 * n_blocks * n_rows);
     let n_done = stream.counters(n_rows);
     let grid = Grid { blocks: (n_blocks, n_rows), threads: LARGEST_THREADS, ..Grid::one(0) };
-    stream.launch("largest", grid, &[&at, &out, &parts, &n_done, &columns, &first]);
-    let mut bytes = vec![0; 8 * n_rows];
-    stream.read_work(FOUND, &mut bytes);
-    let found = bytes.as_chunks::<8>().0.iter().map(|bytes| {
-        let [index, value] = [0, 4].map(|at| [0, 1, 2, 3].map(|i| bytes[at + i]));
-        Largest { index: u32::from_le_bytes(index), value: f32::from_le_bytes(value) }
-    });
-    let mut found: Vec<Largest> = found.collect();
-    if found.iter().any(|largest| largest.value.is_nan()) {
-        // Which index a fault is reported at is defined on the host alone.
-        let mut values = vec![0.0; n_rows * width];
-        x.read(&mut values);
-        found = values.chunks_exact(width).map(|row| Largest::of(&row[..limit])).collect();
-    }
+    let arguments: [&dyn AnyArgument; 7] = [&at, &out, &seen, &parts, &n_done, &columns, &first];
+    stream.launch("largest", grid, &arguments);
+    found.asked();
     found
 }

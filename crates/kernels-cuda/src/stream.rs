@@ -318,10 +318,6 @@ impl Stream {
             return;
         }
         self.flush();
-        self.read_now(memory, bytes);
-    }
-
-    fn read_now(&self, memory: &CudaSlice<u8>, bytes: &mut [u8]) {
         let from = memory.device_ptr(&self.stream).0;
         // SAFETY: `memory` has the bytes, and the stream is waited for before they are used.
         let copied = unsafe { result::memcpy_dtoh_async(bytes, from, self.stream.cu_stream()) };
@@ -398,10 +394,20 @@ impl Stream {
         (kept.memory[i].1, true)
     }
 
-    /// Copies the head of an operation's memory out.
-    pub(crate) fn read_work(&self, what: &'static str, bytes: &mut [u8]) {
+    /// Hands over what waits, and `event` behind it.
+    pub(crate) fn mark(&self, event: sys::CUevent) {
         self.flush();
-        self.read_now(&self.shared().work[what], bytes);
+        // SAFETY: callers keep the event alive until it has happened.
+        let marked = unsafe { result::event::record(event, self.stream.cu_stream()) };
+        self.expect(marked, "recording an event");
+    }
+
+    /// Waits until `event` has happened, not for what was handed over behind it.
+    pub(crate) fn wait_for(&self, event: sys::CUevent) {
+        self.expect(self.context.bind_to_thread(), "choosing the device");
+        // SAFETY: callers keep the event alive.
+        let happened = unsafe { result::event::synchronize(event) };
+        self.expect(happened, "waiting for kernels");
     }
 
     /// Asks for a kernel, which runs when a result is asked for. The caller passes what the kernel's
@@ -430,7 +436,7 @@ impl Stream {
         self.expect(self.try_flush(), "running kernels");
     }
 
-    fn try_flush(&self) -> Result<(), DriverError> {
+    pub(crate) fn try_flush(&self) -> Result<(), DriverError> {
         self.context.bind_to_thread()?;
         let mut shared = self.shared();
         let done = shared.queue.flush(self.stream.cu_stream());

@@ -7,7 +7,9 @@
 use std::path::{Path, PathBuf};
 
 use exrail_checkpoint::{DecoderConfig, Gguf, HfFolder, Tensors};
-use exrail_kernels::{Activation, AttentionSpan, Backend, KvDtype, PAGE_TOKENS, PageId, TokenId};
+use exrail_kernels::{
+    Activation, AttentionSpan, Backend, KvDtype, Largest, PAGE_TOKENS, PageId, TokenId,
+};
 use exrail_kernels_cpu::{CpuBackend, CpuOptions};
 use exrail_kernels_cuda::{CudaBackend, CudaOptions};
 use exrail_model::{Batch, Decoder};
@@ -59,13 +61,14 @@ fn logits<B: Backend>(
     all
 }
 
-/// Greedy continuation of `prompt`.
+/// Greedy continuation of `prompt`, where each step is told its token or gets it from the last one.
 fn greedy<B: Backend>(
     backend: &B,
     (config, tensors): Model<'_>,
     prompt: &[TokenId],
     n_tokens: usize,
-) -> Vec<u32> {
+    follows: bool,
+) -> Vec<Largest> {
     let len = prompt.len() + n_tokens;
     let config = config.clone().with_context_len(len).unwrap();
     let decoder = Decoder::load(backend, &config, tensors, &mut |_| {}).unwrap();
@@ -75,15 +78,32 @@ fn greedy<B: Backend>(
     let mut scratch = decoder.scratch(backend, prompt.len(), 1).unwrap();
     let (mut ids, mut first_position) = (prompt.to_vec(), 0);
     let mut out = Vec::new();
-    while out.len() < n_tokens {
+    let mut last: Option<B::Found> = None;
+    while first_position < prompt.len() + n_tokens - 1 {
         let n_rows = ids.len();
         let span = AttentionSpan { first_row: 0, n_rows, first_position, pages: &pages };
-        let batch = Batch { ids: &ids, spans: &[span], logit_rows: &[n_rows as u32 - 1] };
-        let limit = config.vocab_size;
-        let found = decoder.forward_largest(backend, &mut scratch, &mut pool, &batch, limit);
+        let (scratch, pool, limit) = (&mut scratch, &mut pool, config.vocab_size);
+        let found = match last.as_ref().filter(|_| follows) {
+            Some(last) => decoder.follow_largest(backend, scratch, pool, last, &[span], limit),
+            None => {
+                let batch = Batch { ids: &ids, spans: &[span], logit_rows: &[n_rows as u32 - 1] };
+                decoder.forward_largest(backend, scratch, pool, &batch, limit)
+            }
+        };
         first_position += n_rows;
-        ids = vec![TokenId(found[0].index)];
-        out.push(found[0].index);
+        if follows {
+            // One step late: this one is in flight.
+            ids.truncate(1);
+            out.extend(last.iter().flat_map(|last| backend.found(last)));
+        } else {
+            let tokens = backend.found(&found);
+            ids = vec![TokenId(tokens[0].index)];
+            out.extend(tokens);
+        }
+        last = Some(found);
+    }
+    if follows {
+        out.extend(last.iter().flat_map(|last| backend.found(last)));
     }
     out
 }
@@ -241,8 +261,78 @@ fn real_models_agree_with_the_cpu_and_with_themselves() {
                     assert!(kld < FAST_KLD, "{variable}: {kld:e}");
                 }
             }
-            let runs = [(); 3].map(|()| greedy(&cuda, model, &ids[..20], 64));
+            let runs = [false, false, true].map(|follows| {
+                let run = greedy(&cuda, model, &ids[..20], 64, follows);
+                assert_eq!(run.len(), 64);
+                run
+            });
+            // Whether the host or the device feeds them.
             assert!(runs.iter().all(|run| *run == runs[0]), "{variable}: greedy tokens differ");
         }
     }
+}
+
+/// The places of found tokens take turns, so that steps that follow each other are graphs that were made
+/// before: those of a first run are all that later ones need.
+#[test]
+fn steps_that_follow_each_other_reuse_their_graphs() {
+    let path = std::env::var_os("EXRAIL_TEST_GENERATOR").expect("EXRAIL_TEST_GENERATOR is set");
+    let gguf = Gguf::open(Path::new(&path)).unwrap();
+    let config = DecoderConfig::from_gguf(&gguf).unwrap();
+    let cuda = cuda(Activation::Int8);
+    let config = config.with_context_len(256).unwrap();
+    let decoder = Decoder::load(&cuda, &config, &gguf, &mut |_| {}).unwrap();
+    let mut pool = cuda.kv_pool(decoder.kv_shape(1, KvDtype::F16)).unwrap();
+    let mut scratch = decoder.scratch(&cuda, 1, 1).unwrap();
+    let mut run = || {
+        let mut asked: Vec<_> = Vec::new();
+        for first_position in 0..40 {
+            let pages = [PageId(0)];
+            let span = AttentionSpan { first_row: 0, n_rows: 1, first_position, pages: &pages };
+            let (scratch, pool, limit) = (&mut scratch, &mut pool, config.vocab_size);
+            let found = match asked.last() {
+                Some(last) => decoder.follow_largest(&cuda, scratch, pool, last, &[span], limit),
+                None => {
+                    let batch = Batch { ids: &[TokenId(1)], spans: &[span], logit_rows: &[0] };
+                    decoder.forward_largest(&cuda, scratch, pool, &batch, limit)
+                }
+            };
+            asked.push(found);
+            if asked.len() == 2 {
+                cuda.found(&asked.remove(0));
+            }
+        }
+    };
+    run();
+    run();
+    let n_graphs = cuda.n_graphs();
+    assert!(n_graphs > 0);
+    run();
+    assert_eq!(cuda.n_graphs(), n_graphs);
+}
+
+/// Answers are read in any order, late, or not at all.
+#[test]
+fn answers_in_flight_do_not_mix() {
+    let cuda = cuda(Activation::Int8);
+    let (n_rows, width) = (3, 1000);
+    let ask = |n: usize| {
+        let mut values = vec![0.0; n_rows * width];
+        (0..n_rows).for_each(|t| values[t * width + 7 * n + t] = 1.0 + n as f32);
+        let mut x = cuda.buffer(values.len()).unwrap();
+        cuda.write(&mut x, &values);
+        cuda.largest(&x, n_rows, width, width)
+    };
+    let expected = |n: usize| -> Vec<Largest> {
+        let row = |t: usize| Largest { index: (7 * n + t) as u32, value: 1.0 + n as f32 };
+        (0..n_rows).map(row).collect()
+    };
+    let mut asked: Vec<_> = (0..6).map(|n| (n, ask(n))).collect();
+    drop(asked.remove(1));
+    asked.extend((6..9).map(|n| (n, ask(n))));
+    for (n, found) in asked.iter().rev().chain(&asked) {
+        assert_eq!(cuda.found(found), expected(*n));
+    }
+    let nothing = cuda.buffer(width).unwrap();
+    assert_eq!(cuda.found(&cuda.largest(&nothing, 0, width, 5)), []);
 }

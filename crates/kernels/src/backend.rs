@@ -264,7 +264,7 @@ pub struct AttentionShape {
 /// The largest output of a row.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Largest {
-    /// Its row of the matrix; of equal ones the first.
+    /// Its row of the matrix; of equal ones the first. Beside a NaN it may be any number.
     pub index: u32,
     /// Its value; NaN where that, or what it was compared with, is not finite.
     pub value: f32,
@@ -279,6 +279,15 @@ impl Largest {
     pub fn of(values: &[f32]) -> Largest {
         let each = (0_u32..).zip(values).map(|(index, &value)| Largest { index, value });
         each.reduce(Largest::or).expect("a row has outputs")
+    }
+
+    /// The largest of the first `limit` values of each row of `values` `(T, width)`.
+    ///
+    /// # Panics
+    /// When `limit` is zero or more than `width`.
+    #[must_use]
+    pub fn of_rows(values: &[f32], width: usize, limit: usize) -> Vec<Largest> {
+        values.chunks_exact(width).map(|row| Largest::of(&row[..limit])).collect()
     }
 
     /// The larger of two, the earlier of equal ones.
@@ -386,7 +395,8 @@ pub struct HeadNorms<'a, Buffer> {
 /// A device: the operations that the decoder and the encoder are written in.
 ///
 /// Defined by [`crate::reference`]; every implementation runs [`crate::conformance`].
-/// Operations are synchronous from the caller's view. Those with a body are several of the others in a
+/// Operations run in the order of the calls, and what is read of their results is there when the call
+/// returns. Those with a body are several of the others in a
 /// row, which a device may run as one. They panic when buffers are shorter than the
 /// shapes say: the caller is the model, whose shapes were checked at load.
 pub trait Backend: Send + Sync + 'static {
@@ -396,6 +406,8 @@ pub trait Backend: Send + Sync + 'static {
     type Buffer: Send + Sync;
     /// The KV page pool on the device.
     type KvPool: Send;
+    /// The largest outputs of T rows, asked for and maybe not there yet. It may be dropped unread.
+    type Found: Send;
 
     /// For reports, such as `cpu avx512-vnni, 2 threads, int8 activations`.
     fn name(&self) -> String;
@@ -403,6 +415,12 @@ pub trait Backend: Send + Sync + 'static {
     /// Gives memory that loading needed and nothing uses any more back to the system, as far as
     /// the device can tell. Called when a model is ready; changes no value.
     fn release_unused(&self) {}
+
+    /// Whether operations run while the host goes on, so that a step gains by being asked for before
+    /// the one in front of it was read. Where they do not, a step that turns out to be needless is lost.
+    fn runs_ahead(&self) -> bool {
+        false
+    }
 
     /// Prepares a matrix.
     ///
@@ -432,6 +450,20 @@ pub trait Backend: Send + Sync + 'static {
 
     /// `out[t] = scale * table[ids[t]]`, dequantised; out `(T, C)`.
     fn embed(&self, table: &Self::Weight, ids: &[TokenId], scale: f32, out: &mut Self::Buffer);
+    /// [`Backend::embed`] of the T tokens that were found, which need not be there yet; where a value is
+    /// NaN, of any row of the table.
+    fn embed_found(
+        &self,
+        table: &Self::Weight,
+        found: &Self::Found,
+        scale: f32,
+        out: &mut Self::Buffer,
+    ) {
+        let (n_ids, _) = self.weight_shape(table);
+        let last = u32::try_from(n_ids - 1).unwrap_or(u32::MAX);
+        let ids = self.found(found).into_iter().map(|row| TokenId(row.index.min(last)));
+        self.embed(table, &ids.collect::<Vec<_>>(), scale, out);
+    }
     /// `out[t] = norm(x[t])`; x, out `(T, C)`, weight `(C)`.
     fn norm(
         &self,
@@ -480,8 +512,13 @@ pub trait Backend: Send + Sync + 'static {
         bias: Option<&Self::Buffer>,
         out: &mut Self::Buffer,
     );
-    /// The largest of the first `limit` outputs of every row of `x Wᵀ`; x `(T, columns)`. The same
-    /// index and value as [`Backend::linear`] gives; `work` `(T, N)` may hold anything afterwards.
+    /// Asks for the largest of the first `limit` values of every row of x `(T, width)`, which may hold
+    /// anything else as soon as this returns. Panics when `limit` is zero or more than `width`.
+    fn largest(&self, x: &Self::Buffer, n_rows: usize, width: usize, limit: usize) -> Self::Found;
+    /// What was asked for, `(T)`; waits for it. It can be asked again.
+    fn found(&self, found: &Self::Found) -> Vec<Largest>;
+    /// Asks for the largest of the first `limit` outputs of every row of `x Wᵀ`; x `(T, columns)`. The
+    /// same index and value as [`Backend::linear`] gives; `work` `(T, N)` may hold anything afterwards.
     fn linear_largest(
         &self,
         x: &Self::Buffer,
@@ -489,12 +526,10 @@ pub trait Backend: Send + Sync + 'static {
         weight: &Self::Weight,
         limit: usize,
         work: &mut Self::Buffer,
-    ) -> Vec<Largest> {
+    ) -> Self::Found {
         let (n_outputs, _) = self.weight_shape(weight);
         self.linear(x, n_rows, weight, None, work);
-        let mut outputs = vec![0.0; n_rows * n_outputs];
-        self.read(work, &mut outputs);
-        outputs.chunks_exact(n_outputs).map(|row| Largest::of(&row[..limit])).collect()
+        self.largest(work, n_rows, n_outputs, limit)
     }
     /// Three products of one x (query, key, value), so that x is quantised once.
     fn linear_qkv(
@@ -545,7 +580,7 @@ pub trait Backend: Send + Sync + 'static {
         weight: &Self::Weight,
         limit: usize,
         work: &mut Self::Buffer,
-    ) -> Vec<Largest> {
+    ) -> Self::Found {
         self.norm(x.kind, x.x, x.n_rows, x.weight, x.eps, x.work);
         self.linear_largest(x.work, x.n_rows, weight, limit, work)
     }

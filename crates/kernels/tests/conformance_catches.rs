@@ -1,5 +1,7 @@
 //! The suite passes the reference, and each fault put into one operation fails it.
 
+use std::sync::{Arc, Mutex};
+
 use exrail_kernels::conformance::{ConformanceError, run};
 use exrail_kernels::reference::{Reference, ReferenceKvPool, ReferenceWeight};
 use exrail_kernels::{
@@ -16,6 +18,10 @@ enum Fault {
     StaleBuffer,
     EmbedsNextRow,
     EmbedsUnscaled,
+    EmbedsFoundUnscaled,
+    FindsOneRowLess,
+    /// A later question overwrites the answer to an earlier one.
+    KeepsOneAnswer,
     NormWithoutEps,
     NormIsAlwaysRms,
     NormInPlaceOfOneRow,
@@ -64,7 +70,10 @@ enum Fault {
     RoundsActivations,
 }
 
-const FAULTS: [Fault; 49] = [
+const FAULTS: [Fault; 52] = [
+    Fault::EmbedsFoundUnscaled,
+    Fault::FindsOneRowLess,
+    Fault::KeepsOneAnswer,
     Fault::LargestBeyondTheLimit,
     Fault::AcceptsShortWeights,
     Fault::SwapsShape,
@@ -123,7 +132,7 @@ fn the_reference_conforms_to_itself() {
 
 #[test]
 fn activations_rounded_to_int8_pass_their_bound_and_fail_the_exact_one() {
-    let rounding = Faulty(Fault::RoundsActivations);
+    let rounding = Faulty::new(Fault::RoundsActivations);
     run(&rounding, Activation::Int8).unwrap();
     let error = run(&rounding, Activation::F32).unwrap_err();
     assert!(error.to_string().starts_with("linear F32"), "{error}");
@@ -132,7 +141,7 @@ fn activations_rounded_to_int8_pass_their_bound_and_fail_the_exact_one() {
 #[test]
 fn every_fault_is_caught_at_its_operation() {
     for fault in FAULTS {
-        let error = run(&Faulty(fault), Activation::F32)
+        let error = run(&Faulty::new(fault), Activation::F32)
             .expect_err(&format!("{fault:?} must not pass the suite"));
         let text = error.to_string();
         let operation = match fault {
@@ -140,6 +149,9 @@ fn every_fault_is_caught_at_its_operation() {
             Fault::SwapsShape => "embed",
             Fault::StaleBuffer => "buffer of 1000",
             Fault::EmbedsNextRow | Fault::EmbedsUnscaled => "embed",
+            Fault::EmbedsFoundUnscaled | Fault::FindsOneRowLess | Fault::KeepsOneAnswer => {
+                "embed_found F32"
+            }
             Fault::NormWithoutEps | Fault::WritesTheTail => "norm Rms",
             Fault::NormIsAlwaysRms => "norm Layer",
             Fault::NormInPlaceOfOneRow => "norm_in_place",
@@ -188,11 +200,30 @@ fn every_fault_is_caught_at_its_operation() {
 }
 
 /// The reference with one fault.
-struct Faulty(Fault);
+struct Faulty {
+    fault: Fault,
+    only_answer: Answer,
+}
+
+type Answer = Arc<Mutex<Vec<Largest>>>;
 
 impl Faulty {
+    fn new(fault: Fault) -> Faulty {
+        Faulty { fault, only_answer: Answer::default() }
+    }
+
     fn is(&self, fault: Fault) -> bool {
-        self.0 == fault
+        self.fault == fault
+    }
+
+    fn answer(&self, mut rows: Vec<Largest>) -> Answer {
+        if self.is(Fault::FindsOneRowLess) {
+            rows.pop();
+        }
+        let keeps_one = self.is(Fault::KeepsOneAnswer);
+        let answer = if keeps_one { Arc::clone(&self.only_answer) } else { Answer::default() };
+        *answer.lock().expect("nothing panics with it") = rows;
+        answer
     }
 
     /// The activations that matrix products see: on a grid of 255 steps per 32 of a row.
@@ -215,9 +246,10 @@ impl Backend for Faulty {
     type Weight = ReferenceWeight;
     type Buffer = Vec<f32>;
     type KvPool = ReferenceKvPool;
+    type Found = Answer;
 
     fn name(&self) -> String {
-        format!("reference with {:?}", self.0)
+        format!("reference with {:?}", self.fault)
     }
 
     fn weight(&self, view: &WeightView<'_>) -> Result<ReferenceWeight, KernelError> {
@@ -269,6 +301,19 @@ impl Backend for Faulty {
             ids.iter().map(|id| TokenId((id.0 + shift) % rows as u32)).collect();
         let scale = if self.is(Fault::EmbedsUnscaled) { 1.0 } else { scale };
         Reference.embed(table, &ids, scale, out);
+    }
+
+    fn embed_found(&self, table: &ReferenceWeight, found: &Answer, scale: f32, out: &mut Vec<f32>) {
+        let scale = if self.is(Fault::EmbedsFoundUnscaled) { 1.0 } else { scale };
+        Reference.embed_found(table, &self.found(found), scale, out);
+    }
+
+    fn largest(&self, x: &Vec<f32>, n_rows: usize, width: usize, limit: usize) -> Answer {
+        self.answer(Reference.largest(x, n_rows, width, limit))
+    }
+
+    fn found(&self, found: &Answer) -> Vec<Largest> {
+        found.lock().expect("nothing panics with it").clone()
     }
 
     fn norm(
@@ -362,12 +407,11 @@ impl Backend for Faulty {
         weight: &ReferenceWeight,
         limit: usize,
         work: &mut Vec<f32>,
-    ) -> Vec<Largest> {
+    ) -> Answer {
         let (n_outputs, _) = Reference.weight_shape(weight);
         let limit = if self.is(Fault::LargestBeyondTheLimit) { n_outputs } else { limit };
         self.linear(x, n_rows, weight, None, work);
-        let rows = work[..n_rows * n_outputs].chunks_exact(n_outputs);
-        rows.map(|row| Largest::of(&row[..limit])).collect()
+        self.largest(work, n_rows, n_outputs, limit)
     }
 
     fn linear_qkv(
@@ -478,11 +522,11 @@ impl Backend for Faulty {
         weight: &ReferenceWeight,
         limit: usize,
         work: &mut Vec<f32>,
-    ) -> Vec<Largest> {
+    ) -> Answer {
         if self.is(Fault::LargestUnnormed) {
             return self.linear_largest(x.x, x.n_rows, weight, limit, work);
         }
-        Reference.norm_largest(x, weight, limit, work)
+        self.answer(Reference.norm_largest(x, weight, limit, work))
     }
 
     fn place_heads(

@@ -1,4 +1,4 @@
-//! [`Batch`]: the rows of one decoder step.
+//! [`Batch`]: the rows of one decoder step, and [`Rows`]: all of them but their tokens.
 
 use exrail_kernels::{AttentionSpan, KvSlot, PAGE_TOKENS, TokenId};
 
@@ -15,6 +15,20 @@ pub struct Batch<'a> {
 }
 
 impl<'a> Batch<'a> {
+    pub(crate) fn rows(&self) -> Rows<'a> {
+        Rows { n_rows: self.ids.len(), spans: self.spans, logit_rows: self.logit_rows }
+    }
+}
+
+/// A [`Batch`] whose tokens may be on the device alone.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Rows<'a> {
+    pub(crate) n_rows: usize,
+    pub(crate) spans: &'a [AttentionSpan<'a>],
+    pub(crate) logit_rows: &'a [u32],
+}
+
+impl<'a> Rows<'a> {
     /// Fills `positions` and `slots`, `(T)` each, after checking that the batch is whole.
     ///
     /// # Panics
@@ -31,15 +45,15 @@ impl<'a> Batch<'a> {
                 positions.push(u32::try_from(position).expect("a context is far below 2^32"));
             }
         }
-        assert_eq!(positions.len(), self.ids.len(), "spans cover the batch");
+        assert_eq!(positions.len(), self.n_rows, "spans cover the batch");
         assert!(self.logit_rows.is_sorted_by(|a, b| a < b), "logit rows ascend");
         let last = self.logit_rows.last().map_or(0, |&row| row as usize + 1);
-        assert!(last <= self.ids.len(), "logit row {last} of {} rows", self.ids.len());
+        assert!(last <= self.n_rows, "logit row {last} of {} rows", self.n_rows);
     }
 
     /// Whether the logit rows, which ascend, are all rows: a step of decode.
     pub(crate) fn all_rows_have_logits(&self) -> bool {
-        self.logit_rows.len() == self.ids.len()
+        self.logit_rows.len() == self.n_rows
     }
 
     /// The spans that remain when only the logit rows do: row i of them is `logit_rows[i]`.
@@ -76,19 +90,18 @@ mod tests {
     #[test]
     fn logit_spans_keep_positions_and_join_neighbours_of_one_sequence() {
         let (first, second) = ([PageId(3)], [PageId(1), PageId(2)]);
-        let ids = [TokenId(0); 9];
         let spans = [
             AttentionSpan { first_row: 0, n_rows: 4, first_position: 10, pages: &first },
             AttentionSpan { first_row: 4, n_rows: 5, first_position: 300, pages: &second },
         ];
-        let batch = Batch { ids: &ids, spans: &spans, logit_rows: &[1, 3, 4, 5, 8] };
-        let kept: Vec<_> = batch
+        let rows = Rows { n_rows: 9, spans: &spans, logit_rows: &[1, 3, 4, 5, 8] };
+        let kept: Vec<_> = rows
             .logit_spans()
             .iter()
             .map(|s| (s.first_row, s.n_rows, s.first_position, s.pages.len()))
             .collect();
         assert_eq!(kept, [(0, 1, 11, 1), (1, 1, 13, 1), (2, 2, 300, 2), (4, 1, 304, 2)]);
-        assert!(Batch { logit_rows: &[], ..batch }.logit_spans().is_empty());
+        assert!(Rows { logit_rows: &[], ..rows }.logit_spans().is_empty());
     }
 
     #[test]
@@ -97,7 +110,7 @@ mod tests {
         let spans = [AttentionSpan { first_row: 0, n_rows: 2, first_position: 255, pages: &pages }];
         let batch = Batch { ids: &[TokenId(0); 2], spans: &spans, logit_rows: &[1] };
         let (mut positions, mut slots) = (Vec::new(), Vec::new());
-        batch.place(&mut positions, &mut slots);
+        batch.rows().place(&mut positions, &mut slots);
         assert_eq!(positions, [255, 256]);
         assert_eq!(slots[0], KvSlot { page: PageId(9), offset: 255 });
         assert_eq!(slots[1], KvSlot { page: PageId(4), offset: 0 });
@@ -107,6 +120,6 @@ mod tests {
     #[should_panic(expected = "spans cover the batch")]
     fn rows_outside_spans_are_the_callers_error() {
         let batch = Batch { ids: &[TokenId(0); 2], spans: &[], logit_rows: &[] };
-        batch.place(&mut Vec::new(), &mut Vec::new());
+        batch.rows().place(&mut Vec::new(), &mut Vec::new());
     }
 }

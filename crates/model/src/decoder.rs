@@ -6,12 +6,13 @@ mod block;
 
 use exrail_checkpoint::{BlockNorms, DecoderConfig, NormKind, QkNorm, Tensors};
 use exrail_kernels::{
-    AttentionShape, Backend, HeadNorms, HeadRows, InputRounding, KvDtype, KvShape, Largest, Normed,
-    Rope,
+    AttentionShape, AttentionSpan, Backend, HeadNorms, HeadRows, InputRounding, KvDtype, KvShape,
+    Normed, Rope, TokenId,
 };
 
 pub use block::{Block, embed_tokens};
 
+use crate::batch::Rows;
 use crate::experts::Experts;
 use crate::layer::{Dense, Ffn, Layer, NetworkInput, QkNorms};
 use crate::load::Loader;
@@ -34,6 +35,13 @@ enum Head<W> {
     Tied,
     /// Its own matrix, `(V, C)`.
     Own(W),
+}
+
+/// The token of each row of a step.
+enum Tokens<'a, Found> {
+    Known(&'a [TokenId]),
+    /// Of an earlier step; maybe not there yet.
+    Found(&'a Found),
 }
 
 impl<B: Backend> Decoder<B> {
@@ -119,12 +127,12 @@ impl<B: Backend> Decoder<B> {
         pool: &mut B::KvPool,
         batch: &Batch<'_>,
     ) {
-        self.run(backend, scratch, pool, batch);
+        self.run(backend, scratch, pool, (Tokens::Known(batch.ids), batch.rows()));
         self.logits(backend, scratch, batch.logit_rows.len());
     }
 
-    /// Runs one step as [`Decoder::forward`] does, and gives the most likely of the first `limit`
-    /// tokens for every logit row, with its logit: the one that the logits of `forward` have. There
+    /// Runs one step as [`Decoder::forward`] does, and asks for the most likely of the first `limit`
+    /// tokens of every logit row, with its logit: the one that the logits of `forward` have. There
     /// are no logits to read afterwards, and where one row is asked for, most of them were never
     /// computed.
     ///
@@ -137,57 +145,90 @@ impl<B: Backend> Decoder<B> {
         pool: &mut B::KvPool,
         batch: &Batch<'_>,
         limit: usize,
-    ) -> Vec<Largest> {
-        let n_rows = batch.logit_rows.len();
-        assert!((1..=self.config.vocab_size).contains(&limit), "{limit} tokens");
-        self.run(backend, scratch, pool, batch);
-        scratch.logits_for(0);
-        if n_rows == 0 {
-            return Vec::new();
-        }
-        if self.has_plain_logits() {
+    ) -> B::Found {
+        self.run(backend, scratch, pool, (Tokens::Known(batch.ids), batch.rows()));
+        self.largest(backend, scratch, batch.logit_rows.len(), limit)
+    }
+
+    /// Runs the step behind the one that gave `last`, as [`Decoder::forward_largest`] does: row t gets
+    /// the token that was found for row t, which need not be there yet; where its logit is no number,
+    /// any token. `spans` are one row each, as many as were found.
+    ///
+    /// # Panics
+    /// As [`Decoder::forward_largest`].
+    pub fn follow_largest(
+        &self,
+        backend: &B,
+        scratch: &mut Scratch<B>,
+        pool: &mut B::KvPool,
+        last: &B::Found,
+        spans: &[AttentionSpan<'_>],
+        limit: usize,
+    ) -> B::Found {
+        let logit_rows: Vec<u32> = (0..).take(spans.len()).collect();
+        let rows = Rows { n_rows: spans.len(), spans, logit_rows: &logit_rows };
+        self.run(backend, scratch, pool, (Tokens::Found(last), rows));
+        self.largest(backend, scratch, spans.len(), limit)
+    }
+
+    /// Asks for the most likely tokens of the logit rows.
+    fn largest(
+        &self,
+        backend: &B,
+        scratch: &mut Scratch<B>,
+        n_rows: usize,
+        limit: usize,
+    ) -> B::Found {
+        let vocab_size = self.config.vocab_size;
+        assert!((1..=vocab_size).contains(&limit), "{limit} tokens of {vocab_size}");
+        if n_rows > 0 && self.has_plain_logits() {
             let (x, normed, work) = scratch.logits_for(0);
             let input = self.last_norm(x, n_rows, normed);
             return backend.norm_largest(input, self.head(), limit, work);
         }
         // A cap may make different logits equal, and then the first counts.
         self.logits(backend, scratch, n_rows);
-        let mut logits = Vec::new();
-        scratch.read_logits(backend, &mut logits);
-        scratch.logits_for(0);
-        let rows = logits.chunks_exact(self.config.vocab_size);
-        rows.map(|row| Largest::of(&row[..limit])).collect()
+        let (_, _, logits) = scratch.logits_for(0);
+        backend.largest(logits, n_rows, vocab_size, limit)
     }
 
     /// All layers, the last one for the logit rows.
-    fn run(&self, backend: &B, scratch: &mut Scratch<B>, pool: &mut B::KvPool, batch: &Batch<'_>) {
-        let (n_rows, n_logit_rows) = (batch.ids.len(), batch.logit_rows.len());
+    fn run(
+        &self,
+        backend: &B,
+        scratch: &mut Scratch<B>,
+        pool: &mut B::KvPool,
+        (tokens, rows): (Tokens<'_, B::Found>, Rows<'_>),
+    ) {
+        let (n_rows, n_logit_rows) = (rows.n_rows, rows.logit_rows.len());
         assert!(n_rows <= scratch.max_rows, "{n_rows} rows of {}", scratch.max_rows);
         assert!(
             n_logit_rows <= scratch.max_logit_rows,
             "{n_logit_rows} logit rows of {}",
             scratch.max_logit_rows
         );
-        let vocab_size = self.config.vocab_size;
-        assert!(batch.ids.iter().all(|id| (id.0 as usize) < vocab_size), "ids below {vocab_size}");
-        batch.place(&mut scratch.positions, &mut scratch.slots);
+        rows.place(&mut scratch.positions, &mut scratch.slots);
 
-        backend.embed(
-            &self.embedding,
-            batch.ids,
-            self.config.embedding_scale,
-            &mut scratch.residual,
-        );
+        let (scale, residual) = (self.config.embedding_scale, &mut scratch.residual);
+        match tokens {
+            Tokens::Known(ids) => {
+                let vocab_size = self.config.vocab_size;
+                let known = ids.iter().all(|id| (id.0 as usize) < vocab_size);
+                assert!(known, "ids below {vocab_size}");
+                backend.embed(&self.embedding, ids, scale, residual);
+            }
+            Tokens::Found(last) => backend.embed_found(&self.embedding, last, scale, residual),
+        }
         let last = self.layers.len() - 1;
         for layer_idx in 0..last {
             self.cache(backend, scratch, pool, layer_idx, n_rows);
             let queries = &scratch.queries;
             let shape = self.attention_shape(layer_idx);
-            backend.attention(queries, pool, layer_idx, shape, batch.spans, &mut scratch.attended);
+            backend.attention(queries, pool, layer_idx, shape, rows.spans, &mut scratch.attended);
             self.mix(backend, scratch, layer_idx, n_rows);
         }
         self.cache(backend, scratch, pool, last, n_rows);
-        self.finish(backend, scratch, pool, batch);
+        self.finish(backend, scratch, pool, rows);
     }
 
     /// Queries of a layer into `scratch`, rotated; keys and values into the pool.
@@ -324,18 +365,18 @@ impl<B: Backend> Decoder<B> {
     }
 
     /// The rest of the last layer, for the logit rows alone.
-    fn finish(&self, backend: &B, scratch: &mut Scratch<B>, pool: &B::KvPool, batch: &Batch<'_>) {
-        let (rows, n_rows) = (batch.logit_rows, batch.logit_rows.len());
+    fn finish(&self, backend: &B, scratch: &mut Scratch<B>, pool: &B::KvPool, all: Rows<'_>) {
+        let (rows, n_rows) = (all.logit_rows, all.logit_rows.len());
         if n_rows == 0 {
             return;
         }
         let config = &self.config;
         let last = self.layers.len() - 1;
         let shape = self.attention_shape(last);
-        scratch.gathered = !batch.all_rows_have_logits();
+        scratch.gathered = !all.all_rows_have_logits();
         if !scratch.gathered {
             let Scratch { queries, attended, .. } = scratch;
-            backend.attention(queries, pool, last, shape, batch.spans, attended);
+            backend.attention(queries, pool, last, shape, all.spans, attended);
             return self.mix(backend, scratch, last, n_rows);
         }
         let Scratch { residual, queries, attended, last_residual, last_queries, normed, .. } =
@@ -347,7 +388,7 @@ impl<B: Backend> Decoder<B> {
             backend.gather_rows(normed, config.width, rows, &mut scratch.branch);
             std::mem::swap(normed, &mut scratch.branch);
         }
-        backend.attention(last_queries, pool, last, shape, &batch.logit_spans(), attended);
+        backend.attention(last_queries, pool, last, shape, &all.logit_spans(), attended);
         // The residual of the other rows is not needed any more, so its place is free.
         std::mem::swap(residual, last_residual);
         self.mix(backend, scratch, last, n_rows);

@@ -110,7 +110,7 @@ fn largest<B: Backend>(
         let batch = Batch { ids: &[id], spans: &[span], logit_rows: &[0] };
         let found = decoder.forward_largest(backend, &mut scratch, &mut pool, &batch, limit);
         assert_eq!(scratch.n_logit_rows(), 0);
-        found
+        backend.found(&found)
     });
     steps.collect()
 }
@@ -196,6 +196,61 @@ fn the_most_likely_token_is_that_of_the_logits() {
             assert_eq!(found, expected.collect::<Vec<_>>(), "{name} {source}");
         }
     }
+}
+
+/// Steps that get their tokens from the step before, and that read none of them before the next was
+/// asked for, give the tokens of steps that are told them: with one sequence and with two.
+#[test]
+fn a_step_that_follows_is_the_step_that_is_told_its_tokens() {
+    let cpu = exact_cpu();
+    for (name, has_gguf) in FAMILIES {
+        for (source, config, tensors) in sources(name, has_gguf) {
+            let model = (&config, &*tensors);
+            for n_sequences in [1, 2] {
+                let told = continuations(&cpu, model, n_sequences, false);
+                let followed = continuations(&cpu, model, n_sequences, true);
+                assert_eq!(told.len(), 8);
+                assert_eq!(followed, told, "{name} {source} {n_sequences} sequences");
+            }
+        }
+    }
+}
+
+/// What is found in eight steps, whose tokens are told or found.
+fn continuations<B: Backend>(
+    backend: &B,
+    (config, tensors): (&DecoderConfig, &dyn Tensors),
+    n_sequences: u32,
+    follows: bool,
+) -> Vec<Vec<Largest>> {
+    let config = config.clone().with_context_len(config.max_context_len.min(64)).unwrap();
+    let decoder = Decoder::load(backend, &config, tensors, &mut |_| {}).unwrap();
+    let mut pool = backend.kv_pool(decoder.kv_shape(2, KvDtype::F32)).unwrap();
+    let mut scratch = decoder.scratch(backend, 2, 2).unwrap();
+    let pages = [[PageId(1)], [PageId(0)]];
+    let rows: Vec<u32> = (0..n_sequences).collect();
+    let mut ids: Vec<TokenId> = rows.iter().map(|&row| TokenId(5 + 4 * row)).collect();
+    let mut asked: Vec<B::Found> = Vec::new();
+    for first_position in 0..8 {
+        let span = |first_row: usize| {
+            let pages = &pages[first_row];
+            AttentionSpan { first_row, n_rows: 1, first_position, pages }
+        };
+        let spans: Vec<_> = (0..rows.len()).map(span).collect();
+        let (scratch, pool, limit) = (&mut scratch, &mut pool, config.vocab_size);
+        let found = match asked.last().filter(|_| follows) {
+            Some(last) => decoder.follow_largest(backend, scratch, pool, last, &spans, limit),
+            None => {
+                let batch = Batch { ids: &ids, spans: &spans, logit_rows: &rows };
+                decoder.forward_largest(backend, scratch, pool, &batch, limit)
+            }
+        };
+        if !follows {
+            ids = backend.found(&found).iter().map(|row| TokenId(row.index)).collect();
+        }
+        asked.push(found);
+    }
+    asked.iter().map(|found| backend.found(found)).collect()
 }
 
 /// The files are llama.cpp's, see golden/split.

@@ -4,8 +4,8 @@ use std::collections::{HashMap, HashSet};
 use std::sync::{Mutex, PoisonError};
 
 use exrail_kernels::{
-    AttentionShape, AttentionSpan, Backend, GateActivation, KernelError, KvShape, KvSlot, NormKind,
-    PageId, Rope, Span, TokenId, WeightView,
+    AttentionShape, AttentionSpan, Backend, GateActivation, KernelError, KvShape, KvSlot, Largest,
+    NormKind, PageId, Rope, Span, TokenId, WeightView,
 };
 
 use crate::Hessian;
@@ -68,6 +68,7 @@ impl<B: Backend> Backend for Recorder<B> {
     type Weight = Watched<B::Weight>;
     type Buffer = B::Buffer;
     type KvPool = B::KvPool;
+    type Found = B::Found;
 
     fn name(&self) -> String {
         self.inner.name()
@@ -162,6 +163,14 @@ impl<B: Backend> Backend for Recorder<B> {
     ) {
         self.record(x, n_rows, &[weight]);
         self.inner.linear(x, n_rows, &weight.inner, bias, out);
+    }
+
+    fn largest(&self, x: &Self::Buffer, n_rows: usize, width: usize, limit: usize) -> Self::Found {
+        self.inner.largest(x, n_rows, width, limit)
+    }
+
+    fn found(&self, found: &Self::Found) -> Vec<Largest> {
+        self.inner.found(found)
     }
 
     fn linear_qkv(

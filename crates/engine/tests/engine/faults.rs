@@ -3,11 +3,12 @@
 use std::time::{Duration, Instant};
 
 use crate::support::{
-    NAN_TOKEN, PANIC_TOKEN, assert_all_pages_return, collect, generate, greedy, options, prompt,
-    start,
+    Faults, NAN_TOKEN, PANIC_TOKEN, assert_all_pages_return, collect, generate, greedy, options,
+    plain, prompt, start, start_with,
 };
 use exrail_engine::{
-    EngineOptions, EngineState, Event, Finish, Generation, SequenceFault, SubmitError,
+    EngineHandle, EngineOptions, EngineState, Event, Finish, GenerateRequest, Generation,
+    SequenceFault, SubmitError,
 };
 use proptest::prelude::*;
 
@@ -59,6 +60,66 @@ fn a_panicking_step_fails_its_batch_and_the_engine_goes_on() {
     assert_all_pages_return(&engine);
 }
 
+/// Answers of 24 tokens, and one token that only the first of them has: `(answers, place, token)`.
+fn answers_with_a_token_of_their_own() -> (Vec<Vec<u32>>, usize, u32) {
+    let engine = start_with(Faults::default(), false, options());
+    let answers: Vec<Vec<u32>> =
+        (0..4).map(|n| generate(&engine, plain(prompt(n, 30), 24)).ids()).collect();
+    let prompts: Vec<u32> = (0..4).flat_map(|n| prompt(n, 30)).collect();
+    let others = [&prompts[..], &answers[1], &answers[2], &answers[3]].concat();
+    let is_own = |&at: &usize| {
+        let id = &answers[0][at];
+        !others.contains(id) && !answers[0][..at].contains(id)
+    };
+    let own = (2..22).find(is_own).unwrap_or_else(|| panic!("no such token in {answers:?}"));
+    let token = answers[0][own];
+    (answers, own, token)
+}
+
+#[test]
+fn non_finite_logits_in_flight_fail_only_their_sequence() {
+    let (clean, own, token) = answers_with_a_token_of_their_own();
+    let engine = start_with(Faults { nan: Some(token), panic: None }, true, options());
+    let generations: Vec<_> =
+        (0..4).map(|n| engine.submit(plain(prompt(n, 30), 24)).unwrap()).collect();
+    let answers: Vec<_> = generations.iter().map(collect).collect();
+    assert_eq!(answers[0].ids(), clean[0][..=own]);
+    assert_eq!(*answers[0].fault(), SequenceFault::NumericFault { step: own + 1 });
+    for n in 1..4 {
+        assert_eq!(answers[n].ids(), clean[n]);
+        assert_eq!(answers[n].finished().finish, Finish::Length);
+    }
+    assert_all_pages_return(&engine);
+    assert_eq!((engine.counters().failed, engine.counters().panics), (1, 0));
+}
+
+#[test]
+fn a_panic_in_flight_fails_its_batch_behind_the_tokens_before() {
+    let (clean, own, token) = answers_with_a_token_of_their_own();
+    let engine = start_with(Faults { nan: None, panic: Some(token) }, true, options());
+    let alone = generate(&engine, plain(prompt(0, 30), 24));
+    assert_eq!(alone.ids(), clean[0][..=own], "the token that the panic follows was delivered");
+    let fault = alone.fault();
+    assert!(
+        matches!(fault, SequenceFault::StepPanicked { message, .. } if message == "injected panic"),
+        "{fault:?}"
+    );
+    let generations: Vec<_> =
+        (0..4).map(|n| engine.submit(plain(prompt(n, 30), 24)).unwrap()).collect();
+    for (generation, clean) in generations.iter().zip(&clean) {
+        let answer = collect(generation);
+        // One may have ended before, or come after.
+        let is_whole = answer.ids() == *clean;
+        assert!(is_whole || matches!(answer.fault(), SequenceFault::StepPanicked { .. }));
+        assert!(clean.starts_with(&answer.ids()), "{:?}, not of {clean:?}", answer.ids());
+    }
+    assert_all_pages_return(&engine);
+    let counters = engine.counters();
+    assert_eq!((counters.panics, counters.state), (2, EngineState::Running));
+    assert!(counters.failed >= 2, "{counters:?}");
+    assert_eq!(generate(&engine, plain(prompt(1, 30), 24)).ids(), clean[1]);
+}
+
 #[test]
 fn an_engine_that_only_panics_stops_and_says_so() {
     let engine = start(options());
@@ -103,8 +164,12 @@ fn cancel_frees_pages_in_every_state() {
 
 #[test]
 fn two_hundred_dropped_streams_leave_a_working_engine() {
-    let engine = start(options());
-    let clean = generate(&engine, greedy(prompt(1, 20), 10)).ids();
+    dropped_streams(&start(options()), greedy);
+    dropped_streams(&start_with(Faults::default(), true, options()), plain);
+}
+
+fn dropped_streams(engine: &EngineHandle, greedy: fn(Vec<u32>, usize) -> GenerateRequest) {
+    let clean = generate(engine, greedy(prompt(1, 20), 10)).ids();
     for n in 0..200 {
         let generation = engine.submit(greedy(prompt(n, 10), 1000)).unwrap();
         if n % 3 > 0 {
@@ -114,8 +179,8 @@ fn two_hundred_dropped_streams_leave_a_working_engine() {
             generation.events.recv_timeout(Duration::from_secs(30)).unwrap();
         }
     }
-    assert_eq!(generate(&engine, greedy(prompt(1, 20), 10)).ids(), clean);
-    assert_all_pages_return(&engine);
+    assert_eq!(generate(engine, greedy(prompt(1, 20), 10)).ids(), clean);
+    assert_all_pages_return(engine);
 }
 
 #[test]
@@ -164,7 +229,12 @@ fn a_receiver_that_never_reads_blocks_nobody() {
 
 #[test]
 fn shutdown_fails_everybody_by_name() {
-    let engine = start(EngineOptions { max_sequences: 1, ..options() });
+    let options = EngineOptions { max_sequences: 1, ..options() };
+    shut_down(&start(options), greedy);
+    shut_down(&start_with(Faults::default(), true, options), plain);
+}
+
+fn shut_down(engine: &EngineHandle, greedy: fn(Vec<u32>, usize) -> GenerateRequest) {
     let running = engine.submit(greedy(prompt(0, 5), 2000)).unwrap();
     let queued = engine.submit(greedy(prompt(1, 5), 5)).unwrap();
     wait_started(&running);
@@ -175,7 +245,7 @@ fn shutdown_fails_everybody_by_name() {
     assert!(engine.forward_logits(prompt(1, 5)).is_err());
     assert_eq!(engine.counters().state, EngineState::Stopped);
     engine.shutdown();
-    assert_all_pages_return(&engine);
+    assert_all_pages_return(engine);
 }
 
 #[test]
@@ -214,14 +284,18 @@ proptest! {
     /// Random submit, cancel, drop and read against a naive map of live generations. In debug
     /// builds the worker audits the page books after every step of it.
     #[test]
-    fn every_page_returns_and_every_sequence_ends_once(actions in actions()) {
-        let engine = start(EngineOptions { max_sequences: 4, kv_pages: Some(5), ..options() });
+    fn every_page_returns_and_every_sequence_ends_once(
+        actions in actions(),
+        runs_ahead in any::<bool>(),
+    ) {
+        let options = EngineOptions { max_sequences: 4, kv_pages: Some(5), ..options() };
+        let engine = start_with(Faults::default(), runs_ahead, options);
         let mut live: Vec<(Generation, usize)> = Vec::new();
         let mut submitted = 0;
         for action in actions {
             match action {
                 Action::Submit { n, len, max_tokens } => {
-                    let request = greedy(prompt(n, len), max_tokens);
+                    let request = plain(prompt(n, len), max_tokens);
                     live.push((engine.submit(request).unwrap(), max_tokens));
                     submitted += 1;
                 }

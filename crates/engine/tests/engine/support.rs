@@ -10,7 +10,7 @@ use exrail_engine::{
 use exrail_kernels::reference::Reference;
 use exrail_kernels::{
     AttentionShape, AttentionSpan, Backend, GateActivation, KernelError, KvDtype, KvShape, KvSlot,
-    NormKind, PageId, Rope, Span, TokenId, WeightView,
+    Largest, NormKind, PageId, Rope, Span, TokenId, WeightView,
 };
 use exrail_testkit::{TinyLlama, tiny_llama};
 
@@ -21,11 +21,24 @@ pub(crate) const PANIC_TOKEN: u32 = 301;
 
 /// A backend that computes what the inner one does and fails on two tokens.
 #[derive(Clone, Debug)]
-pub(crate) struct Faulty<B>(pub(crate) B);
+pub(crate) struct Faulty<B> {
+    inner: B,
+    faults: Faults,
+    runs_ahead: bool,
+}
+
+/// The tokens that a [`Faulty`] backend fails on.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Faults {
+    /// Embedding this token gives NaN.
+    pub(crate) nan: Option<u32>,
+    /// Embedding this token panics.
+    pub(crate) panic: Option<u32>,
+}
 
 macro_rules! forward {
     ($($name:ident(&self $(, $argument:ident: $kind:ty)*);)*) => {
-        $(fn $name(&self $(, $argument: $kind)*) { self.0.$name($($argument),*) })*
+        $(fn $name(&self $(, $argument: $kind)*) { self.inner.$name($($argument),*) })*
     };
 }
 
@@ -33,35 +46,45 @@ impl<B: Backend> Backend for Faulty<B> {
     type Weight = B::Weight;
     type Buffer = B::Buffer;
     type KvPool = B::KvPool;
+    type Found = B::Found;
 
     fn name(&self) -> String {
-        format!("faulty {}", self.0.name())
+        format!("faulty {}", self.inner.name())
+    }
+    fn runs_ahead(&self) -> bool {
+        self.runs_ahead
+    }
+    fn largest(&self, x: &B::Buffer, n_rows: usize, width: usize, limit: usize) -> B::Found {
+        self.inner.largest(x, n_rows, width, limit)
+    }
+    fn found(&self, found: &B::Found) -> Vec<Largest> {
+        self.inner.found(found)
     }
     fn weight(&self, view: &WeightView<'_>) -> Result<B::Weight, KernelError> {
-        self.0.weight(view)
+        self.inner.weight(view)
     }
     fn weight_shape(&self, weight: &B::Weight) -> (usize, usize) {
-        self.0.weight_shape(weight)
+        self.inner.weight_shape(weight)
     }
     fn buffer(&self, len: usize) -> Result<B::Buffer, KernelError> {
-        self.0.buffer(len)
+        self.inner.buffer(len)
     }
     fn kv_pool(&self, shape: KvShape) -> Result<B::KvPool, KernelError> {
-        self.0.kv_pool(shape)
+        self.inner.kv_pool(shape)
     }
 
     fn embed(&self, table: &B::Weight, ids: &[TokenId], scale: f32, out: &mut B::Buffer) {
-        assert!(!ids.contains(&TokenId(PANIC_TOKEN)), "injected panic");
-        self.0.embed(table, ids, scale, out);
-        let width = self.0.weight_shape(table).1;
+        assert!(!ids.iter().any(|id| Some(id.0) == self.faults.panic), "injected panic");
+        self.inner.embed(table, ids, scale, out);
+        let width = self.inner.weight_shape(table).1;
         let mut values = vec![0.0; ids.len() * width];
-        self.0.read(out, &mut values);
+        self.inner.read(out, &mut values);
         for (row, id) in values.chunks_mut(width).zip(ids) {
-            if id.0 == NAN_TOKEN {
+            if Some(id.0) == self.faults.nan {
                 row.fill(f32::NAN);
             }
         }
-        self.0.write(out, &values);
+        self.inner.write(out, &values);
     }
 
     forward! {
@@ -125,7 +148,12 @@ pub(crate) fn options() -> EngineOptions {
 }
 
 pub(crate) fn start(options: EngineOptions) -> EngineHandle {
-    Engine::start(load(Faulty(Reference)), options).unwrap()
+    start_with(Faults { nan: Some(NAN_TOKEN), panic: Some(PANIC_TOKEN) }, false, options)
+}
+
+/// On a backend with these faults, and perhaps one whose steps are asked for ahead.
+pub(crate) fn start_with(faults: Faults, runs_ahead: bool, options: EngineOptions) -> EngineHandle {
+    Engine::start(load(Faulty { inner: Reference, faults, runs_ahead }), options).unwrap()
 }
 
 /// Greedy, never sampling the faulty tokens, running to `max_tokens`.
@@ -134,6 +162,13 @@ pub(crate) fn greedy(prompt: Vec<u32>, max_tokens: usize) -> GenerateRequest {
     request.sampling = Sampling::greedy();
     request.sampling.logit_bias = healthy();
     request.stop_at_eos = false;
+    request
+}
+
+/// Greedy and nothing beside, so that only the most likely tokens are asked for; to `max_tokens`.
+pub(crate) fn plain(prompt: Vec<u32>, max_tokens: usize) -> GenerateRequest {
+    let mut request = greedy(prompt, max_tokens);
+    request.sampling = Sampling::greedy();
     request
 }
 

@@ -120,7 +120,7 @@ impl<B: Backend> Suite<'_, B> {
         self.backend.read(&logits, &mut values);
         let limit = rows.div_ceil(2);
         let found = self.backend.norm_largest(input!(), &gate.tested, limit, &mut logits);
-        self.check_largest(&case, &found, &values, rows, limit)
+        self.check_largest(&case, &self.backend.found(&found), &values, rows, limit)
     }
 
     fn normed_bound(

@@ -45,6 +45,7 @@ impl<B: Backend> Suite<'_, B> {
             };
             for &(rows, columns) in sizes {
                 self.embed(dtype, rows, columns)?;
+                self.embed_found(dtype, rows, columns)?;
                 for n_rows in ROW_COUNTS {
                     self.plain_linear(dtype, rows, columns, n_rows)?;
                     self.linear_add(dtype, rows, columns, n_rows)?;
@@ -74,6 +75,42 @@ impl<B: Backend> Suite<'_, B> {
             let spreads = defined(len, |r, out| r.embed(&table.spreads, &ids, scale, out));
             let case = format!("{} scale={scale}", table.case);
             self.check(&case, &out, &expected, |i| 3.0 * U * f64::from(spreads[i]))?;
+        }
+        Ok(())
+    }
+
+    /// The tokens of two questions, of which the first is read when the second was asked. One row has no
+    /// largest value: it may get any row of the table, and the others get theirs.
+    fn embed_found(
+        &mut self,
+        dtype: DType,
+        rows: usize,
+        columns: usize,
+    ) -> Result<(), ConformanceError> {
+        self.next_case();
+        let table = self.pair("embed_found", dtype, rows, columns)?;
+        let (n_rows, scale) = (5, 25.3);
+        let mut asked = [(); 2].map(|()| self.random.normals(n_rows * rows, 0.0, 1.0));
+        asked[0][2 * rows] = f32::NAN;
+        let mut found = Vec::new();
+        for values in &asked {
+            let mut x = self.upload(&table.case, values)?;
+            found.push(self.backend.largest(&x, n_rows, rows, rows));
+            self.backend.write(&mut x, &vec![f32::NAN; values.len()]);
+        }
+        for (i, (values, found)) in asked.iter().zip(&found).enumerate() {
+            let case = format!("{} question={i}", table.case);
+            let mut out = self.output(&case, n_rows * columns)?;
+            self.backend.embed_found(&table.tested, found, scale, &mut out);
+            self.check_largest(&case, &self.backend.found(found), values, rows, rows)?;
+            let largest = Largest::of_rows(values, rows, rows);
+            let ids: Vec<TokenId> = largest.iter().map(|row| TokenId(row.index)).collect();
+            let [expected, spreads] = [&table.reference, &table.spreads]
+                .map(|table| defined(n_rows * columns, |r, out| r.embed(table, &ids, scale, out)));
+            self.check(&case, &out, &expected, |i| {
+                let any = largest[i / columns].value.is_nan();
+                if any { f64::INFINITY } else { 3.0 * U * f64::from(spreads[i]) }
+            })?;
         }
         Ok(())
     }
@@ -140,7 +177,7 @@ impl<B: Backend> Suite<'_, B> {
             let mut outputs = vec![0.0; n_rows * rows];
             self.backend.read(&out, &mut outputs);
             let found = self.backend.linear_largest(&x, n_rows, &weight, limit, &mut out);
-            self.check_largest(&case, &found, &outputs, rows, limit)?;
+            self.check_largest(&case, &self.backend.found(&found), &outputs, rows, limit)?;
         }
         Ok(())
     }
@@ -154,11 +191,14 @@ impl<B: Backend> Suite<'_, B> {
         width: usize,
         limit: usize,
     ) -> Result<(), ConformanceError> {
-        let expected = values.chunks_exact(width).map(|row| Largest::of(&row[..limit]));
-        for (t, (found, expected)) in found.iter().zip(expected).enumerate() {
-            let same = found.index == expected.index && found.value == expected.value;
-            let both_nan = found.value.is_nan() && expected.value.is_nan();
-            if !same && !both_nan {
+        let expected = Largest::of_rows(values, width, limit);
+        for (t, expected) in expected.into_iter().enumerate() {
+            let found = found.get(t);
+            let same = found.is_some_and(|found| {
+                found.index == expected.index && found.value == expected.value
+                    || found.value.is_nan() && expected.value.is_nan()
+            });
+            if !same {
                 let (case, device) = (case.to_owned(), self.backend.name());
                 let (expected, found) = (format!("{expected:?}"), format!("{found:?}"));
                 return Err(ConformanceError::Largest { case, t, expected, found, device });

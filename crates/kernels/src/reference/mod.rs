@@ -19,8 +19,8 @@ use exrail_tensor::{DType, dequantize};
 pub use kv::ReferenceKvPool;
 
 use crate::{
-    AttentionShape, AttentionSpan, Backend, GateActivation, KernelError, KvShape, KvSlot, NormKind,
-    PageId, Rope, Span, TokenId, WeightView,
+    AttentionShape, AttentionSpan, Backend, GateActivation, KernelError, KvShape, KvSlot, Largest,
+    NormKind, PageId, Rope, Span, TokenId, WeightView,
 };
 
 /// The scalar backend.
@@ -54,6 +54,7 @@ impl Backend for Reference {
     type Weight = ReferenceWeight;
     type Buffer = Vec<f32>;
     type KvPool = ReferenceKvPool;
+    type Found = Vec<Largest>;
 
     fn name(&self) -> String {
         "scalar reference, f32 activations, f64 sums".to_owned()
@@ -150,6 +151,14 @@ impl Backend for Reference {
         out: &mut Self::Buffer,
     ) {
         linear::linear(x, n_rows, weight, bias, out);
+    }
+
+    fn largest(&self, x: &Vec<f32>, n_rows: usize, width: usize, limit: usize) -> Vec<Largest> {
+        Largest::of_rows(&x[..n_rows * width], width, limit)
+    }
+
+    fn found(&self, found: &Vec<Largest>) -> Vec<Largest> {
+        found.clone()
     }
 
     fn linear_qkv(

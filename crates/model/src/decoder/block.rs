@@ -83,7 +83,7 @@ impl<B: Backend> Block<B> {
         assert!(n_rows <= scratch.max_rows, "{n_rows} rows of {}", scratch.max_rows);
         let spans = [AttentionSpan { first_row: 0, n_rows, first_position: 0, pages }];
         let batch = Batch { ids: &ids[..n_rows], spans: &spans, logit_rows: &[] };
-        batch.place(&mut scratch.positions, &mut scratch.slots);
+        batch.rows().place(&mut scratch.positions, &mut scratch.slots);
         backend.write(&mut scratch.residual, residual);
         decoder.cache(backend, scratch, pool, 0, n_rows);
         let shape = decoder.attention_shape(0);

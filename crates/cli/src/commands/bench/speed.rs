@@ -2,12 +2,13 @@
 //! `llama-batched-bench` time them: fixed tokens, logits of the last row of a prompt and of every
 //! decode row copied out, nothing sampled. Decode of one sequence runs once more the way that a
 //! greedy answer takes: the most likely token instead of the logits, and fed to the next step, because
-//! how far logits lie apart decides what has to be read of some heads.
+//! how far logits lie apart decides what has to be read of some heads. Where the device runs ahead, each
+//! such step is asked for before the token of the last one is read, as the engine does it.
 //!
 //! Every repetition runs every test once, so that a slow moment of the machine meets all tests and
 //! not all samples of one. The first repetition warms up and is not counted.
 
-use std::{path::Path, time::Instant};
+use std::{ops::Range, path::Path, time::Instant};
 
 use anyhow::{Result, ensure};
 use exrail_engine::{LoadOptions, load_generator};
@@ -182,6 +183,8 @@ struct Subject<B: Backend> {
     /// Rows of a prefill step at most.
     chunk: usize,
     checked_tokens: usize,
+    /// Positions that a sequence has pages for at least.
+    longest: usize,
     logits: Vec<f32>,
 }
 
@@ -210,6 +213,7 @@ impl<B: Measured> Subject<B> {
             pages: ids.chunks(each).map(<[PageId]>::to_vec).collect(),
             chunk: plan.chunk,
             checked_tokens: CHECKED_TOKENS.min(longest),
+            longest,
             logits: Vec::new(),
             backend,
             decoder,
@@ -234,8 +238,16 @@ impl<B: Measured> Subject<B> {
         self.scratch.read_logits(&self.backend, &mut self.logits);
         let kld = agreement(&prefill, &self.logits)?;
         let last = self.id(n - 1, 0);
-        let found = self.largest(&[last], &[(0, n - 1, 1)], &[0])[0];
-        same_token(Largest::of(&self.logits), found)?;
+        let expected = Largest::of(&self.logits);
+        let found = self.largest(last, n - 1);
+        same_token(expected, self.backend.found(&found)[0])?;
+        // The step behind it, told its token and not.
+        if n < self.longest {
+            let [told, followed] =
+                [self.largest(TokenId(expected.index), n), self.follow(&found, n)]
+                    .map(|found| self.backend.found(&found)[0]);
+            same_token(told, followed)?;
+        }
         Ok(kld)
     }
 
@@ -267,21 +279,43 @@ impl<B: Measured> Subject<B> {
 
     /// Decodes `n_tokens` of each sequence of the test, one a step.
     fn decode(&mut self, test: &Decode, n_tokens: usize) {
-        let rows: Vec<u32> = (0..).take(test.batch).collect();
-        let mut next = None;
-        for position in test.depth..test.depth + n_tokens {
-            let ids: Vec<_> = (0..test.batch).map(|s| self.id(position, s)).collect();
-            let spans: Vec<_> = (0..test.batch).map(|s| (s, position, 1)).collect();
-            match test.output {
-                StepOutput::Logits => {
+        let positions = test.depth..test.depth + n_tokens;
+        match test.output {
+            StepOutput::Token if self.backend.runs_ahead() => self.decode_ahead(positions),
+            StepOutput::Token => {
+                let mut next = self.id(test.depth, 0);
+                for position in positions {
+                    let found = self.largest(next, position);
+                    next = TokenId(self.backend.found(&found)[0].index);
+                }
+            }
+            StepOutput::Logits => {
+                let rows: Vec<u32> = (0..).take(test.batch).collect();
+                for position in positions {
+                    let ids: Vec<_> = (0..test.batch).map(|s| self.id(position, s)).collect();
+                    let spans: Vec<_> = (0..test.batch).map(|s| (s, position, 1)).collect();
                     self.step(&ids, &spans, &rows);
                     self.scratch.read_logits(&self.backend, &mut self.logits);
                 }
-                StepOutput::Token => {
-                    let fed = next.unwrap_or(ids[0]);
-                    next = Some(TokenId(self.largest(&[fed], &spans, &rows)[0].index));
-                }
             }
+        }
+    }
+
+    /// Greedy decode of the first sequence: a step is asked for before the last one's token is read.
+    fn decode_ahead(&mut self, positions: Range<usize>) {
+        let first = self.id(positions.start, 0);
+        let mut last: Option<B::Found> = None;
+        for position in positions {
+            let next = match &last {
+                Some(last) => self.follow(last, position),
+                None => self.largest(first, position),
+            };
+            if let Some(last) = last.replace(next) {
+                self.backend.found(&last);
+            }
+        }
+        if let Some(last) = last {
+            self.backend.found(&last);
         }
     }
 
@@ -292,18 +326,21 @@ impl<B: Measured> Subject<B> {
         self.decoder.forward(&self.backend, &mut self.scratch, &mut self.pool, &batch);
     }
 
-    /// [`Subject::step`] that gives the most likely tokens.
-    fn largest(
-        &mut self,
-        ids: &[TokenId],
-        spans: &[(usize, usize, usize)],
-        logit_rows: &[u32],
-    ) -> Vec<Largest> {
-        let spans = Self::spans(&self.pages, spans);
-        let batch = Batch { ids, spans: &spans, logit_rows };
+    /// A row of the first sequence that asks for the most likely token.
+    fn largest(&mut self, id: TokenId, position: usize) -> B::Found {
+        let spans = Self::spans(&self.pages, &[(0, position, 1)]);
+        let batch = Batch { ids: &[id], spans: &spans, logit_rows: &[0] };
         let limit = self.decoder.config().vocab_size;
         let (scratch, pool) = (&mut self.scratch, &mut self.pool);
         self.decoder.forward_largest(&self.backend, scratch, pool, &batch, limit)
+    }
+
+    /// [`Subject::largest`] of the token that `last` gives.
+    fn follow(&mut self, last: &B::Found, position: usize) -> B::Found {
+        let spans = Self::spans(&self.pages, &[(0, position, 1)]);
+        let limit = self.decoder.config().vocab_size;
+        let (scratch, pool) = (&mut self.scratch, &mut self.pool);
+        self.decoder.follow_largest(&self.backend, scratch, pool, last, &spans, limit)
     }
 
     fn spans<'a>(
