@@ -281,14 +281,7 @@ impl<B: Measured> Subject<B> {
     fn decode(&mut self, test: &Decode, n_tokens: usize) {
         let positions = test.depth..test.depth + n_tokens;
         match test.output {
-            StepOutput::Token if self.backend.runs_ahead() => self.decode_ahead(positions),
-            StepOutput::Token => {
-                let mut next = self.id(test.depth, 0);
-                for position in positions {
-                    let found = self.largest(next, position);
-                    next = TokenId(self.backend.found(&found)[0].index);
-                }
-            }
+            StepOutput::Token => self.decode_greedily(positions),
             StepOutput::Logits => {
                 let rows: Vec<u32> = (0..).take(test.batch).collect();
                 for position in positions {
@@ -301,8 +294,9 @@ impl<B: Measured> Subject<B> {
         }
     }
 
-    /// Greedy decode of the first sequence: a step is asked for before the last one's token is read.
-    fn decode_ahead(&mut self, positions: Range<usize>) {
+    /// Greedy decode of the first sequence: a step is asked for before the last one's token is read. A
+    /// device that computes in the calling thread has it by then.
+    fn decode_greedily(&mut self, positions: Range<usize>) {
         let first = self.id(positions.start, 0);
         let mut last: Option<B::Found> = None;
         for position in positions {
