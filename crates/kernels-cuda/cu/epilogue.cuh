@@ -1,12 +1,16 @@
 // Which matrices a product has, and what happens to its outputs.
 #pragma once
 #include "common.cuh"
+#include "pages.cuh"
+#include "rotation.cuh"
 
 // One matrix of a product. `src/linear.rs` has the same fields in the same order.
 struct Part {
     Planes weight;
     float *out;        // (T, N), or more rows with ADD_ROWS
     const float *bias; // (N), or null
+    uint32_t heads;    // PLACE: which of QUERIES, KEYS and VALUES the outputs are
+    uint32_t padding;
 };
 
 // `src/linear.rs` has the same fields in the same order.
@@ -35,7 +39,18 @@ __device__ __forceinline__ Where where(const Parts &parts, uint32_t row) {
 }
 
 // `src/linear.rs` has the same constants.
-enum Finish { STORE, ADD, ADD_ROWS, SILU, GELU_TANH, TIMES, GELU };
+enum Finish { STORE, ADD, ADD_ROWS, SILU, GELU_TANH, TIMES, GELU, PLACE };
+enum OfHeads { QUERIES, KEYS, VALUES };
+
+// PLACE: how queries and keys turn, and where keys and values go: slots[t] = (page, offset) of a layer.
+// `src/linear.rs` has the same fields in the same order.
+struct Placement {
+    Rotation rotation; // interleaved
+    Pages pages;       // of floats
+    const uint2 *slots;
+    uint32_t layer;
+    uint32_t padding;
+};
 
 __device__ __forceinline__ float silu(float x) { return x / (1.0f + expf(-x)); }
 __device__ __forceinline__ float gelu_tanh(float x) {
@@ -49,6 +64,7 @@ struct Epilogue {
     const float *scales;   // ADD_ROWS: times what
     float scale;           // ADD: times what
     uint32_t finish;
+    Placement placement;
 
     // Ends output n of row t.
     __device__ __forceinline__ void put(const Part &part, uint32_t t, uint32_t n, float sum) const {
@@ -62,6 +78,7 @@ struct Epilogue {
         case SILU: *at = silu(sum); break;
         case GELU_TANH: *at = gelu_tanh(sum); break;
         case TIMES: *at *= sum; break;
+        case PLACE: break; // `place` ends those, two at a time.
         case GELU: *at = 0.5f * sum * (1.0f + erff(sum * 0.7071067811865476f)); break;
         }
     }
@@ -78,6 +95,28 @@ struct Epilogue {
         } else {
             const float2 old = *at;
             *at = {fmaf(scale, low, old.x), fmaf(scale, high, old.y)};
+        }
+    }
+
+    // Ends outputs n and n + 1, n even, of row t of PLACE.
+    __device__ __forceinline__ void place(const Part &part, uint32_t t, uint32_t n, float low,
+                                          float high) const {
+        const Pages &pages = placement.pages;
+        const uint32_t D = pages.head_dim, h = n / D, d = n % D;
+        if (part.bias) low += part.bias[n], high += part.bias[n + 1];
+        if (part.heads != VALUES && d / 2 < placement.rotation.n_pairs) {
+            placement.rotation.turn(low, high, t, d / 2);
+        }
+        if (part.heads == QUERIES) {
+            *(float2 *)(part.out + (size_t)t * part.weight.rows + n) = {low, high};
+            return;
+        }
+        const uint2 slot = placement.slots[t];
+        const size_t at = pages.entry(slot.x, placement.layer, part.heads == VALUES, h, slot.y) * D + d;
+        if (pages.dtype == KV_F16) {
+            *(__half2 *)((__half *)pages.elements + at) = __floats2half2_rn(low, high);
+        } else {
+            *(float2 *)((float *)pages.elements + at) = {low, high};
         }
     }
 

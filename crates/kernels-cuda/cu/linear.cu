@@ -173,6 +173,9 @@ __device__ __forceinline__ void product(const Parts &parts, const Epilogue &end,
         const Pair rows(parts, start + pair);
         if (parts.paired) {
             if (r == 0) end.put_gated(parts.each[0], first_row + t, rows.first, total(pair, 0, t), total(pair, 1, t));
+        } else if (end.finish == PLACE) {
+            const Part &part = parts.each[rows.part];
+            if (r == 0) end.place(part, first_row + t, rows.first, total(pair, 0, t), total(pair, 1, t));
         } else if (r == 0 || rows.second > rows.first) {
             end.put(parts.each[rows.part], first_row + t, r == 0 ? rows.first : rows.second, total(pair, r, t));
         }

@@ -186,13 +186,15 @@ __device__ __forceinline__ void matmul_few(const Parts &parts, const Halves &x, 
         for (uint32_t v = 0; v < n_warps; v++) sum += sums_of_warps[(v * 8 * N + row) * WIDTH + n];
         return x.factors[row] * sum;
     };
-    const uint32_t step = parts.paired ? 2 : 1, n_sums = OUTPUTS / step;
+    const uint32_t step = parts.paired || end.finish == PLACE ? 2 : 1, n_sums = OUTPUTS / step;
     for (uint32_t i = threadIdx.x; i < n_rows * n_sums; i += blockDim.x) {
         const uint32_t row = i / n_sums, n = i % n_sums * step;
         if (first_output + n >= n_outputs) continue;
         const Where place = where(parts, first_output + n);
         if (parts.paired) {
             end.put_gated(parts.each[0], row, place.row, total(row, n), total(row, n + 1));
+        } else if (end.finish == PLACE) {
+            end.place(parts.each[place.part], row, place.row, total(row, n), total(row, n + 1));
         } else {
             end.put(parts.each[place.part], row, place.row, total(row, n));
         }

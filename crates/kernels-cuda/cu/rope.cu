@@ -2,22 +2,7 @@
 // on their way to attention.
 #include "common.cuh"
 #include "pages.cuh"
-
-// The sine and cosine of every pair of every row. `src/rows.rs` has the same fields in the same order.
-struct Rotation {
-    const float2 *turns;  // (T, pairs), cosine and sine
-    uint32_t n_pairs;     // 0: none
-    uint32_t interleaved; // pairs (2i, 2i + 1), else (i, i + pairs)
-
-    __device__ __forceinline__ void turn(float *head, uint32_t t, uint32_t pair) const {
-        const float2 turn = turns[(size_t)t * n_pairs + pair];
-        const uint32_t first = interleaved ? 2 * pair : pair;
-        const uint32_t second = interleaved ? 2 * pair + 1 : pair + n_pairs;
-        const float a = head[first], b = head[second];
-        head[first] = a * turn.x - b * turn.y;
-        head[second] = a * turn.y + b * turn.x;
-    }
-};
+#include "rotation.cuh"
 
 // turns (T, pairs) of rows at `positions`; angles in f64, as the reference has them.
 EXTERN void rope_turns(const uint32_t *positions, const float *inverse_frequencies, float2 *turns,

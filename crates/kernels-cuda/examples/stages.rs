@@ -196,11 +196,11 @@ impl Load<'_> {
         let spans: Vec<AttentionSpan<'_>> = (0..n_sequences).map(span).collect();
         let inverse_frequencies = (0..head_dim / 2).map(|i| 1.0 / (i + 1) as f32).collect();
         let rope = Rope { inverse_frequencies, style: RopeStyle::Interleaved, magnitude: 1.0 };
-        let [mut q, mut k, v, mut attended] =
+        let [mut q, mut k, mut v, mut attended] =
             [query, kv, kv, query].map(|len| self.buffer(n_rows * len));
         self.report("rotate, store", 0, n_layers, || {
             for layer_idx in 0..n_layers {
-                let (queries, keys, values) = (&mut q, &mut k, &v);
+                let (queries, keys, values) = (&mut q, &mut k, &mut v);
                 let (norms, rope) = (None, Some(&rope));
                 let heads =
                     HeadRows { queries, keys, values, n_heads, n_kv_heads, head_dim, norms, rope };

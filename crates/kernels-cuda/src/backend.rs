@@ -4,11 +4,11 @@ use std::sync::Arc;
 
 use exrail_kernels::{
     Activation, AttentionShape, AttentionSpan, Backend, GateActivation, HeadRows, KernelError,
-    KvShape, KvSlot, Largest, NormKind, Normed, PageId, Rope, Span, TokenId, WeightView,
+    KvShape, KvSlot, Largest, NormKind, Normed, PageId, Places, Rope, Span, TokenId, WeightView,
 };
 
 use crate::found::{CudaFound, Slots};
-use crate::linear::{Epilogue, Input, Output};
+use crate::linear::{Epilogue, Input, OfHeads, Output};
 use crate::memory::bytes_of;
 use crate::rows::{self, Into, Norm};
 use crate::stream::Stream;
@@ -109,7 +109,7 @@ fn qkv<'a>(
     let output = |i: usize, out: &CudaBuffer| {
         Output::new(weights[i], out, n_rows, biases.map(|biases| biases[i]))
     };
-    [output(0, q), output(1, k), output(2, v)]
+    [output(0, q), output(1, k).of(OfHeads::Keys), output(2, v).of(OfHeads::Values)]
 }
 
 fn check_gate(gate: &CudaWeight, up: &CudaWeight) {
@@ -287,6 +287,31 @@ impl Backend for CudaBackend {
     ) {
         let outputs = qkv(x.n_rows, weights, biases, outs);
         self.normed(x, &weights).times(&outputs, Epilogue::store());
+    }
+
+    fn norm_place(
+        &self,
+        x: Normed<'_, CudaBuffer>,
+        weights: [&CudaWeight; 3],
+        biases: Option<[&CudaBuffer; 3]>,
+        heads: HeadRows<'_, CudaBuffer>,
+        places: Places<'_, CudaKvPool>,
+    ) {
+        let Places { pool, layer, positions, slots } = places;
+        assert_eq!([positions.len(), slots.len()], [x.n_rows; 2], "one place a row");
+        let outs = [&mut *heads.queries, &mut *heads.keys, &mut *heads.values];
+        let outputs = qkv(x.n_rows, weights, biases, outs);
+        let input = self.normed(x, &weights);
+        let placement = input.places_heads(&weights);
+        let placement =
+            placement.then(|| pool.placement(&self.stream, &heads, positions, layer, slots));
+        match placement.flatten() {
+            Some(placement) => input.times(&outputs, Epilogue::place(placement)),
+            None => {
+                input.times(&outputs, Epilogue::store());
+                pool.place_heads(&self.stream, heads, positions, layer, slots);
+            }
+        }
     }
 
     fn linear_add(

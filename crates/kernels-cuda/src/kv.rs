@@ -5,10 +5,13 @@
 use std::sync::Arc;
 
 use cudarc::driver::DeviceRepr;
-use exrail_kernels::{HeadRows, KernelError, KvDtype, KvShape, KvSlot, PAGE_TOKENS, PageId};
+use exrail_kernels::{
+    HeadRows, KernelError, KvDtype, KvShape, KvSlot, PAGE_TOKENS, PageId, RopeStyle,
+};
 
 use crate::CudaBuffer;
 use crate::fresh::Fresh;
+use crate::linear::Placement;
 use crate::memory::{bytes_of_u32, narrow};
 use crate::rows::Rotation;
 use crate::stream::{Address, Grid, Memory, Stream};
@@ -27,6 +30,17 @@ pub(crate) struct Pages {
 
 // SAFETY: plain data, with the fields of the C++ struct in its order.
 unsafe impl DeviceRepr for Pages {}
+
+impl Pages {
+    pub(crate) const NONE: Pages = Pages {
+        elements: Address(0),
+        scales: Address(0),
+        n_layers: 0,
+        n_kv_heads: 0,
+        head_dim: 0,
+        dtype: 0,
+    };
+}
 
 /// The C++ struct of the same name.
 #[derive(Clone, Copy, Debug)]
@@ -122,6 +136,32 @@ impl CudaKvPool {
         stream.launch("kv_write", grid, &[&pages, &layer, &k, &v, &at, &n]);
     }
 
+    /// Where products leave the heads of a step themselves: in floats, with pairs that are neighbours and
+    /// without a norm.
+    pub(crate) fn placement(
+        &mut self,
+        stream: &Stream,
+        heads: &HeadRows<'_, CudaBuffer>,
+        positions: &[u32],
+        layer: usize,
+        slots: &[KvSlot],
+    ) -> Option<Placement> {
+        let are_neighbours = heads.rope.is_none_or(|rope| rope.style == RopeStyle::Interleaved);
+        let is_plain = heads.norms.is_none() && self.shape.dtype != KvDtype::Int8;
+        if !are_neighbours || !is_plain || !heads.head_dim.is_multiple_of(2) {
+            return None;
+        }
+        self.check_heads(heads);
+        let rotation = Rotation::of(stream, heads.rope, positions, heads.head_dim);
+        let slots = self.slots(stream, layer, slots);
+        Some(Placement { rotation, pages: self.pages(), slots, layer: narrow(layer), padding: 0 })
+    }
+
+    fn check_heads(&self, heads: &HeadRows<'_, CudaBuffer>) {
+        let KvShape { n_kv_heads, head_dim, .. } = self.shape;
+        assert_eq!((heads.n_kv_heads, heads.head_dim), (n_kv_heads, head_dim), "heads of the pool");
+    }
+
     /// See [`exrail_kernels::Backend::place_heads`].
     pub(crate) fn place_heads(
         &mut self,
@@ -132,9 +172,8 @@ impl CudaKvPool {
         slots: &[KvSlot],
     ) {
         const WARPS: usize = 4;
+        self.check_heads(&heads);
         let HeadRows { queries, keys, values, n_heads, n_kv_heads, head_dim, norms, rope } = heads;
-        let KvShape { n_kv_heads: of_pool, head_dim: width, .. } = self.shape;
-        assert_eq!((n_kv_heads, head_dim), (of_pool, width), "heads of the pool");
         let at = self.slots(stream, layer, slots);
         let n_rows = slots.len();
         let n_cached = n_rows * n_kv_heads * head_dim;

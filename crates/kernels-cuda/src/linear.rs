@@ -5,10 +5,11 @@
 use cudarc::driver::DeviceRepr;
 use exrail_kernels::{Activation, GateActivation, NormKind, Normed};
 
+use crate::kv::Pages;
 use crate::layout::{Cut, WARPS};
 use crate::memory::narrow;
 use crate::queue::Kernel;
-use crate::rows::{Into, Norm};
+use crate::rows::{Into, Norm, Rotation};
 use crate::stream::{Address, Grid, Stream};
 use crate::{CudaBuffer, CudaOptions, CudaWeight};
 
@@ -55,6 +56,40 @@ enum Finish {
     GeluTanh = 4,
     Times = 5,
     Gelu = 6,
+    Place = 7,
+}
+
+/// Which heads outputs are. The C++ enum of the same name.
+#[derive(Clone, Copy, Debug)]
+#[repr(u32)]
+pub(crate) enum OfHeads {
+    Queries = 0,
+    Keys = 1,
+    Values = 2,
+}
+
+/// How queries and keys turn, and where keys and values go. The C++ struct of the same name.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub(crate) struct Placement {
+    pub(crate) rotation: Rotation,
+    pub(crate) pages: Pages,
+    pub(crate) slots: Address,
+    pub(crate) layer: u32,
+    pub(crate) padding: u32,
+}
+
+// SAFETY: plain data, with the fields of the C++ struct in its order.
+unsafe impl DeviceRepr for Placement {}
+
+impl Placement {
+    const NONE: Placement = Placement {
+        rotation: Rotation::NONE,
+        pages: Pages::NONE,
+        slots: NONE,
+        layer: 0,
+        padding: 0,
+    };
 }
 
 /// The C++ struct of the same name.
@@ -65,6 +100,7 @@ pub(crate) struct Epilogue {
     scales: Address,
     scale: f32,
     finish: Finish,
+    placement: Placement,
 }
 
 // SAFETY: plain data, with the fields of the C++ struct in its order.
@@ -74,7 +110,8 @@ const NONE: Address = Address(0);
 
 impl Epilogue {
     fn new(finish: Finish) -> Epilogue {
-        Epilogue { rows: NONE, scales: NONE, scale: 1.0, finish }
+        let placement = Placement::NONE;
+        Epilogue { rows: NONE, scales: NONE, scale: 1.0, finish, placement }
     }
 
     /// `out = x Wᵀ (+ bias)`.
@@ -105,6 +142,12 @@ impl Epilogue {
         Epilogue::new(Finish::Times)
     }
 
+    /// Queries, keys and values `x Wᵀ (+ bias)` on their way to attention, where
+    /// [`Input::places_heads`].
+    pub(crate) fn place(placement: Placement) -> Epilogue {
+        Epilogue { placement, ..Epilogue::new(Finish::Place) }
+    }
+
     /// `out = gelu(x Wᵀ + bias)`.
     pub(crate) fn gelu() -> Epilogue {
         Epilogue::new(Finish::Gelu)
@@ -118,6 +161,8 @@ struct Part {
     weight: crate::weight::Planes,
     out: Address,
     bias: Address,
+    heads: OfHeads,
+    padding: u32,
 }
 
 // SAFETY: plain data, with the fields of the C++ struct in its order.
@@ -198,6 +243,7 @@ pub(crate) struct Output<'a> {
     weight: &'a CudaWeight,
     out: Address,
     bias: Address,
+    heads: OfHeads,
 }
 
 impl<'a> Output<'a> {
@@ -212,11 +258,17 @@ impl<'a> Output<'a> {
         bias: Option<&CudaBuffer>,
     ) -> Output<'a> {
         let bias = bias.map_or(NONE, |bias| bias.at(weight.rows));
-        Output { weight, out: out.at(n_rows * weight.rows), bias }
+        Output { weight, out: out.at(n_rows * weight.rows), bias, heads: OfHeads::Queries }
+    }
+
+    /// The same as keys or values.
+    pub(crate) fn of(self, heads: OfHeads) -> Output<'a> {
+        Output { heads, ..self }
     }
 
     fn part(&self) -> Part {
-        Part { weight: self.weight.planes(), out: self.out, bias: self.bias }
+        let Output { out, bias, heads, .. } = *self;
+        Part { weight: self.weight.planes(), out, bias, heads, padding: 0 }
     }
 }
 
@@ -276,6 +328,12 @@ impl<'a> Input<'a> {
         Input::new(stream, options, work, n_rows, weights)
     }
 
+    /// Whether products of these rows can end with [`Epilogue::place`]: few rows and packed weights.
+    pub(crate) fn places_heads(&self, weights: &[&CudaWeight]) -> bool {
+        let fits = |w: &&CudaWeight| w.dtype.is_quantised() && w.rows.is_multiple_of(2);
+        self.is_rounded && (1..=FEW).contains(&self.n_rows) && weights.iter().all(fits)
+    }
+
     /// Products of matrices, which are launched together where they have one format.
     pub(crate) fn times(&self, outputs: &[Output<'_>], end: Epilogue) {
         let alike = |a: &Output<'_>, b: &Output<'_>| {
@@ -319,7 +377,7 @@ impl<'a> Input<'a> {
             (Finish::GeluTanh, true) => Some(gelu_tanh),
             (Finish::Store | Finish::Add, true)
             | (Finish::Silu | Finish::GeluTanh, false)
-            | (Finish::AddRows | Finish::Times | Finish::Gelu, _) => None,
+            | (Finish::AddRows | Finish::Times | Finish::Gelu | Finish::Place, _) => None,
         }
     }
 

@@ -109,6 +109,8 @@ pub(crate) struct Rotation {
 unsafe impl DeviceRepr for Rotation {}
 
 impl Rotation {
+    pub(crate) const NONE: Rotation = Rotation { turns: Address(0), n_pairs: 0, interleaved: 0 };
+
     /// Of rows at `positions`: made once a step, however many layers turn by it.
     ///
     /// # Panics
@@ -120,7 +122,7 @@ impl Rotation {
         head_dim: usize,
     ) -> Rotation {
         let Some(rope) = rope else {
-            return Rotation { turns: Address(0), n_pairs: 0, interleaved: 0 };
+            return Rotation::NONE;
         };
         let n_pairs = rope.inverse_frequencies.len();
         assert!(2 * n_pairs <= head_dim, "{n_pairs} pairs do not fit a head of {head_dim}");

@@ -367,8 +367,8 @@ pub struct HeadRows<'a, Buffer> {
     pub queries: &'a mut Buffer,
     /// `(T, K * D)`; may hold anything afterwards.
     pub keys: &'a mut Buffer,
-    /// `(T, K * D)`.
-    pub values: &'a Buffer,
+    /// `(T, K * D)`; read alone, or filled by [`Backend::norm_place`].
+    pub values: &'a mut Buffer,
     /// Query heads H.
     pub n_heads: usize,
     /// Key/value heads K.
@@ -379,6 +379,19 @@ pub struct HeadRows<'a, Buffer> {
     pub norms: Option<HeadNorms<'a, Buffer>>,
     /// How queries and keys are rotated.
     pub rope: Option<&'a Rope>,
+}
+
+/// Where the rows of a step are, and where their keys and values go.
+#[derive(Debug)]
+pub struct Places<'a, Pool> {
+    /// The pool.
+    pub pool: &'a mut Pool,
+    /// Its layer.
+    pub layer: usize,
+    /// Position of each row, `(T)`.
+    pub positions: &'a [u32],
+    /// Place of each row's key and value, `(T)`.
+    pub slots: &'a [KvSlot],
 }
 
 /// Norms of queries and keys, head by head (Henry et al. 2020, arXiv:2010.04245).
@@ -550,6 +563,22 @@ pub trait Backend: Send + Sync + 'static {
     ) {
         self.norm(x.kind, x.x, x.n_rows, x.weight, x.eps, x.work);
         self.linear_qkv(x.work, x.n_rows, weights, biases, outs);
+    }
+
+    /// [`Backend::norm_qkv`] into the rows of `heads`, which may hold anything before, and
+    /// [`Backend::place_heads`] of those. Keys and values of `heads` may hold anything afterwards.
+    fn norm_place(
+        &self,
+        x: Normed<'_, Self::Buffer>,
+        weights: [&Self::Weight; 3],
+        biases: Option<[&Self::Buffer; 3]>,
+        heads: HeadRows<'_, Self::Buffer>,
+        places: Places<'_, Self::KvPool>,
+    ) {
+        let outs = [&mut *heads.queries, &mut *heads.keys, &mut *heads.values];
+        self.norm_qkv(x, weights, biases, outs);
+        let Places { pool, layer, positions, slots } = places;
+        self.place_heads(heads, positions, pool, layer, slots);
     }
     /// [`Backend::linear_gate`] behind a norm.
     fn norm_gate(

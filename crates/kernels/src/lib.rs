@@ -9,5 +9,5 @@ pub mod reference;
 pub use backend::{
     Activation, AttentionShape, AttentionSpan, Backend, GateActivation, HeadNorms, HeadRows,
     InputRounding, KernelError, KvDtype, KvShape, KvSlot, Largest, NormKind, Normed, PAGE_TOKENS,
-    PageId, Rope, RopeStyle, Span, TokenId, WeightView, int8_scale,
+    PageId, Places, Rope, RopeStyle, Span, TokenId, WeightView, int8_scale,
 };

@@ -6,8 +6,8 @@ use exrail_kernels::conformance::{ConformanceError, run};
 use exrail_kernels::reference::{Reference, ReferenceKvPool, ReferenceWeight};
 use exrail_kernels::{
     Activation, AttentionShape, AttentionSpan, Backend, GateActivation, HeadRows, KernelError,
-    KvDtype, KvShape, KvSlot, Largest, NormKind, Normed, PAGE_TOKENS, PageId, Rope, RopeStyle,
-    Span, TokenId, WeightView,
+    KvDtype, KvShape, KvSlot, Largest, NormKind, Normed, PAGE_TOKENS, PageId, Places, Rope,
+    RopeStyle, Span, TokenId, WeightView,
 };
 
 /// What is wrong with a [`Faulty`] backend.
@@ -45,6 +45,9 @@ enum Fault {
     LargestUnnormed,
     PlacesUnnormed,
     PlacesUnrotated,
+    NormPlacesUnnormed,
+    NormPlacesUnrotated,
+    NormPlacesWithoutBiases,
     RopeOtherStyle,
     RopeFromZero,
     RopeWithoutMagnitude,
@@ -70,7 +73,7 @@ enum Fault {
     RoundsActivations,
 }
 
-const FAULTS: [Fault; 52] = [
+const FAULTS: [Fault; 55] = [
     Fault::EmbedsFoundUnscaled,
     Fault::FindsOneRowLess,
     Fault::KeepsOneAnswer,
@@ -102,6 +105,9 @@ const FAULTS: [Fault; 52] = [
     Fault::LargestUnnormed,
     Fault::PlacesUnnormed,
     Fault::PlacesUnrotated,
+    Fault::NormPlacesUnnormed,
+    Fault::NormPlacesUnrotated,
+    Fault::NormPlacesWithoutBiases,
     Fault::RopeOtherStyle,
     Fault::RopeFromZero,
     Fault::RopeWithoutMagnitude,
@@ -174,6 +180,9 @@ fn every_fault_is_caught_at_its_operation() {
             | Fault::LogitsUnnormed
             | Fault::LargestUnnormed => "normed q",
             Fault::PlacesUnnormed | Fault::PlacesUnrotated => "place_heads",
+            Fault::NormPlacesUnnormed
+            | Fault::NormPlacesUnrotated
+            | Fault::NormPlacesWithoutBiases => "norm_place",
             Fault::RopeOtherStyle | Fault::RopeFromZero | Fault::RopeWithoutMagnitude => "rope",
             Fault::HalfPrecisionIgnored => "attention F16",
             Fault::Int8Ignored => "attention Int8",
@@ -539,6 +548,25 @@ impl Backend for Faulty {
     ) {
         heads.norms = heads.norms.filter(|_| !self.is(Fault::PlacesUnnormed));
         heads.rope = heads.rope.filter(|_| !self.is(Fault::PlacesUnrotated));
+        Reference.place_heads(heads, positions, pool, layer, slots);
+    }
+
+    fn norm_place(
+        &self,
+        x: Normed<'_, Vec<f32>>,
+        weights: [&ReferenceWeight; 3],
+        biases: Option<[&Vec<f32>; 3]>,
+        mut heads: HeadRows<'_, Vec<f32>>,
+        places: Places<'_, ReferenceKvPool>,
+    ) {
+        heads.rope = heads.rope.filter(|_| !self.is(Fault::NormPlacesUnrotated));
+        let biases = biases.filter(|_| !self.is(Fault::NormPlacesWithoutBiases));
+        if !self.is(Fault::NormPlacesUnnormed) {
+            return Reference.norm_place(x, weights, biases, heads, places);
+        }
+        let outs = [&mut *heads.queries, &mut *heads.keys, &mut *heads.values];
+        Reference.linear_qkv(x.x, x.n_rows, weights, biases, outs);
+        let Places { pool, layer, positions, slots } = places;
         Reference.place_heads(heads, positions, pool, layer, slots);
     }
 

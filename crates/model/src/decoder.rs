@@ -7,7 +7,7 @@ mod block;
 use exrail_checkpoint::{BlockNorms, DecoderConfig, NormKind, QkNorm, Tensors};
 use exrail_kernels::{
     AttentionShape, AttentionSpan, Backend, HeadNorms, HeadRows, InputRounding, KvDtype, KvShape,
-    Normed, Rope, TokenId,
+    Normed, Places, Rope, TokenId,
 };
 
 pub use block::{Block, embed_tokens};
@@ -242,11 +242,27 @@ impl<B: Backend> Decoder<B> {
     ) {
         let (layer, config) = (&self.layers[layer_idx], &self.config);
         let Scratch { residual, normed, queries, keys, values, positions, slots, .. } = scratch;
-        let outs = [&mut *queries, &mut *keys, &mut *values];
         let (kind, eps) = (self.norm_kind(), config.norm.eps);
+        let (mut norms, mut whole_norms) = (None, None);
+        if let Some(QkNorms { query, key }) = &layer.qk_norm {
+            match config.qk_norm {
+                Some(QkNorm::Heads) => norms = Some(HeadNorms { query, key, eps }),
+                Some(QkNorm::Whole) | None => whole_norms = Some((query, key)),
+            }
+        }
+        let rope = config.layers[layer_idx].rope.map(|rope| &self.ropes[rope]);
+        let DecoderConfig { n_heads, n_kv_heads, head_dim, .. } = *config;
+        let heads = HeadRows { queries, keys, values, n_heads, n_kv_heads, head_dim, norms, rope };
+        let places = Places { pool, layer: layer_idx, positions, slots };
+        let is_parallel = config.blocks == BlockNorms::Parallel;
+        if let (Some(weight), None, false) = (&layer.attention_norm, whole_norms, is_parallel) {
+            let input = Normed { x: residual, n_rows, kind, weight, eps, work: normed };
+            return layer.qkv.run_placed(backend, input, heads, places);
+        }
+        let outs = [&mut *heads.queries, &mut *heads.keys, &mut *heads.values];
         match &layer.attention_norm {
             // The network will read the normed rows, too.
-            Some(weight) if config.blocks == BlockNorms::Parallel => {
+            Some(weight) if is_parallel => {
                 backend.norm(kind, residual, n_rows, weight, eps, normed);
                 layer.qkv.run(backend, normed, n_rows, outs);
             }
@@ -256,21 +272,13 @@ impl<B: Backend> Decoder<B> {
             }
             None => layer.qkv.run(backend, residual, n_rows, outs),
         }
-        let mut norms = None;
-        if let Some(QkNorms { query, key }) = &layer.qk_norm {
-            match config.qk_norm {
-                Some(QkNorm::Heads) => norms = Some(HeadNorms { query, key, eps }),
-                Some(QkNorm::Whole) | None => {
-                    let kind = exrail_kernels::NormKind::Rms;
-                    backend.norm_in_place(kind, queries, n_rows, query, eps);
-                    backend.norm_in_place(kind, keys, n_rows, key, eps);
-                }
-            }
+        if let Some((query, key)) = whole_norms {
+            let kind = exrail_kernels::NormKind::Rms;
+            backend.norm_in_place(kind, heads.queries, n_rows, query, eps);
+            backend.norm_in_place(kind, heads.keys, n_rows, key, eps);
         }
-        let rope = config.layers[layer_idx].rope.map(|rope| &self.ropes[rope]);
-        let DecoderConfig { n_heads, n_kv_heads, head_dim, .. } = *config;
-        let heads = HeadRows { queries, keys, values, n_heads, n_kv_heads, head_dim, norms, rope };
-        backend.place_heads(heads, positions, pool, layer_idx, slots);
+        let Places { pool, layer, positions, slots } = places;
+        backend.place_heads(heads, positions, pool, layer, slots);
     }
 
     /// Adds a layer's attention output and its network to the residual.

@@ -1,7 +1,7 @@
 //! [`Layer`]: the weights of one block.
 
 use exrail_checkpoint::{BlockNorms, DecoderConfig, GateKind, QkNorm, tensor_name};
-use exrail_kernels::{Backend, GateActivation, InputRounding, Normed};
+use exrail_kernels::{Backend, GateActivation, HeadRows, InputRounding, Normed, Places};
 
 use crate::ModelError;
 use crate::experts::Experts;
@@ -187,6 +187,17 @@ impl<B: Backend> Qkv<B> {
     ) {
         let biases = self.biases.as_ref().map(|biases| biases.each_ref());
         backend.norm_qkv(input, self.weights.each_ref(), biases, outs);
+    }
+
+    pub(crate) fn run_placed(
+        &self,
+        backend: &B,
+        input: Normed<'_, B::Buffer>,
+        heads: HeadRows<'_, B::Buffer>,
+        places: Places<'_, B::KvPool>,
+    ) {
+        let biases = self.biases.as_ref().map(|biases| biases.each_ref());
+        backend.norm_place(input, self.weights.each_ref(), biases, heads, places);
     }
 }
 

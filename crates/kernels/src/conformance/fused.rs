@@ -9,6 +9,10 @@
 //! within r = (D + angle + 16) · u of the largest magnitude of the head. What was stored is seen through
 //! attention: a score moves by at most s = scale · D · (2 r + 8 u) · max|q| max|k|, and the result by
 //! (eˢ - 1) · 2 max|v|, and by (D + S) · u · max|v| for its own sums.
+//!
+//! **Norm, products and heads.** Held against the backend's own operations one after the other, which are
+//! held against the reference: the queries to 1e-5 of their largest, because only the order of a sum and
+//! a rotation's rounding may differ; what is seen of keys and values to 4e-3, a step of int8 and more.
 
 use exrail_tensor::DType;
 
@@ -17,7 +21,7 @@ use super::{ConformanceError, Suite, U, accepted, defined};
 use crate::reference::Reference;
 use crate::{
     Activation, AttentionShape, AttentionSpan, Backend, GateActivation, HeadNorms, HeadRows,
-    KvDtype, KvShape, KvSlot, NormKind, Normed, PageId, Rope, RopeStyle,
+    KvDtype, KvShape, KvSlot, NormKind, Normed, PageId, Places, Rope, RopeStyle,
 };
 
 /// H, K, D, rotated pairs.
@@ -46,6 +50,14 @@ impl<B: Backend> Suite<'_, B> {
             for n_rows in [1, 2, MAX_ROWS] {
                 for (with_norms, with_rope) in [(false, true), (true, true), (true, false)] {
                     self.placed(heads, n_rows, with_norms, with_rope)?;
+                }
+            }
+        }
+        for dtype in [DType::F32, DType::Q8_0, DType::Q4_K] {
+            for n_rows in [1, 2, MAX_ROWS] {
+                for kv in [KvDtype::F32, KvDtype::F16, KvDtype::Int8] {
+                    self.norm_placed(dtype, n_rows, kv, RopeStyle::Interleaved)?;
+                    self.norm_placed(dtype, n_rows, kv, RopeStyle::Halves)?;
                 }
             }
         }
@@ -169,20 +181,20 @@ impl<B: Backend> Suite<'_, B> {
         let kv_shape = KvShape { n_layers: 2, n_kv_heads, head_dim, n_pages: 2, dtype };
 
         let mut q_tested = self.upload(&case, &q)?;
-        let (mut k_tested, v_tested) = (self.upload(&case, &k)?, self.upload(&case, &v)?);
+        let (mut k_tested, mut v_tested) = (self.upload(&case, &k)?, self.upload(&case, &v)?);
         let [query, key] = [self.whole(&case, &weights[0])?, self.whole(&case, &weights[1])?];
         let mut pool = accepted(&case, self.backend.kv_pool(kv_shape))?;
         let eps = 1e-6;
         let norms = with_norms.then_some(HeadNorms { query: &query, key: &key, eps });
-        let (queries, keys, values) = (&mut q_tested, &mut k_tested, &v_tested);
+        let (queries, keys, values) = (&mut q_tested, &mut k_tested, &mut v_tested);
         let heads = HeadRows { queries, keys, values, n_heads, n_kv_heads, head_dim, norms, rope };
         self.backend.place_heads(heads, &positions, &mut pool, 1, &slots);
 
-        let (mut q_placed, mut k_placed) = (q, k);
+        let (mut q_placed, mut k_placed, mut v) = (q, k, v);
         let mut expected_pool = accepted(&case, Reference.kv_pool(kv_shape))?;
         let norms = HeadNorms { query: &weights[0], key: &weights[1], eps };
         let norms = with_norms.then_some(norms);
-        let (queries, keys, values) = (&mut q_placed, &mut k_placed, &v);
+        let (queries, keys, values) = (&mut q_placed, &mut k_placed, &mut v);
         let heads = HeadRows { queries, keys, values, n_heads, n_kv_heads, head_dim, norms, rope };
         Reference.place_heads(heads, &positions, &mut expected_pool, 1, &slots);
         let most =
@@ -204,5 +216,84 @@ impl<B: Backend> Suite<'_, B> {
             f64::from(scale) * head_dim as f64 * (4.0 * relative + 8.0 * U) * q_most * k_most;
         let bound = moved.exp_m1() * 2.0 * v_most + (head_dim + n_rows) as f64 * U * v_most;
         self.check(&format!("{case} attended"), &out, &expected, |_| bound)
+    }
+
+    /// Queries, keys and values in one operation and one after the other; what the last row sees of both.
+    fn norm_placed(
+        &mut self,
+        dtype: DType,
+        n_rows: usize,
+        kv: KvDtype,
+        style: RopeStyle,
+    ) -> Result<(), ConformanceError> {
+        self.next_case();
+        let (n_heads, n_kv_heads, head_dim, columns) = (4, 2, 16, 256);
+        let widths = [n_heads * head_dim, n_kv_heads * head_dim, n_kv_heads * head_dim];
+        let case = format!("norm_place {dtype} T={n_rows} {kv:?} {style:?}");
+        let mut pairs = Vec::new();
+        for rows in widths {
+            pairs.push(self.pair("norm_place", dtype, rows, columns)?);
+        }
+        let x = self.random.activations(n_rows, columns);
+        let weight = self.random.normals(columns, 1.0, 0.3);
+        let (x, weight) = (self.upload(&case, &x)?, self.whole(&case, &weight)?);
+        let mut biases = Vec::new();
+        for rows in widths {
+            let bias = self.random.normals(rows, 0.0, 1.0);
+            biases.push(self.upload(&case, &bias)?);
+        }
+        let with_biases = n_rows > 1;
+        let inverse_frequencies = vec![1.0, 0.3, 0.1, 0.03, 0.01];
+        let rope = Rope { inverse_frequencies, style, magnitude: 1.0 };
+        let first = 7;
+        let positions: Vec<u32> = (first..first + n_rows as u32).collect();
+        let pages = [PageId(1)];
+        let slots: Vec<KvSlot> =
+            (0..n_rows as u32).map(|offset| KvSlot { page: pages[0], offset }).collect();
+        let kv_shape = KvShape { n_layers: 2, n_kv_heads, head_dim, n_pages: 2, dtype: kv };
+        let scale = 1.0 / (head_dim as f32).sqrt();
+        let shape =
+            AttentionShape { n_heads, n_kv_heads, head_dim, scale, soft_cap: None, window: None };
+        let spans = [AttentionSpan { first_row: 0, n_rows, first_position: 0, pages: &pages }];
+
+        let mut seen = Vec::new();
+        for at_once in [false, true] {
+            let mut outs = Vec::new();
+            for rows in widths {
+                outs.push(self.output(&case, n_rows * rows)?);
+            }
+            let mut attended = self.output(&case, n_rows * widths[0])?;
+            let mut work = self.output(&case, n_rows * columns)?;
+            let mut pool = accepted(&case, self.backend.kv_pool(kv_shape))?;
+            let [queries, keys, values] = &mut outs[..] else { unreachable!("three were pushed") };
+            let (kind, eps) = (NormKind::Rms, 1e-5);
+            let input = Normed { x: &x, n_rows, kind, weight: &weight, eps, work: &mut work };
+            let weights = [0, 1, 2].map(|i| &pairs[i].tested);
+            let biases = with_biases.then(|| [0, 1, 2].map(|i| &biases[i]));
+            let (norms, rope) = (None, Some(&rope));
+            if at_once {
+                let heads =
+                    HeadRows { queries, keys, values, n_heads, n_kv_heads, head_dim, norms, rope };
+                let (pool, positions, slots) = (&mut pool, &positions[..], &slots[..]);
+                let places = Places { pool, layer: 1, positions, slots };
+                self.backend.norm_place(input, weights, biases, heads, places);
+            } else {
+                self.backend.norm_qkv(input, weights, biases, [queries, keys, values]);
+                let heads =
+                    HeadRows { queries, keys, values, n_heads, n_kv_heads, head_dim, norms, rope };
+                self.backend.place_heads(heads, &positions, &mut pool, 1, &slots);
+            }
+            self.backend.attention(&outs[0], &pool, 1, shape, &spans, &mut attended);
+            let mut values = [vec![0.0; n_rows * widths[0]], vec![0.0; n_rows * widths[0]]];
+            self.backend.read(&outs[0], &mut values[0]);
+            self.backend.read(&attended, &mut values[1]);
+            seen.push((values, outs, attended));
+        }
+        let [(expected, ..), (_, outs, attended)] = &seen[..] else { unreachable!("two ways") };
+        let most =
+            |values: &[f32]| f64::from(values.iter().fold(0.0_f32, |most, x| most.max(x.abs())));
+        let (q_most, seen_most) = (most(&expected[0]), most(&expected[1]));
+        self.check(&format!("{case} queries"), &outs[0], &expected[0], |_| 1e-5 * q_most)?;
+        self.check(&format!("{case} attended"), attended, &expected[1], |_| 4e-3 * seen_most)
     }
 }

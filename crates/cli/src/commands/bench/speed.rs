@@ -1,9 +1,9 @@
 //! Prefill and decode of one model, in a process of its own, the way `llama-bench` and
 //! `llama-batched-bench` time them: fixed tokens, logits of the last row of a prompt and of every
-//! decode row copied out, nothing sampled. Decode of one sequence runs once more the way that a
-//! greedy answer takes: the most likely token instead of the logits, and fed to the next step, because
-//! how far logits lie apart decides what has to be read of some heads. Where the device runs ahead, each
-//! such step is asked for before the token of the last one is read, as the engine does it.
+//! decode row copied out, nothing sampled. Decode runs once more the way that greedy answers take: the
+//! most likely tokens instead of the logits, and fed to the next step, because how far logits lie apart
+//! decides what has to be read of some heads. Where the device runs ahead, each such step is asked for
+//! before the tokens of the last one are read, as the engine does it.
 //!
 //! Every repetition runs every test once, so that a slow moment of the machine meets all tests and
 //! not all samples of one. The first repetition warms up and is not counted.
@@ -150,10 +150,8 @@ fn measure<B: Measured>(mut subject: Subject<B>, plan: &Plan, bars: &mut Bars) -
 fn plan_tests<B: Measured>(plan: &Plan, subject: &Subject<B>) -> Speed {
     let prefill = plan.prompt.iter().map(|&tokens| Prefill { tokens, tokens_per_s: Vec::new() });
     let pairs = plan.depth.iter().flat_map(|d| plan.batch.iter().map(move |b| (*d, *b)));
-    let tests = pairs.flat_map(|(depth, batch)| {
-        let alone = (batch == 1).then_some((depth, batch, StepOutput::Token));
-        [(depth, batch, StepOutput::Logits)].into_iter().chain(alone)
-    });
+    let outputs = [StepOutput::Logits, StepOutput::Token];
+    let tests = pairs.flat_map(|(depth, batch)| outputs.map(|output| (depth, batch, output)));
     let decode = tests.map(|(depth, batch, output)| Decode {
         depth,
         batch,
@@ -239,12 +237,12 @@ impl<B: Measured> Subject<B> {
         let kld = agreement(&prefill, &self.logits)?;
         let last = self.id(n - 1, 0);
         let expected = Largest::of(&self.logits);
-        let found = self.largest(last, n - 1);
+        let found = self.largest(&[last], n - 1);
         same_token(expected, self.backend.found(&found)[0])?;
         // The step behind it, told its token and not.
         if n < self.longest {
             let [told, followed] =
-                [self.largest(TokenId(expected.index), n), self.follow(&found, n)]
+                [self.largest(&[TokenId(expected.index)], n), self.follow(&found, 1, n)]
                     .map(|found| self.backend.found(&found)[0]);
             same_token(told, followed)?;
         }
@@ -281,7 +279,7 @@ impl<B: Measured> Subject<B> {
     fn decode(&mut self, test: &Decode, n_tokens: usize) {
         let positions = test.depth..test.depth + n_tokens;
         match test.output {
-            StepOutput::Token => self.decode_greedily(positions),
+            StepOutput::Token => self.decode_greedily(positions, test.batch),
             StepOutput::Logits => {
                 let rows: Vec<u32> = (0..).take(test.batch).collect();
                 for position in positions {
@@ -294,15 +292,15 @@ impl<B: Measured> Subject<B> {
         }
     }
 
-    /// Greedy decode of the first sequence: a step is asked for before the last one's token is read. A
-    /// device that computes in the calling thread has it by then.
-    fn decode_greedily(&mut self, positions: Range<usize>) {
-        let first = self.id(positions.start, 0);
+    /// Greedy decode: a step is asked for before the last one's tokens are read. A device that computes in
+    /// the calling thread has them by then.
+    fn decode_greedily(&mut self, positions: Range<usize>, batch: usize) {
+        let first: Vec<_> = (0..batch).map(|s| self.id(positions.start, s)).collect();
         let mut last: Option<B::Found> = None;
         for position in positions {
             let next = match &last {
-                Some(last) => self.follow(last, position),
-                None => self.largest(first, position),
+                Some(last) => self.follow(last, batch, position),
+                None => self.largest(&first, position),
             };
             if let Some(last) = last.replace(next) {
                 self.backend.found(&last);
@@ -320,18 +318,21 @@ impl<B: Measured> Subject<B> {
         self.decoder.forward(&self.backend, &mut self.scratch, &mut self.pool, &batch);
     }
 
-    /// A row of the first sequence that asks for the most likely token.
-    fn largest(&mut self, id: TokenId, position: usize) -> B::Found {
-        let spans = Self::spans(&self.pages, &[(0, position, 1)]);
-        let batch = Batch { ids: &[id], spans: &spans, logit_rows: &[0] };
+    /// A row of each of the first sequences that asks for the most likely token.
+    fn largest(&mut self, ids: &[TokenId], position: usize) -> B::Found {
+        let each: Vec<_> = (0..ids.len()).map(|s| (s, position, 1)).collect();
+        let rows: Vec<u32> = (0..).take(ids.len()).collect();
+        let spans = Self::spans(&self.pages, &each);
+        let batch = Batch { ids, spans: &spans, logit_rows: &rows };
         let limit = self.decoder.config().vocab_size;
         let (scratch, pool) = (&mut self.scratch, &mut self.pool);
         self.decoder.forward_largest(&self.backend, scratch, pool, &batch, limit)
     }
 
-    /// [`Subject::largest`] of the token that `last` gives.
-    fn follow(&mut self, last: &B::Found, position: usize) -> B::Found {
-        let spans = Self::spans(&self.pages, &[(0, position, 1)]);
+    /// [`Subject::largest`] of the tokens that `last` gives for the first `n` sequences.
+    fn follow(&mut self, last: &B::Found, n: usize, position: usize) -> B::Found {
+        let each: Vec<_> = (0..n).map(|s| (s, position, 1)).collect();
+        let spans = Self::spans(&self.pages, &each);
         let limit = self.decoder.config().vocab_size;
         let (scratch, pool) = (&mut self.scratch, &mut self.pool);
         self.decoder.follow_largest(&self.backend, scratch, pool, last, &spans, limit)
