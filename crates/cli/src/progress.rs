@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use exrail_engine::GeneratorProgress;
+use exrail_model::LoadProgress;
 use exrail_quantize::QuantizeProgress;
 use exrail_retrieval::IngestProgress;
 use exrail_verify::{Progress, Stage};
@@ -50,22 +50,20 @@ impl Bars {
         }
     }
 
-    pub(crate) fn load(&mut self, progress: &GeneratorProgress) {
-        match progress {
-            GeneratorProgress::Hashed { bytes, total_bytes } => {
-                self.stage("hash model", Some(*total_bytes), BYTES).set_position(*bytes);
-            }
-            GeneratorProgress::Weights(weights) => {
-                let total = weights.n_total as u64;
-                self.stage("load weights", Some(total), COUNT).set_position(weights.n_done as u64);
-            }
-        }
+    pub(crate) fn load(&mut self, progress: &LoadProgress) {
+        let total = progress.n_total as u64;
+        self.stage("load weights", Some(total), COUNT).set_position(progress.n_done as u64);
+    }
+
+    /// The hash of a model, while somebody waits for it.
+    pub(crate) fn hash(&mut self, bytes: u64, total_bytes: u64) {
+        self.stage("hash model", Some(total_bytes), BYTES).set_position(bytes);
     }
 
     pub(crate) fn quantize(&mut self, progress: &QuantizeProgress) {
         match *progress {
             QuantizeProgress::Hashed { bytes, total_bytes } => {
-                self.stage("hash model", Some(total_bytes), BYTES).set_position(bytes);
+                self.hash(bytes, total_bytes);
             }
             QuantizeProgress::Quantised { n_done, n_total } => {
                 let bar = self.stage("quantise layers", Some(n_total as u64), COUNT);

@@ -260,3 +260,30 @@ fn a_split_model_is_inspected_checked_and_run_from_its_first_part() {
     let quantize = ["quantize", &paths[0], "out", "--mode", "int8"];
     fails(&exrail(home.path(), &quantize), &[&names[0], "--quant"]);
 }
+
+/// Copies a folder of a tiny model and adds a file that nothing reads but the hash: sparse, so that it
+/// takes no room, and a minute of hashing.
+fn slow_to_hash(home: &Path) -> std::path::PathBuf {
+    let from = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../golden/families/llama");
+    let dir = home.join("slow");
+    std::fs::create_dir(&dir).unwrap();
+    for entry in std::fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap();
+        std::fs::copy(entry.path(), dir.join(entry.file_name())).unwrap();
+    }
+    std::fs::File::create(dir.join("a.json")).unwrap().set_len(64 << 30).unwrap();
+    dir
+}
+
+#[test]
+fn a_command_answers_and_ends_before_its_model_is_hashed() {
+    let home = tempfile::tempdir().unwrap();
+    let dir = slow_to_hash(home.path());
+    let since = std::time::Instant::now();
+    let arguments = ["chat", "hi", "--device", "cpu", "--max-tokens", "3", "--kv-pages", "1"];
+    let output =
+        exrail(home.path(), &[&arguments[..], &["--model", dir.to_str().unwrap()]].concat());
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    let took = since.elapsed();
+    assert!(took < std::time::Duration::from_secs(20), "{took:?}");
+}

@@ -10,6 +10,7 @@ use exrail_text::{ChatTemplate, Tokenizer};
 use crate::counters::{Counters, EngineState, Gauges};
 use crate::error::{EngineError, ScoreError, SubmitError};
 use crate::event::{Generation, SequenceFault, SequenceId};
+use crate::fingerprint::ModelFingerprint;
 use crate::load::Loaded;
 use crate::request::GenerateRequest;
 use crate::sequence::{Job, Traffic, Waiting};
@@ -51,12 +52,12 @@ impl Default for EngineOptions {
 }
 
 /// What is true of a running engine for its whole life.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub struct EngineFacts {
     /// Name in the model file, or its file name.
     pub model_name: String,
-    /// Hex sha256 of the model file.
-    pub model_sha256: String,
+    /// Hex sha256 of the model's files; the hash may still run. It ends when the engine does.
+    pub model_sha256: ModelFingerprint,
     /// Storage format of most weights, such as `Q4_1`.
     pub quant: String,
     /// Device and kernels.

@@ -10,6 +10,7 @@
 //! - `scheduler`, `sequence`, `pages`: which rows run, what a sequence is, who owns which page.
 //!   `scheduler` says why nothing can wedge.
 //! - `sampler`, `distribution`, `philox`, `output`: from logits to text.
+//! - `fingerprint`: the model's hash, known some time after the engine answers.
 //! - `warm_up`: the fence before the first user token. `encoder`: the sentence encoder.
 
 mod counters;
@@ -37,10 +38,11 @@ pub use event::{
     Alternative, Event, Finish, Finished, Generation, SequenceFault, SequenceId, Timings,
     TokenEvent, TokenLogprob, Usage,
 };
+pub use fingerprint::{FingerprintError, FingerprintState, HashProgress, ModelFingerprint};
 pub use handle::{Engine, EngineFacts, EngineHandle, EngineOptions};
 pub use load::{
-    CheckedGenerator, GeneratorProgress, Identity, LoadOptions, Loaded, check_generator,
-    load_generator, prepare_generator,
+    CheckedGenerator, Identity, LoadOptions, Loaded, check_generator, load_generator,
+    prepare_generator,
 };
 pub use pages::PageFault;
 pub use request::{

@@ -16,7 +16,7 @@ use exrail_tensor::IntGrid;
 use exrail_text::{ChatTemplate, TokenRoles, Tokenizer, Vocabulary};
 
 use crate::error::EngineError;
-use crate::fingerprint::Fingerprint;
+use crate::fingerprint::ModelFingerprint;
 
 /// A generator on a device, not running yet.
 pub struct Loaded<B: Backend> {
@@ -30,9 +30,9 @@ pub struct Loaded<B: Backend> {
     pub template: Option<Arc<ChatTemplate>>,
     /// `general.name`, or the file name without the number of a part.
     pub model_name: String,
-    /// Hex sha256 of its files, see [`exrail_checkpoint::CheckpointFiles::sha256`]: the model's
-    /// fingerprint.
-    pub model_sha256: String,
+    /// Hex sha256 of its files, see [`exrail_checkpoint::CheckpointFiles::sha256`]; the hash may still
+    /// run.
+    pub model_sha256: ModelFingerprint,
     /// Format of the largest part of the weights, such as `Q4_1`.
     pub quant: String,
     /// Architecture as data.
@@ -41,20 +41,6 @@ pub struct Loaded<B: Backend> {
 
 /// Stack of the thread that reads vocabulary and template.
 const TEXT_STACK: usize = 8 << 20;
-
-/// How far loading has come.
-#[derive(Clone, Debug, PartialEq)]
-pub enum GeneratorProgress {
-    /// Bytes of all files hashed and their length.
-    Hashed {
-        /// So far.
-        bytes: u64,
-        /// Of all files.
-        total_bytes: u64,
-    },
-    /// A tensor reached the device.
-    Weights(LoadProgress),
-}
 
 /// What is chosen when a model is loaded.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -68,6 +54,7 @@ pub struct LoadOptions {
 }
 
 /// Opens a GGUF file, all parts of a split one or a Hugging Face folder and prepares it for `backend`.
+/// The hash of the files goes on beside what follows, until everything that came of this is dropped.
 ///
 /// # Errors
 /// The model is refused (see [`exrail_checkpoint::LoadError`]), its vocabulary or template does not
@@ -76,24 +63,19 @@ pub fn load_generator<B: Backend>(
     backend: B,
     path: &Path,
     options: LoadOptions,
-    progress: &mut dyn FnMut(GeneratorProgress),
+    progress: &mut dyn FnMut(LoadProgress),
 ) -> Result<Loaded<B>, EngineError> {
     let checkpoint = Checkpoint::open(path)?;
-    let io = |source| EngineError::Io { path: path.display().to_string(), source };
-    let fingerprint = checkpoint.files().and_then(Fingerprint::start).map_err(io)?;
-    let prepared = Prepared::of(backend, &checkpoint, options, &mut |step| {
-        progress(GeneratorProgress::Weights(step));
-    })?;
-    let mut hashed = |bytes, total_bytes| {
-        progress(GeneratorProgress::Hashed { bytes, total_bytes });
-    };
-    let sha256 = fingerprint.wait(&mut hashed).map_err(io)?;
+    let shown = path.display().to_string();
+    let sha256 = checkpoint.files().and_then(|files| ModelFingerprint::of(&shown, files));
+    let sha256 = sha256.map_err(|source| EngineError::Io { path: shown, source })?;
     let file_name = || path.file_stem().map(|stem| stem.to_string_lossy().into_owned());
     let split_name = SplitName::of(path).map(|name| name.model().to_owned());
     let name = split_name.or_else(file_name).unwrap_or_else(|| path.display().to_string());
+    let prepared = Prepared::of(backend, &checkpoint, options, progress)?;
     drop(checkpoint);
     prepared.backend.release_unused();
-    Ok(prepared.identify(Identity { name, sha256 }))
+    Ok(prepared.identify(name, sha256))
 }
 
 /// Who a checkpoint is.
@@ -116,7 +98,8 @@ pub fn prepare_generator<B: Backend>(
     options: LoadOptions,
     progress: &mut dyn FnMut(LoadProgress),
 ) -> Result<Loaded<B>, EngineError> {
-    Ok(Prepared::of(backend, checkpoint, options, progress)?.identify(identity))
+    let sha256 = ModelFingerprint::known(identity.sha256);
+    Ok(Prepared::of(backend, checkpoint, options, progress)?.identify(identity.name, sha256))
 }
 
 /// [`Loaded`] without the identity of the checkpoint.
@@ -161,15 +144,15 @@ impl<B: Backend> Prepared<B> {
         Ok(Self { backend, decoder, text, quant, config })
     }
 
-    fn identify(self, identity: Identity) -> Loaded<B> {
+    fn identify(self, file_name: String, model_sha256: ModelFingerprint) -> Loaded<B> {
         let TextParts { tokenizer, template, name } = self.text;
         Loaded {
             backend: self.backend,
             decoder: self.decoder,
             tokenizer: Arc::new(tokenizer),
             template: template.map(Arc::new),
-            model_name: name.unwrap_or(identity.name),
-            model_sha256: identity.sha256,
+            model_name: name.unwrap_or(file_name),
+            model_sha256,
             quant: self.quant,
             config: self.config,
         }

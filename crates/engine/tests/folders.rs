@@ -3,10 +3,11 @@
 #![expect(clippy::unwrap_used, reason = "helpers of tests may panic as tests may")]
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use exrail_checkpoint::sha256_hex;
 use exrail_engine::{
-    Engine, EngineError, EngineHandle, EngineOptions, Event, GenerateRequest, GeneratorProgress,
+    Engine, EngineError, EngineHandle, EngineOptions, Event, FingerprintState, GenerateRequest,
     LoadOptions, Sampling, load_generator,
 };
 use exrail_kernels::KvDtype;
@@ -160,14 +161,13 @@ fn a_split_model_answers_as_its_whole_file_and_its_identity_covers_every_part() 
     assert_eq!(answer(&start(&split(&golden), context).unwrap()), expected);
     let sha256 = |path: &Path| {
         let (mut hashed, options) = (0, LoadOptions::default());
-        let mut progress = |step| {
-            if let GeneratorProgress::Hashed { bytes, total_bytes } = step {
-                assert!(bytes <= total_bytes);
-                hashed = bytes;
-            }
+        let mut progress = |bytes, total_bytes| {
+            assert!(bytes <= total_bytes);
+            hashed = bytes;
         };
-        let loaded = load_generator(Reference, path, options, &mut progress).unwrap();
-        (loaded.model_sha256, hashed)
+        let loaded = load_generator(Reference, path, options, &mut |_| {}).unwrap();
+        let sha256 = loaded.model_sha256.wait_told(&mut progress).unwrap().to_owned();
+        (sha256, hashed)
     };
     let names = [1, 2, 3].map(|number| format!("tiny-0000{number}-of-00003.gguf"));
     let parts = names.each_ref().map(|name| std::fs::read(golden.join(name)).unwrap());
@@ -185,4 +185,43 @@ fn a_split_model_answers_as_its_whole_file_and_its_identity_covers_every_part() 
     // The mutation: an identity of the file that was opened says the same of both.
     let opened = |dir: &Path| sha256_hex(&std::fs::read(split(dir)).unwrap());
     assert_eq!(opened(changed.path()), opened(&golden));
+}
+
+/// A folder whose hash takes a minute: a file that nothing reads but the hash, sparse so that it takes no
+/// room.
+fn slow_to_hash() -> tempfile::TempDir {
+    let (dir, llama) = (tempfile::tempdir().unwrap(), families().join("llama"));
+    for entry in std::fs::read_dir(llama).unwrap() {
+        let entry = entry.unwrap();
+        std::fs::copy(entry.path(), dir.path().join(entry.file_name())).unwrap();
+    }
+    std::fs::File::create(dir.path().join("a.json")).unwrap().set_len(64 << 30).unwrap();
+    dir
+}
+
+#[test]
+fn an_engine_answers_before_the_hash_of_its_model_is_done() {
+    let dir = slow_to_hash();
+    let engine = start(dir.path(), Some(64)).unwrap();
+    let expected = answer(&start(&families().join("llama"), Some(64)).unwrap());
+    assert_eq!(answer(&engine), expected);
+    let pending = engine.facts().model_sha256.state();
+    assert!(
+        matches!(pending, FingerprintState::Pending { total_bytes, .. } if total_bytes > 64 << 30)
+    );
+    assert_eq!(engine.facts().model_sha256.get(), None);
+    // The mutation: one that waits for the hash, as loading once did, still waits.
+    let waits = engine.facts().model_sha256.ended().recv_timeout(Duration::from_millis(100));
+    assert_eq!(waits, Err(flume::RecvTimeoutError::Timeout));
+}
+
+#[test]
+fn the_hash_of_an_engine_that_is_gone_ends() {
+    let dir = slow_to_hash();
+    let engine = start(dir.path(), Some(64)).unwrap();
+    let ended = engine.facts().model_sha256.ended().clone();
+    engine.shutdown();
+    drop(engine);
+    let disconnected = ended.recv_timeout(Duration::from_secs(20));
+    assert_eq!(disconnected, Err(flume::RecvTimeoutError::Disconnected));
 }

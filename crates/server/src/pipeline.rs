@@ -17,7 +17,9 @@ use exrail_verify::{
 use exrail_wire::Pins;
 use serde_json::{Value, json};
 
-use crate::{ENGINE_BUILD, error::ApiError, generation::ms_since, ids, state, translate};
+use crate::{
+    ENGINE_BUILD, error::ApiError, generation::ms_since, ids, state, trace::TraceError, translate,
+};
 
 /// The sampling of grounded answers: nearly greedy, because the answer should be the evidence's, and
 /// seeded, so that the same request gives the same answer.
@@ -131,10 +133,10 @@ impl Generate for EngineGenerate<'_> {
         self.engine.facts().context.saturating_sub(self.max_tokens)
     }
 
-    fn facts(&self) -> GeneratorFacts {
+    fn facts(&self) -> Result<GeneratorFacts, GenerateError> {
         let facts = self.engine.facts();
-        let pins = state::pins(self.engine);
-        GeneratorFacts {
+        let pins = state::pins(self.engine).map_err(engine_error)?;
+        Ok(GeneratorFacts {
             model: facts.model_name.clone(),
             model_fp: pins.model_fp,
             tok_fp: pins.tok_fp,
@@ -148,7 +150,7 @@ impl Generate for EngineGenerate<'_> {
             } else {
                 SamplingKind::Greedy
             },
-        }
+        })
     }
 }
 
@@ -282,14 +284,16 @@ impl Asker {
         }
     }
 
-    /// Every pin of an answer from this collection.
-    #[must_use]
-    pub fn pins(&self) -> Pins {
-        Pins {
+    /// Every pin of an answer from this collection; blocks while the model's hash runs.
+    ///
+    /// # Errors
+    /// The hash failed.
+    pub fn pins(&self) -> Result<Pins, TraceError> {
+        Ok(Pins {
             encoder_fp: Some(self.index.encoder_fp().into()),
             index_hash: Some(self.index.index_hash().into()),
-            ..state::pins(&self.engine)
-        }
+            ..state::pins(&self.engine)?
+        })
     }
 
     /// The collection for people: sizes, hashes, the state of its gate.

@@ -14,7 +14,7 @@ use crate::{
     generation::{self, Choice, LogprobAt},
     sse::{EventSink, Gone},
     state::Services,
-    trace::TraceIdentity,
+    trace::{TraceError, TraceIdentity},
 };
 
 /// A request that was accepted.
@@ -54,8 +54,18 @@ pub(crate) async fn whole(
     let first_token = || state.metrics.first_token.observe(job.received.elapsed());
     let choices = generation::collect(job.generations, first_token).await?;
     let record = generation::trace_body(job.route, job.seed, &choices);
-    state.traces.append(&job.identity, &services.pins(), record).await?;
+    append(state, services, &job.identity, record).await?;
     Ok(choices)
+}
+
+/// Writes the record of a job, as soon as its pins are known.
+async fn append(
+    state: &AppState,
+    services: &Services,
+    identity: &TraceIdentity,
+    record: TraceBody,
+) -> Result<(), TraceError> {
+    state.traces.append(identity, &services.pins().await?, record).await
 }
 
 /// Why a stream ended early.
@@ -89,7 +99,7 @@ pub(crate) async fn stream(
             Err(Cut::Failed(error)) => *finish_reason = error.to_string(),
         }
     }
-    let traced = state.traces.append(&job.identity, &services.pins(), record).await;
+    let traced = sink.alive_while(append(&state, &services, &job.identity, record)).await;
     match (streamed, traced) {
         (Ok(()), Ok(())) => drop(close(&choices, &wording, &sink).await),
         (Ok(()), Err(error)) => sink.fail(&error.into()).await,

@@ -12,13 +12,14 @@ use axum::{
 use thiserror::Error;
 use tokio::net::TcpListener;
 
-use exrail_wire::TraceBody;
+use exrail_wire::{Pins, TraceBody};
 
 use crate::{
     AppState, KeyError, TraceIdentity, auth,
     auth::Caller,
     error::{ApiError, Failure},
     ids, routes,
+    trace::TraceError,
 };
 
 /// Why the server could not be started.
@@ -124,14 +125,25 @@ async fn trace_failure(
     let Ok((request_id, trace_id)) = named else { return response };
     let agent_id = caller.and_then(|caller| caller.0);
     let identity = TraceIdentity { trace_id, request_id, session_id: None, agent_id };
-    let pins = state.services().map(|services| services.pins()).unwrap_or_default();
     let body = TraceBody::Guard { guard: failure.code.into(), detail: failure.message };
-    if let Err(error) = state.traces.append(&identity, &pins, body).await {
+    if let Err(error) = append_failure(&state, &identity, body).await {
         // Nothing is released by this response, so the failure may still be told.
         tracing::error!(%error, "a failed request could not be traced");
     }
     state.metrics.count_guard(failure.code);
     response
+}
+
+async fn append_failure(
+    state: &AppState,
+    identity: &TraceIdentity,
+    body: TraceBody,
+) -> Result<(), TraceError> {
+    let pins = match state.services() {
+        Some(services) => services.pins().await?,
+        None => Pins::default(),
+    };
+    state.traces.append(identity, &pins, body).await
 }
 
 async fn count(State(state): State<Arc<AppState>>, request: Request, next: Next) -> Response {

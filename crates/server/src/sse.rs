@@ -1,6 +1,8 @@
 //! A streamed response: a task writes events, the client reads them, and whoever leaves first ends
 //! the other.
 
+use std::{future::Future, time::Duration};
+
 use axum::{
     body::Body,
     http::header,
@@ -15,6 +17,9 @@ use crate::error::ApiError;
 
 /// Events that may wait for a slow client; after that the writing task waits.
 const BACKLOG: usize = 64;
+
+/// How often a waiting stream shows that it lives.
+const HEARTBEAT: Duration = Duration::from_secs(1);
 
 /// The client has gone.
 #[derive(Debug)]
@@ -46,6 +51,21 @@ impl EventSink {
     /// Keeps an idle connection open.
     pub(crate) async fn heartbeat(&self) -> Result<(), Gone> {
         self.block(sse::heartbeat().into()).await
+    }
+
+    /// What `work` gives. Meanwhile comments keep the connection open; a client that goes does not end
+    /// the work.
+    pub(crate) async fn alive_while<T>(&self, work: impl Future<Output = T>) -> T {
+        let mut work = std::pin::pin!(work);
+        let mut heartbeat = tokio::time::interval(HEARTBEAT);
+        // The first tick comes at once.
+        heartbeat.tick().await;
+        loop {
+            tokio::select! {
+                done = &mut work => return done,
+                _ = heartbeat.tick() => drop(self.heartbeat().await),
+            }
+        }
     }
 
     /// Ends a complete stream.

@@ -5,7 +5,7 @@ use std::{
     sync::{Arc, OnceLock},
 };
 
-use exrail_engine::EngineHandle;
+use exrail_engine::{EngineHandle, ModelFingerprint};
 use exrail_kernels::KvDtype;
 use exrail_retrieval::Encode;
 use exrail_wire::{Pins, TRACE_SCHEMA_VERSION};
@@ -16,7 +16,7 @@ use crate::{
     error::ApiError,
     observe::Metrics,
     pipeline::Asker,
-    trace::TraceLog,
+    trace::{TraceError, TraceLog},
 };
 
 /// Version of this program in fingerprints and traces.
@@ -91,24 +91,36 @@ impl Services {
         }
     }
 
-    /// What an answer without a collection depends on.
-    pub(crate) fn pins(&self) -> Pins {
+    /// What an answer without a collection depends on; waits for the model's hash.
+    pub(crate) async fn pins(&self) -> Result<Pins, TraceError> {
+        hashed(&self.engine).await;
         pins(&self.engine)
-    }
-
-    /// The `system_fingerprint` of responses.
-    pub(crate) fn system_fingerprint(&self) -> String {
-        let facts = self.engine.facts();
-        let model = facts.model_sha256.get(..12).unwrap_or(&facts.model_sha256);
-        format!("{ENGINE_BUILD}-{model}")
     }
 }
 
-/// The pins of an engine alone.
-pub(crate) fn pins(engine: &EngineHandle) -> Pins {
+/// The `system_fingerprint` of responses; none while the model's hash runs.
+pub(crate) fn system_fingerprint(model: &ModelFingerprint) -> Option<String> {
+    let sha256 = model.get()?;
+    Some(format!("{ENGINE_BUILD}-{}", sha256.get(..12).unwrap_or(sha256)))
+}
+
+/// Waits until the model's hash has ended, without holding a thread.
+pub(crate) async fn hashed(engine: &EngineHandle) {
+    // Nothing is ever sent: the end of the hash is the end of the channel.
+    match engine.facts().model_sha256.ended().recv_async().await {
+        Ok(never) => match never {},
+        Err(flume::RecvError::Disconnected) => {}
+    }
+}
+
+/// The pins of an engine alone; blocks while the model's hash runs.
+///
+/// # Errors
+/// The hash failed: a record would name no model.
+pub(crate) fn pins(engine: &EngineHandle) -> Result<Pins, TraceError> {
     let facts = engine.facts();
-    Pins {
-        model_fp: facts.model_sha256.clone(),
+    Ok(Pins {
+        model_fp: facts.model_sha256.wait()?.to_owned(),
         tok_fp: engine.tokenizer().fingerprint().into(),
         encoder_fp: None,
         index_hash: None,
@@ -118,7 +130,7 @@ pub(crate) fn pins(engine: &EngineHandle) -> Pins {
         kv_dtype: kv_name(facts.kv_dtype).into(),
         tp: 1,
         engine_build: ENGINE_BUILD.into(),
-    }
+    })
 }
 
 /// The name of a KV element type in pins and reports.

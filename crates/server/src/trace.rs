@@ -10,6 +10,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use exrail_engine::FingerprintError;
 use exrail_wire::{Pins, TRACE_SCHEMA_VERSION, TraceBody, TraceEnvelope};
 use thiserror::Error;
 use tokio::sync::oneshot;
@@ -34,6 +35,9 @@ pub enum TraceError {
     /// The writer is gone.
     #[error("trace log: the writer has stopped")]
     Stopped,
+    /// The record would not say which model answered.
+    #[error("trace log: {0}")]
+    NoFingerprint(#[from] FingerprintError),
 }
 
 struct Append {
@@ -117,10 +121,10 @@ impl TraceLog {
         collection: &str,
         report: serde_json::Value,
     ) -> Result<(), TraceError> {
-        let pins = match services.collections.get(collection) {
-            Some(asker) => asker.pins(),
-            None => services.pins(),
-        };
+        let mut pins = services.pins().await?;
+        if let Some(asker) = services.collections.get(collection) {
+            pins = asker.pins()?;
+        }
         let identity = TraceIdentity {
             trace_id: format!("probe-{}", jiff::Timestamp::now().as_millisecond()),
             ..TraceIdentity::default()

@@ -154,7 +154,7 @@ fn assemble(
     scale: (Option<&CorpusCalibration>, Option<&str>),
 ) -> Result<Report, VerifyError> {
     let (calibration, void) = scale;
-    let facts = system.generator.facts();
+    let facts = system.generator.facts()?;
     let observed = Observed {
         calibration,
         void,

@@ -246,8 +246,8 @@ impl<F: Fn(&[FrameMessage], u64) -> String> Generate for FakeGenerator<F> {
         self.prompt_limit
     }
 
-    fn facts(&self) -> GeneratorFacts {
-        GeneratorFacts {
+    fn facts(&self) -> Result<GeneratorFacts, GenerateError> {
+        Ok(GeneratorFacts {
             model: "fake-135m".to_owned(),
             model_fp: "5af571cbf074e6d21a03528d2330792e".to_owned(),
             tok_fp: "tok".to_owned(),
@@ -257,7 +257,7 @@ impl<F: Fn(&[FrameMessage], u64) -> String> Generate for FakeGenerator<F> {
             kv_dtype: "f16".to_owned(),
             device: "cpu".to_owned(),
             sampling: self.sampling,
-        }
+        })
     }
 }
 

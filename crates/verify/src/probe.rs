@@ -145,7 +145,7 @@ impl ProbeSystem<'_> {
         paraphrases: &[String],
         hits: impl Fn(usize) -> &'h Vec<Hit>,
     ) -> Result<Vec<Attempt>, VerifyError> {
-        let n_seeds = match self.generator.facts().sampling {
+        let n_seeds = match self.generator.facts()?.sampling {
             SamplingKind::Seeded => SEEDS.len(),
             SamplingKind::Greedy => 1,
         };

@@ -26,7 +26,10 @@ pub trait Generate {
     fn prompt_limit(&self) -> usize;
 
     /// What is pinned in the report.
-    fn facts(&self) -> GeneratorFacts;
+    ///
+    /// # Errors
+    /// The generator cannot be identified.
+    fn facts(&self) -> Result<GeneratorFacts, GenerateError>;
 }
 
 /// A reply.

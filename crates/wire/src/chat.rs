@@ -96,8 +96,8 @@ pub struct ChatResponse {
     pub choices: Vec<ChatChoice>,
     /// Tokens spent.
     pub usage: Usage,
-    /// Fingerprint of model and engine.
-    pub system_fingerprint: String,
+    /// Fingerprint of model and engine; null in events that came before the model's hash was known.
+    pub system_fingerprint: Option<String>,
     /// Citations and measures of an answer from a collection.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub exrail: Option<ChatGrounded>,
@@ -184,8 +184,8 @@ pub struct ChatChunk {
     pub created: i64,
     /// The model that answers.
     pub model: String,
-    /// Fingerprint of model and engine.
-    pub system_fingerprint: String,
+    /// Fingerprint of model and engine; null in events that came before the model's hash was known.
+    pub system_fingerprint: Option<String>,
     /// Empty in the usage event.
     pub choices: Vec<ChatChunkChoice>,
     /// In the last event when asked for.

@@ -58,8 +58,8 @@ pub struct CompletionResponse {
     pub created: i64,
     /// The model that answered.
     pub model: String,
-    /// Fingerprint of model and engine.
-    pub system_fingerprint: String,
+    /// Fingerprint of model and engine; null in events that came before the model's hash was known.
+    pub system_fingerprint: Option<String>,
     /// One a choice.
     pub choices: Vec<CompletionChoice>,
     /// Tokens spent; absent in most events of a stream.

@@ -33,8 +33,6 @@ use crate::{
 
 /// Longest question in bytes.
 const MAX_QUESTION_BYTES: usize = 8 << 10;
-/// How often a waiting stream shows that it lives.
-const HEARTBEAT: Duration = Duration::from_secs(1);
 
 /// A question that was accepted.
 struct Question {
@@ -110,7 +108,7 @@ async fn decide(state: Arc<AppState>, question: Question) -> Result<AskResponse,
         for guard in &record.guards_fired {
             state.metrics.count_guard(guard);
         }
-        let pins = question.asker.pins();
+        let pins = question.asker.pins()?;
         let body = TraceBody::Answer(Box::new(record));
         state.traces.append_blocking(&question.identity, &pins, body)?;
         Ok(response(question.identity.trace_id, asked))
@@ -389,6 +387,7 @@ fn grounded(answer: &AskResponse) -> ChatGrounded {
 }
 
 fn whole(header: Header, answer: AskResponse) -> ChatResponse {
+    let system_fingerprint = header.system_fingerprint();
     let exrail = Some(grounded(&answer));
     let message = AssistantMessage { role: "assistant", content: answer.answer, refusal: None };
     ChatResponse {
@@ -403,7 +402,7 @@ fn whole(header: Header, answer: AskResponse) -> ChatResponse {
             logprobs: None,
         }],
         usage: answer.usage,
-        system_fingerprint: header.system_fingerprint,
+        system_fingerprint,
         exrail,
     }
 }
@@ -415,18 +414,11 @@ async fn stream(
     include_usage: bool,
     sink: EventSink,
 ) {
-    let mut decision = std::pin::pin!(decide(state, question));
-    let mut heartbeat = tokio::time::interval(HEARTBEAT);
-    let answer = loop {
-        tokio::select! {
-            answer = &mut decision => break answer,
-            _ = heartbeat.tick() => {
-                if sink.heartbeat().await.is_err() {
-                    return;
-                }
-            }
-        }
-    };
+    // A first sign of life at once: the answer comes whole.
+    if sink.heartbeat().await.is_err() {
+        return;
+    }
+    let answer = sink.alive_while(decide(state, question)).await;
     match answer {
         Ok(answer) => drop(send(&header, &answer, include_usage, &sink).await),
         Err(error) => sink.fail(&error).await,

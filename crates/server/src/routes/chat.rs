@@ -7,7 +7,7 @@ use axum::{
     extract::State,
     response::{IntoResponse, Response},
 };
-use exrail_engine::{GenerateRequest, Sampling};
+use exrail_engine::{GenerateRequest, ModelFingerprint, Sampling};
 use exrail_wire::{
     AssistantMessage, ChatChoice, ChatChunk, ChatChunkChoice, ChatLogprobs, ChatRequest,
     ChatResponse, Delta, SamplingFields, StreamOptions, TokenLogprob, TopLogprob,
@@ -23,7 +23,7 @@ use crate::{
     ids,
     relay::{self, Job, News, Wording},
     sse,
-    state::Services,
+    state::{Services, system_fingerprint},
     trace::TraceIdentity,
     translate,
 };
@@ -34,7 +34,8 @@ pub(crate) struct Header {
     pub(crate) id: String,
     pub(crate) created: i64,
     pub(crate) model: String,
-    pub(crate) system_fingerprint: String,
+    /// Of the model, by the time of each event.
+    pub(crate) fingerprint: ModelFingerprint,
 }
 
 /// A chat's events.
@@ -106,7 +107,7 @@ pub(crate) fn header(services: &Services, prefix: &str) -> Result<Header, ApiErr
         id: ids::name(prefix)?,
         created: jiff::Timestamp::now().as_second(),
         model: services.model_name.clone(),
-        system_fingerprint: services.system_fingerprint(),
+        fingerprint: services.engine.facts().model_sha256.clone(),
     })
 }
 
@@ -163,6 +164,7 @@ fn logprobs(wanted: Option<bool>, top: Option<usize>) -> Result<Option<usize>, A
 }
 
 fn whole_answer(header: Header, choices: Vec<Choice>) -> ChatResponse {
+    let system_fingerprint = header.system_fingerprint();
     let usage = generation::usage(&choices);
     let choices = choices.into_iter().enumerate().map(|(index, choice)| {
         let finish = choice.finished.map_or("stop", |f| generation::finish_reason(f.finish));
@@ -181,12 +183,17 @@ fn whole_answer(header: Header, choices: Vec<Choice>) -> ChatResponse {
         model: header.model,
         choices: choices.collect(),
         usage,
-        system_fingerprint: header.system_fingerprint,
+        system_fingerprint,
         exrail: None,
     }
 }
 
 impl Header {
+    /// None while the hash runs; a whole answer, and the end of a stream, come after it.
+    pub(crate) fn system_fingerprint(&self) -> Option<String> {
+        system_fingerprint(&self.fingerprint)
+    }
+
     /// One event of a stream.
     pub(crate) fn chunk(&self, choices: Vec<ChatChunkChoice>) -> ChatChunk {
         ChatChunk {
@@ -194,7 +201,7 @@ impl Header {
             object: "chat.completion.chunk",
             created: self.created,
             model: self.model.clone(),
-            system_fingerprint: self.system_fingerprint.clone(),
+            system_fingerprint: self.system_fingerprint(),
             choices,
             usage: None,
             exrail: None,

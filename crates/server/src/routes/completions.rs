@@ -142,7 +142,7 @@ impl TextWording {
             object: "text_completion",
             created: self.header.created,
             model: self.header.model.clone(),
-            system_fingerprint: self.header.system_fingerprint.clone(),
+            system_fingerprint: self.header.system_fingerprint(),
             choices,
             usage,
         }

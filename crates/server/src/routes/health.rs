@@ -8,6 +8,7 @@ use axum::{
     http::{StatusCode, header},
     response::{IntoResponse, Response},
 };
+use exrail_engine::{EngineState, FingerprintState};
 use serde_json::json;
 
 use crate::{
@@ -30,13 +31,11 @@ pub(crate) async fn livez(State(state): State<Arc<AppState>>) -> Response {
     (status, Json(json!({ "status": text }))).into_response()
 }
 
-/// Ready: real tokens were generated through the production path, and the engine still runs.
+/// Ready: real tokens were generated through the production path, the engine still runs, and the hash of
+/// its model has not failed, without which no answer can be recorded.
 pub(crate) async fn readyz(State(state): State<Arc<AppState>>) -> Response {
     let status = state.board.status();
-    let running = state.services.get().is_some_and(|services| {
-        let counters = services.engine.counters();
-        counters.state == exrail_engine::EngineState::Running && !counters.is_stalled(STALL)
-    });
+    let trouble = trouble(&state);
     let phases: Vec<_> = status
         .phases
         .iter()
@@ -49,11 +48,11 @@ pub(crate) async fn readyz(State(state): State<Arc<AppState>>) -> Response {
             })
         })
         .collect();
-    let ready = status.is_ready() && running;
+    let ready = status.is_ready() && trouble.is_none();
     let body = json!({
         "status": if ready { "ready" } else { "not_ready" },
         "phase": status.phase().name(),
-        "reason": reason(&status, running),
+        "reason": reason(&status, trouble),
         "phases": phases,
     });
     let code = if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
@@ -64,11 +63,23 @@ pub(crate) async fn readyz(State(state): State<Arc<AppState>>) -> Response {
     response
 }
 
-fn reason(status: &BootStatus, running: bool) -> Option<String> {
+/// Why services that were handed over do not answer, if they do not.
+fn trouble(state: &AppState) -> Option<String> {
+    const IDLE: &str = "the engine makes no progress";
+    let Some(services) = state.services.get() else { return Some(IDLE.into()) };
+    if let FingerprintState::Failed(error) = services.engine.facts().model_sha256.state() {
+        return Some(error.to_string());
+    }
+    let counters = services.engine.counters();
+    let running = counters.state == EngineState::Running && !counters.is_stalled(STALL);
+    (!running).then(|| IDLE.into())
+}
+
+fn reason(status: &BootStatus, trouble: Option<String>) -> Option<String> {
     match &status.state {
         BootState::Failed { reason, .. } => Some(reason.clone()),
-        BootState::Ready { .. } if !running => Some("the engine makes no progress".into()),
-        BootState::Ready { .. } | BootState::Starting { .. } => None,
+        BootState::Ready { .. } => trouble,
+        BootState::Starting { .. } => None,
     }
 }
 

@@ -1,6 +1,7 @@
 //! `/v1/models` and the effective configuration.
 
 use axum::{Json, extract::Path};
+use exrail_engine::{FingerprintState, ModelFingerprint};
 use exrail_wire::{ModelCard, ModelList};
 use serde_json::{Value, json};
 
@@ -43,6 +44,19 @@ pub(crate) async fn config(Ready(services): Ready) -> Json<Value> {
     }))
 }
 
+/// What is known of the model's hash.
+fn sha256_status(model: &ModelFingerprint) -> Value {
+    match model.state() {
+        FingerprintState::Known(_) => json!({ "status": "known" }),
+        FingerprintState::Pending { hashed, total_bytes } => {
+            json!({ "status": "pending", "hashed_bytes": hashed, "total_bytes": total_bytes })
+        }
+        FingerprintState::Failed(error) => {
+            json!({ "status": "not_available", "reason": error.to_string() })
+        }
+    }
+}
+
 fn cards(services: &Services) -> Vec<ModelCard> {
     let facts = services.engine.facts();
     let card = |id: &str, exrail: Value| ModelCard {
@@ -55,7 +69,8 @@ fn cards(services: &Services) -> Vec<ModelCard> {
     let generator = json!({
         "kind": "generator",
         "title": facts.model_name,
-        "sha256": facts.model_sha256,
+        "sha256": facts.model_sha256.get(),
+        "sha256_status": sha256_status(&facts.model_sha256),
         "quant": facts.quant,
         "context": facts.context,
         "tok_fp": services.engine.tokenizer().fingerprint(),

@@ -5,5 +5,6 @@
 mod access;
 mod answers;
 mod fence;
+mod fingerprint;
 mod support;
 mod traces;

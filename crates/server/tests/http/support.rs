@@ -8,7 +8,7 @@ use axum::{
 };
 use exrail_checkpoint::{Checkpoint, Gguf, sha256_hex};
 use exrail_engine::{
-    Engine, EngineHandle, EngineOptions, Identity, LoadOptions, prepare_generator,
+    Engine, EngineHandle, EngineOptions, Identity, LoadOptions, ModelFingerprint, prepare_generator,
 };
 use exrail_kernels::Activation;
 use exrail_kernels_cpu::{CpuBackend, CpuOptions};
@@ -51,7 +51,8 @@ impl Answer {
     }
 }
 
-pub(crate) fn engine() -> EngineHandle {
+/// An engine whose model has this fingerprint, or that of its bytes.
+fn engine(fingerprint: Option<ModelFingerprint>) -> EngineHandle {
     let bytes = tiny_llama(7, TinyLlama::default());
     let sha256 = sha256_hex(&bytes);
     let gguf = Gguf::parse(bytes).unwrap();
@@ -61,7 +62,10 @@ pub(crate) fn engine() -> EngineHandle {
     let who = Identity { name: MODEL.to_owned(), sha256 };
     let options = LoadOptions::default();
     let checkpoint = Checkpoint::Gguf(gguf);
-    let loaded = prepare_generator(backend, &checkpoint, who, options, &mut |_| {}).unwrap();
+    let mut loaded = prepare_generator(backend, &checkpoint, who, options, &mut |_| {}).unwrap();
+    if let Some(fingerprint) = fingerprint {
+        loaded.model_sha256 = fingerprint;
+    }
     Engine::start(loaded, EngineOptions { max_sequences: 4, ..EngineOptions::default() }).unwrap()
 }
 
@@ -91,7 +95,10 @@ pub(crate) fn cold(keys: &[&str], trace_log: Option<&str>) -> Server {
 }
 
 pub(crate) fn services(folder: &Path) -> Services {
-    let engine = engine();
+    services_of(engine(None), folder)
+}
+
+fn services_of(engine: EngineHandle, folder: &Path) -> Services {
     let asker = Arc::new(asker(&engine, folder));
     let encoder = Arc::clone(asker.index().encoder());
     Services {
@@ -105,8 +112,16 @@ pub(crate) fn services(folder: &Path) -> Services {
 
 /// Boots with a real sentinel.
 pub(crate) fn warm(keys: &[&str], trace_log: Option<&str>) -> Server {
-    let server = cold(keys, trace_log);
-    let services = services(server.folder.path());
+    boot(cold(keys, trace_log), engine(None))
+}
+
+/// The same with a model of this fingerprint, and no keys.
+pub(crate) fn warm_with(fingerprint: ModelFingerprint) -> Server {
+    boot(cold(&[], None), engine(Some(fingerprint)))
+}
+
+fn boot(server: Server, engine: EngineHandle) -> Server {
+    let services = services_of(engine, server.folder.path());
     let board = server.state.board();
     board.run(Phase::WarmUp, || Ok::<_, std::io::Error>(((), String::new()))).unwrap();
     board.run(Phase::Sentinel, || sentinel::run(&services).map(|detail| ((), detail))).unwrap();

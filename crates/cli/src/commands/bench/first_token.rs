@@ -1,6 +1,6 @@
 //! From nothing to the first token, once, in a process of its own: the way of every command that
-//! generates, from the file's hash to the engine's thread, without the warm-up fence that a server
-//! puts behind it.
+//! generates, to the engine's thread, without the warm-up fence that a server puts behind it. The hash of
+//! the file runs beside it, and the record waits for it after the token.
 
 use std::{path::Path, time::Instant};
 
@@ -98,13 +98,14 @@ fn measure<B: Measured>(
     let first_token_s = since.elapsed().as_secs_f64();
     let resident = process::resident();
     let facts = engine.facts().clone();
+    let sha256 = facts.model_sha256.wait()?.to_owned();
     engine.shutdown();
     Ok(FirstToken {
         load_s,
         first_token_s,
         resident,
         kv_bytes: facts.kv_bytes as u64,
-        sha256: facts.model_sha256,
+        sha256,
         quant: facts.quant,
         architecture,
         kernels: facts.backend,

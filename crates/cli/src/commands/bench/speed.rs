@@ -193,6 +193,8 @@ impl<B: Measured> Subject<B> {
         }
         let options = LoadOptions::default();
         let loaded = load_generator(backend.clone(), path, options, &mut |step| bars.load(&step))?;
+        // A hash beside the tests would take their time.
+        loaded.model_sha256.wait_told(&mut |bytes, total| bars.hash(bytes, total))?;
         bars.clear();
         let decoder = loaded.decoder;
         let (longest, context) = (plan.longest(), decoder.config().context_len);
