@@ -12,9 +12,12 @@ use std::time::Instant;
 use exrail_checkpoint::{DecoderConfig, Gguf};
 use exrail_kernels::{
     AttentionShape, AttentionSpan, Backend, GateActivation, HeadRows, InputRounding, KvDtype,
-    KvShape, KvSlot, NormKind, Normed, PAGE_TOKENS, PageId, Rope, RopeStyle, TokenId, WeightView,
+    KvShape, KvSlot, NormKind, Normed, PAGE_TOKENS, PageId, Places, Rope, RopeStyle, TokenId,
+    WeightView,
 };
-use exrail_kernels_cuda::{CopyProbe, CudaBackend, CudaBuffer, CudaOptions, CudaWeight};
+use exrail_kernels_cuda::{
+    CopyProbe, CudaBackend, CudaBuffer, CudaKvPool, CudaOptions, CudaWeight,
+};
 use exrail_model::{Batch, Decoder};
 use exrail_tensor::DType;
 use exrail_testkit::{SYNTHETIC_LLAMAS, SyntheticLlama as Shape};
@@ -47,8 +50,9 @@ fn main() {
     for shape in shapes() {
         for (n_rows, depth) in [(1, 512), (1, 3500), (8, 512), (2048, 0)] {
             let load = Load { backend: &backend, shape, n_rows, depth, copy };
-            load.products();
-            load.heads();
+            let mut cache = load.cache();
+            load.products(&mut cache);
+            load.attention(&mut cache);
         }
     }
 }
@@ -119,8 +123,8 @@ impl Load<'_> {
         );
     }
 
-    /// What reads weights.
-    fn products(&self) {
+    /// What reads weights. A few rows leave their heads where attention finds them.
+    fn products(&self, cache: &mut Cache) {
         let Load { backend, n_rows, .. } = *self;
         let Shape { n_layers, width, ffn_width, vocab_size, .. } = self.shape;
         let (query, kv) = head_widths(self.shape);
@@ -128,18 +132,17 @@ impl Load<'_> {
         let bytes = |rows: usize, columns: usize| n_layers * bytes_of(DType::Q4_0, rows, columns);
         let (norm, kind, eps) = (self.buffer(width), NormKind::Rms, 1e-5);
         let (mut x, mut work) = (self.buffer(n_rows * width), self.buffer(n_rows * width));
-        let [mut q, mut k, mut v, mut gated] =
-            [query, kv, kv, ffn_width].map(|len| self.buffer(n_rows * len));
-        self.report("norm, q, k, v", bytes(query + 2 * kv, width), n_layers, || {
-            for layer in &layers {
+        let mut gated = self.buffer(n_rows * ffn_width);
+        self.report("norm, q, k, v, rotate, store", bytes(query + 2 * kv, width), n_layers, || {
+            for (i, layer) in layers.iter().enumerate() {
                 let input = Normed { x: &x, n_rows, kind, weight: &norm, eps, work: &mut work };
-                let outs = [&mut q, &mut k, &mut v];
-                backend.norm_qkv(input, layer.qkv.each_ref(), None, outs);
+                let (heads, places) = cache.heads(i);
+                backend.norm_place(input, layer.qkv.each_ref(), None, heads, places);
             }
         });
         self.report("output, add", bytes(width, query), n_layers, || {
             for layer in &layers {
-                backend.linear_add(&q, n_rows, &layer.out, None, 0.0, &mut x);
+                backend.linear_add(&cache.q, n_rows, &layer.out, None, 0.0, &mut x);
             }
         });
         self.report("norm, gate, up", bytes(2 * ffn_width, width), n_layers, || {
@@ -169,53 +172,91 @@ impl Load<'_> {
     }
 
     /// What reads keys and values.
-    fn heads(&self) {
-        let Load { backend, n_rows, depth, .. } = *self;
+    fn attention(&self, cache: &mut Cache) {
+        let Load { backend, depth, .. } = *self;
         let Shape { n_layers, n_heads, n_kv_heads, head_dim, .. } = self.shape;
-        let (query, kv) = head_widths(self.shape);
-        let (n_sequences, rows_of_one) = if self.is_prefill() { (1, n_rows) } else { (n_rows, 1) };
-        let pages_of_one = (depth + rows_of_one).div_ceil(PAGE_TOKENS);
-        let n_pages = n_sequences * pages_of_one;
-        let kv_shape = KvShape { n_layers, n_kv_heads, head_dim, n_pages, dtype: KvDtype::F16 };
-        let mut pool = backend.kv_pool(kv_shape).expect("memory");
-        let pages: Vec<PageId> = (0..n_pages as u32).map(PageId).collect();
-        let own = |row: usize| &pages[row / rows_of_one * pages_of_one..][..pages_of_one];
-        let position = |row: usize| depth + row % rows_of_one;
-        let positions: Vec<u32> = (0..n_rows).map(|row| position(row) as u32).collect();
-        let slot = |row: usize| KvSlot {
-            page: own(row)[position(row) / PAGE_TOKENS],
-            offset: (position(row) % PAGE_TOKENS) as u32,
-        };
-        let slots: Vec<KvSlot> = (0..n_rows).map(slot).collect();
+        let (n_sequences, rows_of_one) = self.sequences();
+        let pages_of_one = cache.pages.len() / n_sequences;
+        let Cache { q, pool, pages, attended, .. } = cache;
         let span = |i: usize| AttentionSpan {
             first_row: i * rows_of_one,
             n_rows: rows_of_one,
             first_position: depth,
-            pages: own(i * rows_of_one),
+            pages: &pages[i * pages_of_one..][..pages_of_one],
         };
         let spans: Vec<AttentionSpan<'_>> = (0..n_sequences).map(span).collect();
-        let inverse_frequencies = (0..head_dim / 2).map(|i| 1.0 / (i + 1) as f32).collect();
-        let rope = Rope { inverse_frequencies, style: RopeStyle::Interleaved, magnitude: 1.0 };
-        let [mut q, mut k, mut v, mut attended] =
-            [query, kv, kv, query].map(|len| self.buffer(n_rows * len));
-        self.report("rotate, store", 0, n_layers, || {
-            for layer_idx in 0..n_layers {
-                let (queries, keys, values) = (&mut q, &mut k, &mut v);
-                let (norms, rope) = (None, Some(&rope));
-                let heads =
-                    HeadRows { queries, keys, values, n_heads, n_kv_heads, head_dim, norms, rope };
-                backend.place_heads(heads, &positions, &mut pool, layer_idx, &slots);
-            }
-        });
         let scale = 1.0 / (head_dim as f32).sqrt();
         let shape =
             AttentionShape { n_heads, n_kv_heads, head_dim, scale, soft_cap: None, window: None };
+        let (_, kv) = head_widths(self.shape);
         let cached = 2 * n_layers * n_sequences * (depth + rows_of_one) * kv * 2;
         self.report("attention", cached, n_layers, || {
             for layer_idx in 0..n_layers {
-                backend.attention(&q, &pool, layer_idx, shape, &spans, &mut attended);
+                backend.attention(q, pool, layer_idx, shape, &spans, attended);
             }
         });
+    }
+
+    /// Sequences, and rows of each.
+    fn sequences(&self) -> (usize, usize) {
+        if self.is_prefill() { (1, self.n_rows) } else { (self.n_rows, 1) }
+    }
+
+    fn cache(&self) -> Cache {
+        let Load { backend, shape, n_rows, depth, .. } = *self;
+        let Shape { n_layers, n_kv_heads, head_dim, .. } = shape;
+        let (query, kv) = head_widths(shape);
+        let (n_sequences, rows_of_one) = self.sequences();
+        let pages_of_one = (depth + rows_of_one).div_ceil(PAGE_TOKENS);
+        let n_pages = n_sequences * pages_of_one;
+        let kv_shape = KvShape { n_layers, n_kv_heads, head_dim, n_pages, dtype: KvDtype::F16 };
+        let pages: Vec<PageId> = (0..n_pages as u32).map(PageId).collect();
+        let own = |row: usize| &pages[row / rows_of_one * pages_of_one..][..pages_of_one];
+        let position = |row: usize| depth + row % rows_of_one;
+        let slot = |row: usize| KvSlot {
+            page: own(row)[position(row) / PAGE_TOKENS],
+            offset: (position(row) % PAGE_TOKENS) as u32,
+        };
+        let inverse_frequencies = (0..head_dim / 2).map(|i| 1.0 / (i + 1) as f32).collect();
+        let [q, k, v, attended] = [query, kv, kv, query].map(|width| self.buffer(n_rows * width));
+        Cache {
+            shape,
+            pool: backend.kv_pool(kv_shape).expect("memory"),
+            positions: (0..n_rows).map(|row| position(row) as u32).collect(),
+            slots: (0..n_rows).map(slot).collect(),
+            rope: Rope { inverse_frequencies, style: RopeStyle::Interleaved, magnitude: 1.0 },
+            pages,
+            q,
+            k,
+            v,
+            attended,
+        }
+    }
+}
+
+/// Keys and values, and the heads of a step on their way there.
+struct Cache {
+    shape: Shape,
+    pool: CudaKvPool,
+    pages: Vec<PageId>,
+    positions: Vec<u32>,
+    slots: Vec<KvSlot>,
+    rope: Rope,
+    q: CudaBuffer,
+    k: CudaBuffer,
+    v: CudaBuffer,
+    attended: CudaBuffer,
+}
+
+impl Cache {
+    /// What a layer's products fill, and where it goes.
+    fn heads(&mut self, layer: usize) -> (HeadRows<'_, CudaBuffer>, Places<'_, CudaKvPool>) {
+        let Shape { n_heads, n_kv_heads, head_dim, .. } = self.shape;
+        let (queries, keys, values) = (&mut self.q, &mut self.k, &mut self.v);
+        let (norms, rope) = (None, Some(&self.rope));
+        let heads = HeadRows { queries, keys, values, n_heads, n_kv_heads, head_dim, norms, rope };
+        let (positions, slots) = (&self.positions[..], &self.slots[..]);
+        (heads, Places { pool: &mut self.pool, layer, positions, slots })
     }
 }
 

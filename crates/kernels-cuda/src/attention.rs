@@ -131,10 +131,11 @@ impl Rows {
         Address(self.at.0 + (n * ROW_BYTES) as u64)
     }
 
-    /// Positions of a run of `cu/group.cu`: as few as leave no block of threads waiting for another to end,
-    /// two of which share a multiprocessor; or always the same where nothing may depend on the other rows.
+    /// Positions of a run of `cu/group.cu`: all of a short context, which then has no runs to put together;
+    /// of a long one as few as leave no block of threads waiting for another to end, two of which share a
+    /// multiprocessor. Always the same where nothing may depend on the other rows.
     fn run_len(&self, n_kv_heads: usize, n_multiprocessors: usize, options: CudaOptions) -> usize {
-        if options.batch_invariant {
+        if options.batch_invariant || self.longest <= PAGE_TOKENS {
             return PAGE_TOKENS;
         }
         let n_blocks = |run: usize| self.n * n_kv_heads * self.longest.div_ceil(run);

@@ -227,73 +227,111 @@ impl<B: Backend> Suite<'_, B> {
         style: RopeStyle,
     ) -> Result<(), ConformanceError> {
         self.next_case();
-        let (n_heads, n_kv_heads, head_dim, columns) = (4, 2, 16, 256);
-        let widths = [n_heads * head_dim, n_kv_heads * head_dim, n_kv_heads * head_dim];
         let case = format!("norm_place {dtype} T={n_rows} {kv:?} {style:?}");
-        let mut pairs = Vec::new();
-        for rows in widths {
-            pairs.push(self.pair("norm_place", dtype, rows, columns)?);
+        let placed = Placed::new(self, case, dtype, (n_rows, kv, style))?;
+        let (expected_queries, expected) = placed.run(self, false)?;
+        let (queries, attended) = placed.run(self, true)?;
+        for (what, found, expected, part) in
+            [("queries", queries, expected_queries, 1e-5), ("attended", attended, expected, 4e-3)]
+        {
+            let mut values = vec![0.0; n_rows * PLACED_HEADS.0 * PLACED_HEADS.2];
+            self.backend.read(&expected, &mut values);
+            let most = f64::from(values.iter().fold(0.0_f32, |most, x| most.max(x.abs())));
+            self.check(&format!("{} {what}", placed.case), &found, &values, |_| part * most)?;
         }
-        let x = self.random.activations(n_rows, columns);
-        let weight = self.random.normals(columns, 1.0, 0.3);
-        let (x, weight) = (self.upload(&case, &x)?, self.whole(&case, &weight)?);
-        let mut biases = Vec::new();
-        for rows in widths {
-            let bias = self.random.normals(rows, 0.0, 1.0);
-            biases.push(self.upload(&case, &bias)?);
+        Ok(())
+    }
+}
+
+/// H, K, D, and columns, of [`Placed`].
+const PLACED_HEADS: (usize, usize, usize) = (4, 2, 16);
+const PLACED_COLUMNS: usize = 256;
+
+/// Rows on their way through a norm and three products into a pool.
+struct Placed<B: Backend> {
+    case: String,
+    n_rows: usize,
+    kv: KvDtype,
+    rope: Rope,
+    weights: Vec<B::Weight>,
+    biases: Vec<B::Buffer>, // of more than one row
+    x: B::Buffer,
+    norm: B::Buffer,
+}
+
+impl<B: Backend> Placed<B> {
+    fn widths() -> [usize; 3] {
+        let (n_heads, n_kv_heads, head_dim) = PLACED_HEADS;
+        [n_heads, n_kv_heads, n_kv_heads].map(|heads| heads * head_dim)
+    }
+
+    fn new(
+        suite: &mut Suite<'_, B>,
+        case: String,
+        dtype: DType,
+        (n_rows, kv, style): (usize, KvDtype, RopeStyle),
+    ) -> Result<Self, ConformanceError> {
+        let (mut weights, mut biases) = (Vec::new(), Vec::new());
+        for rows in Self::widths() {
+            weights.push(suite.pair("norm_place", dtype, rows, PLACED_COLUMNS)?.tested);
+            let bias = suite.random.normals(rows, 0.0, 1.0);
+            biases.push(suite.upload(&case, &bias)?);
         }
-        let with_biases = n_rows > 1;
+        let x = suite.random.activations(n_rows, PLACED_COLUMNS);
+        let norm = suite.random.normals(PLACED_COLUMNS, 1.0, 0.3);
+        let (x, norm) = (suite.upload(&case, &x)?, suite.whole(&case, &norm)?);
         let inverse_frequencies = vec![1.0, 0.3, 0.1, 0.03, 0.01];
         let rope = Rope { inverse_frequencies, style, magnitude: 1.0 };
-        let first = 7;
-        let positions: Vec<u32> = (first..first + n_rows as u32).collect();
-        let pages = [PageId(1)];
+        Ok(Self { case, n_rows, kv, rope, weights, biases, x, norm })
+    }
+
+    /// The queries, and what attention makes of them.
+    fn run(
+        &self,
+        suite: &mut Suite<'_, B>,
+        at_once: bool,
+    ) -> Result<(B::Buffer, B::Buffer), ConformanceError> {
+        let (case, n_rows) = (&self.case, self.n_rows);
+        let (n_heads, n_kv_heads, head_dim) = PLACED_HEADS;
+        let [query, kv, _] = Self::widths();
+        let mut attended = suite.output(case, n_rows * query)?;
+        let mut queries = suite.output(case, n_rows * query)?;
+        let (mut keys, mut values) =
+            (suite.output(case, n_rows * kv)?, suite.output(case, n_rows * kv)?);
+        let mut work = suite.output(case, n_rows * PLACED_COLUMNS)?;
+        let kv_shape = KvShape { n_layers: 2, n_kv_heads, head_dim, n_pages: 2, dtype: self.kv };
+        let mut pool = accepted(case, suite.backend.kv_pool(kv_shape))?;
+        let (first, pages) = (7, [PageId(1)]);
+        let positions: Vec<u32> = (first..).take(n_rows).collect();
         let slots: Vec<KvSlot> =
-            (0..n_rows as u32).map(|offset| KvSlot { page: pages[0], offset }).collect();
-        let kv_shape = KvShape { n_layers: 2, n_kv_heads, head_dim, n_pages: 2, dtype: kv };
+            (0..).take(n_rows).map(|offset| KvSlot { page: pages[0], offset }).collect();
+
+        let backend = suite.backend;
+        let (kind, eps, weight) = (NormKind::Rms, 1e-5, &self.norm);
+        let input = Normed { x: &self.x, n_rows, kind, weight, eps, work: &mut work };
+        let [q, k, v] = &self.weights[..] else { unreachable!("three were made") };
+        let biases = (n_rows > 1).then(|| [0, 1, 2].map(|i| &self.biases[i]));
+        let (norms, rope) = (None, Some(&self.rope));
+        if !at_once {
+            let outs = [&mut queries, &mut keys, &mut values];
+            backend.norm_qkv(input, [q, k, v], biases, outs);
+            let (queries, keys, values) = (&mut queries, &mut keys, &mut values);
+            let heads =
+                HeadRows { queries, keys, values, n_heads, n_kv_heads, head_dim, norms, rope };
+            backend.place_heads(heads, &positions, &mut pool, 1, &slots);
+        } else {
+            let (queries, keys, values) = (&mut queries, &mut keys, &mut values);
+            let heads =
+                HeadRows { queries, keys, values, n_heads, n_kv_heads, head_dim, norms, rope };
+            let (positions, slots) = (&positions[..], &slots[..]);
+            let places = Places { pool: &mut pool, layer: 1, positions, slots };
+            backend.norm_place(input, [q, k, v], biases, heads, places);
+        }
         let scale = 1.0 / (head_dim as f32).sqrt();
         let shape =
             AttentionShape { n_heads, n_kv_heads, head_dim, scale, soft_cap: None, window: None };
         let spans = [AttentionSpan { first_row: 0, n_rows, first_position: 0, pages: &pages }];
-
-        let mut seen = Vec::new();
-        for at_once in [false, true] {
-            let mut outs = Vec::new();
-            for rows in widths {
-                outs.push(self.output(&case, n_rows * rows)?);
-            }
-            let mut attended = self.output(&case, n_rows * widths[0])?;
-            let mut work = self.output(&case, n_rows * columns)?;
-            let mut pool = accepted(&case, self.backend.kv_pool(kv_shape))?;
-            let [queries, keys, values] = &mut outs[..] else { unreachable!("three were pushed") };
-            let (kind, eps) = (NormKind::Rms, 1e-5);
-            let input = Normed { x: &x, n_rows, kind, weight: &weight, eps, work: &mut work };
-            let weights = [0, 1, 2].map(|i| &pairs[i].tested);
-            let biases = with_biases.then(|| [0, 1, 2].map(|i| &biases[i]));
-            let (norms, rope) = (None, Some(&rope));
-            if at_once {
-                let heads =
-                    HeadRows { queries, keys, values, n_heads, n_kv_heads, head_dim, norms, rope };
-                let (pool, positions, slots) = (&mut pool, &positions[..], &slots[..]);
-                let places = Places { pool, layer: 1, positions, slots };
-                self.backend.norm_place(input, weights, biases, heads, places);
-            } else {
-                self.backend.norm_qkv(input, weights, biases, [queries, keys, values]);
-                let heads =
-                    HeadRows { queries, keys, values, n_heads, n_kv_heads, head_dim, norms, rope };
-                self.backend.place_heads(heads, &positions, &mut pool, 1, &slots);
-            }
-            self.backend.attention(&outs[0], &pool, 1, shape, &spans, &mut attended);
-            let mut values = [vec![0.0; n_rows * widths[0]], vec![0.0; n_rows * widths[0]]];
-            self.backend.read(&outs[0], &mut values[0]);
-            self.backend.read(&attended, &mut values[1]);
-            seen.push((values, outs, attended));
-        }
-        let [(expected, ..), (_, outs, attended)] = &seen[..] else { unreachable!("two ways") };
-        let most =
-            |values: &[f32]| f64::from(values.iter().fold(0.0_f32, |most, x| most.max(x.abs())));
-        let (q_most, seen_most) = (most(&expected[0]), most(&expected[1]));
-        self.check(&format!("{case} queries"), &outs[0], &expected[0], |_| 1e-5 * q_most)?;
-        self.check(&format!("{case} attended"), attended, &expected[1], |_| 4e-3 * seen_most)
+        backend.attention(&queries, &pool, 1, shape, &spans, &mut attended);
+        Ok((queries, attended))
     }
 }
