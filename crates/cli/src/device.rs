@@ -1,11 +1,15 @@
 //! Choosing a device: the one place that names backends of devices.
 
-use std::{fmt, str::FromStr};
+use std::{fmt, str::FromStr, sync::Arc};
 
 use anyhow::{Result, bail};
-use exrail_kernels::Backend;
-use exrail_kernels_cpu::{CpuBackend, CpuOptions};
+use exrail_engine::Free;
+use exrail_kernels::{Backend, Footprint};
+use exrail_kernels_cpu::{CpuBackend, CpuFootprint, CpuOptions};
+use exrail_kernels_cuda::CudaFootprint;
 use serde::{Serialize, Serializer};
+
+use crate::memory;
 
 /// What `--device` names.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -67,6 +71,9 @@ pub(crate) trait Measured: Backend + Clone {
     /// Asked for by `--threads`, and what there is.
     fn n_threads(&self) -> Option<usize>;
 
+    /// What it would allocate, and what it has: `memory` if that is given, or else what it says is free.
+    fn memory(&self, memory: Option<usize>) -> (Arc<dyn Footprint>, Option<Free>);
+
     /// Something that moves `bytes` of the device's memory and says how many bytes a second that
     /// was.
     ///
@@ -78,6 +85,10 @@ pub(crate) trait Measured: Backend + Clone {
 impl Measured for CpuBackend {
     fn n_threads(&self) -> Option<usize> {
         Some(CpuBackend::n_threads(self))
+    }
+
+    fn memory(&self, memory: Option<usize>) -> (Arc<dyn Footprint>, Option<Free>) {
+        (Arc::new(self.footprint()), memory.map(memory::given).or_else(memory::of_system))
     }
 
     fn probe(&self, bytes: usize) -> Result<Box<dyn FnMut() -> f64>> {
@@ -136,6 +147,48 @@ impl Device {
     }
 }
 
+/// A device to plan for, which need not be there.
+pub(crate) struct Planned {
+    /// What `--device` takes.
+    pub(crate) device: DeviceOption,
+    /// What it would allocate.
+    pub(crate) footprint: Arc<dyn Footprint>,
+    /// What it has; nothing where nobody says.
+    pub(crate) free: Option<Free>,
+    /// Why nobody says.
+    pub(crate) why: Option<String>,
+}
+
+impl Planned {
+    /// The device of an option, with `memory` if that is given. With [`DeviceOption::Auto`] the first
+    /// GPU, or else the CPU.
+    pub(crate) fn of(option: DeviceOption, cpu: CpuOptions, memory: Option<usize>) -> Planned {
+        let has_gpu = || cuda::list().is_ok_and(|found| !found.is_empty());
+        let device = match option {
+            DeviceOption::Auto if has_gpu() => DeviceOption::Cuda(0),
+            DeviceOption::Auto => DeviceOption::Cpu,
+            DeviceOption::Cpu | DeviceOption::Cuda(_) => option,
+        };
+        let found = match (memory, device) {
+            (Some(bytes), _) => Ok(memory::given(bytes)),
+            (None, DeviceOption::Cuda(ordinal)) => cuda::free(ordinal).map_err(|e| e.to_string()),
+            (None, DeviceOption::Auto | DeviceOption::Cpu) => {
+                memory::of_system().ok_or_else(|| memory::UNKNOWN.to_owned())
+            }
+        };
+        let is_open = memory.is_none() && found.is_ok();
+        let footprint: Arc<dyn Footprint> = match device {
+            DeviceOption::Cuda(_) => Arc::new(CudaFootprint { is_open }),
+            DeviceOption::Auto | DeviceOption::Cpu => Arc::new(CpuFootprint::new(cpu)),
+        };
+        let (free, why) = match found {
+            Ok(free) => (Some(free), None),
+            Err(why) => (None, Some(why)),
+        };
+        Planned { device, footprint, free, why }
+    }
+}
+
 /// One line of `exrail devices`.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct Listed {
@@ -175,6 +228,13 @@ mod cuda {
             None
         }
 
+        fn memory(&self, memory: Option<usize>) -> (Arc<dyn Footprint>, Option<Free>) {
+            let ordinal = self.facts().ordinal;
+            let free = || free(ordinal).inspect_err(|why| tracing::warn!(%why)).ok();
+            let footprint = CudaFootprint { is_open: memory.is_none() };
+            (Arc::new(footprint), memory.map(memory::given).or_else(free))
+        }
+
         fn probe(&self, bytes: usize) -> Result<Box<dyn FnMut() -> f64>> {
             let mut probe = exrail_kernels_cuda::CopyProbe::new(self, bytes)?;
             Ok(Box::new(move || probe.pass()))
@@ -187,6 +247,12 @@ mod cuda {
         }
         let options = CudaOptions { ordinal, activation: cpu.activation, batch_invariant };
         Ok(Device::Cuda(CudaBackend::open(options)?))
+    }
+
+    /// What the driver says is free.
+    pub(super) fn free(ordinal: usize) -> Result<Free> {
+        let bytes = exrail_kernels_cuda::free_memory(ordinal)?;
+        Ok(Free { bytes, basis: format!("free of cuda:{ordinal}") })
     }
 
     pub(super) fn list() -> Result<Vec<Listed>> {
@@ -212,6 +278,10 @@ mod cuda {
                           build with --features cuda, or use --device cpu";
 
     pub(super) fn open(_: usize, _: CpuOptions, _: bool) -> Result<Device> {
+        bail!(ABSENT)
+    }
+
+    pub(super) fn free(_: usize) -> Result<Free> {
         bail!(ABSENT)
     }
 

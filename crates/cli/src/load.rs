@@ -7,7 +7,8 @@ use std::{
 
 use anyhow::{Context, Result, anyhow, bail};
 use exrail_engine::{
-    Engine, EngineHandle, Loaded, SentenceEncoder, WarmUpPlan, load_generator, warm_up,
+    Admission, Engine, EngineHandle, Loaded, Need, SentenceEncoder, WarmUpPlan, load_admitted,
+    warm_up,
 };
 use exrail_hub::{Kind, Resolved};
 use exrail_kernels::Backend;
@@ -23,6 +24,7 @@ use exrail_verify::{CollectionIndex, CorpusCalibration, DeltaSGate, Retrieve};
 
 use crate::{
     device::{Device, Job, Measured},
+    memory,
     options::{EncoderArgs, EngineArgs, Sources},
     output::Output,
     paths,
@@ -143,8 +145,12 @@ impl Boot<'_> {
         let loaded = self.board.run(Phase::Weights, || {
             let path = &model.path;
             let options = self.engine.load();
-            let loaded =
-                load_generator(backend.clone(), path, options, &mut |step| bars.load(&step))?;
+            let (device, free) = backend.memory(self.engine.memory);
+            let need = Need::Engine(self.engine.engine());
+            let admission = Admission { device, free, need };
+            let mut told = |step| bars.load(&step);
+            let loaded = load_admitted(backend.clone(), path, options, &admission, &mut told)
+                .map_err(memory::refused)?;
             let detail = format!("{}, {}", loaded.model_name, loaded.quant);
             anyhow::Ok((loaded, detail))
         })?;

@@ -6,6 +6,7 @@
 mod commands;
 mod device;
 mod load;
+mod memory;
 mod options;
 mod output;
 mod paths;
@@ -52,6 +53,8 @@ enum Command {
     Quantize(commands::quantize::Quantize),
     /// Measure speed, load time and memory of models on this machine.
     Bench(commands::bench::Bench),
+    /// Estimate the memory that a model takes on a device, without loading it.
+    Plan(commands::plan::Plan),
     /// List the devices that models can run on.
     Devices(commands::devices::Devices),
     /// Run everything once on the sample corpus: serve, ingest, ask, verify, report.
@@ -90,6 +93,7 @@ fn main() -> ExitCode {
         Command::Inspect(command) => command.run(&output),
         Command::Quantize(command) => command.run(&output),
         Command::Bench(command) => command.run(&output),
+        Command::Plan(command) => command.run(&output),
         Command::Devices(command) => command.run(&output),
         Command::Demo(command) => command.run(&output),
     };

@@ -12,7 +12,7 @@ use exrail_server::Keys;
 use exrail_tensor::IntGrid;
 use serde::Serialize;
 
-use crate::{device::DeviceOption, progress::Bars};
+use crate::{device::DeviceOption, memory, progress::Bars};
 
 /// The generator that is used when none is named.
 pub(crate) const DEFAULT_MODEL: &str = "smollm2-135m-instruct";
@@ -127,6 +127,10 @@ pub(crate) struct EngineArgs {
     /// Longest prompt plus answer in tokens; the trained context when absent.
     #[arg(long, value_name = "N")]
     pub(crate) max_context: Option<usize>,
+    /// Memory of the device that may be used, such as 24GiB; what it says is free when absent. A model
+    /// that takes more is refused before it is loaded, see `exrail plan`.
+    #[arg(long, value_name = "SIZE", value_parser = memory::parse, env = "EXRAIL_MEMORY")]
+    pub(crate) memory: Option<usize>,
     /// Requests that may wait for a place; more are answered 429.
     #[arg(long, value_name = "N", default_value_t = 256)]
     pub(crate) queue_limit: usize,

@@ -38,7 +38,7 @@ fn every_command_explains_itself_and_wrong_usage_is_2() {
     let home = tempfile::tempdir().unwrap();
     let commands = [
         "serve", "chat", "ask", "ingest", "verify", "embed", "pull", "inspect", "quantize",
-        "bench", "devices", "demo",
+        "bench", "plan", "devices", "demo",
     ];
     for command in commands {
         let output = exrail(home.path(), &[command, "--help"]);
@@ -286,4 +286,71 @@ fn a_command_answers_and_ends_before_its_model_is_hashed() {
     assert!(output.status.success(), "{}", text(&output.stderr));
     let took = since.elapsed();
     assert!(took < std::time::Duration::from_secs(20), "{took:?}");
+}
+
+#[test]
+fn a_plan_is_a_table_and_a_verdict_and_loading_refuses_by_the_same_arithmetic() {
+    let home = tempfile::tempdir().unwrap();
+    let file = home.path().join("tiny.gguf");
+    std::fs::write(&file, tiny_llama(1, TinyLlama::default())).unwrap();
+    let model = file.to_str().unwrap();
+    let plan = |more: &[&str]| exrail(home.path(), &[&["plan", model], more].concat());
+    let json = |output: &Output| -> serde_json::Value {
+        serde_json::from_slice(&output.stdout).unwrap_or_else(|_| panic!("{output:?}"))
+    };
+    let cpu = ["--device", "cpu", "--kv-pages", "8"];
+    let shown = plan(&cpu);
+    let table = text(&shown.stdout);
+    assert!(shown.status.success(), "{shown:?}");
+    for part in ["tiny on cpu", "embedding", "KV cache f16, 8 pages", "activations of", "total"] {
+        assert!(table.contains(part), "expected `{part}` in {table}");
+    }
+    let value = json(&plan(&[&cpu[..], &["--json", "--memory", "1TiB"]].concat()));
+    assert_eq!((&value["verdict"], &value["free_basis"]), (&"fits".into(), &"--memory".into()));
+    let total = value["total_bytes"]["most"].as_u64().unwrap();
+    let parts = value["parts"].as_array().unwrap();
+    assert_eq!(
+        parts.iter().map(|part| part["bytes"]["most"].as_u64().unwrap()).sum::<u64>(),
+        total
+    );
+    assert_eq!(value["left_bytes"].as_u64(), Some((1 << 40) - total));
+
+    let short = (total - 1).to_string();
+    let refused = plan(&[&cpu[..], &["--json", "--memory", &short]].concat());
+    assert_eq!(refused.status.code(), Some(3));
+    let value = json(&refused);
+    assert_eq!((&value["verdict"], &value["short_bytes"]), (&"does_not_fit".into(), &1.into()));
+    assert_eq!(value["change"]["options"], "--kv-pages 7");
+    let chat = |memory: &str| {
+        let arguments = ["chat", "hi", "--model", model, "--max-tokens", "2", "--memory", memory];
+        exrail(home.path(), &[&arguments[..], &cpu].concat())
+    };
+    let parts =
+        ["memory of cpu", "--memory", "KV cache f16, 8 pages", "--kv-pages 7", "exrail plan"];
+    fails(&chat(&short), &parts);
+    assert!(chat(&total.to_string()).status.success());
+}
+
+#[test]
+fn a_gpu_that_is_not_here_is_planned_for() {
+    let home = tempfile::tempdir().unwrap();
+    let file = home.path().join("tiny.gguf");
+    std::fs::write(&file, tiny_llama(1, TinyLlama::default())).unwrap();
+    let arguments = ["plan", file.to_str().unwrap(), "--device", "cuda:7", "--json"];
+    let plan = |more: &[&str]| -> serde_json::Value {
+        let output = exrail(home.path(), &[&arguments[..], more].concat());
+        assert!(output.status.success(), "{output:?}");
+        serde_json::from_slice(&output.stdout).unwrap()
+    };
+    let given = plan(&["--memory", "24GiB"]);
+    assert_eq!((&given["verdict"], &given["device"]), (&"fits".into(), &"cuda:7".into()));
+    assert!(given["reserve_basis"].as_str().unwrap().contains("driver's context"));
+    let unknown = plan(&[]);
+    assert_eq!(
+        (&unknown["verdict"], &unknown["free_bytes"]),
+        (&"not_available".into(), &().into())
+    );
+    assert!(unknown["reason"].as_str().unwrap().to_lowercase().contains("cuda"), "{unknown}");
+    let bad = exrail(home.path(), &[&arguments[..], &["--memory", "much"]].concat());
+    assert_eq!(bad.status.code(), Some(2));
 }

@@ -7,6 +7,8 @@ use thiserror::Error;
 use exrail_checkpoint::LoadError;
 use exrail_text::{TemplateError, TokenizerError};
 
+use crate::plan::DoesNotFit;
+
 /// Loading or starting failed.
 #[derive(Debug, Error)]
 #[non_exhaustive]
@@ -64,6 +66,9 @@ pub enum EngineError {
         /// What was given.
         found: String,
     },
+    /// The device has not the memory for it.
+    #[error(transparent)]
+    DoesNotFit(Box<DoesNotFit>),
     /// The system gave no thread.
     #[error("engine thread: {0}")]
     Thread(std::io::Error),

@@ -4,7 +4,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
+use exrail_checkpoint::DecoderConfig;
 use exrail_kernels::{Backend, KvDtype, PAGE_TOKENS};
+use exrail_model::kv_shape;
 use exrail_text::{ChatTemplate, Tokenizer};
 
 use crate::counters::{Counters, EngineState, Gauges};
@@ -271,16 +273,23 @@ impl EngineHandle {
     }
 }
 
-/// Checks the options against the model and fills in what was left open.
-pub(crate) fn resolve<B: Backend>(
-    loaded: &Loaded<B>,
-    options: EngineOptions,
-) -> Result<EngineFacts, EngineError> {
-    let config = &loaded.config;
+/// What options leave open, decided.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Sizes {
+    /// Longest prompt plus answer in tokens.
+    pub(crate) context: usize,
+    /// Pages of the KV pool.
+    pub(crate) kv_pages: usize,
+    /// Bytes of a page.
+    page_bytes: usize,
+}
+
+/// Checks the options against a model, and fills in what was left open.
+pub(crate) fn sizes(config: &DecoderConfig, options: EngineOptions) -> Result<Sizes, EngineError> {
     within("max_sequences", options.max_sequences, 1, 1024)?;
     within("prefill_chunk", options.prefill_chunk, 1, 1 << 16)?;
     within("queue_limit", options.queue_limit, 1, 1 << 20)?;
-    let page_bytes = loaded.decoder.kv_shape(1, options.kv_dtype).page_bytes();
+    let page_bytes = kv_shape(config, 1, options.kv_dtype).page_bytes();
     let asked = options.max_context.unwrap_or(config.context_len);
     within("max_context", asked, 2, config.context_len)?;
     let context_pages = asked.div_ceil(PAGE_TOKENS);
@@ -296,6 +305,15 @@ pub(crate) fn resolve<B: Backend>(
         }
         None => config.context_len.min(kv_pages * PAGE_TOKENS),
     };
+    Ok(Sizes { context, kv_pages, page_bytes })
+}
+
+/// What is true of an engine with these options.
+pub(crate) fn resolve<B: Backend>(
+    loaded: &Loaded<B>,
+    options: EngineOptions,
+) -> Result<EngineFacts, EngineError> {
+    let Sizes { context, kv_pages, page_bytes } = sizes(&loaded.config, options)?;
     Ok(EngineFacts {
         model_name: loaded.model_name.clone(),
         model_sha256: loaded.model_sha256.clone(),

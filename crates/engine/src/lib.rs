@@ -10,6 +10,7 @@
 //! - `scheduler`, `sequence`, `pages`: which rows run, what a sequence is, who owns which page.
 //!   `scheduler` says why nothing can wedge.
 //! - `sampler`, `distribution`, `philox`, `output`: from logits to text.
+//! - `plan`: what all of it takes on a device, before anything does.
 //! - `fingerprint`: the model's hash, known some time after the engine answers.
 //! - `warm_up`: the fence before the first user token. `encoder`: the sentence encoder.
 
@@ -24,6 +25,7 @@ mod load;
 mod output;
 mod pages;
 mod philox;
+mod plan;
 mod request;
 mod sampler;
 mod scheduler;
@@ -41,10 +43,13 @@ pub use event::{
 pub use fingerprint::{FingerprintError, FingerprintState, HashProgress, ModelFingerprint};
 pub use handle::{Engine, EngineFacts, EngineHandle, EngineOptions};
 pub use load::{
-    CheckedGenerator, Identity, LoadOptions, Loaded, check_generator, load_generator,
-    prepare_generator,
+    CheckedGenerator, Identity, LoadOptions, Loaded, check_generator, load_admitted,
+    load_generator, prepare_generator,
 };
 pub use pages::PageFault;
+pub use plan::{
+    Admission, Change, DoesNotFit, Fit, FormatBytes, Free, Mebibytes, MemoryPlan, Need,
+};
 pub use request::{
     GenerateRequest, MAX_LOGIT_BIAS, MAX_STOP_BYTES, MAX_STOP_STRINGS, MAX_TOP_LOGPROBS, Sampling,
 };

@@ -17,6 +17,7 @@ use exrail_text::{ChatTemplate, TokenRoles, Tokenizer, Vocabulary};
 
 use crate::error::EngineError;
 use crate::fingerprint::ModelFingerprint;
+use crate::plan::Admission;
 
 /// A generator on a device, not running yet.
 pub struct Loaded<B: Backend> {
@@ -65,7 +66,32 @@ pub fn load_generator<B: Backend>(
     options: LoadOptions,
     progress: &mut dyn FnMut(LoadProgress),
 ) -> Result<Loaded<B>, EngineError> {
+    load_opened(backend, Checkpoint::open(path)?, path, options, progress)
+}
+
+/// [`load_generator`] of what fits: before anything is put on the device.
+///
+/// # Errors
+/// [`EngineError::DoesNotFit`] with the arithmetic, and as [`load_generator`].
+pub fn load_admitted<B: Backend>(
+    backend: B,
+    path: &Path,
+    options: LoadOptions,
+    admission: &Admission<'_>,
+    progress: &mut dyn FnMut(LoadProgress),
+) -> Result<Loaded<B>, EngineError> {
     let checkpoint = Checkpoint::open(path)?;
+    admission.admit(&checkpoint, options)?;
+    load_opened(backend, checkpoint, path, options, progress)
+}
+
+fn load_opened<B: Backend>(
+    backend: B,
+    checkpoint: Checkpoint,
+    path: &Path,
+    options: LoadOptions,
+    progress: &mut dyn FnMut(LoadProgress),
+) -> Result<Loaded<B>, EngineError> {
     let shown = path.display().to_string();
     let sha256 = checkpoint.files().and_then(|files| ModelFingerprint::of(&shown, files));
     let sha256 = sha256.map_err(|source| EngineError::Io { path: shown, source })?;
@@ -160,7 +186,7 @@ impl<B: Backend> Prepared<B> {
 }
 
 /// The weights of a checkpoint, rounded on the way.
-fn round(checkpoint: &Checkpoint, grid: IntGrid) -> Result<Rounded<'_>, LoadError> {
+pub(crate) fn round(checkpoint: &Checkpoint, grid: IntGrid) -> Result<Rounded<'_>, LoadError> {
     if let Checkpoint::Folder(folder) = checkpoint
         && let Some(method) = folder.quant_method()
     {
@@ -195,7 +221,7 @@ pub fn check_generator(
 }
 
 /// The architecture, for as many positions as are asked for.
-fn served_config(
+pub(crate) fn served_config(
     checkpoint: &Checkpoint,
     options: LoadOptions,
 ) -> Result<DecoderConfig, LoadError> {

@@ -3,17 +3,17 @@
 use crate::activation::QuantBlock;
 use crate::affinity;
 use crate::attention;
+use crate::footprint::CpuFootprint;
 use crate::kv::CpuKvPool;
 use crate::linear::{Engine, Epilogue, Product};
 use crate::memory::{Arena, Floats, release_code, release_free_pages};
 use crate::pool::Pool;
 use crate::processor::{Isa, Processor};
 use crate::rows::{Add, Norm, NormInPlace, RopeTable, Rotate, ScaleAndCap};
-use crate::tile::TileKind;
 use crate::weight::CpuWeight;
 use exrail_kernels::{
-    Activation, AttentionShape, AttentionSpan, Backend, GateActivation, InputRounding, KernelError,
-    KvShape, KvSlot, Largest, NormKind, PageId, Rope, Span, TokenId, WeightView,
+    Activation, AttentionShape, AttentionSpan, Backend, GateActivation, KernelError, KvShape,
+    KvSlot, Largest, NormKind, PageId, Rope, Span, TokenId, WeightShape, WeightView,
 };
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -126,6 +126,13 @@ impl CpuBackend {
         self.activation
     }
 
+    /// What it allocates.
+    #[must_use]
+    pub fn footprint(&self) -> CpuFootprint {
+        let split_heads_from = self.shared.split_heads_from;
+        CpuFootprint { activation: self.activation, split_heads_from }
+    }
+
     /// What runs kernels, and on which threads.
     pub(crate) fn parts(&self) -> (Processor, &Pool) {
         (self.shared.processor, &self.shared.pool)
@@ -195,11 +202,7 @@ impl Backend for CpuBackend {
     }
 
     fn weight(&self, view: &WeightView<'_>) -> Result<CpuWeight, KernelError> {
-        let splits = view.head
-            && self.activation == Activation::Int8
-            && view.rounding == InputRounding::Twice
-            && view.bytes.len() >= self.shared.split_heads_from;
-        let kind = if splits { TileKind::of_head(view.dtype) } else { TileKind::of(view.dtype) };
+        let kind = self.footprint().kind(&WeightShape::of(view));
         CpuWeight::pack(view, kind, (&self.shared.arena, &self.shared.pool), || self.name())
     }
 

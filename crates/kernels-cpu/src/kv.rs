@@ -39,15 +39,19 @@ impl CpuKvPool {
         shape: KvShape,
         device: impl Fn() -> String,
     ) -> Result<CpuKvPool, KernelError> {
-        let len = [shape.n_pages, shape.n_layers, shape.n_kv_heads]
-            .into_iter()
-            .try_fold(head_bytes(&shape), usize::checked_mul);
+        let len = pool_bytes(&shape);
         let bytes = len.and_then(Bytes::alone).ok_or_else(|| KernelError::OutOfMemory {
             what: "the KV page pool".to_owned(),
             wanted_bytes: len.unwrap_or(usize::MAX),
             device: device(),
         })?;
         Ok(CpuKvPool { shape, bytes })
+    }
+
+    /// Bytes of all pages.
+    #[cfg(test)]
+    pub(crate) fn len_bytes(&self) -> usize {
+        self.bytes.len()
     }
 
     pub(crate) fn shape(&self) -> &KvShape {
@@ -97,6 +101,12 @@ impl CpuKvPool {
         }
         threads.run(n_heads, &write);
     }
+}
+
+/// Bytes of a pool; `None`: more than a number holds.
+pub(crate) fn pool_bytes(shape: &KvShape) -> Option<usize> {
+    let factors = [shape.n_pages, shape.n_layers, shape.n_kv_heads];
+    factors.into_iter().try_fold(head_bytes(shape), usize::checked_mul)
 }
 
 /// The number of a head's part among those of all pages.

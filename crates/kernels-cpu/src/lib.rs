@@ -18,6 +18,7 @@ mod backend;
 mod bandwidth;
 mod codes;
 mod disjoint;
+mod footprint;
 mod kv;
 mod lanes;
 mod largest;
@@ -34,6 +35,7 @@ mod weight;
 
 pub use backend::{CpuBackend, CpuBuffer, CpuOptions};
 pub use bandwidth::ReadProbe;
+pub use footprint::CpuFootprint;
 pub use kv::CpuKvPool;
 pub use processor::Isa;
 pub use weight::CpuWeight;

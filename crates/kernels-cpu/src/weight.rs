@@ -25,6 +25,33 @@ pub struct CpuWeight {
     screen: Screen,
 }
 
+/// Sizes of a matrix in tiles.
+pub(crate) struct Packed {
+    layout: GroupLayout,
+    /// Bytes of all groups.
+    bytes: usize,
+    /// Bytes of the low bits of one group that lie apart, and of all.
+    apart_bytes: usize,
+    apart: usize,
+}
+
+impl Packed {
+    /// `None`: more than a number holds.
+    pub(crate) fn of(kind: TileKind, rows: usize, columns: usize) -> Option<Packed> {
+        let n_groups = rows.div_ceil(ROWS);
+        let layout = kind.layout(columns)?;
+        let bytes = layout.len_bytes.checked_mul(n_groups)?;
+        // No longer than the groups, whose records hold as many bits and the scales.
+        let apart_bytes = layout.n_blocks * kind.apart_bytes();
+        Some(Packed { layout, bytes, apart_bytes, apart: apart_bytes * n_groups })
+    }
+
+    /// Bytes of the whole matrix.
+    pub(crate) fn len_bytes(&self) -> usize {
+        self.bytes + self.apart
+    }
+}
+
 impl CpuWeight {
     /// Repacks, a row group a chunk.
     pub(crate) fn pack(
@@ -40,14 +67,10 @@ impl CpuWeight {
             wanted_bytes,
             device: device(),
         };
-        let layout = kind.layout(view.columns).ok_or_else(|| out_of_memory(usize::MAX))?;
-        let len =
-            layout.len_bytes.checked_mul(n_groups).ok_or_else(|| out_of_memory(usize::MAX))?;
+        let Packed { layout, bytes: len, apart_bytes, apart: apart_len } =
+            Packed::of(kind, view.rows, view.columns).ok_or_else(|| out_of_memory(usize::MAX))?;
         let mut bytes = arena.bytes(len).ok_or_else(|| out_of_memory(len))?;
-        // No longer than the groups, whose records hold as many bits and the scales.
-        let apart_bytes = layout.n_blocks * kind.apart_bytes();
-        let len = apart_bytes * n_groups;
-        let mut apart = arena.bytes(len).ok_or_else(|| out_of_memory(len))?;
+        let mut apart = arena.bytes(apart_len).ok_or_else(|| out_of_memory(apart_len))?;
         let packer = Packer { dtype: view.dtype, kind, layout };
         // Each lock is taken once: the pool hands out every index once.
         let groups = bytes.chunks_exact_mut(layout.len_bytes.max(1));

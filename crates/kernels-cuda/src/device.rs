@@ -37,6 +37,22 @@ pub fn devices() -> Result<Vec<DeviceFacts>, CudaError> {
     (0..count()?).map(|ordinal| facts(ordinal).map(|(_, facts)| facts)).collect()
 }
 
+/// Bytes that a card can still give, to this process with its context open.
+///
+/// # Errors
+/// No driver, no such card, or a driver that does not say.
+pub fn free_memory(ordinal: usize) -> Result<usize, CudaError> {
+    let n_devices = count()?;
+    if ordinal >= n_devices {
+        return Err(CudaError::NoDevice { ordinal, n_devices });
+    }
+    let failed = |call| CudaError::driver(ordinal, call);
+    // A process has one context a card: the backend's, where one is open.
+    let context = CudaContext::new(ordinal).map_err(failed("opening the device"))?;
+    let (free, _) = context.mem_get_info().map_err(failed("asking for free memory"))?;
+    Ok(free)
+}
+
 /// Opens a card that the kernels run on.
 pub(crate) fn open(ordinal: usize) -> Result<(Arc<CudaContext>, DeviceFacts), CudaError> {
     let n_devices = count()?;

@@ -10,6 +10,7 @@ use exrail_kernels::{
 };
 
 use crate::CudaBuffer;
+use crate::footprint::{entries_of_page, entry_bytes};
 use crate::fresh::Fresh;
 use crate::linear::Placement;
 use crate::memory::{bytes_of_u32, narrow};
@@ -69,17 +70,15 @@ pub struct CudaKvPool {
 
 impl CudaKvPool {
     pub(crate) fn new(stream: &Arc<Stream>, shape: KvShape) -> Result<CudaKvPool, KernelError> {
-        let n_entries = entries_of_page(shape).saturating_mul(shape.n_pages);
-        let bytes = n_entries.saturating_mul(element_bytes(shape.dtype) * shape.head_dim);
-        let scale_bytes = match shape.dtype {
-            KvDtype::F32 | KvDtype::F16 => 0,
-            KvDtype::Int8 => n_entries.saturating_mul(4),
-        };
+        let n_entries = entries_of_page(&shape).and_then(|n| n.checked_mul(shape.n_pages));
+        let (element_bytes, scale_bytes) = entry_bytes(&shape);
+        // What no number holds no device has.
+        let of = |bytes: usize| n_entries.map_or(usize::MAX, |n| n.saturating_mul(bytes));
         Ok(CudaKvPool {
             shape,
             fresh: Fresh::new(shape.n_pages),
-            elements: Memory::zeroed(stream, bytes, "the KV pool")?,
-            scales: Memory::zeroed(stream, scale_bytes, "the KV pool's scales")?,
+            elements: Memory::zeroed(stream, of(element_bytes), "the KV pool")?,
+            scales: Memory::zeroed(stream, of(scale_bytes), "the KV pool's scales")?,
         })
     }
 
@@ -107,15 +106,16 @@ impl CudaKvPool {
         if from == to {
             return;
         }
-        let n_entries = entries_of_page(self.shape);
+        let n_entries = entries_of_page(&self.shape).expect("the pool has more");
+        let (element_bytes, scale_bytes) = entry_bytes(&self.shape);
         let copy = |memory: &Memory, bytes: usize| {
             let Address(start) = memory.address();
             let page = |page: PageId| Address(start + page.0 as u64 * bytes as u64);
             stream.copy(page(from), page(to), bytes);
         };
-        copy(&self.elements, n_entries * self.shape.head_dim * element_bytes(self.shape.dtype));
-        if self.shape.dtype == KvDtype::Int8 {
-            copy(&self.scales, 4 * n_entries);
+        copy(&self.elements, n_entries * element_bytes);
+        if scale_bytes > 0 {
+            copy(&self.scales, n_entries * scale_bytes);
         }
     }
 
@@ -218,17 +218,4 @@ impl CudaKvPool {
             self.shape.n_pages
         );
     }
-}
-
-fn element_bytes(dtype: KvDtype) -> usize {
-    match dtype {
-        KvDtype::F32 => 4,
-        KvDtype::F16 => 2,
-        KvDtype::Int8 => 1,
-    }
-}
-
-/// Keys and values of one page, all layers and heads.
-fn entries_of_page(shape: KvShape) -> usize {
-    2 * shape.n_layers * shape.n_kv_heads * PAGE_TOKENS
 }

@@ -11,6 +11,7 @@ use exrail_tensor::DType;
 use crate::layout::Matrix;
 use crate::loader::SLOT_BYTES;
 use crate::memory::narrow;
+use crate::planes::{GROUP, GROUP_LOG2, PlaneBytes, PlaneLayout, may_share_scales};
 use crate::stream::{Address, Grid, Memory, Stream};
 
 /// Every format with the ending of its kernels' names.
@@ -50,34 +51,6 @@ pub(crate) struct Planes {
 // SAFETY: plain data, with the fields of the C++ struct in its order.
 unsafe impl DeviceRepr for Planes {}
 
-/// Bytes that a block of 32 weights has in each plane; `supers` is of eight blocks.
-struct PlaneBytes {
-    low: usize,
-    high: usize,
-    scales: usize,
-    supers: usize,
-}
-
-impl PlaneBytes {
-    fn of(dtype: DType) -> PlaneBytes {
-        let (low, high, scales, supers) = match dtype {
-            DType::F32 => (4 * 32, 0, 0, 0),
-            DType::F16 | DType::BF16 => (2 * 32, 0, 0, 0),
-            DType::Q4_0 | DType::IQ4_NL | DType::MXFP4 => (16, 0, 2, 0),
-            DType::Q4_1 => (16, 0, 4, 0),
-            DType::Q5_0 => (16, 4, 2, 0),
-            DType::Q5_1 => (16, 4, 4, 0),
-            DType::Q8_0 => (32, 0, 2, 0),
-            DType::Q2_K => (16, 0, 4, 4),
-            DType::Q3_K | DType::Q4_K => (16, 0, 2, 4),
-            DType::Q5_K => (16, 4, 2, 4),
-            DType::Q6_K => (16, 8, 2, 4),
-            DType::IQ4_XS => (16, 0, 1, 4),
-        };
-        PlaneBytes { low, high, scales, supers }
-    }
-}
-
 /// A matrix on the device. Formats take up to 6 % more than in a file there, but Q3_K 4.6 bits a
 /// weight and Q2_K 5.1: their codes lie in nibbles.
 #[derive(Debug)]
@@ -116,16 +89,13 @@ impl CudaWeight {
         shared: u32,
     ) -> Result<Option<CudaWeight>, KernelError> {
         let WeightView { dtype, rows, columns, .. } = *view;
-        let bytes = PlaneBytes::of(dtype);
-        // Planes start on 256 bytes; only floats have rows of no whole blocks.
-        let n_blocks = (rows * columns).div_ceil(32);
-        let aligned = |bytes: usize| bytes.next_multiple_of(256);
-        let n_scales = columns.div_ceil(32).div_ceil(1 << shared);
-        let scale_bytes = (n_scales * bytes.scales).next_multiple_of(4);
-        let high = aligned(n_blocks * bytes.low);
-        let scales = high + aligned(n_blocks * bytes.high);
-        let supers = scales + aligned(rows * scale_bytes);
-        let len = supers + aligned(n_blocks.div_ceil(8) * bytes.supers);
+        let out_of_memory = || KernelError::OutOfMemory {
+            what: view.name.to_owned(),
+            wanted_bytes: usize::MAX,
+            device: stream.device(),
+        };
+        let planes = PlaneLayout::of(dtype, (rows, columns), shared).ok_or_else(out_of_memory)?;
+        let PlaneLayout { high, scales, supers, scale_bytes, len } = planes;
         let memory = Memory::zeroed(stream, len, view.name)?;
         let weight = CudaWeight {
             dtype,
@@ -146,6 +116,12 @@ impl CudaWeight {
             stream.load(chunk, |from| stream.copy(from, to, chunk.len()))?;
         }
         Ok(Some(weight))
+    }
+
+    /// Bytes that it takes on the device.
+    #[must_use]
+    pub fn len_bytes(&self) -> usize {
+        self.memory.len()
     }
 
     /// The ending of the names of this format's kernels.
@@ -225,13 +201,10 @@ impl CudaWeight {
 /// and only that one is kept: nothing changes but the bytes that a product reads. A few groups are looked
 /// at here; the device looks at all.
 fn maybe_shared_scales(view: &WeightView<'_>) -> u32 {
-    const GROUP: usize = 4;
     const LOOKED_AT: usize = 64;
     let block_bytes = view.dtype.block_bytes();
     let n_scale_bytes = PlaneBytes::of(view.dtype).scales;
-    let begins_with_scales =
-        matches!(view.dtype, DType::Q4_0 | DType::Q4_1 | DType::Q8_0 | DType::IQ4_NL);
-    if !begins_with_scales || !view.columns.is_multiple_of(32 * GROUP) || view.bytes.is_empty() {
+    if !may_share_scales(view.dtype, view.columns) || view.bytes.is_empty() {
         return 0;
     }
     let groups = view.bytes.chunks_exact(GROUP * block_bytes);
@@ -240,5 +213,5 @@ fn maybe_shared_scales(view: &WeightView<'_>) -> u32 {
         let scale = &group[..n_scale_bytes];
         group.chunks_exact(block_bytes).all(|block| block[..n_scale_bytes] == *scale)
     });
-    if shared { 2 } else { 0 }
+    if shared { GROUP_LOG2 } else { 0 }
 }

@@ -44,6 +44,18 @@ enum Tokens<'a, Found> {
     Found(&'a Found),
 }
 
+/// The pool that sequences of such a decoder live in.
+#[must_use]
+pub fn kv_shape(config: &DecoderConfig, n_pages: usize, dtype: KvDtype) -> KvShape {
+    KvShape {
+        n_layers: config.n_layers(),
+        n_kv_heads: config.n_kv_heads,
+        head_dim: config.head_dim,
+        n_pages,
+        dtype,
+    }
+}
+
 impl<B: Backend> Decoder<B> {
     /// Prepares the weights of a GGUF file or a folder.
     ///
@@ -88,13 +100,7 @@ impl<B: Backend> Decoder<B> {
     /// The pool that this decoder's sequences live in.
     #[must_use]
     pub fn kv_shape(&self, n_pages: usize, dtype: KvDtype) -> KvShape {
-        KvShape {
-            n_layers: self.config.n_layers(),
-            n_kv_heads: self.config.n_kv_heads,
-            head_dim: self.config.head_dim,
-            n_pages,
-            dtype,
-        }
+        kv_shape(&self.config, n_pages, dtype)
     }
 
     /// Activations for steps of up to `max_rows` rows, `max_logit_rows` of them with logits.

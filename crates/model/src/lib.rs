@@ -14,12 +14,14 @@ mod error;
 mod experts;
 mod layer;
 mod load;
+mod needed;
 mod rope;
 mod scratch;
 
 pub use batch::Batch;
-pub use decoder::{Block, Decoder, embed_tokens};
+pub use decoder::{Block, Decoder, embed_tokens, kv_shape};
 pub use encoder::Encoder;
 pub use error::ModelError;
 pub use load::LoadProgress;
+pub use needed::{Needed, RunSizes};
 pub use scratch::Scratch;

@@ -6,8 +6,8 @@ use std::{path::Path, time::Instant};
 
 use anyhow::{Context, Result, bail};
 use exrail_engine::{
-    Engine, EngineOptions, Event, GenerateRequest, Generation, LoadOptions, Sampling,
-    load_generator,
+    Admission, Engine, EngineOptions, Event, GenerateRequest, Generation, LoadOptions, Need,
+    Sampling, load_admitted,
 };
 use exrail_text::Specials;
 use serde::{Deserialize, Serialize};
@@ -16,7 +16,10 @@ use super::{
     plan::Plan,
     process::{self, Resident},
 };
-use crate::device::{Device, Job, Measured};
+use crate::{
+    device::{Device, Job, Measured},
+    memory,
+};
 
 /// Positions of the KV cache at most: one page, so that its size says nothing about the engine's.
 const CONTEXT: usize = 256;
@@ -76,16 +79,21 @@ fn measure<B: Measured>(
     path: &Path,
     since: Instant,
 ) -> Result<FirstToken> {
-    let loaded = load_generator(backend, path, LoadOptions::default(), &mut |_| {})?;
-    let load_s = since.elapsed().as_secs_f64();
-    let architecture = loaded.config.architecture.clone();
     let options = EngineOptions {
         max_sequences: 1,
         kv_pages: Some(1),
-        max_context: Some(CONTEXT.min(loaded.config.context_len)),
         kv_dtype: plan.kv_dtype(),
         ..EngineOptions::default()
     };
+    let (device, free) = backend.memory(None);
+    let admission = Admission { device, free, need: Need::Engine(options) };
+    let load = LoadOptions::default();
+    let loaded = load_admitted(backend, path, load, &admission, &mut |_| {})
+        .map_err(memory::refused_without_options)?;
+    let load_s = since.elapsed().as_secs_f64();
+    let architecture = loaded.config.architecture.clone();
+    let max_context = Some(CONTEXT.min(loaded.config.context_len));
+    let options = EngineOptions { max_context, ..options };
     let engine = Engine::start(loaded, options)?;
     let tokenizer = engine.tokenizer();
     let start = tokenizer.bos().filter(|_| tokenizer.add_bos());

@@ -11,9 +11,10 @@
 use std::{ops::Range, path::Path, time::Instant};
 
 use anyhow::{Result, ensure};
-use exrail_engine::{LoadOptions, load_generator};
+use exrail_checkpoint::DecoderConfig;
+use exrail_engine::{Admission, LoadOptions, Need, load_admitted};
 use exrail_kernels::{AttentionSpan, Backend, KvShape, Largest, PAGE_TOKENS, PageId, TokenId};
-use exrail_model::{Batch, Decoder, Scratch};
+use exrail_model::{Batch, Decoder, RunSizes, Scratch, kv_shape};
 use serde::{Deserialize, Serialize};
 
 use super::{
@@ -22,6 +23,7 @@ use super::{
 };
 use crate::{
     device::{Device, Job, Measured},
+    memory,
     progress::Bars,
 };
 
@@ -169,6 +171,17 @@ fn plan_tests<B: Measured>(plan: &Plan, subject: &Subject<B>) -> Speed {
     }
 }
 
+/// What is allocated beside the weights.
+fn sizes(plan: &Plan, config: &DecoderConfig) -> RunSizes {
+    let (n_sequences, longest) = (plan.most_sequences(), plan.longest());
+    let n_pages = n_sequences.saturating_mul(longest.div_ceil(PAGE_TOKENS));
+    RunSizes {
+        kv: kv_shape(config, n_pages, plan.kv_dtype()),
+        max_rows: plan.chunk.min(longest).max(n_sequences),
+        max_logit_rows: n_sequences,
+    }
+}
+
 /// The model with its sequences.
 struct Subject<B: Backend> {
     backend: B,
@@ -191,8 +204,12 @@ impl<B: Measured> Subject<B> {
         if let (Some(asked), Some(found)) = (plan.threads, backend.n_threads()) {
             ensure!(found == asked, "--threads: expected {asked}, the system gave {found}");
         }
-        let options = LoadOptions::default();
-        let loaded = load_generator(backend.clone(), path, options, &mut |step| bars.load(&step))?;
+        let (device, free) = backend.memory(None);
+        let run = |config: &DecoderConfig| sizes(plan, config);
+        let admission = Admission { device, free, need: Need::Run(&run) };
+        let (options, mut told) = (LoadOptions::default(), |step| bars.load(&step));
+        let loaded = load_admitted(backend.clone(), path, options, &admission, &mut told)
+            .map_err(memory::refused_without_options)?;
         // A hash beside the tests would take their time.
         loaded.model_sha256.wait_told(&mut |bytes, total| bars.hash(bytes, total))?;
         bars.clear();
@@ -202,12 +219,10 @@ impl<B: Measured> Subject<B> {
             longest <= context,
             "context: expected at least {longest} tokens for this plan, the model has {context}"
         );
-        let n_sequences = plan.most_sequences();
         let each = longest.div_ceil(PAGE_TOKENS);
-        let shape = decoder.kv_shape(n_sequences * each, plan.kv_dtype());
+        let RunSizes { kv: shape, max_rows, max_logit_rows } = sizes(plan, decoder.config());
         let pool = backend.kv_pool(shape)?;
-        let rows = plan.chunk.min(longest).max(n_sequences);
-        let scratch = decoder.scratch(&backend, rows, n_sequences)?;
+        let scratch = decoder.scratch(&backend, max_rows, max_logit_rows)?;
         let ids = (0..u32::try_from(shape.n_pages)?).map(PageId).collect::<Vec<_>>();
         Ok(Self {
             pages: ids.chunks(each).map(<[PageId]>::to_vec).collect(),
