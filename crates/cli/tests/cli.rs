@@ -298,11 +298,11 @@ fn a_plan_is_a_table_and_a_verdict_and_loading_refuses_by_the_same_arithmetic() 
     let json = |output: &Output| -> serde_json::Value {
         serde_json::from_slice(&output.stdout).unwrap_or_else(|_| panic!("{output:?}"))
     };
-    let cpu = ["--device", "cpu", "--kv-pages", "8"];
+    let cpu = ["--device", "cpu", "--kv-pages", "9"];
     let shown = plan(&cpu);
     let table = text(&shown.stdout);
     assert!(shown.status.success(), "{shown:?}");
-    for part in ["tiny on cpu", "embedding", "KV cache f16, 8 pages", "activations of", "total"] {
+    for part in ["tiny on cpu", "embedding", "KV cache f16, 9 pages", "activations of", "total"] {
         assert!(table.contains(part), "expected `{part}` in {table}");
     }
     let value = json(&plan(&[&cpu[..], &["--json", "--memory", "1TiB"]].concat()));
@@ -320,13 +320,13 @@ fn a_plan_is_a_table_and_a_verdict_and_loading_refuses_by_the_same_arithmetic() 
     assert_eq!(refused.status.code(), Some(3));
     let value = json(&refused);
     assert_eq!((&value["verdict"], &value["short_bytes"]), (&"does_not_fit".into(), &1.into()));
-    assert_eq!(value["change"]["options"], "--kv-pages 7");
+    assert_eq!(value["change"]["options"], "--kv-pages 8");
     let chat = |memory: &str| {
         let arguments = ["chat", "hi", "--model", model, "--max-tokens", "2", "--memory", memory];
         exrail(home.path(), &[&arguments[..], &cpu].concat())
     };
     let parts =
-        ["memory of cpu", "--memory", "KV cache f16, 8 pages", "--kv-pages 7", "exrail plan"];
+        ["memory of cpu", "--memory", "KV cache f16, 9 pages", "--kv-pages 8", "exrail plan"];
     fails(&chat(&short), &parts);
     assert!(chat(&total.to_string()).status.success());
 }

@@ -353,11 +353,16 @@ impl Search<'_> {
             n => n * PAGE_TOKENS,
         };
         let total = of(n_pages, context)?.total().most;
+        let max_context = Some(context).filter(|&n| n != wanted.context);
+        // What the options as they are would make of the new context is named only where it differs.
+        let max_context_then = max_context.or(self.engine.max_context);
+        let then = EngineOptions { kv_dtype, max_context: max_context_then, ..self.engine };
+        let follows = sizes(&config, then).is_ok_and(|sizes| sizes.kv_pages == n_pages);
         Ok((total <= self.free).then_some(Change {
             quant: quant.filter(|_| quant != self.load.quant),
             kv_dtype: Some(kv_dtype).filter(|&dtype| dtype != self.engine.kv_dtype),
-            max_context: Some(context).filter(|&n| n != wanted.context),
-            kv_pages: Some(n_pages).filter(|&n| n != wanted.kv_pages && context == wanted.context),
+            max_context,
+            kv_pages: Some(n_pages).filter(|_| !follows),
             total,
         }))
     }

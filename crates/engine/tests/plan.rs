@@ -100,11 +100,9 @@ fn change(wanted: EngineOptions, short_by: usize) -> Option<Change> {
     let change = admission.smallest_change(&checkpoint, load()).unwrap()?;
     // It is true: with the change it fits, and takes what was said.
     let max_context = change.max_context.or(wanted.max_context);
-    let context_pages = max_context.unwrap().div_ceil(256);
-    let pages = change.kv_pages.or(wanted.kv_pages.filter(|_| change.max_context.is_none()));
     let engine = EngineOptions {
         kv_dtype: change.kv_dtype.unwrap_or(wanted.kv_dtype),
-        kv_pages: pages.or(Some(context_pages)),
+        kv_pages: change.kv_pages.or(wanted.kv_pages),
         max_context,
         ..wanted
     };
@@ -112,6 +110,12 @@ fn change(wanted: EngineOptions, short_by: usize) -> Option<Change> {
     assert_eq!(total(engine, load), change.total);
     assert!(change.total <= free, "{change:?}");
     Some(change)
+}
+
+/// Bytes of a page.
+fn page_of(engine: EngineOptions) -> usize {
+    let of = |pages| total(EngineOptions { kv_pages: Some(pages), ..engine }, load());
+    of(6) - of(5)
 }
 
 #[test]
@@ -130,6 +134,12 @@ fn the_smallest_change_comes_first_and_is_true() {
     let tight_int8 = EngineOptions { kv_dtype: KvDtype::Int8, ..tight };
     let shorter = change(tight_int8, 1).unwrap();
     assert_eq!((shorter.kv_dtype, shorter.max_context), (None, Some(256)));
+    assert_eq!(shorter.kv_pages, Some(1), "the two that were asked for would stay");
+    // A pool of the default size follows the context, and would be too large for one page, too.
+    let open = EngineOptions { kv_pages: None, ..tight_int8 };
+    let fixed = total(tight_int8, load()) - page_of(tight_int8);
+    let shorter = change(open, total(open, load()) - fixed).unwrap();
+    assert_eq!((shorter.max_context, shorter.kv_pages), (Some(256), Some(1)));
     // When a page is too much already, the weights are rounded: to int8 if that is enough.
     let one = EngineOptions { kv_pages: Some(1), max_context: Some(256), ..tight_int8 };
     let rounded = change(one, 1).unwrap();
