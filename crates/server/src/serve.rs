@@ -125,12 +125,23 @@ async fn trace_failure(
     let Ok((request_id, trace_id)) = named else { return response };
     let agent_id = caller.and_then(|caller| caller.0);
     let identity = TraceIdentity { trace_id, request_id, session_id: None, agent_id };
-    let body = TraceBody::Guard { guard: failure.code.into(), detail: failure.message };
-    if let Err(error) = append_failure(&state, &identity, body).await {
-        // Nothing is released by this response, so the failure may still be told.
-        tracing::error!(%error, "a failed request could not be traced");
-    }
     state.metrics.count_guard(failure.code);
+    let body = TraceBody::Guard { guard: failure.code.into(), detail: failure.message };
+    let is_hashed = state
+        .services()
+        .is_none_or(|services| services.engine.facts().model_sha256.ended().is_disconnected());
+    let written = async move {
+        if let Err(error) = append_failure(&state, &identity, body).await {
+            // Nothing is released by this response, so the failure may still be told.
+            tracing::error!(%error, "a failed request could not be traced");
+        }
+    };
+    if is_hashed {
+        written.await;
+    } else {
+        // The record waits for the model's hash; a client that is turned away does not.
+        tokio::spawn(written);
+    }
     response
 }
 

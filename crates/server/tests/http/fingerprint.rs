@@ -120,3 +120,24 @@ async fn a_hash_that_fails_withholds_every_answer_and_the_server_is_not_ready() 
     assert_eq!(card["exrail"]["sha256"], Value::Null);
     assert_eq!(card["exrail"]["sha256_status"]["status"], "not_available");
 }
+
+#[tokio::test]
+async fn a_request_that_is_turned_away_is_told_at_once_and_its_record_follows_the_hash() {
+    let (server, end) = gated();
+    let unknown = json!({"model": "other", "prompt": "ab"});
+    let answer = server.post("/v1/completions", &unknown);
+    let answer = tokio::time::timeout(Duration::from_secs(20), answer).await.unwrap();
+    assert_eq!(answer.code(), "model_not_found");
+    assert!(server.trace_lines().is_empty());
+    end.send(Ok(SHA256.into())).unwrap();
+    let deadline = std::time::Instant::now() + Duration::from_secs(20);
+    while server.trace_lines().is_empty() {
+        assert!(std::time::Instant::now() < deadline, "no record");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    let line = &server.trace_lines()[0];
+    assert_eq!(
+        (&line["guard"], &line["pins"]["model_fp"]),
+        (&"model_not_found".into(), &SHA256.into())
+    );
+}
