@@ -1,8 +1,8 @@
 // Causal attention of single rows on tensor cores: the rows of their operands are the heads that share keys
 // and values. One block of threads has a run of the positions that a row sees; its warps take turns with
 // them, 16 at a time, each with a ring of its own and a running softmax (Milakov and Gimelshein 2018,
-// arXiv:1805.02867). The last block to end puts the runs together (Dao et al. 2023, "Flash-Decoding for
-// long-context inference"). Queries and weights of positions are rounded to halves, as keys and values are.
+// arXiv:1805.02867). The blocks of a cluster, or else the last block to end, put the runs together (Dao
+// et al. 2023, "Flash-Decoding for long-context inference"). Queries and weights of positions are rounded to halves, as keys and values are.
 #include "common.cuh"
 #include "copy.cuh"
 #include "pages.cuh"
@@ -113,6 +113,36 @@ template <int D> struct Part {
     }
 };
 
+// Blocks (z) of this one's cluster.
+__device__ __forceinline__ uint32_t cluster_size() {
+    uint32_t n = 1;
+#if __CUDA_ARCH__ == 900
+    asm("mov.u32 %0, %%cluster_nctaid.z;" : "=r"(n));
+#endif
+    return n;
+}
+
+// Waits for all blocks of the cluster that go on; what they wrote is seen.
+__device__ __forceinline__ void meet_cluster() {
+#if __CUDA_ARCH__ == 900
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+
+// What another block of the cluster has where this one has `own`, in shared memory.
+__device__ __forceinline__ float of_block(uint32_t rank, const float *own) {
+    float value = *own;
+#if __CUDA_ARCH__ == 900
+    const uint32_t at = (uint32_t)__cvta_generic_to_shared(own);
+    asm volatile("{\n.reg .u32 there;\nmapa.shared::cluster.u32 there, %1, %2;\n"
+                 "ld.shared::cluster.f32 %0, [there];\n}"
+                 : "=f"(value)
+                 : "r"(at), "r"(rank)
+                 : "memory");
+#endif
+    return value;
+}
+
 // Runs of `run` positions, which are whole steps and at most 32 pages. `n_done` (T, K) is zero before and
 // after.
 template <int D>
@@ -122,7 +152,7 @@ __device__ __forceinline__ void attend_group(const float *q, const Pages &pages,
     // Halves of a row in shared memory: ldmatrix reads eight rows without conflicts.
     constexpr int WIDTH = D + 8, BYTES = POSITIONS * WIDTH * 2, EIGHTS = D / 8;
     extern __shared__ uint4 shared[];
-    __shared__ Softmax of_warps[WARPS][HEADS];
+    __shared__ Softmax of_warps[WARPS][HEADS], own_run[HEADS];
     __shared__ bool is_last;
     const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const uint32_t head = blockIdx.y, group = shape.n_heads / shape.n_kv_heads;
@@ -201,6 +231,7 @@ __device__ __forceinline__ void attend_group(const float *q, const Pages &pages,
         for (int d = 0; d < D / 8; d++) *(float2 *)(at + 8 * d) = {sums.of[d][2 * i], sums.of[d][2 * i + 1]};
     }
     __syncthreads();
+    const bool is_cluster = cluster_size() > 1;
     const size_t in_all = (size_t)blockIdx.x * shape.n_kv_heads + head;
     const size_t of_run = (size_t)group * Part<D>::SIZE;
     float *first_part = parts + in_all * gridDim.z * of_run, *part = first_part + blockIdx.z * of_run;
@@ -217,12 +248,32 @@ __device__ __forceinline__ void attend_group(const float *q, const Pages &pages,
         }
         if (n_runs == 1) {
             out[(heads_at + g) * D + c] = merged / total;
+        } else if (is_cluster) {
+            // Where this thread alone reads.
+            of_all[i] = merged;
+            if (c == 0) own_run[g] = {most, total};
         } else {
             part[g * Part<D>::SIZE + c] = merged;
             if (c == 0) part[g * Part<D>::SIZE + D] = total, part[g * Part<D>::SIZE + D + 1] = most;
         }
     }
     if (n_runs == 1) return;
+    if (is_cluster) {
+        meet_cluster();
+        for (uint32_t i = blockIdx.z * 32 * WARPS + threadIdx.x; i < group * D; i += n_runs * 32 * WARPS) {
+            const Softmax *own = &own_run[i / D];
+            float most = -INFINITY, total = 0, merged = 0;
+            for (uint32_t r = 0; r < n_runs; r++) most = fmaxf(most, of_block(r, &own->highest));
+            for (uint32_t r = 0; r < n_runs; r++) {
+                const float factor = Softmax::factor(of_block(r, &own->highest), most);
+                total = fmaf(factor, of_block(r, &own->total), total);
+                merged = fmaf(factor, of_block(r, of_all + i), merged);
+            }
+            out[heads_at * D + i] = merged / total;
+        }
+        meet_cluster(); // Nobody leaves before the others have read.
+        return;
+    }
     // What this block wrote is there before it is counted; who counts the last sees all parts.
     __syncthreads();
     if (threadIdx.x == 0) is_last = counted(&n_done[in_all]) == n_runs - 1;

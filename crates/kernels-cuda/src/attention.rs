@@ -111,6 +111,9 @@ const GROUP_WARPS: usize = 4;
 const GROUP_POSITIONS: usize = 16;
 const GROUP_HEADS: usize = 16;
 const GROUP_RUN: usize = 32 * PAGE_TOKENS;
+/// Runs that a cluster of blocks of threads puts together, and the longest that is worth it.
+const CLUSTER: usize = 8;
+const CLUSTER_RUN: usize = 512;
 /// What a part of a head has besides its sums.
 const PART_BESIDES: usize = 4;
 
@@ -133,14 +136,19 @@ impl Rows {
 
     /// Positions of a run of `cu/group.cu`: all of a short context, which then has no runs to put together;
     /// of a long one as few as leave no block of threads waiting for another to end, two of which share a
-    /// multiprocessor. Always the same where nothing may depend on the other rows.
-    fn run_len(&self, n_kv_heads: usize, n_multiprocessors: usize, options: CudaOptions) -> usize {
+    /// multiprocessor, and no more than a cluster can put together. Always the same where nothing may depend
+    /// on the other rows.
+    fn run_len(&self, n_kv_heads: usize, stream: &Stream, options: CudaOptions) -> usize {
         if options.batch_invariant || self.longest <= PAGE_TOKENS {
             return PAGE_TOKENS;
         }
-        let n_blocks = |run: usize| self.n * n_kv_heads * self.longest.div_ceil(run);
+        let n_runs = |run: usize| self.longest.div_ceil(run);
+        let most = 2 * stream.machine().n_multiprocessors;
+        let is_wide = |run: usize| self.n * n_kv_heads * n_runs(run) > most;
+        let is_apart =
+            |run: usize| stream.is_hopper() && run < CLUSTER_RUN && n_runs(run) > CLUSTER;
         let mut run = GROUP_WARPS * GROUP_POSITIONS;
-        while run < GROUP_RUN && n_blocks(run) > 2 * n_multiprocessors {
+        while run < GROUP_RUN && (is_wide(run) || is_apart(run)) {
             run *= 2;
         }
         run
@@ -161,7 +169,7 @@ fn attend_in_groups(
     let (head_dim, n_heads, n_kv_heads) =
         (shape.head_dim as usize, shape.n_heads as usize, shape.n_kv_heads as usize);
     let machine = stream.machine();
-    let run = rows.run_len(n_kv_heads, machine.n_multiprocessors, options);
+    let run = rows.run_len(n_kv_heads, stream, options);
     // A power of two, so that a growing context seldom changes the grid.
     let n_runs = rows.longest.div_ceil(run).next_power_of_two();
     let row_bytes = 4 * n_heads * n_runs * (head_dim + PART_BESIDES);
@@ -175,7 +183,8 @@ fn attend_in_groups(
         let at = rows.behind(first);
         let blocks = (rows_at_once.min(rows.n - first), n_kv_heads);
         let threads = 32 * GROUP_WARPS;
-        let grid = Grid { blocks, runs: n_runs, threads, shared_bytes: rings.max(sums) };
+        let cluster = if stream.is_hopper() && n_runs <= CLUSTER { n_runs } else { 1 };
+        let grid = Grid { blocks, runs: n_runs, threads, shared_bytes: rings.max(sums), cluster };
         let arguments: [&dyn AnyArgument; 10] =
             [&q, &pages, &layer, &table, &shape, &at, &run, &out, &parts, &n_done];
         stream.launch(&kernel, grid, &arguments);

@@ -84,9 +84,8 @@ pub(crate) fn kernels_overlap(facts: &DeviceFacts) -> bool {
     facts.capability == (9, 0)
 }
 
-/// Whether its tensor cores take their operands from shared memory (`wgmma`): machine code for this
-/// very generation alone.
-pub(crate) fn multiplies_tiles(facts: &DeviceFacts) -> bool {
+/// Whether it has `wgmma` and clusters of blocks of threads: machine code for this very generation alone.
+pub(crate) fn is_hopper(facts: &DeviceFacts) -> bool {
     facts.capability == (9, 0)
 }
 

@@ -366,7 +366,7 @@ impl<'a> Input<'a> {
         let fits =
             |o: &Output<'_>| o.weight.dtype.is_quantised() && o.weight.rows.is_multiple_of(2);
         let large = self.n_rows >= TILED_FROM && self.columns.is_multiple_of(TILED_COLUMNS);
-        if !large || !self.stream.multiplies_tiles() || !outputs.iter().all(fits) {
+        if !large || !self.stream.is_hopper() || !outputs.iter().all(fits) {
             return None;
         }
         let [store, add, silu, gelu_tanh] = TILED;

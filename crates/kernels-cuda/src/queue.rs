@@ -37,8 +37,8 @@ impl Kernel {
     }
 }
 
-/// Blocks (x, y, z), threads and bytes of shared memory of a launch.
-pub(crate) type Dimensions = [u32; 5];
+/// Blocks (x, y, z), threads and bytes of shared memory of a launch, and blocks (z) of a cluster.
+pub(crate) type Dimensions = [u32; 6];
 
 /// One launch; its arguments are in [`List::words`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -86,14 +86,17 @@ impl List {
 
     /// Hands every launch over, to run or to be captured.
     fn run(&mut self, stream: sys::CUstream, overlap: bool) -> Result<(), DriverError> {
-        let mut attribute = overlapping();
         for (i, launch) in self.launches.iter().enumerate() {
             let range = launch.first_argument..launch.first_argument + launch.n_arguments;
             let words = self.words.as_mut_ptr();
             let pointer = |&start: &usize| words.wrapping_add(start).cast::<c_void>();
             let mut pointers: Vec<*mut c_void> =
                 self.arguments[range].iter().map(pointer).collect();
-            let [x, y, z, threads, shared] = launch.dimensions;
+            let [x, y, z, threads, shared, cluster] = launch.dimensions;
+            // The first waits for all that was handed over before: its list may read any of it.
+            let mut attributes = Vec::with_capacity(2);
+            attributes.extend((overlap && i > 0).then(overlapping));
+            attributes.extend((cluster > 1).then(|| clusters(cluster)));
             let config = sys::CUlaunchConfig {
                 gridDimX: x,
                 gridDimY: y,
@@ -103,14 +106,13 @@ impl List {
                 blockDimZ: 1,
                 sharedMemBytes: shared,
                 hStream: stream,
-                attrs: &raw mut attribute,
-                // The first waits for all that was handed over before: its list may read any of it.
-                numAttrs: (overlap && i > 0).into(),
+                attrs: attributes.as_mut_ptr(),
+                numAttrs: u32::try_from(attributes.len()).expect("two at most"),
             };
             let (function, arguments) = (launch.kernel.function(), pointers.as_mut_ptr());
             let no_more = std::ptr::null_mut();
             // SAFETY: every pointer is to an argument of the type that the kernel's signature has,
-            // which the tests of every operation check; the driver copies them and the attribute
+            // which the tests of every operation check; the driver copies them and the attributes
             // before it returns.
             let launched =
                 unsafe { sys::cuLaunchKernelEx(&raw const config, function, arguments, no_more) };
@@ -127,6 +129,16 @@ fn overlapping() -> sys::CUlaunchAttribute {
     let mut attribute: sys::CUlaunchAttribute = unsafe { std::mem::zeroed() };
     attribute.id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
     attribute.value.programmaticStreamSerializationAllowed = 1;
+    attribute
+}
+
+/// What lets `n` neighbouring blocks (z) read each other's shared memory.
+fn clusters(n: u32) -> sys::CUlaunchAttribute {
+    // SAFETY: the C struct is plain data, for which zeros are valid.
+    let mut attribute: sys::CUlaunchAttribute = unsafe { std::mem::zeroed() };
+    attribute.id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
+    attribute.value.clusterDim =
+        sys::CUlaunchAttributeValue_union__bindgen_ty_1 { x: 1, y: 1, z: n };
     attribute
 }
 

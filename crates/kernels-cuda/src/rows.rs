@@ -77,6 +77,7 @@ pub(crate) fn embed_found(
     out: &CudaBuffer,
 ) {
     let [at, _] = found.places();
+    stream.follow();
     // An index and a value, of which the kernel bounds the former.
     embed_at(stream, table, (at, 2, found.n_rows()), scale, out);
 }

@@ -64,12 +64,14 @@ pub(crate) struct Grid {
     pub(crate) threads: usize,
     /// Bytes of shared memory that the launch adds.
     pub(crate) shared_bytes: usize,
+    /// Blocks (`z`) that read each other's shared memory, where the device has clusters.
+    pub(crate) cluster: usize,
 }
 
 impl Grid {
     /// One block of 256 threads.
     pub(crate) const fn one(shared_bytes: usize) -> Grid {
-        Grid { blocks: (1, 1), runs: 1, threads: 256, shared_bytes }
+        Grid { blocks: (1, 1), runs: 1, threads: 256, shared_bytes, cluster: 1 }
     }
 
     /// One thread for each of `n`.
@@ -165,6 +167,7 @@ struct Shared {
     work: HashMap<&'static str, CudaSlice<u8>>,
     kept: Kept,
     retired: Vec<CudaSlice<u8>>, // until what waits was handed over
+    follows: bool, // whether what waits belongs to a step behind one that may still run
 }
 
 /// What the operations of one step make once and share.
@@ -228,9 +231,10 @@ impl Stream {
         self.machine
     }
 
-    /// Whether it runs `cu/tiles.cu`.
-    pub(crate) fn multiplies_tiles(&self) -> bool {
-        device::multiplies_tiles(&self.facts)
+    /// Whether it has what came with Hopper: tensor cores that read shared memory (`cu/tiles.cu`), and
+    /// clusters of blocks of threads.
+    pub(crate) fn is_hopper(&self) -> bool {
+        device::is_hopper(&self.facts)
     }
 
     /// Name of the device in messages.
@@ -307,9 +311,18 @@ impl Stream {
     /// Hands a long list over early, so that the device begins while the host goes on asking. Called
     /// where no upload waits for its launch.
     pub(crate) fn hand_over(&self) {
-        if self.shared().queue.len() >= HAND_OVER_FROM {
+        let shared = self.shared();
+        let is_long = shared.queue.len() >= HAND_OVER_FROM && !shared.follows;
+        drop(shared);
+        if is_long {
             self.flush();
         }
+    }
+
+    /// Says that the step that is asked for next follows one that may still run: the device has enough to
+    /// do, and one long list has fewer gaps than several.
+    pub(crate) fn follow(&self) {
+        self.shared().follows = true;
     }
 
     fn read(&self, memory: &CudaSlice<u8>, bytes: &mut [u8]) {
@@ -421,12 +434,12 @@ impl Stream {
 
     /// The same of a kernel that was looked up before.
     pub(crate) fn launch_kernel(&self, kernel: Kernel, grid: Grid, arguments: &[&dyn AnyArgument]) {
-        let Grid { blocks: (x, y), runs: z, threads, shared_bytes } = grid;
+        let Grid { blocks: (x, y), runs: z, threads, shared_bytes, cluster } = grid;
         if x == 0 || y == 0 || z == 0 {
             return;
         }
         let narrow = |n: usize| u32::try_from(n).expect("grids are below 2^32");
-        let dimensions = [x, y, z, threads, shared_bytes].map(narrow);
+        let dimensions = [x, y, z, threads, shared_bytes, cluster].map(narrow);
         let arguments: Vec<&[u8]> = arguments.iter().map(|argument| argument.bytes()).collect();
         self.shared().queue.push(kernel, dimensions, &arguments);
     }
@@ -442,6 +455,7 @@ impl Stream {
         let done = shared.queue.flush(self.stream.cu_stream());
         shared.retired.clear();
         shared.kept.facts.clear();
+        shared.follows = false;
         done
     }
 

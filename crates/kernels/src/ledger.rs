@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::{
     AttentionShape, AttentionSpan, Backend, Extent, Footprint, GateActivation, KernelError,
-    KvShape, KvSlot, NormKind, PageId, Rope, Span, TokenId, WeightShape, WeightView,
+    KvShape, KvSlot, Largest, NormKind, PageId, Rope, Span, TokenId, WeightShape, WeightView,
 };
 
 /// A matrix that would be on the device.
@@ -81,6 +81,7 @@ impl Backend for Ledger {
     type Weight = (usize, usize);
     type Buffer = usize;
     type KvPool = ();
+    type Found = ();
 
     fn name(&self) -> String {
         self.footprint.name()
@@ -119,7 +120,12 @@ impl Backend for Ledger {
         Ok(())
     }
 
+    fn found(&self, (): &()) -> Vec<Largest> {
+        unreachable!("a ledger never finds the largest of anything");
+    }
+
     nothing_to_compute_with! {
+        largest(x: &usize, n_rows: usize, width: usize, limit: usize);
         read(buffer: &usize, values: &mut [f32]);
         kv_copy_page(pool: &mut (), from: PageId, to: PageId);
         embed(table: &(usize, usize), ids: &[TokenId], scale: f32, out: &mut usize);

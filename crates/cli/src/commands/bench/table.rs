@@ -37,9 +37,10 @@ pub(super) fn print(output: Output, plan: &Plan, measured: &Measured) {
     ));
     let first = &measured.first_token;
     output.line(format!(
-        "  first token: {} ms from process start to end; loaded after {:.0} ms",
-        milliseconds(&first.process_s),
-        first.load_s.median * 1e3
+        "  first token: {} ms after the start of the process; loaded after {:.0} ms, hashed and ended after {} ms",
+        milliseconds(&first.first_token_s),
+        first.load_s.median * 1e3,
+        milliseconds(&first.process_s)
     ));
     output.line(format!("  memory, one sequence of one page: {}", memory(&measured.memory)));
     let n = plan.most_sequences();
