@@ -125,7 +125,7 @@ __device__ __forceinline__ uint32_t cluster_size() {
 // Waits for all blocks of the cluster that go on; what they wrote is seen.
 __device__ __forceinline__ void meet_cluster() {
 #if __CUDA_ARCH__ == 900
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 #endif
 }
 

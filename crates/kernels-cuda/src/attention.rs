@@ -109,11 +109,13 @@ fn in_tiles(span: &AttentionSpan<'_>, pool: &CudaKvPool, options: CudaOptions) -
 /// heads, and the longest run: 32 pages. The constants of `cu/group.cu`.
 const GROUP_WARPS: usize = 4;
 const GROUP_POSITIONS: usize = 16;
+const GROUP_STEP: usize = GROUP_WARPS * GROUP_POSITIONS;
 const GROUP_HEADS: usize = 16;
 const GROUP_RUN: usize = 32 * PAGE_TOKENS;
-/// Runs that a cluster of blocks of threads puts together, and the longest that is worth it.
+/// Runs that a cluster of blocks of threads puts together, and the most elements of a key that make one:
+/// with more to read, the multiprocessors that a cluster finds no room on are missed.
 const CLUSTER: usize = 8;
-const CLUSTER_RUN: usize = 512;
+const CLUSTER_ELEMENTS: usize = 32 << 10;
 /// What a part of a head has besides its sums.
 const PART_BESIDES: usize = 4;
 
@@ -134,24 +136,30 @@ impl Rows {
         Address(self.at.0 + (n * ROW_BYTES) as u64)
     }
 
-    /// Positions of a run of `cu/group.cu`: all of a short context, which then has no runs to put together;
-    /// of a long one as few as leave no block of threads waiting for another to end, two of which share a
-    /// multiprocessor, and no more than a cluster can put together. Always the same where nothing may depend
-    /// on the other rows.
-    fn run_len(&self, n_kv_heads: usize, stream: &Stream, options: CudaOptions) -> usize {
+    /// Positions of a run of `cu/group.cu`, and blocks of threads of a cluster.
+    ///
+    /// All of a short context is one run, and there is nothing to put together; a cluster does that where the
+    /// card has room for all of them at once, and each has little to read. Otherwise runs are as short as leave
+    /// no block of threads waiting for another to end, two of which share a multiprocessor. Where nothing
+    /// may depend on the other rows they are always the same.
+    fn runs(&self, shape: Shape, stream: &Stream, options: CudaOptions) -> (usize, usize) {
+        let n_multiprocessors = stream.machine().n_multiprocessors;
+        let (n_keys, head_dim) = (self.n * shape.n_kv_heads as usize, shape.head_dim as usize);
         if options.batch_invariant || self.longest <= PAGE_TOKENS {
-            return PAGE_TOKENS;
+            return (PAGE_TOKENS, 1);
         }
-        let n_runs = |run: usize| self.longest.div_ceil(run);
-        let most = 2 * stream.machine().n_multiprocessors;
-        let is_wide = |run: usize| self.n * n_kv_heads * n_runs(run) > most;
-        let is_apart =
-            |run: usize| stream.is_hopper() && run < CLUSTER_RUN && n_runs(run) > CLUSTER;
-        let mut run = GROUP_WARPS * GROUP_POSITIONS;
-        while run < GROUP_RUN && (is_wide(run) || is_apart(run)) {
+        let of_cluster = self.longest.div_ceil(CLUSTER).next_power_of_two();
+        let is_small = of_cluster * head_dim <= CLUSTER_ELEMENTS;
+        if stream.is_hopper() && n_keys * CLUSTER <= n_multiprocessors && is_small {
+            let run = of_cluster.max(GROUP_STEP);
+            return (run, self.longest.div_ceil(run).next_power_of_two());
+        }
+        let is_wide = |run: usize| n_keys * self.longest.div_ceil(run) > 2 * n_multiprocessors;
+        let mut run = GROUP_STEP;
+        while run < GROUP_RUN && is_wide(run) {
             run *= 2;
         }
-        run
+        (run, 1)
     }
 }
 
@@ -169,7 +177,7 @@ fn attend_in_groups(
     let (head_dim, n_heads, n_kv_heads) =
         (shape.head_dim as usize, shape.n_heads as usize, shape.n_kv_heads as usize);
     let machine = stream.machine();
-    let run = rows.run_len(n_kv_heads, stream, options);
+    let (run, cluster) = rows.runs(shape, stream, options);
     // A power of two, so that a growing context seldom changes the grid.
     let n_runs = rows.longest.div_ceil(run).next_power_of_two();
     let row_bytes = 4 * n_heads * n_runs * (head_dim + PART_BESIDES);
@@ -183,7 +191,6 @@ fn attend_in_groups(
         let at = rows.behind(first);
         let blocks = (rows_at_once.min(rows.n - first), n_kv_heads);
         let threads = 32 * GROUP_WARPS;
-        let cluster = if stream.is_hopper() && n_runs <= CLUSTER { n_runs } else { 1 };
         let grid = Grid { blocks, runs: n_runs, threads, shared_bytes: rings.max(sums), cluster };
         let arguments: [&dyn AnyArgument; 10] =
             [&q, &pages, &layer, &table, &shape, &at, &run, &out, &parts, &n_done];
