@@ -115,11 +115,12 @@ __device__ __forceinline__ void matmul_few(const Parts &parts, const Halves &x, 
 #pragma unroll
     for (int slot = 0; slot < DEPTH - 1; slot++) ask(slot);
     begin();
-    // Behind the last column there may be anything.
+    // Behind the last column there may be anything, and behind the last tile of rows no memory.
     auto b_of = [&](uint32_t chunk, int n, int i) {
         const uint4 *at = (const uint4 *)x.values + (((size_t)n * n_chunks + chunk) * 4 + i) * 32 + lane;
         return 4 * chunk + own < n_blocks ? *at : uint4{0, 0, 0, 0};
     };
+    const auto has_rows = [&](int n) { return n == 0 || 8 * n < n_rows; };
     // Of one tile of rows those to come are on their way, too.
     uint4 next[4] = {};
     auto fetch = [&](uint32_t chunk) {
@@ -155,6 +156,7 @@ __device__ __forceinline__ void matmul_few(const Parts &parts, const Halves &x, 
             const uint4 (&low)[4] = halves[0], (&high)[4] = halves[1];
 #pragma unroll
             for (int n = 0; n < N; n++) {
+                if (!has_rows(n)) break;
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
                     if constexpr (N > 1) b[i] = b_of(chunk, n, i);

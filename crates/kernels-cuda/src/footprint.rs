@@ -7,9 +7,10 @@ use crate::planes::{GROUP_LOG2, PlaneLayout, may_share_scales};
 
 /// The driver rounds every allocation up to this, or more.
 const ALLOCATED: usize = 512;
-/// What operations allocate when they first run, at most: runs of attention (64 MiB), rounded activations
-/// and uploads (64 MiB), graphs and what the driver's pool rounds up to (64 MiB).
-const WORK_BYTES: usize = 192 << 20;
+/// What operations allocate when they first run, at most: runs of attention (64 MiB), weights as halves
+/// (128 MiB, on compute capability 9.0), rounded activations and uploads (64 MiB), graphs and what the
+/// driver's pool rounds up to (64 MiB).
+const WORK_BYTES: usize = 320 << 20;
 /// What a process takes before it asks for anything: the driver's context and the kernels.
 const CONTEXT_BYTES: usize = 512 << 20;
 
@@ -56,7 +57,7 @@ impl Footprint for CudaFootprint {
         }
         Reserve {
             bytes: WORK_BYTES + CONTEXT_BYTES,
-            basis: "work of operations by their limits (192 MiB with graphs and rounding by \
+            basis: "work of operations by their limits (320 MiB with graphs and rounding by \
                     assumption), and 512 MiB for the driver's context and the kernels, assumed because \
                     no device was asked",
         }

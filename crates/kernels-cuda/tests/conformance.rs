@@ -284,8 +284,8 @@ fn a_nan_stays_in_its_row(backend: &CudaBackend) {
     let view = WeightView { name, dtype, rows, columns, bytes, rounding, head: false };
     for bad in [f32::NAN, -f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
         for place in [0, 15, 16, 40, 63] {
-            // Of each kind of product.
-            for n_rows in [3, 100, 300] {
+            // Of each kind of product, and with fewer rows than its tiles have.
+            for n_rows in [3, 20, 40, 100, 300] {
                 let mut x = noise(4, n_rows * 64);
                 x[64 + place] = bad;
                 let out = product(backend, &view, &x);
