@@ -73,8 +73,9 @@ fn the_json_has_every_test_of_the_plan_with_its_samples() {
         let output = test["output"].as_str().unwrap();
         (number(test, "depth"), number(test, "batch"), output)
     });
-    let expected = [0.0, 300.0]
-        .map(|depth| [(depth, 1.0, "logits"), (depth, 1.0, "token"), (depth, 3.0, "logits")]);
+    let outputs = |depth, batch| [(depth, batch, "logits"), (depth, batch, "token")];
+    let expected = [(0.0, 1.0), (0.0, 3.0), (300.0, 1.0), (300.0, 3.0)];
+    let expected = expected.map(|(depth, batch)| outputs(depth, batch));
     assert_eq!(tests.collect::<Vec<_>>(), expected.concat());
     for test in decode {
         check_spread(&test["tokens_per_s"], 2);
