@@ -67,8 +67,7 @@ __device__ void attend(const float *q, const Source &source, Shape shape, const 
             const uint32_t d = lane + 32 * i;
             if (d < D) dot = fmaf(query[i], source.at(row, 0, head, position, d), dot);
         }
-        float score = warp_sum(dot) * shape.scale;
-        if (shape.soft_cap > 0) score = shape.soft_cap * tanhf(score / shape.soft_cap);
+        const float score = shape.score(warp_sum(dot));
         // A NaN must not be lost: `fmaxf` would drop it, the comparison keeps it out of `highest`
         // and `p` has it.
         const float next = score > highest ? score : highest;
@@ -243,8 +242,7 @@ __device__ void attend_run(const float *q, const Pages &pages, uint32_t layer, c
                     dot += __shfl_xor_sync(0xffffffff, dot, step);
                 }
                 if (sizeof(E) == 1) dot *= key_scale[i];
-                float score = dot * shape.scale;
-                if (shape.soft_cap > 0) score = shape.soft_cap * tanhf(score / shape.soft_cap);
+                const float score = shape.score(dot);
                 scores[i] = seen(first + i) ? score : -INFINITY;
                 next = fmaxf(next, scores[i]);
             }

@@ -6,6 +6,7 @@
 #include "copy.cuh"
 #include "pages.cuh"
 #include "shape.cuh"
+#include "softmax.cuh"
 #include "tensor.cuh"
 
 // Rows and positions of a step; warps have 16 rows each.
@@ -108,7 +109,6 @@ __device__ __forceinline__ void attend_tile(const float *q, const Pages &pages, 
                 mma(scores[2 * n + 1], query[k], b[2], b[3]);
             }
         }
-        float next[2] = {highest[0], highest[1]};
 #pragma unroll
         for (int n = 0; n < TILE / 8; n++) {
 #pragma unroll
@@ -116,31 +116,12 @@ __device__ __forceinline__ void attend_tile(const float *q, const Pages &pages, 
                 const uint32_t position = start + 8 * n + pair + i % 2;
                 const uint32_t own = tile.first_position + rows[i / 2];
                 const bool seen = position <= own && (shape.window == 0 || position + shape.window > own);
-                float score = scores[n][i] * shape.scale;
-                if (shape.soft_cap > 0) score = shape.soft_cap * tanhf(score / shape.soft_cap);
+                const float score = shape.score(scores[n][i]);
                 scores[n][i] = seen ? score : -INFINITY;
-                next[i / 2] = fmaxf(next[i / 2], scores[n][i]);
             }
         }
         float keep[2];
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            next[i] = fmaxf(next[i], __shfl_xor_sync(0xffffffff, next[i], 1));
-            next[i] = fmaxf(next[i], __shfl_xor_sync(0xffffffff, next[i], 2));
-            keep[i] = highest[i] == -INFINITY ? 0.0f : __expf(highest[i] - next[i]);
-            highest[i] = next[i];
-            // Of a row that has seen nothing yet all scores are infinitely low.
-            if (next[i] == -INFINITY) next[i] = 0;
-            totals[i] *= keep[i];
-        }
-#pragma unroll
-        for (int n = 0; n < TILE / 8; n++) {
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                scores[n][i] = __expf(scores[n][i] - next[i / 2]);
-                totals[i / 2] += scores[n][i];
-            }
-        }
+        weigh(scores, highest, totals, keep);
 #pragma unroll
         for (int d = 0; d < D / 8; d++) {
 #pragma unroll

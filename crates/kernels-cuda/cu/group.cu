@@ -8,6 +8,7 @@
 #include "pages.cuh"
 #include "runs.cuh"
 #include "shape.cuh"
+#include "softmax.cuh"
 #include "tensor.cuh"
 
 // `src/attention.rs` has the same constants.
@@ -36,37 +37,20 @@ template <int D> struct Sums {
             mma(scores[0], query[k], b[0], b[1]);
             mma(scores[1], query[k], b[2], b[3]);
         }
-        float next[2] = {highest[0], highest[1]};
 #pragma unroll
         for (int n = 0; n < 2; n++) {
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 const uint32_t at = position + 8 * n + 2 * (lane % 4) + i % 2;
-                float score = scores[n][i] * shape.scale;
-                if (shape.soft_cap > 0) score = shape.soft_cap * tanhf(score / shape.soft_cap);
+                const float score = shape.score(scores[n][i]);
                 scores[n][i] = at >= from && at < end ? score : -INFINITY;
-                next[i / 2] = fmaxf(next[i / 2], scores[n][i]);
             }
         }
         float keep[2];
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            next[i] = fmaxf(next[i], __shfl_xor_sync(0xffffffff, next[i], 1));
-            next[i] = fmaxf(next[i], __shfl_xor_sync(0xffffffff, next[i], 2));
-            keep[i] = highest[i] == -INFINITY ? 0.0f : __expf(highest[i] - next[i]);
-            highest[i] = next[i];
-            // Where no position counted yet all scores are infinitely low.
-            if (next[i] == -INFINITY) next[i] = 0;
-            total[i] *= keep[i];
-        }
+        weigh(scores, highest, total, keep);
         uint32_t weights[4];
 #pragma unroll
         for (int n = 0; n < 2; n++) {
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                scores[n][i] = __expf(scores[n][i] - next[i / 2]);
-                total[i / 2] += scores[n][i];
-            }
             weights[2 * n] = pair_of(scores[n][0], scores[n][1]);
             weights[2 * n + 1] = pair_of(scores[n][2], scores[n][3]);
         }

@@ -10,4 +10,11 @@ struct Shape {
     uint32_t window; // 0: none
     float scale;
     float soft_cap; // 0: none
+
+    // The score of a product of a query and a key.
+    __device__ __forceinline__ float score(float dot) const {
+        float score = dot * scale;
+        if (soft_cap > 0) score = soft_cap * tanhf(score / soft_cap);
+        return score;
+    }
 };
