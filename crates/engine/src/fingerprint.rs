@@ -16,6 +16,11 @@ use thiserror::Error;
 /// Time between two calls of a progress function.
 const TELL_EVERY: Duration = Duration::from_millis(100);
 
+/// Niceness of the thread: a tenth of a core that others want. At 19 it would be a seventieth, and a
+/// busy server withholds its answers until the hash is known.
+#[cfg(target_os = "linux")]
+const NICENESS: i32 = 10;
+
 /// Told the bytes hashed so far; its error ends the hash.
 pub type HashProgress<'a> = &'a mut dyn FnMut(u64) -> io::Result<()>;
 
@@ -82,8 +87,7 @@ impl ModelFingerprint {
     /// # Errors
     /// A file is not there, or the system gives no thread.
     pub fn of(model: &str, files: CheckpointFiles) -> io::Result<ModelFingerprint> {
-        let total_bytes = files.len_bytes()?;
-        ModelFingerprint::taken_by(model, total_bytes, move |told| whole(&files, total_bytes, told))
+        Unhashed::new(model, files)?.begin()
     }
 
     /// Runs `hash` over the `total_bytes` of the checkpoint called `model`, on a thread of its own. It
@@ -105,6 +109,7 @@ impl ModelFingerprint {
         });
         let (weak, model) = (Arc::downgrade(&shared), model.to_owned());
         thread::Builder::new().name("exrail-hash".to_owned()).spawn(move || {
+            give_way();
             take(&weak, model, hash);
             drop(running);
         })?;
@@ -178,10 +183,46 @@ impl ModelFingerprint {
     }
 }
 
+/// A checkpoint whose hash has not begun.
+pub(crate) struct Unhashed {
+    model: String,
+    files: CheckpointFiles,
+    total_bytes: u64,
+}
+
+impl Unhashed {
+    /// Of files that have the length that they have now; later ones would be another model's.
+    ///
+    /// # Errors
+    /// A file is not there.
+    pub(crate) fn new(model: &str, files: CheckpointFiles) -> io::Result<Unhashed> {
+        let total_bytes = files.len_bytes()?;
+        Ok(Unhashed { model: model.to_owned(), files, total_bytes })
+    }
+
+    /// Starts to hash.
+    ///
+    /// # Errors
+    /// The system gives no thread.
+    pub(crate) fn begin(self) -> io::Result<ModelFingerprint> {
+        let Unhashed { model, files, total_bytes } = self;
+        ModelFingerprint::taken_by(&model, total_bytes, move |told| {
+            whole(&files, total_bytes, told)
+        })
+    }
+}
+
 impl fmt::Debug for ModelFingerprint {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.state().fmt(f)
     }
+}
+
+/// Lets the threads that load and compute go first, where a thread has a priority of its own. A refusal
+/// leaves it as it was, which is only slower for the others.
+fn give_way() {
+    #[cfg(target_os = "linux")]
+    rustix::process::setpriority_process(None, NICENESS).ok();
 }
 
 /// Runs a hash and leaves what it found. Only a weak reference is held while it runs, so that it ends
@@ -279,6 +320,35 @@ mod tests {
         });
         assert_eq!(fingerprint.state(), FingerprintState::Known("abc"));
         assert_eq!(ModelFingerprint::known("abc").wait(), Ok("abc"));
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn the_hash_lets_other_threads_go_first_and_no_other_thread_does() {
+        let niceness = || rustix::process::getpriority_process(None);
+        let own = niceness().unwrap();
+        let (told, found) = mpsc::channel();
+        let fingerprint = ModelFingerprint::taken_by("m", 0, move |_| {
+            told.send(niceness()).map_err(io::Error::other)?;
+            Ok(String::new())
+        });
+        fingerprint.unwrap().wait().unwrap();
+        assert_eq!(found.recv().unwrap(), Ok(NICENESS));
+        assert_eq!(niceness(), Ok(own), "a niceness is a thread's");
+        // The mutation: a thread that does not give way is as urgent as those that compute.
+        let other = thread::scope(|scope| scope.spawn(niceness).join().unwrap());
+        assert_eq!(other, Ok(own));
+        assert!(own < NICENESS, "expected a test that is more urgent than the hash, found {own}");
+    }
+
+    #[test]
+    fn a_hash_that_begins_late_is_of_the_files_that_there_were() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), b"abc").unwrap();
+        let unhashed = Unhashed::new("m", files(&[file.path()])).unwrap();
+        std::fs::write(file.path(), b"ab").unwrap();
+        let error = unhashed.begin().unwrap().wait().unwrap_err();
+        assert!(error.to_string().contains("2 bytes of the 3"), "{error}");
     }
 
     #[test]

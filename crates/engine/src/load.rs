@@ -16,7 +16,7 @@ use exrail_tensor::IntGrid;
 use exrail_text::{ChatTemplate, TokenRoles, Tokenizer, Vocabulary};
 
 use crate::error::EngineError;
-use crate::fingerprint::ModelFingerprint;
+use crate::fingerprint::{ModelFingerprint, Unhashed};
 use crate::plan::Admission;
 
 /// A generator on a device, not running yet.
@@ -55,7 +55,8 @@ pub struct LoadOptions {
 }
 
 /// Opens a GGUF file, all parts of a split one or a Hugging Face folder and prepares it for `backend`.
-/// The hash of the files goes on beside what follows, until everything that came of this is dropped.
+/// The hash of the files goes on beside what follows, until everything that came of this is dropped; on a
+/// device that runs ahead it begins before the weights are loaded.
 ///
 /// # Errors
 /// The model is refused (see [`exrail_checkpoint::LoadError`]), its vocabulary or template does not
@@ -93,14 +94,20 @@ fn load_opened<B: Backend>(
     progress: &mut dyn FnMut(LoadProgress),
 ) -> Result<Loaded<B>, EngineError> {
     let shown = path.display().to_string();
-    let sha256 = checkpoint.files().and_then(|files| ModelFingerprint::of(&shown, files));
-    let sha256 = sha256.map_err(|source| EngineError::Io { path: shown, source })?;
+    let failed = |source| EngineError::Io { path: shown.clone(), source };
+    let unhashed = checkpoint.files().and_then(|files| Unhashed::new(&shown, files));
+    let unhashed = unhashed.map_err(failed)?;
+    // Where this machine's cores compute, loading needs all of them. Where they only feed the device, the
+    // hash of a large file is known that much earlier.
+    let hash =
+        if backend.runs_ahead() { Ok(unhashed.begin().map_err(failed)?) } else { Err(unhashed) };
     let file_name = || path.file_stem().map(|stem| stem.to_string_lossy().into_owned());
     let split_name = SplitName::of(path).map(|name| name.model().to_owned());
     let name = split_name.or_else(file_name).unwrap_or_else(|| path.display().to_string());
     let prepared = Prepared::of(backend, &checkpoint, options, progress)?;
     drop(checkpoint);
     prepared.backend.release_unused();
+    let sha256 = hash.or_else(Unhashed::begin).map_err(failed)?;
     Ok(prepared.identify(name, sha256))
 }
 
