@@ -11,7 +11,7 @@ use exrail_engine::{
     warm_up,
 };
 use exrail_hub::{Kind, Resolved};
-use exrail_kernels::Backend;
+use exrail_kernels::{Backend, DeviceCounters};
 use exrail_kernels_cpu::CpuBackend;
 use exrail_retrieval::{Collection, Encode};
 use exrail_server::{
@@ -167,15 +167,16 @@ impl Boot<'_> {
             anyhow::Ok((engine, detail))
         })?;
         self.board.run(Phase::WarmUp, || {
-            let report = warm_up(&engine, &WarmUpPlan::short(&engine))?;
+            let report = warm_up(&engine, &WarmUpPlan::of(&engine))?;
             if !report.is_stable {
                 bail!("warm-up: expected the same greedy tokens on every run, found others");
             }
             let detail = format!(
-                "{} buckets, {} tokens; cold start {:.1}x a warm one, paid here",
+                "{} buckets, {} tokens; cold start {:.1}x a warm one, paid here{}",
                 report.buckets.len(),
                 report.n_tokens,
-                report.cold_ratio
+                report.cold_ratio,
+                built(&report.built)
             );
             Ok(((), detail))
         })?;
@@ -225,6 +226,16 @@ impl Boot<'_> {
             Ok((askers, details.join("; ")))
         })
     }
+}
+
+/// What a device had built when the warm-up fence closed, for people; nothing of one that builds nothing.
+fn built(counters: &DeviceCounters) -> String {
+    let named = counters.named().into_iter().filter(|&(_, n)| n > 0);
+    let named: Vec<String> = named.map(|(name, n)| format!("{name} {n}")).collect();
+    if named.is_empty() {
+        return String::new();
+    }
+    format!("; built: {}", named.join(", "))
 }
 
 /// The phases from weights to an engine that has generated tokens.

@@ -1,7 +1,9 @@
 //! What can be read of the engine from outside while it runs: atomics that its thread writes.
 
-use std::sync::atomic::{AtomicU8, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
+
+use exrail_kernels::DeviceCounters;
 
 use crate::sequence::Traffic;
 
@@ -47,6 +49,11 @@ pub struct Counters {
     pub panics: u64,
     /// Violations of the page books (G-17).
     pub kv_faults: u64,
+    /// What the device has built since it was opened, warm-up included; as of the last step.
+    pub built: DeviceCounters,
+    /// The part of it that was built behind the warm-up fence, which is to be nothing; `None` before the
+    /// fence is closed.
+    pub built_after_fence: Option<DeviceCounters>,
     /// Time since the engine last completed a step or became busy.
     pub since_progress: Duration,
 }
@@ -70,6 +77,39 @@ pub(crate) struct Gauges {
     pages_total: usize,
     pages_free: AtomicUsize,
     totals: [AtomicU64; Total::COUNT],
+    built: Built,
+    built_after_fence: Built,
+    fence_is_closed: AtomicBool,
+}
+
+/// [`DeviceCounters`] that one thread writes and others read.
+#[derive(Debug, Default)]
+struct Built {
+    module_loads: AtomicU64,
+    graph_captures: AtomicU64,
+    gemm_autotunes: AtomicU64,
+    device_allocs: AtomicU64,
+    nccl_inits: AtomicU64,
+}
+
+impl Built {
+    fn store(&self, counters: &DeviceCounters) {
+        self.module_loads.store(counters.module_loads, Ordering::Relaxed);
+        self.graph_captures.store(counters.graph_captures, Ordering::Relaxed);
+        self.gemm_autotunes.store(counters.gemm_autotunes, Ordering::Relaxed);
+        self.device_allocs.store(counters.device_allocs, Ordering::Relaxed);
+        self.nccl_inits.store(counters.nccl_inits, Ordering::Relaxed);
+    }
+
+    fn load(&self) -> DeviceCounters {
+        DeviceCounters {
+            module_loads: self.module_loads.load(Ordering::Relaxed),
+            graph_captures: self.graph_captures.load(Ordering::Relaxed),
+            gemm_autotunes: self.gemm_autotunes.load(Ordering::Relaxed),
+            device_allocs: self.device_allocs.load(Ordering::Relaxed),
+            nccl_inits: self.nccl_inits.load(Ordering::Relaxed),
+        }
+    }
 }
 
 /// Index of a total.
@@ -101,6 +141,9 @@ impl Gauges {
             pages_total,
             pages_free: AtomicUsize::new(pages_total),
             totals: std::array::from_fn(|_| AtomicU64::new(0)),
+            built: Built::default(),
+            built_after_fence: Built::default(),
+            fence_is_closed: AtomicBool::new(false),
         }
     }
 
@@ -129,6 +172,13 @@ impl Gauges {
 
     pub(crate) fn set_pages_free(&self, free: usize) {
         self.pages_free.store(free, Ordering::Release);
+    }
+
+    /// What the device has built, and what of it behind the fence; `None` while that is open.
+    pub(crate) fn set_built(&self, built: &DeviceCounters, after_fence: Option<&DeviceCounters>) {
+        self.built.store(built);
+        self.built_after_fence.store(after_fence.unwrap_or(&DeviceCounters::default()));
+        self.fence_is_closed.store(after_fence.is_some(), Ordering::Release);
     }
 
     pub(crate) fn set_state(&self, state: EngineState) {
@@ -160,6 +210,7 @@ impl Gauges {
     pub(crate) fn snapshot(&self) -> Counters {
         let total = |total: Total| self.totals[total as usize].load(Ordering::Relaxed);
         let last = self.last_progress_ms.load(Ordering::Acquire);
+        let fence_is_closed = self.fence_is_closed.load(Ordering::Acquire);
         Counters {
             state: self.state(),
             sequences_running: self.running.load(Ordering::Acquire),
@@ -175,6 +226,8 @@ impl Gauges {
             failed: total(Total::Failed),
             panics: total(Total::Panics),
             kv_faults: total(Total::KvFaults),
+            built: self.built.load(),
+            built_after_fence: fence_is_closed.then(|| self.built_after_fence.load()),
             since_progress: Duration::from_millis(self.now_ms().saturating_sub(last)),
         }
     }

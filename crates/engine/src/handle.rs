@@ -5,13 +5,13 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use exrail_checkpoint::DecoderConfig;
-use exrail_kernels::{Backend, KvDtype, PAGE_TOKENS};
+use exrail_kernels::{Backend, DeviceCounters, KvDtype, PAGE_TOKENS};
 use exrail_model::kv_shape;
 use exrail_text::{ChatTemplate, Tokenizer};
 
 use crate::counters::{Counters, EngineState, Gauges};
 use crate::error::{EngineError, ScoreError, SubmitError};
-use crate::event::{Generation, SequenceFault, SequenceId};
+use crate::event::{Event, Generation, SequenceFault, SequenceId};
 use crate::fingerprint::ModelFingerprint;
 use crate::load::Loaded;
 use crate::request::GenerateRequest;
@@ -82,7 +82,13 @@ pub struct EngineFacts {
 #[derive(Debug)]
 pub(crate) enum Command {
     Submit(Waiting),
+    /// Sequences that begin in one step, as far as there is room.
+    SubmitTogether(Vec<Waiting>),
     Cancel(SequenceId),
+    /// The device may build what it needs, until the fence is closed.
+    OpenFence,
+    /// It is to build nothing from here on; answered when that holds.
+    CloseFence(flume::Sender<DeviceCounters>),
     Shutdown,
 }
 
@@ -145,20 +151,35 @@ impl EngineHandle {
     /// # Errors
     /// See [`SubmitError`].
     pub fn submit(&self, request: GenerateRequest) -> Result<Generation, SubmitError> {
-        self.submit_as(request, Traffic::User)
+        let (job, events) = self.job(request)?;
+        let id = self.enqueue(job)?;
+        Ok(Generation { id, events, commands: self.commands.clone() })
     }
 
-    pub(crate) fn submit_as(
+    /// Queues sequences that warm the engine and begin together, whatever the limit of the queue.
+    pub(crate) fn warm(
         &self,
-        request: GenerateRequest,
-        traffic: Traffic,
-    ) -> Result<Generation, SubmitError> {
+        requests: Vec<GenerateRequest>,
+    ) -> Result<Vec<Generation>, SubmitError> {
+        let jobs = requests.into_iter().map(|request| self.job(request));
+        let jobs: Vec<_> = jobs.collect::<Result<_, SubmitError>>()?;
+        let (mut waiting, mut generations) = (Vec::new(), Vec::new());
+        for (job, events) in jobs {
+            let job = self.wait(job, Traffic::WarmUp, usize::MAX)?;
+            generations.push(Generation { id: job.id, events, commands: self.commands.clone() });
+            waiting.push(job);
+        }
+        let n_places = waiting.len();
+        self.send(Command::SubmitTogether(waiting), n_places)?;
+        Ok(generations)
+    }
+
+    /// What the engine's thread gets of a request, and where its events come out.
+    fn job(&self, request: GenerateRequest) -> Result<(Job, flume::Receiver<Event>), SubmitError> {
         request.validate(self.shared.facts.vocab_len)?;
         self.check_lengths(request.prompt.len(), request.max_tokens)?;
         let (sender, events) = flume::unbounded();
-        let job = Job::Generate { request: Box::new(request), events: sender };
-        let id = self.enqueue(job, traffic)?;
-        Ok(Generation { id, events, commands: self.commands.clone() })
+        Ok((Job::Generate { request: Box::new(request), events: sender }, events))
     }
 
     /// Most tokens that can follow a prompt of this length; 0 if the prompt is too long.
@@ -185,7 +206,7 @@ impl EngineHandle {
             return Err(SubmitError::PromptTooLong { tokens: n_rows, limit }.into());
         }
         let (rows, receiver) = flume::unbounded();
-        self.enqueue(Job::Score { ids, rows }, Traffic::User)?;
+        self.enqueue(Job::Score { ids, rows })?;
         for position in 0..n_rows {
             let row = receiver.recv().map_err(|_| SequenceFault::Stopped)??;
             visit(position, &row);
@@ -207,6 +228,18 @@ impl EngineHandle {
     #[must_use]
     pub fn counters(&self) -> Counters {
         self.shared.gauges.snapshot()
+    }
+
+    /// Lets the device build what it needs without a word.
+    pub(crate) fn open_fence(&self) {
+        drop(self.commands.send(Command::OpenFence)); // a stopped engine builds nothing
+    }
+
+    /// Closes the warm-up fence and says what the device has built by then; `None` of a stopped engine.
+    pub(crate) fn close_fence(&self) -> Option<DeviceCounters> {
+        let (sender, built) = flume::bounded(1);
+        self.commands.send(Command::CloseFence(sender)).ok()?;
+        built.recv().ok()
     }
 
     /// What does not change.
@@ -249,19 +282,31 @@ impl EngineHandle {
         Ok(())
     }
 
-    fn enqueue(&self, job: Job, traffic: Traffic) -> Result<SequenceId, SubmitError> {
+    fn enqueue(&self, job: Job) -> Result<SequenceId, SubmitError> {
+        let waiting = self.wait(job, Traffic::User, self.shared.facts.options.queue_limit)?;
+        let id = waiting.id;
+        self.send(Command::Submit(waiting), 1)?;
+        Ok(id)
+    }
+
+    /// Takes a place in the queue.
+    fn wait(&self, job: Job, traffic: Traffic, limit: usize) -> Result<Waiting, SubmitError> {
         let gauges = &self.shared.gauges;
         if gauges.state() != EngineState::Running {
             return Err(SubmitError::Stopped);
         }
-        let limit = self.shared.facts.options.queue_limit;
         if !gauges.enter_queue(limit) {
             return Err(SubmitError::QueueFull { limit });
         }
         let id = SequenceId(self.shared.next_id.fetch_add(1, Ordering::Relaxed));
-        let waiting = Waiting { id, traffic, submitted: Instant::now(), job };
-        if self.commands.send(Command::Submit(waiting)).is_err() {
-            gauges.leave_queue();
+        Ok(Waiting { id, traffic, submitted: Instant::now(), job })
+    }
+
+    /// Hands over what has taken so many places.
+    fn send(&self, command: Command, n_places: usize) -> Result<(), SubmitError> {
+        let gauges = &self.shared.gauges;
+        if self.commands.send(command).is_err() {
+            (0..n_places).for_each(|_| gauges.leave_queue());
             return Err(SubmitError::Stopped);
         }
         // A stopping thread sets its state and then empties the channel; a command that comes after
@@ -269,7 +314,7 @@ impl EngineHandle {
         if gauges.state() != EngineState::Running {
             return Err(SubmitError::Stopped);
         }
-        Ok(id)
+        Ok(())
     }
 }
 

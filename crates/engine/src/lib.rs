@@ -12,13 +12,15 @@
 //! - `sampler`, `distribution`, `philox`, `output`: from logits to text.
 //! - `plan`: what all of it takes on a device, before anything does.
 //! - `fingerprint`: the model's hash, known some time after the engine answers.
-//! - `warm_up`: the fence before the first user token. `encoder`: the sentence encoder.
+//! - `warm_up`: the fence before the first user token; `fence`: what the device builds behind it.
+//! - `encoder`: the sentence encoder.
 
 mod counters;
 mod distribution;
 mod encoder;
 mod error;
 mod event;
+mod fence;
 mod fingerprint;
 mod handle;
 mod load;

@@ -1,4 +1,4 @@
-//! The warm-up fence (G-05), first cut: real generations through the production path before the
+//! The warm-up fence (G-05): real generations through the production path before the
 //! first user token.
 //!
 //! A bucket is a shape that a request may bring: so many sequences decoding at once, or a prompt of
@@ -6,16 +6,19 @@
 //! built tables and cold caches. Warm-up sequences take pages and steps like any other, give every
 //! page back, and are left out of the public totals; draws are keyed by (seed, sequence, step), so
 //! they consume no randomness either.
+//!
+//! What a device builds for a shape, such as the graph of a step, it builds here: when the plan has run, the
+//! fence closes, and the engine says what grows behind it.
 
 use std::time::{Duration, Instant};
 
+use exrail_kernels::DeviceCounters;
 use thiserror::Error;
 
 use crate::error::SubmitError;
 use crate::event::{Event, Finish, Generation, SequenceFault, Timings};
 use crate::handle::EngineHandle;
 use crate::request::{GenerateRequest, Sampling};
-use crate::sequence::Traffic;
 
 /// Which shapes to warm.
 #[derive(Clone, Debug, PartialEq)]
@@ -24,6 +27,9 @@ pub struct WarmUpPlan {
     pub decode_buckets: Vec<usize>,
     /// Prompt lengths in tokens.
     pub prefill_buckets: Vec<usize>,
+    /// Numbers of sequences that run once beside the buckets, greedily, and once with all logits: what a
+    /// device builds for each is there then. Their times are not taken.
+    pub shapes: Vec<usize>,
     /// Tokens to generate a run.
     pub n_tokens: usize,
     /// Runs of each bucket, at least 2: the first is the cold one.
@@ -33,6 +39,17 @@ pub struct WarmUpPlan {
 }
 
 impl WarmUpPlan {
+    /// [`WarmUpPlan::full`] for a device that has built something to get here, [`WarmUpPlan::short`] for
+    /// one that builds nothing.
+    #[must_use]
+    pub fn of(handle: &EngineHandle) -> WarmUpPlan {
+        if handle.counters().built.is_zero() {
+            WarmUpPlan::short(handle)
+        } else {
+            WarmUpPlan::full(handle)
+        }
+    }
+
     /// Buckets for a device that builds nothing per shape, such as a CPU: one sequence and all that
     /// the engine can run, up to 8; one token and a prompt of 64.
     #[must_use]
@@ -40,10 +57,16 @@ impl WarmUpPlan {
         let most = handle.facts().options.max_sequences.min(8);
         let mut decode_buckets = vec![1, most];
         decode_buckets.dedup();
-        WarmUpPlan { decode_buckets, prefill_buckets: vec![64], ..WarmUpPlan::full(handle) }
+        WarmUpPlan {
+            decode_buckets,
+            prefill_buckets: vec![64],
+            shapes: Vec::new(),
+            ..WarmUpPlan::full(handle)
+        }
     }
 
-    /// The buckets of G-05, cut to what the engine can run.
+    /// The buckets of G-05, cut to what the engine can run, and every number of sequences up to their
+    /// largest.
     #[must_use]
     pub fn full(handle: &EngineHandle) -> WarmUpPlan {
         let facts = handle.facts();
@@ -59,6 +82,7 @@ impl WarmUpPlan {
                 .filter(|&n| n <= facts.options.max_sequences)
                 .collect(),
             prefill_buckets,
+            shapes: (1..=facts.options.max_sequences.min(32)).collect(),
             n_tokens: 10,
             repeats: 3,
             cold_ratio_max: 1.5,
@@ -80,6 +104,8 @@ pub struct WarmUpReport {
     pub is_stable: bool,
     /// Tokens generated.
     pub n_tokens: usize,
+    /// What the device had built when the fence closed; all zeros of one that builds nothing.
+    pub built: DeviceCounters,
     /// Wall time.
     pub took: Duration,
 }
@@ -119,12 +145,15 @@ pub enum WarmUpError {
     },
 }
 
-/// Runs the plan. Call it before anybody else submits: other traffic would falsify its times.
+/// Runs the plan and closes the fence: what the device builds from here on is counted in
+/// [`crate::Counters::built_after_fence`] and warned of. Call it before anybody else submits: other traffic
+/// would falsify its times.
 ///
 /// # Errors
 /// See [`WarmUpError`].
 pub fn warm_up(handle: &EngineHandle, plan: &WarmUpPlan) -> Result<WarmUpReport, WarmUpError> {
     let start = Instant::now();
+    handle.open_fence();
     let decode = plan.decode_buckets.iter().map(|&n| (n, 1));
     let prefill = plan.prefill_buckets.iter().map(|&n| (1, n));
     let mut report = WarmUpReport {
@@ -133,11 +162,12 @@ pub fn warm_up(handle: &EngineHandle, plan: &WarmUpPlan) -> Result<WarmUpReport,
         is_warm: true,
         is_stable: true,
         n_tokens: 0,
+        built: DeviceCounters::default(),
         took: Duration::ZERO,
     };
     for (n_sequences, n_prompt) in decode.chain(prefill) {
         let runs = (0..plan.repeats.max(2))
-            .map(|_| run(handle, n_sequences, n_prompt, plan.n_tokens))
+            .map(|_| run(handle, n_sequences, n_prompt, plan.n_tokens, &Sampling::greedy()))
             .collect::<Result<Vec<Run>, _>>()?;
         let first_token_ms: Vec<f64> = runs.iter().map(|run| run.first_token_ms).collect();
         let later = median(&first_token_ms[1..]);
@@ -155,6 +185,13 @@ pub fn warm_up(handle: &EngineHandle, plan: &WarmUpPlan) -> Result<WarmUpReport,
             cold_ratio,
         });
     }
+    for &n_sequences in &plan.shapes {
+        for sampling in [Sampling::greedy(), Sampling::default()] {
+            let run = run(handle, n_sequences, 1, plan.n_tokens, &sampling)?;
+            report.n_tokens += run.ids.iter().map(Vec::len).sum::<usize>();
+        }
+    }
+    report.built = handle.close_fence().ok_or(SequenceFault::Stopped)?;
     report.took = start.elapsed();
     Ok(report)
 }
@@ -171,10 +208,14 @@ fn run(
     n_sequences: usize,
     n_prompt: usize,
     n_tokens: usize,
+    sampling: &Sampling,
 ) -> Result<Run, WarmUpError> {
-    let submit =
-        |sequence| handle.submit_as(request(handle, sequence, n_prompt, n_tokens), Traffic::WarmUp);
-    let generations = (0..n_sequences).map(submit).collect::<Result<Vec<Generation>, _>>()?;
+    let request = |sequence| {
+        let mut request = request(handle, sequence, n_prompt, n_tokens);
+        request.sampling = sampling.clone();
+        request
+    };
+    let generations = handle.warm((0..n_sequences).map(request).collect())?;
     let mut run = Run { first_token_ms: 0.0, inter_token_ms: 0.0, ids: Vec::new() };
     let gaps = u32::try_from(n_tokens.saturating_sub(1).max(1)).unwrap_or(u32::MAX);
     for generation in &generations {
@@ -201,7 +242,6 @@ fn request(
     let prompt = (0..n_prompt).map(|i| (101 + 31 * i + 7 * sequence) % vocab_len);
     let prompt = prompt.map(|id| u32::try_from(id).expect("token ids are 32 bits wide")).collect();
     let mut request = GenerateRequest::new(prompt, n_tokens);
-    request.sampling = Sampling::greedy();
     request.stop_at_eos = false;
     request
 }

@@ -20,13 +20,14 @@ use std::convert::Infallible;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
-use exrail_kernels::{Backend, PAGE_TOKENS};
+use exrail_kernels::{Backend, DeviceCounters, PAGE_TOKENS};
 use exrail_model::Scratch;
 
 use self::step::Flight;
 use crate::counters::{EngineState, Gauges, Total};
 use crate::error::EngineError;
 use crate::event::{SequenceFault, SequenceId};
+use crate::fence::Fence;
 use crate::handle::{Command, EngineFacts, EngineOptions};
 use crate::load::Loaded;
 use crate::pages::{PageFault, Pages};
@@ -60,6 +61,8 @@ pub(crate) struct Worker<B: Backend> {
     runs_ahead: bool,
     /// The step whose tokens are yet to be accepted.
     flight: Option<Flight<B::Found>>,
+    /// What the device had built when warming ended; `None` before.
+    fence: Option<Fence>,
     n_steps: u64,
     panics_in_a_row: u32,
 }
@@ -85,6 +88,7 @@ impl<B: Backend> Worker<B> {
         let scratch = loaded.decoder.scratch(&loaded.backend, max_rows, max_logit_rows)?;
         let shape = loaded.decoder.kv_shape(facts.kv_pages, options.kv_dtype);
         let pool = loaded.backend.kv_pool(shape)?;
+        gauges.set_built(&loaded.backend.built(), None);
         Ok(Worker {
             scratch,
             pool,
@@ -100,6 +104,7 @@ impl<B: Backend> Worker<B> {
             logits: vec![0.0; loaded.config.vocab_size],
             runs_ahead: loaded.backend.runs_ahead(),
             flight: None,
+            fence: None,
             n_steps: 0,
             panics_in_a_row: 0,
             loaded,
@@ -127,7 +132,11 @@ impl<B: Backend> Worker<B> {
         for command in self.commands.drain() {
             match command {
                 Command::Submit(waiting) => self.waiting.push_back(waiting),
-                Command::Cancel(_) | Command::Shutdown => {}
+                Command::SubmitTogether(waiting) => self.waiting.extend(waiting),
+                Command::Cancel(_)
+                | Command::OpenFence
+                | Command::CloseFence(_)
+                | Command::Shutdown => {}
             }
         }
         self.fail_all(&SequenceFault::Stopped);
@@ -141,6 +150,7 @@ impl<B: Backend> Worker<B> {
         self.admit();
         if !self.running.is_empty() || self.flight.is_some() {
             self.step();
+            self.watch_fence();
             if self.n_steps.is_multiple_of(AUDIT_EVERY) {
                 self.audit();
             }
@@ -170,12 +180,38 @@ impl<B: Backend> Worker<B> {
                     self.gauges.count(waiting.traffic, Total::Submitted, 1);
                     self.waiting.push_back(waiting);
                 }
+                Command::SubmitTogether(waiting) => {
+                    for waiting in waiting {
+                        self.gauges.count(waiting.traffic, Total::Submitted, 1);
+                        self.waiting.push_back(waiting);
+                    }
+                }
                 Command::Cancel(id) => self.cancel(id),
+                Command::OpenFence => {
+                    self.fence = None;
+                    self.watch_fence();
+                }
+                Command::CloseFence(sender) => self.close_fence(&sender),
                 Command::Shutdown => return Turn::End(EngineState::Stopped),
             }
             next = self.commands.try_recv().ok();
         }
         Turn::Next
+    }
+
+    /// Whoever asked may have gone.
+    fn close_fence(&mut self, sender: &flume::Sender<DeviceCounters>) {
+        let built = self.loaded.backend.built();
+        self.fence = Some(Fence::closed_at(built));
+        self.watch_fence();
+        sender.send(built).ok();
+    }
+
+    /// Publishes what the device has built, and warns of what it built behind the fence.
+    fn watch_fence(&mut self) {
+        let built = self.loaded.backend.built();
+        let after_fence = self.fence.as_mut().map(|fence| fence.check(&built));
+        self.gauges.set_built(&built, after_fence.as_ref());
     }
 
     /// An id that is not here has ended already.

@@ -3,8 +3,9 @@
 use std::sync::Arc;
 
 use exrail_kernels::{
-    Activation, AttentionShape, AttentionSpan, Backend, GateActivation, HeadRows, KernelError,
-    KvShape, KvSlot, Largest, NormKind, Normed, PageId, Places, Rope, Span, TokenId, WeightView,
+    Activation, AttentionShape, AttentionSpan, Backend, DeviceCounters, GateActivation, HeadRows,
+    KernelError, KvShape, KvSlot, Largest, NormKind, Normed, PageId, Places, Rope, Span, TokenId,
+    WeightView,
 };
 
 use crate::found::{CudaFound, Slots};
@@ -77,11 +78,19 @@ impl CudaBackend {
         CudaBackend { options, ..self.clone() }
     }
 
+    /// The same card in another mode, see [`CudaOptions::batch_invariant`]. Weights, pools and buffers of the
+    /// one are those of the other.
+    #[must_use]
+    pub fn with_batch_invariant(&self, batch_invariant: bool) -> CudaBackend {
+        let options = CudaOptions { batch_invariant, ..self.options };
+        CudaBackend { options, ..self.clone() }
+    }
+
     /// CUDA graphs that were ever made: one for each list of launches that came a second time. It does
     /// not grow in steps of shapes that ran before.
     #[must_use]
     pub fn n_graphs(&self) -> u64 {
-        self.stream.n_graphs()
+        self.stream.built().graph_captures
     }
 
     /// The device's queue.
@@ -137,6 +146,10 @@ impl Backend for CudaBackend {
 
     fn runs_ahead(&self) -> bool {
         true
+    }
+
+    fn built(&self) -> DeviceCounters {
+        self.stream.built()
     }
 
     fn weight(&self, view: &WeightView<'_>) -> Result<CudaWeight, KernelError> {

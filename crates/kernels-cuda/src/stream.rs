@@ -6,14 +6,17 @@ use std::{
     collections::HashMap,
     ffi::CString,
     fmt,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 
 use cudarc::driver::{
     CudaContext, CudaSlice, CudaStream, DevicePtr, DevicePtrMut, DeviceRepr, DriverError, result,
     sys,
 };
-use exrail_kernels::KernelError;
+use exrail_kernels::{DeviceCounters, KernelError};
 
 use crate::layout::Machine;
 use crate::loader::Loader;
@@ -187,6 +190,7 @@ pub(crate) struct Stream {
     machine: Machine,
     shared: Mutex<Shared>,
     loader: Mutex<Option<Loader>>, // while a model is loaded
+    n_allocations: AtomicU64,      // of the device's memory, ever
 }
 
 impl fmt::Debug for Stream {
@@ -218,7 +222,18 @@ impl Stream {
             depth: device::ring_depth(&facts),
         };
         let loader = Mutex::default();
-        Ok(Stream { facts, context, stream, kernels, formats, machine, shared, loader })
+        let n_allocations = AtomicU64::new(0);
+        Ok(Stream {
+            facts,
+            context,
+            stream,
+            kernels,
+            formats,
+            machine,
+            shared,
+            loader,
+            n_allocations,
+        })
     }
 
     /// The products of a format, by its place in `weight::SUFFIXES`.
@@ -245,11 +260,16 @@ impl Stream {
     /// Zeroed memory.
     fn zeroed(&self, bytes: usize, what: &str) -> Result<CudaSlice<u8>, KernelError> {
         // An empty allocation has no address.
-        self.stream.alloc_zeros(bytes.max(16)).map_err(|_| KernelError::OutOfMemory {
+        self.allocate(bytes.max(16)).map_err(|_| KernelError::OutOfMemory {
             what: what.to_owned(),
             wanted_bytes: bytes,
             device: self.device(),
         })
+    }
+
+    fn allocate(&self, bytes: usize) -> Result<CudaSlice<u8>, DriverError> {
+        self.n_allocations.fetch_add(1, Ordering::Relaxed);
+        self.stream.alloc_zeros(bytes)
     }
 
     /// Where memory starts.
@@ -276,7 +296,7 @@ impl Stream {
         self.flush();
         if loader.is_none() {
             let allocate = |wanted| {
-                let memory = self.stream.alloc_zeros(wanted)?;
+                let memory = self.allocate(wanted)?;
                 let Address(start) = self.address(&memory);
                 Ok::<_, DriverError>((memory, start))
             };
@@ -459,9 +479,14 @@ impl Stream {
         done
     }
 
-    /// Graphs that were ever made.
-    pub(crate) fn n_graphs(&self) -> u64 {
-        self.shared().queue.n_graphs()
+    /// What was built since the device was opened. All modules are loaded there.
+    pub(crate) fn built(&self) -> DeviceCounters {
+        DeviceCounters {
+            module_loads: BINARIES.len() as u64,
+            graph_captures: self.shared().queue.n_graphs(),
+            device_allocs: self.n_allocations.load(Ordering::Relaxed),
+            ..DeviceCounters::default()
+        }
     }
 
     fn shared(&self) -> MutexGuard<'_, Shared> {

@@ -407,6 +407,62 @@ pub struct HeadNorms<'a, Buffer> {
 
 /// A device: the operations that the decoder and the encoder are written in.
 ///
+/// What a device has built since it was opened (G-05). Building takes milliseconds that the first user of
+/// a shape would wait for; after the warm-up fence nothing of it is to grow.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DeviceCounters {
+    /// Modules of kernels that were loaded.
+    pub module_loads: u64,
+    /// Graphs that were made of launches.
+    pub graph_captures: u64,
+    /// Products whose kernel was chosen by trying. No device here tries: choices are computed from the
+    /// shape and the card, and this stays 0.
+    pub gemm_autotunes: u64,
+    /// Allocations of the device's own memory; 0 where that is the system's.
+    pub device_allocs: u64,
+    /// Communicators between devices. No device here joins others, and this stays 0.
+    pub nccl_inits: u64,
+}
+
+impl DeviceCounters {
+    /// Every counter with its name in G-05.
+    #[must_use]
+    pub fn named(&self) -> [(&'static str, u64); 5] {
+        let DeviceCounters {
+            module_loads,
+            graph_captures,
+            gemm_autotunes,
+            device_allocs,
+            nccl_inits,
+        } = *self;
+        [
+            ("module_loads", module_loads),
+            ("graph_captures", graph_captures),
+            ("gemm_autotunes", gemm_autotunes),
+            ("device_allocs", device_allocs),
+            ("nccl_inits", nccl_inits),
+        ]
+    }
+
+    /// What was built since `earlier`.
+    #[must_use]
+    pub fn since(&self, earlier: &DeviceCounters) -> DeviceCounters {
+        DeviceCounters {
+            module_loads: self.module_loads.saturating_sub(earlier.module_loads),
+            graph_captures: self.graph_captures.saturating_sub(earlier.graph_captures),
+            gemm_autotunes: self.gemm_autotunes.saturating_sub(earlier.gemm_autotunes),
+            device_allocs: self.device_allocs.saturating_sub(earlier.device_allocs),
+            nccl_inits: self.nccl_inits.saturating_sub(earlier.nccl_inits),
+        }
+    }
+
+    /// Whether nothing was built.
+    #[must_use]
+    pub fn is_zero(&self) -> bool {
+        *self == DeviceCounters::default()
+    }
+}
+
 /// Defined by [`crate::reference`]; every implementation runs [`crate::conformance`].
 /// Operations run in the order of the calls, and what is read of their results is there when the call
 /// returns. Those with a body are several of the others in a
@@ -433,6 +489,12 @@ pub trait Backend: Send + Sync + 'static {
     /// the one in front of it was read. Where they do not, a step that turns out to be needless is lost.
     fn runs_ahead(&self) -> bool {
         false
+    }
+
+    /// What it has built since it was opened; all zeros of a device that builds nothing. Asked for after
+    /// every step.
+    fn built(&self) -> DeviceCounters {
+        DeviceCounters::default()
     }
 
     /// Prepares a matrix.

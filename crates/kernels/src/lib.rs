@@ -10,9 +10,9 @@ mod ledger;
 pub mod reference;
 
 pub use backend::{
-    Activation, AttentionShape, AttentionSpan, Backend, GateActivation, HeadNorms, HeadRows,
-    InputRounding, KernelError, KvDtype, KvShape, KvSlot, Largest, NormKind, Normed, PAGE_TOKENS,
-    PageId, Places, Rope, RopeStyle, Span, TokenId, WeightView, int8_scale,
+    Activation, AttentionShape, AttentionSpan, Backend, DeviceCounters, GateActivation, HeadNorms,
+    HeadRows, InputRounding, KernelError, KvDtype, KvShape, KvSlot, Largest, NormKind, Normed,
+    PAGE_TOKENS, PageId, Places, Rope, RopeStyle, Span, TokenId, WeightView, int8_scale,
 };
 pub use footprint::{Extent, Footprint, Reserve, WeightShape};
 pub use ledger::{Entries, Ledger, LedgerWeight};

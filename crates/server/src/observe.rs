@@ -137,6 +137,22 @@ fn engine_lines(text: &mut Text, counters: &exrail_engine::Counters) {
     metric("sequences_failed_total", "counter", "Sequences given up.", counters.failed);
     metric("engine_panics_total", "counter", "Steps that panicked.", counters.panics);
     metric("kv_faults_total", "counter", "Violations of the page books.", counters.kv_faults);
+    for (name, n) in counters.built.named() {
+        let help = "What the device has built of this kind, warm-up included (G-05).";
+        metric(&format!("{name}_total"), "counter", help, n);
+    }
+    if let Some(after_fence) = counters.built_after_fence {
+        built_after_fence(text, &after_fence);
+    }
+}
+
+/// No line before the fence is closed: a zero would say that it holds.
+fn built_after_fence(text: &mut Text, built: &exrail_kernels::DeviceCounters) {
+    let name = "exrail_built_after_fence";
+    text.head(name, "gauge", "What the device has built since the warm-up: expected 0 (G-05).");
+    for (counter, n) in built.named() {
+        text.line(&format!("{name}{{counter=\"{counter}\"}}"), n);
+    }
 }
 
 #[derive(Default)]

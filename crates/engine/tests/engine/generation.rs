@@ -239,7 +239,8 @@ fn warm_up_measures_and_leaves_no_trace() {
     let report = warm_up(&engine, &WarmUpPlan::full(&engine)).unwrap();
     // Decode buckets 1, 2, 4, 8 and prefill buckets 1, 32 (the chunk), 64, 512.
     assert_eq!(report.buckets.len(), 8);
-    assert_eq!(report.n_tokens, 3 * 10 * (1 + 2 + 4 + 8 + 4));
+    let shapes = 2 * 10 * (1..=8).sum::<usize>();
+    assert_eq!(report.n_tokens, 3 * 10 * (1 + 2 + 4 + 8 + 4) + shapes);
     assert!(report.is_stable);
     assert!(report.cold_ratio > 0.0);
     let counters = engine.counters();

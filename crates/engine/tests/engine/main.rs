@@ -5,5 +5,6 @@
 mod cpu;
 mod encoder;
 mod faults;
+mod fence;
 mod generation;
 mod support;

@@ -1,5 +1,7 @@
 //! Tiny engines for tests: a seeded model on the reference backend, with faults on demand.
 
+use std::collections::BTreeSet;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use exrail_checkpoint::{Checkpoint, Gguf};
@@ -9,8 +11,8 @@ use exrail_engine::{
 };
 use exrail_kernels::reference::Reference;
 use exrail_kernels::{
-    AttentionShape, AttentionSpan, Backend, GateActivation, KernelError, KvDtype, KvShape, KvSlot,
-    Largest, NormKind, PageId, Rope, Span, TokenId, WeightView,
+    AttentionShape, AttentionSpan, Backend, DeviceCounters, GateActivation, KernelError, KvDtype,
+    KvShape, KvSlot, Largest, NormKind, PageId, Rope, Span, TokenId, WeightView,
 };
 use exrail_testkit::{TinyLlama, tiny_llama};
 
@@ -25,6 +27,8 @@ pub(crate) struct Faulty<B> {
     inner: B,
     faults: Faults,
     runs_ahead: bool,
+    /// Numbers of rows for which it has built something; `None`: it builds nothing.
+    shapes: Option<Arc<Mutex<BTreeSet<usize>>>>,
 }
 
 /// The tokens that a [`Faulty`] backend fails on.
@@ -54,6 +58,13 @@ impl<B: Backend> Backend for Faulty<B> {
     fn runs_ahead(&self) -> bool {
         self.runs_ahead
     }
+    fn built(&self) -> DeviceCounters {
+        self.shapes.as_ref().map_or_else(DeviceCounters::default, |shapes| DeviceCounters {
+            module_loads: 1,
+            graph_captures: shapes.lock().unwrap().len() as u64,
+            ..DeviceCounters::default()
+        })
+    }
     fn largest(&self, x: &B::Buffer, n_rows: usize, width: usize, limit: usize) -> B::Found {
         self.inner.largest(x, n_rows, width, limit)
     }
@@ -75,6 +86,9 @@ impl<B: Backend> Backend for Faulty<B> {
 
     fn embed(&self, table: &B::Weight, ids: &[TokenId], scale: f32, out: &mut B::Buffer) {
         assert!(!ids.iter().any(|id| Some(id.0) == self.faults.panic), "injected panic");
+        if let Some(shapes) = &self.shapes {
+            shapes.lock().unwrap().insert(ids.len());
+        }
         self.inner.embed(table, ids, scale, out);
         let width = self.inner.weight_shape(table).1;
         let mut values = vec![0.0; ids.len() * width];
@@ -153,7 +167,15 @@ pub(crate) fn start(options: EngineOptions) -> EngineHandle {
 
 /// On a backend with these faults, and perhaps one whose steps are asked for ahead.
 pub(crate) fn start_with(faults: Faults, runs_ahead: bool, options: EngineOptions) -> EngineHandle {
-    Engine::start(load(Faulty { inner: Reference, faults, runs_ahead }), options).unwrap()
+    let backend = Faulty { inner: Reference, faults, runs_ahead, shapes: None };
+    Engine::start(load(backend), options).unwrap()
+}
+
+/// On a backend without faults that builds a graph for every number of rows.
+pub(crate) fn start_building(options: EngineOptions) -> EngineHandle {
+    let (faults, shapes) = (Faults::default(), Some(Arc::default()));
+    let backend = Faulty { inner: Reference, faults, runs_ahead: true, shapes };
+    Engine::start(load(backend), options).unwrap()
 }
 
 /// Greedy, never sampling the faulty tokens, running to `max_tokens`.

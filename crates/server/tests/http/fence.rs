@@ -4,7 +4,7 @@ use axum::http::{Method, StatusCode, header};
 use exrail_server::Phase;
 use serde_json::json;
 
-use crate::support::{MODEL, cold, services, warm};
+use crate::support::{MODEL, cold, fenced, services, warm};
 
 const GUARDED: [(Method, &str); 9] = [
     (Method::GET, "/v1/models"),
@@ -94,4 +94,25 @@ async fn ready_reports_its_phases() {
     assert_eq!(ready.json()["phases"][1]["phase"], "sentinel");
     let metrics = server.get("/metrics").await;
     assert!(metrics.text.contains("exrail_ready 1\n"), "{}", metrics.text);
+}
+
+#[tokio::test]
+async fn metrics_tell_what_was_built_and_what_of_it_behind_the_fence() {
+    let server = fenced();
+    assert_eq!(server.post("/v1/chat/completions", &chat()).await.status, StatusCode::OK);
+    let metrics = server.get("/metrics").await.text;
+    for name in ["module_loads", "graph_captures", "gemm_autotunes", "device_allocs", "nccl_inits"]
+    {
+        // The CPU builds nothing.
+        for line in [
+            format!("exrail_{name}_total 0"),
+            format!("exrail_built_after_fence{{counter=\"{name}\"}} 0"),
+        ] {
+            assert!(metrics.lines().any(|found| found == line), "{line} in {metrics}");
+        }
+    }
+    // Where no fence was closed, no number says that it holds.
+    let metrics = warm(&[], None).get("/metrics").await.text;
+    assert!(metrics.contains("exrail_device_allocs_total 0\n"), "{metrics}");
+    assert!(!metrics.contains("exrail_built_after_fence"), "{metrics}");
 }

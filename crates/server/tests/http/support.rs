@@ -8,7 +8,8 @@ use axum::{
 };
 use exrail_checkpoint::{Checkpoint, Gguf, sha256_hex};
 use exrail_engine::{
-    Engine, EngineHandle, EngineOptions, Identity, LoadOptions, ModelFingerprint, prepare_generator,
+    Engine, EngineHandle, EngineOptions, Identity, LoadOptions, ModelFingerprint, WarmUpPlan,
+    prepare_generator, warm_up,
 };
 use exrail_kernels::Activation;
 use exrail_kernels_cpu::{CpuBackend, CpuOptions};
@@ -113,6 +114,13 @@ fn services_of(engine: EngineHandle, folder: &Path) -> Services {
 /// Boots with a real sentinel.
 pub(crate) fn warm(keys: &[&str], trace_log: Option<&str>) -> Server {
     boot(cold(keys, trace_log), engine(None))
+}
+
+/// The same with a real warm-up, so that the fence is closed.
+pub(crate) fn fenced() -> Server {
+    let engine = engine(None);
+    warm_up(&engine, &WarmUpPlan::of(&engine)).unwrap();
+    boot(cold(&[], None), engine)
 }
 
 /// The same with a model of this fingerprint, and no keys.
