@@ -74,6 +74,10 @@ pub(crate) trait Measured: Backend + Clone {
     /// What it would allocate, and what it has: `memory` if that is given, or else what it says is free.
     fn memory(&self, memory: Option<usize>) -> (Arc<dyn Footprint>, Option<Free>);
 
+    /// The same device with rows that may depend on the other rows of their batch; `None` where none does,
+    /// whatever is asked for.
+    fn batch_dependent(&self) -> Option<Self>;
+
     /// Something that moves `bytes` of the device's memory and says how many bytes a second that
     /// was.
     ///
@@ -89,6 +93,10 @@ impl Measured for CpuBackend {
 
     fn memory(&self, memory: Option<usize>) -> (Arc<dyn Footprint>, Option<Free>) {
         (Arc::new(self.footprint()), memory.map(memory::given).or_else(memory::of_system))
+    }
+
+    fn batch_dependent(&self) -> Option<Self> {
+        None
     }
 
     fn probe(&self, bytes: usize) -> Result<Box<dyn FnMut() -> f64>> {
@@ -233,6 +241,10 @@ mod cuda {
             let free = || free(ordinal).inspect_err(|why| tracing::warn!(%why)).ok();
             let footprint = CudaFootprint { is_open: memory.is_none() };
             (Arc::new(footprint), memory.map(memory::given).or_else(free))
+        }
+
+        fn batch_dependent(&self) -> Option<Self> {
+            Some(self.with_batch_invariant(false))
         }
 
         fn probe(&self, bytes: usize) -> Result<Box<dyn FnMut() -> f64>> {

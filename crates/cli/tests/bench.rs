@@ -153,6 +153,21 @@ fn wrong_options_end_before_anything_is_measured() {
 }
 
 #[test]
+fn what_the_batch_invariant_mode_costs_is_printed() {
+    let home = tempfile::tempdir().unwrap();
+    let file = tiny(home.path(), "tiny.gguf", 2048);
+    let file = file.to_str().unwrap();
+    let small = ["--prompt", "4", "--gen", "2", "--repeat", "1", "--device", "cpu", file];
+    let told = text(&bench(home.path(), &small).stdout);
+    assert!(told.contains("prefill 4 ") && !told.contains("batch-invariant"), "{told}");
+    let output = bench(home.path(), &[&["--batch-invariant"], &small[..]].concat());
+    let told = text(&output.stdout);
+    // The rows of the CPU never depend on their batch: there is no other mode to compare with.
+    let cost = "batch-invariant: rows of this device always are, it costs nothing";
+    assert!(told.contains(cost), "expected `{cost}` in: {told}");
+}
+
+#[test]
 fn the_table_names_every_test() {
     let home = tempfile::tempdir().unwrap();
     let file = tiny(home.path(), "tiny.gguf", 2048);

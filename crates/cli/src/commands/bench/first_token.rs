@@ -1,6 +1,6 @@
 //! From nothing to the first token, once, in a process of its own: the way of every command that
 //! generates, to the engine's thread, without the warm-up fence that a server puts behind it. The hash of
-//! the file runs beside it, and the record waits for it after the token.
+//! the file, for which no token waits, ends unfinished with the process; the record has that of [`super::speed`].
 
 use std::{path::Path, time::Instant};
 
@@ -38,8 +38,6 @@ pub(super) struct FirstToken {
     pub(super) resident: Option<Resident>,
     /// Bytes of the KV pool.
     pub(super) kv_bytes: u64,
-    /// Hex sha256 of the file.
-    pub(super) sha256: String,
     /// Format of the largest part of the weights.
     pub(super) quant: String,
     /// Architecture in the file.
@@ -106,14 +104,12 @@ fn measure<B: Measured>(
     let first_token_s = since.elapsed().as_secs_f64();
     let resident = process::resident();
     let facts = engine.facts().clone();
-    let sha256 = facts.model_sha256.wait()?.to_owned();
     engine.shutdown();
     Ok(FirstToken {
         load_s,
         first_token_s,
         resident,
         kv_bytes: facts.kv_bytes as u64,
-        sha256,
         quant: facts.quant,
         architecture,
         kernels: facts.backend,

@@ -7,7 +7,7 @@ use serde::Serialize;
 use super::{
     first_token::FirstToken,
     process::Resident,
-    speed::{Speed, StepOutput},
+    speed::{Rates, Speed, StepOutput},
     weights::Weights,
 };
 
@@ -88,6 +88,30 @@ pub(super) struct PrefillRecord {
     pub(super) tokens: usize,
     /// Tokens per second.
     pub(super) tokens_per_s: Spread,
+    /// What the batch-invariant mode costs it.
+    #[serde(flatten)]
+    pub(super) cost: Option<Cost>,
+}
+
+/// What the batch-invariant mode costs a test, where it is asked for and the device has another.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub(super) struct Cost {
+    /// Tokens per second in the other mode, in turns with this one.
+    pub(super) batch_dependent_tokens_per_s: Spread,
+    /// Speed of this mode over that, of the medians.
+    pub(super) batch_invariant_ratio: f64,
+}
+
+/// The rate of a test, and what its mode costs.
+fn rates(rates: Rates) -> Result<(Spread, Option<Cost>)> {
+    let tokens_per_s = Spread::of(rates.tokens_per_s)?;
+    if rates.batch_dependent.is_empty() {
+        return Ok((tokens_per_s, None));
+    }
+    let dependent = Spread::of(rates.batch_dependent)?;
+    let batch_invariant_ratio = tokens_per_s.median / dependent.median;
+    let cost = Cost { batch_dependent_tokens_per_s: dependent, batch_invariant_ratio };
+    Ok((tokens_per_s, Some(cost)))
 }
 
 /// A decode test.
@@ -109,6 +133,9 @@ pub(super) struct DecodeRecord {
     pub(super) bytes_per_s: f64,
     /// That over the fastest read of memory; above 1 when a cache holds part of the model.
     pub(super) share_of_read: f64,
+    /// What the batch-invariant mode costs it.
+    #[serde(flatten)]
+    pub(super) cost: Option<Cost>,
 }
 
 /// Load times in seconds, files in the page cache.
@@ -153,11 +180,11 @@ impl Measured {
     ) -> Result<Self> {
         let read = Spread::of(speed.read_bytes_per_s)?;
         let prefill = speed.prefill.into_iter().map(|test| {
-            let tokens_per_s = Spread::of(test.tokens_per_s)?;
-            Ok(PrefillRecord { tokens: test.tokens, tokens_per_s })
+            let (tokens_per_s, cost) = rates(test.rates)?;
+            Ok(PrefillRecord { tokens: test.tokens, tokens_per_s, cost })
         });
         let decode = speed.decode.into_iter().map(|test| {
-            let tokens_per_s = Spread::of(test.tokens_per_s)?;
+            let (tokens_per_s, cost) = rates(test.rates)?;
             let weight_step_bytes = weights.step_bytes(test.batch);
             let steps_per_s = tokens_per_s.median / test.batch as f64;
             let bytes_per_s = (weight_step_bytes + test.kv_step_bytes) * steps_per_s;
@@ -170,12 +197,13 @@ impl Measured {
                 kv_step_bytes: test.kv_step_bytes,
                 bytes_per_s,
                 share_of_read: bytes_per_s / read.max,
+                cost,
             })
         });
         let total = weights.total_bytes;
         Ok(Self {
             model,
-            sha256: inside.sha256,
+            sha256: speed.sha256,
             architecture: inside.architecture,
             quant: inside.quant,
             kernels: inside.kernels,
@@ -202,6 +230,18 @@ mod tests {
         assert_eq!(spread.samples, [3.0, 1.0, 2.0]);
         assert!(Spread::of(Vec::new()).is_err());
         assert!(Spread::of(vec![f64::NAN]).is_err());
+    }
+
+    #[test]
+    fn what_a_mode_costs_is_its_speed_over_that_of_the_other() {
+        let both =
+            Rates { tokens_per_s: vec![3.0, 4.0, 5.0], batch_dependent: vec![8.0, 7.0, 9.0] };
+        let (rate, cost) = rates(both).unwrap();
+        let cost = cost.unwrap();
+        assert_eq!((rate.median, cost.batch_invariant_ratio), (4.0, 0.5));
+        assert_eq!(cost.batch_dependent_tokens_per_s.samples, [8.0, 7.0, 9.0]);
+        let one = Rates { tokens_per_s: vec![3.0], batch_dependent: Vec::new() };
+        assert_eq!(rates(one).unwrap().1, None);
     }
 
     #[test]

@@ -5,10 +5,17 @@
 //! decides what has to be read of some heads. Where the device runs ahead, each such step is asked for
 //! before the tokens of the last one are read, as the engine does it.
 //!
+//! Where rows may not depend on their batch, each test runs in turns with rows that may, so that what the
+//! mode costs is known.
+//!
 //! Every repetition runs every test once, so that a slow moment of the machine meets all tests and
 //! not all samples of one. The first repetition warms up and is not counted.
 
-use std::{ops::Range, path::Path, time::Instant};
+use std::{
+    ops::Range,
+    path::Path,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Result, ensure};
 use exrail_checkpoint::DecoderConfig;
@@ -44,6 +51,8 @@ const PROBE_PASSES: usize = 3;
 /// Samples of one process.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(super) struct Speed {
+    /// Hex sha256 of the file.
+    pub(super) sha256: String,
     /// Tests in the order of the plan.
     pub(super) prefill: Vec<Prefill>,
     /// Tests by depth, then by batch.
@@ -63,8 +72,17 @@ pub(super) struct Speed {
 pub(super) struct Prefill {
     /// Tokens of the prompt.
     pub(super) tokens: usize,
-    /// Tokens per second of each repetition.
+    /// Of each repetition.
+    pub(super) rates: Rates,
+}
+
+/// Tokens of all sequences per second, of each repetition.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub(super) struct Rates {
+    /// As planned.
     pub(super) tokens_per_s: Vec<f64>,
+    /// With rows that may depend on their batch, where that is another mode than the planned one.
+    pub(super) batch_dependent: Vec<f64>,
 }
 
 /// One decode test.
@@ -76,8 +94,8 @@ pub(super) struct Decode {
     pub(super) batch: usize,
     /// What comes out of every step.
     pub(super) output: StepOutput,
-    /// Tokens of all sequences per second, of each repetition.
-    pub(super) tokens_per_s: Vec<f64>,
+    /// Of each repetition.
+    pub(super) rates: Rates,
     /// Bytes of keys and values that a step reads on average.
     pub(super) kv_step_bytes: f64,
 }
@@ -121,11 +139,12 @@ fn measure<B: Measured>(mut subject: Subject<B>, plan: &Plan, bars: &mut Bars) -
     subject.fill(plan.deepest());
     let mut speed = plan_tests(plan, &subject);
     speed.kld = kld;
+    let mut modes = Modes::of(plan, &subject);
     for prefill in &speed.prefill {
-        subject.prefill(prefill.tokens);
+        modes.run(&mut subject, |subject| subject.prefill(prefill.tokens));
     }
     for decode in &speed.decode {
-        subject.decode(decode, plan.generated.min(16));
+        modes.run(&mut subject, |subject| subject.decode(decode, plan.generated.min(16)));
     }
     speed.resident = process::resident();
     let mut probe = subject.backend.probe(PROBE_BYTES)?;
@@ -133,24 +152,63 @@ fn measure<B: Measured>(mut subject: Subject<B>, plan: &Plan, bars: &mut Bars) -
         bars.bench("prefill and decode", repetition, plan.repeat);
         speed.read_bytes_per_s.extend((0..PROBE_PASSES).map(|_| probe()));
         for test in &mut speed.prefill {
-            let since = Instant::now();
-            subject.prefill(test.tokens);
-            test.tokens_per_s.push(test.tokens as f64 / since.elapsed().as_secs_f64());
+            let took = modes.run(&mut subject, |subject| subject.prefill(test.tokens));
+            test.rates.push(test.tokens, took);
         }
         for test in &mut speed.decode {
-            let since = Instant::now();
-            subject.decode(test, plan.generated);
-            let n_tokens = test.batch * plan.generated;
-            test.tokens_per_s.push(n_tokens as f64 / since.elapsed().as_secs_f64());
+            let took = modes.run(&mut subject, |subject| subject.decode(test, plan.generated));
+            test.rates.push(test.batch * plan.generated, took);
         }
     }
     bars.clear();
     Ok(speed)
 }
 
+impl Rates {
+    fn push(&mut self, n_tokens: usize, (planned, dependent): (Duration, Option<Duration>)) {
+        let rate = |took: Duration| n_tokens as f64 / took.as_secs_f64();
+        self.tokens_per_s.push(rate(planned));
+        self.batch_dependent.extend(dependent.map(rate));
+    }
+}
+
+/// The modes that tests run in.
+struct Modes<B> {
+    /// The device with rows that may depend on their batch, where the plan says that they may not.
+    batch_dependent: Option<B>,
+}
+
+impl<B: Measured> Modes<B> {
+    fn of(plan: &Plan, subject: &Subject<B>) -> Self {
+        let other = plan.batch_invariant.then(|| subject.backend.batch_dependent());
+        Self { batch_dependent: other.flatten() }
+    }
+
+    /// Runs a test as planned, and then in the other mode; how long each took.
+    fn run(
+        &mut self,
+        subject: &mut Subject<B>,
+        test: impl Fn(&mut Subject<B>),
+    ) -> (Duration, Option<Duration>) {
+        let timed = |subject: &mut Subject<B>| {
+            let since = Instant::now();
+            test(subject);
+            since.elapsed()
+        };
+        let planned = timed(subject);
+        let dependent = self.batch_dependent.as_mut().map(|other| {
+            std::mem::swap(&mut subject.backend, other);
+            let took = timed(subject);
+            std::mem::swap(&mut subject.backend, other);
+            took
+        });
+        (planned, dependent)
+    }
+}
+
 /// The tests of the plan, without samples.
 fn plan_tests<B: Measured>(plan: &Plan, subject: &Subject<B>) -> Speed {
-    let prefill = plan.prompt.iter().map(|&tokens| Prefill { tokens, tokens_per_s: Vec::new() });
+    let prefill = plan.prompt.iter().map(|&tokens| Prefill { tokens, rates: Rates::default() });
     let pairs = plan.depth.iter().flat_map(|d| plan.batch.iter().map(move |b| (*d, *b)));
     let outputs = [StepOutput::Logits, StepOutput::Token];
     let tests = pairs.flat_map(|(depth, batch)| outputs.map(|output| (depth, batch, output)));
@@ -158,10 +216,11 @@ fn plan_tests<B: Measured>(plan: &Plan, subject: &Subject<B>) -> Speed {
         depth,
         batch,
         output,
-        tokens_per_s: Vec::new(),
+        rates: Rates::default(),
         kv_step_bytes: batch as f64 * subject.kv_step_bytes(depth, plan.generated),
     });
     Speed {
+        sha256: subject.sha256.clone(),
         prefill: prefill.collect(),
         decode: decode.collect(),
         read_bytes_per_s: Vec::new(),
@@ -197,6 +256,8 @@ struct Subject<B: Backend> {
     /// Positions that a sequence has pages for at least.
     longest: usize,
     logits: Vec<f32>,
+    /// Hex sha256 of the file.
+    sha256: String,
 }
 
 impl<B: Measured> Subject<B> {
@@ -211,7 +272,8 @@ impl<B: Measured> Subject<B> {
         let loaded = load_admitted(backend.clone(), path, options, &admission, &mut told)
             .map_err(memory::refused_without_options)?;
         // A hash beside the tests would take their time.
-        loaded.model_sha256.wait_told(&mut |bytes, total| bars.hash(bytes, total))?;
+        let sha256 = loaded.model_sha256.wait_told(&mut |bytes, total| bars.hash(bytes, total))?;
+        let sha256 = sha256.to_owned();
         bars.clear();
         let decoder = loaded.decoder;
         let (longest, context) = (plan.longest(), decoder.config().context_len);
@@ -230,6 +292,7 @@ impl<B: Measured> Subject<B> {
             checked_tokens: CHECKED_TOKENS.min(longest),
             longest,
             logits: Vec::new(),
+            sha256,
             backend,
             decoder,
             scratch,

@@ -2,7 +2,7 @@
 
 use super::{
     plan::Plan,
-    record::{Measured, Memory, Spread},
+    record::{DecodeRecord, Measured, Memory, PrefillRecord, Spread},
     speed::StepOutput,
 };
 use crate::output::Output;
@@ -18,16 +18,16 @@ pub(super) fn print(output: Output, plan: &Plan, measured: &Measured) {
     ));
     for test in &measured.prefill {
         let ms = test.tokens as f64 / test.tokens_per_s.median * 1e3;
-        let name = format!("prefill {}", test.tokens);
-        output.line(format!("{} {ms:9.2}", row(&name, &test.tokens_per_s)));
+        output.line(format!("{} {ms:9.2}", row(&prefill_name(test), &test.tokens_per_s)));
     }
     for test in &measured.decode {
         let ms = test.batch as f64 / test.tokens_per_s.median * 1e3;
-        let greedy = if test.output == StepOutput::Token { " greedy" } else { "" };
-        let name = format!("decode @{} x{}{greedy}", test.depth, test.batch);
         let (rate, share) = (test.bytes_per_s / 1e9, test.share_of_read * 100.0);
-        let row = row(&name, &test.tokens_per_s);
+        let row = row(&decode_name(test), &test.tokens_per_s);
         output.line(format!("{row} {ms:9.2} {rate:7.1} {share:6.0} %"));
+    }
+    if plan.batch_invariant {
+        output.line(format!("  batch-invariant: {}", cost(measured)));
     }
     let read = &measured.read_bytes_per_s;
     output.line(format!(
@@ -37,7 +37,7 @@ pub(super) fn print(output: Output, plan: &Plan, measured: &Measured) {
     ));
     let first = &measured.first_token;
     output.line(format!(
-        "  first token: {} ms after the start of the process; loaded after {:.0} ms, hashed and ended after {} ms",
+        "  first token: {} ms after the start of the process; loaded after {:.0} ms, ended after {} ms",
         milliseconds(&first.first_token_s),
         first.load_s.median * 1e3,
         milliseconds(&first.process_s)
@@ -47,6 +47,33 @@ pub(super) fn print(output: Output, plan: &Plan, measured: &Measured) {
     let sequences = if n == 1 { "1 sequence".to_owned() } else { format!("{n} sequences") };
     output.line(format!("  memory, {sequences}: {}", memory(&measured.memory_at_speed)));
     output.line("");
+}
+
+/// What the mode leaves of the speed without it, test by test.
+fn cost(measured: &Measured) -> String {
+    let prefill = measured
+        .prefill
+        .iter()
+        .filter_map(|test| Some((prefill_name(test), test.cost.as_ref()?.batch_invariant_ratio)));
+    let decode = measured
+        .decode
+        .iter()
+        .filter_map(|test| Some((decode_name(test), test.cost.as_ref()?.batch_invariant_ratio)));
+    let parts: Vec<String> =
+        prefill.chain(decode).map(|(name, ratio)| format!("{name} {ratio:.2}")).collect();
+    if parts.is_empty() {
+        return "rows of this device always are, it costs nothing".to_owned();
+    }
+    format!("of the speed without it, in turns: {}", parts.join(", "))
+}
+
+fn prefill_name(test: &PrefillRecord) -> String {
+    format!("prefill {}", test.tokens)
+}
+
+fn decode_name(test: &DecodeRecord) -> String {
+    let greedy = if test.output == StepOutput::Token { " greedy" } else { "" };
+    format!("decode @{} x{}{greedy}", test.depth, test.batch)
 }
 
 fn row(name: &str, rate: &Spread) -> String {
