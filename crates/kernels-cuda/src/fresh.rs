@@ -77,6 +77,43 @@ mod tests {
         assert_eq!(fresh.old(2, [0, 2].into_iter(), 256, 300), 300);
     }
 
+    /// The keys that a kernel sees of positions up to `end`: those in front of `old` it may have asked for
+    /// when its list began, the others when the launches in front of it had ended.
+    fn seen(began: &[u32], ended: &[u32], old: usize, end: usize) -> Vec<u32> {
+        (0..end).map(|p| if p < old { began[p] } else { ended[p] }).collect()
+    }
+
+    /// The mutation: with the books off, all positions count as old, and a kernel reads what a page held
+    /// before its own list wrote there.
+    #[test]
+    fn mutation_without_the_books_a_kernel_reads_keys_of_another_sequence() {
+        const PAGE: usize = 4;
+        const LEFT_BEHIND: u32 = 1000;
+        let pages = [2, 0, 1];
+        for (first, end) in (0..12).flat_map(|first| (first + 1..=12).map(move |end| (first, end)))
+        {
+            let mut fresh = Fresh::new(3);
+            let mut began = vec![LEFT_BEHIND; 12];
+            (0..first).for_each(|p| began[p] = key(p));
+            let mut ended = began.clone();
+            for p in first..end {
+                fresh.note(7, pages[p / PAGE], u32::try_from(p % PAGE).unwrap());
+                ended[p] = key(p);
+            }
+            let own: Vec<u32> = (0..end).map(key).collect();
+            let old = fresh.old(7, pages.into_iter(), PAGE, end);
+            assert_eq!(seen(&began, &ended, old, end), own, "{first}..{end}");
+            assert_eq!(old, first, "and it asks early for all that it may");
+            let unbooked = Fresh::new(3).old(7, pages.into_iter(), PAGE, end);
+            let fault = seen(&began, &ended, unbooked, end);
+            assert_eq!(fault[first..], vec![LEFT_BEHIND; end - first], "{first}..{end}");
+        }
+    }
+
+    fn key(position: usize) -> u32 {
+        u32::try_from(position).unwrap()
+    }
+
     #[test]
     fn a_page_that_no_pool_has_is_new() {
         let mut fresh = Fresh::new(1);

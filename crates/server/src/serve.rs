@@ -80,7 +80,21 @@ pub async fn serve(
 
 /// All routes. Everything added to `guarded` needs a key.
 pub fn router(state: Arc<AppState>) -> Router {
-    let guarded = Router::new()
+    let guarded = guarded()
+        .layer(middleware::from_fn_with_state(Arc::clone(&state), trace_failure))
+        .layer(middleware::from_fn_with_state(Arc::clone(&state), auth::guard));
+    let open = Router::new()
+        .route("/livez", get(routes::health::livez))
+        .route("/readyz", get(routes::health::readyz));
+    guarded
+        .merge(open)
+        .layer(middleware::from_fn_with_state(Arc::clone(&state), count))
+        .with_state(state)
+}
+
+/// The routes that need a key, without the layer that asks for it.
+fn guarded() -> Router<Arc<AppState>> {
+    Router::new()
         .route("/v1/models", get(routes::models::list))
         .route("/v1/models/{model}", get(routes::models::one))
         .route("/v1/chat/completions", post(routes::chat::complete))
@@ -93,15 +107,6 @@ pub fn router(state: Arc<AppState>) -> Router {
         .route("/metrics", get(routes::health::metrics))
         .fallback(no_route)
         .method_not_allowed_fallback(no_route)
-        .layer(middleware::from_fn_with_state(Arc::clone(&state), trace_failure))
-        .layer(middleware::from_fn_with_state(Arc::clone(&state), auth::guard));
-    let open = Router::new()
-        .route("/livez", get(routes::health::livez))
-        .route("/readyz", get(routes::health::readyz));
-    guarded
-        .merge(open)
-        .layer(middleware::from_fn_with_state(Arc::clone(&state), count))
-        .with_state(state)
 }
 
 async fn no_route(request: Request) -> ApiError {
@@ -162,4 +167,45 @@ async fn count(State(state): State<Arc<AppState>>, request: Request, next: Next)
     let response = next.run(request).await.into_response();
     state.metrics.count_request(route.as_deref().unwrap_or("none"), response.status().as_u16());
     response
+}
+
+#[cfg(test)]
+mod tests {
+    use axum::{body::Body, http::StatusCode};
+    use tower::ServiceExt;
+
+    use super::*;
+    use crate::{Keys, Limits, TraceLog};
+
+    /// The state of a server with these keys, and the folder that it writes to.
+    fn state(keys: &[&str]) -> (Arc<AppState>, tempfile::TempDir) {
+        let folder = tempfile::tempdir().unwrap();
+        let keys = Keys::new(keys.iter().copied()).unwrap();
+        let traces = TraceLog::open(&folder.path().join("trace.jsonl")).unwrap();
+        (AppState::new(keys, traces, Limits::default()), folder)
+    }
+
+    /// What a router says to somebody without a key who calls the server `host`.
+    async fn told(router: Router, host: &str) -> StatusCode {
+        let request = Request::builder().uri("/metrics").header("host", host);
+        let request = request.body(Body::empty()).unwrap();
+        router.oneshot(request).await.unwrap().status()
+    }
+
+    #[tokio::test]
+    async fn mutation_without_the_guard_a_stranger_without_a_key_is_answered() {
+        let (state, _folder) = state(&["0123456789abcdef"]);
+        let answer = told(router(Arc::clone(&state)), "localhost").await;
+        assert_eq!(answer, StatusCode::UNAUTHORIZED);
+        // The mutation: the same routes without the layer.
+        assert_eq!(told(guarded().with_state(state), "localhost").await, StatusCode::OK);
+    }
+
+    #[tokio::test]
+    async fn mutation_without_the_guard_a_page_under_another_name_reads_a_local_server() {
+        let (state, _folder) = state(&[]);
+        let answer = told(router(Arc::clone(&state)), "evil.example").await;
+        assert_eq!(answer, StatusCode::FORBIDDEN);
+        assert_eq!(told(guarded().with_state(state), "evil.example").await, StatusCode::OK);
+    }
 }
