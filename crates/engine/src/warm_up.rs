@@ -20,6 +20,10 @@ use crate::event::{Event, Finish, Generation, SequenceFault, Timings};
 use crate::handle::EngineHandle;
 use crate::request::{GenerateRequest, Sampling};
 
+/// Numbers of sequences up to which every one is warmed. Each is up to ten graphs of a GPU, which keeps 256
+/// of them: more shapes would push those of the first out.
+const MOST_SHAPES: usize = 16;
+
 /// Which shapes to warm.
 #[derive(Clone, Debug, PartialEq)]
 pub struct WarmUpPlan {
@@ -65,8 +69,8 @@ impl WarmUpPlan {
         }
     }
 
-    /// The buckets of G-05, cut to what the engine can run, and every number of sequences up to their
-    /// largest.
+    /// The buckets of G-05, cut to what the engine can run, and every number of sequences up to
+    /// 16.
     #[must_use]
     pub fn full(handle: &EngineHandle) -> WarmUpPlan {
         let facts = handle.facts();
@@ -82,7 +86,7 @@ impl WarmUpPlan {
                 .filter(|&n| n <= facts.options.max_sequences)
                 .collect(),
             prefill_buckets,
-            shapes: (1..=facts.options.max_sequences.min(32)).collect(),
+            shapes: (1..=facts.options.max_sequences.min(MOST_SHAPES)).collect(),
             n_tokens: 10,
             repeats: 3,
             cold_ratio_max: 1.5,
