@@ -13,10 +13,11 @@ use std::{
 
 /// One `.cu` file an operation or a few of one kind. The two that take longest come first, so that no
 /// thread ends with one of them alone.
-const FILES: [&str; 12] = [
+const FILES: [&str; 13] = [
     "matmul",
     "linear",
     "attention",
+    "draw",
     "flash",
     "group",
     "kv",

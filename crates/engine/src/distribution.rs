@@ -2,6 +2,8 @@
 
 use std::cmp::Ordering;
 
+use exrail_kernels::{all_finite, exp_nonpositive, maximum};
+
 /// Elements summed in f32 before the partial sum moves to f64.
 const BLOCK: usize = 256;
 const LANES: usize = 16;
@@ -44,17 +46,6 @@ impl Summary {
     }
 }
 
-/// The index of the largest value, the lowest one on a tie.
-///
-/// # Panics
-/// No value, or NaN among them.
-#[must_use]
-pub(crate) fn argmax(values: &[f32]) -> usize {
-    #[expect(clippy::float_cmp, reason = "the maximum is one of the values, bit for bit or ±0")]
-    let at = |max: f32| values.iter().position(|&x| x == max);
-    at(maximum(values)).expect("finite values have a maximum")
-}
-
 /// The `n` largest values with their indexes, largest first, lower index first on a tie.
 #[must_use]
 pub(crate) fn largest(values: &[f32], n: usize) -> Vec<(u32, f32)> {
@@ -68,53 +59,6 @@ pub(crate) fn largest(values: &[f32], n: usize) -> Vec<(u32, f32)> {
         top.truncate(n);
     }
     top
-}
-
-/// e^x for x ≤ 0, written so that the compiler can vectorise it: libm's costs 4 ns a value, and a
-/// vocabulary of 49,152 values is read at every token.
-///
-/// x = n ln 2 + r with |r| ≤ ln 2 / 2; e^r by the polynomial of Cephes `expf`. Relative error below
-/// 2e-7; below -87 the result is 0 (true value under 2e-38).
-#[inline]
-#[must_use]
-#[expect(clippy::excessive_precision, reason = "coefficients as Cephes prints them")]
-pub(crate) fn exp_nonpositive(x: f32) -> f32 {
-    const ROUND: f32 = 12_582_912.0; // 1.5 * 2^23: adding it rounds to an integer in the low bits
-    let shifted = x.max(-87.0) * std::f32::consts::LOG2_E + ROUND;
-    let n = shifted - ROUND;
-    let r = x.max(-87.0) - n * 0.693_359_375 + n * 2.121_944_40e-4;
-    let mut p = 1.987_569_150_0e-4_f32;
-    for coefficient in [
-        1.398_199_950_7e-3,
-        8.333_451_907_3e-3,
-        4.166_579_589_4e-2,
-        1.666_666_545_9e-1,
-        5.000_000_120_1e-1,
-    ] {
-        p = p * r + coefficient;
-    }
-    let exponent = shifted.to_bits().wrapping_sub(ROUND.to_bits()).wrapping_add(127) << 23;
-    let value = (p * r * r + r + 1.0) * f32::from_bits(exponent);
-    if x < -87.0 { 0.0 } else { value }
-}
-
-/// Exponent bits all set means NaN or infinity; an OR over integers vectorises, `all` does not.
-pub(crate) fn all_finite(values: &[f32]) -> bool {
-    const EXPONENT: u32 = 0x7f80_0000;
-    values
-        .chunks(BLOCK)
-        .all(|block| !block.iter().fold(false, |bad, x| bad | (x.to_bits() & EXPONENT == EXPONENT)))
-}
-
-fn maximum(values: &[f32]) -> f32 {
-    let mut lanes = [f32::NEG_INFINITY; LANES];
-    let (chunks, tail) = values.as_chunks::<LANES>();
-    for chunk in chunks {
-        for (lane, &x) in lanes.iter_mut().zip(chunk) {
-            *lane = if x > *lane { x } else { *lane };
-        }
-    }
-    lanes.iter().chain(tail).fold(f32::NEG_INFINITY, |max, &x| max.max(x))
 }
 
 /// `(Σ w, Σ w (x - max))` over at most [`BLOCK`] values, in lanes so that it vectorises.
@@ -149,19 +93,6 @@ mod tests {
     }
 
     #[test]
-    fn exponential_is_within_its_bound() {
-        for i in 0..43_500_u16 {
-            let x = -f32::from(i) / 500.0;
-            let exact = f64::from(x).exp();
-            let error = (f64::from(exp_nonpositive(x)) - exact).abs() / exact;
-            assert!(error < 2e-7, "{x}: {error}");
-        }
-        assert!(exp_nonpositive(0.0).to_bits() == 1.0_f32.to_bits());
-        assert!(exp_nonpositive(-88.0) == 0.0);
-        assert!(exp_nonpositive(f32::NEG_INFINITY) == 0.0);
-    }
-
-    #[test]
     fn summary_agrees_with_the_definition_in_f64() {
         for (n, spread) in [(1, 1.0), (17, 3.0), (1000, 20.0), (49_152, 30.0)] {
             let logits = noise(n, spread);
@@ -193,7 +124,6 @@ mod tests {
 
     #[test]
     fn ties_go_to_the_lowest_id() {
-        assert_eq!(argmax(&[1.0, 3.0, 3.0, 2.0]), 1);
         assert_eq!(largest(&[1.0, 3.0, 3.0, 2.0], 3), [(1, 3.0), (2, 3.0), (3, 2.0)]);
         assert_eq!(largest(&[1.0, 3.0], 5).len(), 2);
         assert!(largest(&[1.0], 0).is_empty());

@@ -23,21 +23,27 @@ pub(crate) fn philox4x32(counter: [u32; 4], key: [u32; 2]) -> [u32; 4] {
     block
 }
 
-/// A uniform number in [0, 1) with 53 random bits, for one step of one sequence.
+/// A uniform number in [0, 1) with 53 random bits, times 2⁵³, for one step of one sequence.
 ///
 /// The key is the seed; the counter is (step, sequence).
 #[must_use]
-pub(crate) fn uniform(seed: u64, sequence: u64, step: u64) -> f64 {
+pub(crate) fn numerator(seed: u64, sequence: u64, step: u64) -> u64 {
     let [step_low, step_high] = halves(step);
     let [sequence_low, sequence_high] = halves(sequence);
     let block = philox4x32([step_low, step_high, sequence_low, sequence_high], halves(seed));
     let high = u64::from(block[0] >> 5); // 27 bits
     let low = u64::from(block[1] >> 6); // 26 bits
+    (high << 26) | low
+}
+
+/// The same as a number in [0, 1).
+#[cfg(test)]
+pub(crate) fn uniform(seed: u64, sequence: u64, step: u64) -> f64 {
     #[expect(
         clippy::cast_precision_loss,
         reason = "the value has 53 bits, which f64 holds exactly"
     )]
-    let numerator = ((high << 26) | low) as f64;
+    let numerator = numerator(seed, sequence, step) as f64;
     numerator / 9_007_199_254_740_992.0 // 2^53
 }
 

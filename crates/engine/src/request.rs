@@ -26,7 +26,7 @@ pub struct GenerateRequest {
     pub logprobs: Option<usize>,
     /// Whether each token event carries the entropy of the model's distribution. Without it, and
     /// with nothing else that needs every logit, a greedy answer is decoded from the largest one
-    /// alone, which is faster; its tokens are the same.
+    /// alone, and a GPU draws the tokens of any answer, which is faster; they are the same.
     pub entropy: bool,
     /// Whether an end-of-sequence token ends the answer; `false` runs to `max_tokens`.
     pub stop_at_eos: bool,
@@ -47,13 +47,9 @@ impl GenerateRequest {
         }
     }
 
-    /// Whether the most likely token is all that it needs of the logits.
-    pub(crate) fn needs_only_the_largest(&self) -> bool {
-        let sampling = &self.sampling;
-        sampling.temperature <= 0.0
-            && !sampling.adjusts()
-            && self.logprobs.is_none()
-            && !self.entropy
+    /// Whether its tokens, drawn from the logits as they are, are all that it needs of them.
+    pub(crate) fn needs_only_tokens(&self) -> bool {
+        !self.sampling.adjusts() && self.logprobs.is_none() && !self.entropy
     }
 
     /// Refuses options that cannot be honoured; lengths are checked by the engine.
@@ -94,6 +90,9 @@ impl GenerateRequest {
 /// Order: penalties (repetition, then presence and frequency) → logit bias → temperature → top-k →
 /// top-p → min-p → draw. Each later filter sees the distribution renormalised over what the earlier
 /// ones left. Log-probabilities and entropy are taken before all of it.
+///
+/// From the temperature on it is integers that are added and compared, as [`exrail_kernels::Draw`] defines:
+/// from equal logits every device draws the same token.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Sampling {
     /// Logits are divided by it, 0 to 5; 0 means greedy: the largest logit, lowest id on a tie.

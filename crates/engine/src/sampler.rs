@@ -1,27 +1,17 @@
 //! From logits to a token. The order of operations is documented at [`Sampling`].
 
-use std::cmp::Ordering;
 use std::collections::BTreeMap;
 
-use crate::distribution::{argmax, exp_nonpositive};
-use crate::philox::uniform;
-use crate::request::Sampling;
+use exrail_kernels::{Draw, DrawScratch};
 
-/// First guess of how many tokens top-p keeps; grown until the mass is reached.
-const FIRST_HEAD: usize = 64;
+use crate::philox::numerator;
+use crate::request::Sampling;
 
 /// Buffers that all sequences of an engine share; they grow to the vocabulary once.
 #[derive(Debug, Default)]
 pub(crate) struct SamplerScratch {
     adjusted: Vec<f32>,
-    candidates: Vec<Candidate>,
-}
-
-/// A token and its weight e^((x - max) / temperature), 1 for the most likely one.
-#[derive(Clone, Copy, Debug, PartialEq)]
-struct Candidate {
-    id: u32,
-    weight: f32,
+    draw: DrawScratch,
 }
 
 /// The sampling state of one sequence: its options and what its answer holds so far.
@@ -40,35 +30,45 @@ impl Sampler {
         Sampler { sampling, counts: BTreeMap::new(), step: 0 }
     }
 
-    /// Draws the next token; `logits` are finite and cover exactly the tokenizer's vocabulary, and
-    /// `tokens` are prompt and answer so far.
+    /// Draws the next token; `logits` cover exactly the tokenizer's vocabulary, and `tokens` are prompt and
+    /// answer so far. `None` when a logit, as adjusted, is no number.
     pub(crate) fn sample(
         &mut self,
         logits: &[f32],
         tokens: &[u32],
         scratch: &mut SamplerScratch,
-    ) -> u32 {
+    ) -> Option<u32> {
+        let SamplerScratch { adjusted, draw } = scratch;
         let values = if self.sampling.adjusts() {
-            scratch.adjusted.clear();
-            scratch.adjusted.extend_from_slice(logits);
-            self.adjust(&mut scratch.adjusted, tokens);
-            &scratch.adjusted
+            adjusted.clear();
+            adjusted.extend_from_slice(logits);
+            self.adjust(adjusted, tokens);
+            adjusted
         } else {
             logits
         };
-        let id = if self.sampling.temperature <= 0.0 {
-            u32::try_from(argmax(values)).expect("token ids are 32 bits wide")
-        } else {
-            weigh(values, self.sampling.temperature, &mut scratch.candidates);
-            truncate(&mut scratch.candidates, &self.sampling);
-            let u = uniform(self.sampling.seed, self.sampling.sequence, self.step);
-            draw(&scratch.candidates, u)
-        };
-        self.note(id);
-        id
+        let drawn = self.draw(0).of(values, draw);
+        if drawn.value.is_nan() {
+            return None;
+        }
+        self.note(drawn.index);
+        Some(drawn.index)
     }
 
-    /// Counts a token that was chosen elsewhere: the most likely one, where nothing else is needed.
+    /// How a token is drawn: the next one, or with `n_pending` tokens in front of it that were drawn
+    /// elsewhere and are not noted yet.
+    pub(crate) fn draw(&self, n_pending: u64) -> Draw {
+        let Sampling { temperature, top_k, top_p, min_p, seed, sequence, .. } = self.sampling;
+        if temperature <= 0.0 {
+            return Draw::LARGEST;
+        }
+        // More than a vocabulary has is all of it.
+        let top_k = top_k.map_or(0, |k| u32::try_from(k).unwrap_or(u32::MAX));
+        let numerator = numerator(seed, sequence, self.step + n_pending);
+        Draw { temperature, top_k, top_p, min_p, numerator }
+    }
+
+    /// Counts a token that was chosen elsewhere: by the device, where nothing else is needed.
     pub(crate) fn note(&mut self, id: u32) {
         self.step += 1;
         *self.counts.entry(id).or_default() += 1;
@@ -94,92 +94,13 @@ impl Sampler {
     }
 }
 
-/// Fills `candidates` with every token of weight above 0, in id order.
-fn weigh(logits: &[f32], temperature: f32, candidates: &mut Vec<Candidate>) {
-    let max = logits[argmax(logits)];
-    candidates.clear();
-    candidates.extend(
-        (0_u32..)
-            .zip(logits)
-            .map(|(id, &x)| Candidate { id, weight: exp_nonpositive((x - max) / temperature) }),
-    );
-    candidates.retain(|candidate| candidate.weight > 0.0);
-}
-
-/// Top-k, then top-p, then min-p. Leaves at least one candidate.
-fn truncate(candidates: &mut Vec<Candidate>, sampling: &Sampling) {
-    if let Some(k) = sampling.top_k
-        && k < candidates.len()
-    {
-        sort_head(candidates, k);
-        candidates.truncate(k);
-    }
-    if sampling.top_p < 1.0 {
-        let mass = f64::from(sampling.top_p) * total(candidates);
-        let mut head = FIRST_HEAD;
-        let kept = loop {
-            sort_head(candidates, head);
-            match reaches(&candidates[..head.min(candidates.len())], mass) {
-                Some(kept) => break kept,
-                None if head >= candidates.len() => break candidates.len(),
-                None => head *= 4,
-            }
-        };
-        candidates.truncate(kept);
-    }
-    if sampling.min_p > 0.0 {
-        // The most likely token has weight 1 and is never cut by the filters above.
-        candidates.retain(|candidate| candidate.weight >= sampling.min_p);
-    }
-}
-
-/// Brings the `n` most likely candidates to the front, most likely first, lower id on a tie.
-fn sort_head(candidates: &mut [Candidate], n: usize) {
-    let order = |a: &Candidate, b: &Candidate| -> Ordering {
-        b.weight.total_cmp(&a.weight).then(a.id.cmp(&b.id))
-    };
-    let n = n.min(candidates.len());
-    if n > 0 && n < candidates.len() {
-        candidates.select_nth_unstable_by(n - 1, order);
-    }
-    candidates[..n].sort_unstable_by(order);
-}
-
-/// How many leading candidates have the mass together.
-fn reaches(candidates: &[Candidate], mass: f64) -> Option<usize> {
-    let mut sum = 0.0;
-    for (i, candidate) in candidates.iter().enumerate() {
-        sum += f64::from(candidate.weight);
-        if sum >= mass {
-            return Some(i + 1);
-        }
-    }
-    None
-}
-
-fn total(candidates: &[Candidate]) -> f64 {
-    candidates.iter().map(|candidate| f64::from(candidate.weight)).sum()
-}
-
-/// The candidate in whose share of the total mass `u` falls.
-fn draw(candidates: &[Candidate], u: f64) -> u32 {
-    let mut left = u * total(candidates);
-    for candidate in candidates {
-        left -= f64::from(candidate.weight);
-        if left < 0.0 {
-            return candidate.id;
-        }
-    }
-    // u < 1, but the sums may round the other way by one unit in the last place.
-    candidates.last().expect("the most likely token has weight 1").id
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     fn once(sampling: Sampling, logits: &[f32], tokens: &[u32]) -> u32 {
-        Sampler::new(sampling).sample(logits, tokens, &mut SamplerScratch::default())
+        let drawn = Sampler::new(sampling).sample(logits, tokens, &mut SamplerScratch::default());
+        drawn.expect("finite logits")
     }
 
     /// Ids that 400 draws with different seeds give.
@@ -224,23 +145,13 @@ mod tests {
     }
 
     #[test]
-    fn top_p_grows_its_head_over_flat_distributions() {
-        let flat = vec![0.0_f32; 1000];
-        let mut candidates = Vec::new();
-        weigh(&flat, 1.0, &mut candidates);
-        truncate(&mut candidates, &Sampling { top_p: 0.9, ..Sampling::default() });
-        assert_eq!(candidates.len(), 900);
-        assert!(candidates.iter().zip(0..).all(|(candidate, id)| candidate.id == id));
-    }
-
-    #[test]
     fn draws_follow_the_distribution() {
         let n = 20_000_u32;
         let mut counts = [0_u32; 5];
         let mut scratch = SamplerScratch::default();
         let mut sampler = Sampler::new(Sampling { seed: 9, ..Sampling::default() });
         for _ in 0..n {
-            counts[sampler.sample(&logits(), &[], &mut scratch) as usize] += 1;
+            counts[sampler.sample(&logits(), &[], &mut scratch).unwrap() as usize] += 1;
         }
         for (p, count) in P.iter().zip(counts) {
             let p = f64::from(*p);
@@ -273,11 +184,12 @@ mod tests {
         let mut scratch = SamplerScratch::default();
         let presence = Sampling { presence_penalty: 0.7, ..Sampling::greedy() };
         let mut sampler = Sampler::new(presence);
-        assert_eq!(sampler.sample(&logits, &[1, 1], &mut scratch), 1);
-        assert_eq!(sampler.sample(&logits, &[1, 1, 1], &mut scratch), 0); // 1.5 - 0.7 < 1.0
+        assert_eq!(sampler.sample(&logits, &[1, 1], &mut scratch), Some(1));
+        assert_eq!(sampler.sample(&logits, &[1, 1, 1], &mut scratch), Some(0)); // 1.5 - 0.7 < 1.0
         let frequency = Sampling { frequency_penalty: 0.3, ..Sampling::greedy() };
         let mut sampler = Sampler::new(frequency);
-        let ids: Vec<u32> = (0..4).map(|_| sampler.sample(&logits, &[], &mut scratch)).collect();
+        let ids: Vec<u32> =
+            (0..4).map(|_| sampler.sample(&logits, &[], &mut scratch).unwrap()).collect();
         assert_eq!(ids, [1, 1, 0, 1]); // 1.5, 1.2, then 0.9 < 1.0, then 0.9 > 0.7
     }
 
@@ -305,7 +217,7 @@ mod tests {
                     if noise {
                         other.sample(&[0.0; 9], &[], &mut scratch);
                     }
-                    own.sample(&logits(), &[], &mut scratch)
+                    own.sample(&logits(), &[], &mut scratch).unwrap()
                 })
                 .collect::<Vec<u32>>()
         };
@@ -314,7 +226,7 @@ mod tests {
         let mut scratch = SamplerScratch::default();
         let mut sampler = Sampler::new(second);
         let other: Vec<u32> =
-            (0..50).map(|_| sampler.sample(&logits(), &[], &mut scratch)).collect();
+            (0..50).map(|_| sampler.sample(&logits(), &[], &mut scratch).unwrap()).collect();
         assert_ne!(run(false), other);
     }
 }

@@ -6,11 +6,11 @@
 
 use std::time::Instant;
 
-use exrail_kernels::{Largest, PageId};
+use exrail_kernels::{Draw, Largest, PageId};
 use exrail_text::Tokenizer;
 
 use crate::counters::Total;
-use crate::distribution::{Summary, all_finite, largest};
+use crate::distribution::{Summary, largest};
 use crate::event::{
     Alternative, Event, Finish, Finished, SequenceFault, SequenceId, Timings, TokenEvent,
     TokenLogprob, Usage,
@@ -157,7 +157,7 @@ struct Generating {
     n_completion: usize,
     /// Of all sampled positions, if asked for.
     entropy_sum: Option<f64>,
-    needs_only_the_largest: bool,
+    needs_only_tokens: bool,
 }
 
 /// What the device says of one row.
@@ -165,8 +165,8 @@ struct Generating {
 pub(crate) enum Row<'a> {
     /// The tokenizer's vocabulary only.
     Logits(&'a [f32]),
-    /// The most likely token of it.
-    Largest(Largest),
+    /// The token that it gets: the most likely one, or one that was drawn.
+    Found(Largest),
 }
 
 impl Running {
@@ -176,9 +176,9 @@ impl Running {
         let (tokens, purpose) = match waiting.job {
             Job::Score { ids, rows } => (ids, Purpose::Score(rows)),
             Job::Generate { request, events } => {
-                let needs_only_the_largest = request.needs_only_the_largest();
+                let needs_only_tokens = request.needs_only_tokens();
                 let generating = Generating {
-                    needs_only_the_largest,
+                    needs_only_tokens,
                     prompt_tokens: request.prompt.len(),
                     max_tokens: request.max_tokens,
                     top_logprobs: request.logprobs,
@@ -245,11 +245,14 @@ impl Running {
         }
     }
 
-    /// Whether it takes [`Row::Largest`].
-    pub(crate) fn needs_only_the_largest(&self) -> bool {
+    /// How the device may find its next token, where [`Row::Found`] is all that it needs, with `n_pending`
+    /// tokens in front of it that were asked for and not accepted.
+    pub(crate) fn draw(&self, n_pending: u64) -> Option<Draw> {
         match &self.purpose {
-            Purpose::Generate(generating) => generating.needs_only_the_largest,
-            Purpose::Score(_) => false,
+            Purpose::Generate(generating) => {
+                generating.needs_only_tokens.then(|| generating.sampler.draw(n_pending))
+            }
+            Purpose::Score(_) => None,
         }
     }
 
@@ -271,7 +274,7 @@ impl Running {
             (Purpose::Score(rows), Row::Logits(logits)) => {
                 rows.send(Ok(logits.to_vec())).is_err().then_some(Ending::Gone)
             }
-            (Purpose::Score(_), Row::Largest(_)) => {
+            (Purpose::Score(_), Row::Found(_)) => {
                 unreachable!("a score needs every logit, and the worker asks before")
             }
         }
@@ -301,7 +304,7 @@ impl Generating {
     ) -> Option<(u32, Option<TokenLogprob>, Option<f32>)> {
         let logits = match row {
             Row::Logits(logits) => logits,
-            Row::Largest(Largest { index, value }) => {
+            Row::Found(Largest { index, value }) => {
                 if !value.is_finite() {
                     return None;
                 }
@@ -310,12 +313,11 @@ impl Generating {
             }
         };
         if self.top_logprobs.is_none() && self.entropy_sum.is_none() {
-            let is_finite = all_finite(logits);
-            let id = is_finite.then(|| self.sampler.sample(logits, tokens, shared.scratch));
-            return id.map(|id| (id, None, None));
+            let id = self.sampler.sample(logits, tokens, shared.scratch)?;
+            return Some((id, None, None));
         }
         let summary = Summary::of(logits)?;
-        let id = self.sampler.sample(logits, tokens, shared.scratch);
+        let id = self.sampler.sample(logits, tokens, shared.scratch)?;
         let logprob =
             self.top_logprobs.map(|n| describe(shared.tokenizer, &summary, logits, id, n));
         let entropy = self.entropy_sum.map(|_| summary.entropy);

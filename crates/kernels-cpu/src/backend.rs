@@ -12,8 +12,8 @@ use crate::processor::{Isa, Processor};
 use crate::rows::{Add, Norm, NormInPlace, RopeTable, Rotate, ScaleAndCap};
 use crate::weight::CpuWeight;
 use exrail_kernels::{
-    Activation, AttentionShape, AttentionSpan, Backend, GateActivation, KernelError, KvShape,
-    KvSlot, Largest, NormKind, PageId, Rope, Span, TokenId, WeightShape, WeightView,
+    Activation, AttentionShape, AttentionSpan, Backend, Draws, GateActivation, KernelError,
+    KvShape, KvSlot, Largest, NormKind, PageId, Rope, Span, TokenId, WeightShape, WeightView,
 };
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -323,6 +323,10 @@ impl Backend for CpuBackend {
 
     fn largest(&self, x: &CpuBuffer, n_rows: usize, width: usize, limit: usize) -> Vec<Largest> {
         Largest::of_rows(&x.0[..n_rows * width], width, limit)
+    }
+
+    fn draw(&self, x: &mut CpuBuffer, width: usize, draws: Draws<'_>) -> Vec<Largest> {
+        draws.of_rows(&x.0[..draws.rows.len() * width], width)
     }
 
     fn found(&self, found: &Vec<Largest>) -> Vec<Largest> {

@@ -1,5 +1,6 @@
 // Operations on rows of activations.
 #include "common.cuh"
+#include "found.cuh"
 
 // Tokens lie `stride` words apart: alone, or each in front of its logit, as `largest` left them. Beside a
 // logit that is no number there may be anything.
@@ -89,11 +90,6 @@ EXTERN void mean_rows(const float *x, const uint2 *spans, float *out, uint32_t n
     for (uint32_t i = 0; i < span.y; i++) sum += x[(size_t)(span.x + i) * width + at % width];
     out[at] = sum / (float)span.y;
 }
-
-struct Largest {
-    uint32_t index;
-    float value; // NaN: something is not finite
-};
 
 __device__ __forceinline__ Largest larger(Largest a, Largest b) {
     if (isnan(a.value) || isnan(b.value)) return {a.index, NAN};

@@ -13,7 +13,7 @@ use crate::linear::{Epilogue, Input, OfHeads, Output};
 use crate::memory::bytes_of;
 use crate::rows::{self, Into, Norm};
 use crate::stream::Stream;
-use crate::{CudaBuffer, CudaError, CudaKvPool, CudaWeight, DeviceFacts, attention};
+use crate::{CudaBuffer, CudaError, CudaKvPool, CudaWeight, DeviceFacts, attention, draw};
 
 /// How to open a [`CudaBackend`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -261,6 +261,10 @@ impl Backend for CudaBackend {
 
     fn largest(&self, x: &CudaBuffer, n_rows: usize, width: usize, limit: usize) -> CudaFound {
         rows::largest(&self.stream, &self.slots, x, n_rows, width, limit)
+    }
+
+    fn draw(&self, x: &mut CudaBuffer, width: usize, draws: Draws<'_>) -> CudaFound {
+        draw::draw(&self.stream, &self.slots, x, width, draws)
     }
 
     fn found(&self, found: &CudaFound) -> Vec<Largest> {

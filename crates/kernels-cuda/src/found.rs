@@ -1,4 +1,4 @@
-//! [`CudaFound`]: the largest outputs of some rows, on their way to the host.
+//! [`CudaFound`]: the largest or drawn outputs of some rows, on their way to the host.
 //!
 //! The kernel that finds them writes them to memory of the device, where the next step may read its tokens,
 //! and to pinned memory of the host. The event behind it says that they are there, so that the host
@@ -14,12 +14,12 @@ use exrail_kernels::{KernelError, Largest};
 
 use crate::stream::{Address, Memory, Stream};
 
-/// Bytes of a row: [`Largest`], as `cu/rows.cu` writes it.
+/// Bytes of a row: [`Largest`], as `cu/found.cuh` has it.
 const ROW_BYTES: usize = 8;
 /// Rows that a slot has room for at least.
 const MIN_ROWS: usize = 256;
 
-/// The largest outputs of some rows, which may not be there yet.
+/// The largest or drawn outputs of some rows, which may not be there yet.
 #[derive(Debug)]
 pub struct CudaFound {
     n_rows: usize,

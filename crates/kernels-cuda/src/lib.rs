@@ -3,8 +3,8 @@
 //! a device is opened.
 //!
 //! Way in: `backend` holds one method an operation; `linear` is the matrix products on the planes of
-//! `weight`, which come through `loader`, `attention` and `kv` the page pool, `rows` the rest, and
-//! `found` what it finds on its way back. `device` opens a card and says what is there; `stream` owns
+//! `weight`, which come through `loader`, `attention` and `kv` the page pool, `rows` the rest, `draw` the
+//! draws, and `found` what it finds on its way back. `device` opens a card and says what is there; `stream` owns
 //! everything that is asked of the driver afterwards, and `queue` what waits for it.
 //!
 //! `footprint` says what the GPU would allocate, from the arithmetic of `planes`; these two are all that
@@ -18,6 +18,8 @@ mod attention;
 mod backend;
 #[cfg(feature = "cuda")]
 mod device;
+#[cfg(feature = "cuda")]
+mod draw;
 #[cfg(feature = "cuda")]
 mod error;
 mod footprint;

@@ -223,6 +223,20 @@ pub(crate) fn largest(
     width: usize,
     limit: usize,
 ) -> CudaFound {
+    let found = find_largest(stream, slots, x, n_rows, width, limit);
+    found.asked();
+    found
+}
+
+/// The same, of an answer that something is still to be written to.
+pub(crate) fn find_largest(
+    stream: &Arc<Stream>,
+    slots: &Arc<Slots>,
+    x: &CudaBuffer,
+    n_rows: usize,
+    width: usize,
+    limit: usize,
+) -> CudaFound {
     assert!((1..=width).contains(&limit), "{limit} of {width} outputs");
     let found = CudaFound::new(slots, stream, n_rows);
     let (at, [out, seen]) = (x.at(n_rows * width), found.places());
@@ -233,6 +247,5 @@ pub(crate) fn largest(
     let grid = Grid { blocks: (n_blocks, n_rows), threads: LARGEST_THREADS, ..Grid::one(0) };
     let arguments: [&dyn AnyArgument; 7] = [&at, &out, &seen, &parts, &n_done, &columns, &first];
     stream.launch("largest", grid, &arguments);
-    found.asked();
     found
 }

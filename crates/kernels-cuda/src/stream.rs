@@ -24,8 +24,9 @@ use crate::queue::{Kernel, Queue};
 use crate::{CudaError, DeviceFacts, device};
 
 /// The compiled kernels, one fat binary a file of `cu/`.
-const BINARIES: [(&str, &[u8]); 12] = [
+const BINARIES: [(&str, &[u8]); 13] = [
     ("attention", include_bytes!(concat!(env!("OUT_DIR"), "/attention.fatbin"))),
+    ("draw", include_bytes!(concat!(env!("OUT_DIR"), "/draw.fatbin"))),
     ("flash", include_bytes!(concat!(env!("OUT_DIR"), "/flash.fatbin"))),
     ("group", include_bytes!(concat!(env!("OUT_DIR"), "/group.fatbin"))),
     ("kv", include_bytes!(concat!(env!("OUT_DIR"), "/kv.fatbin"))),
@@ -568,6 +569,7 @@ fn names(file: &str) -> Vec<String> {
             names.extend(crate::attention::run_names());
             names
         }
+        "draw" => plain(&["draw_weigh", "draw_pick"]),
         "flash" => crate::attention::tile_names().collect(),
         "group" => crate::attention::group_names().collect(),
         "kv" => plain(&["kv_write"]),

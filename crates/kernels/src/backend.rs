@@ -6,6 +6,8 @@
 use exrail_tensor::DType;
 use thiserror::Error;
 
+use crate::Draws;
+
 /// Tokens in one KV page.
 pub const PAGE_TOKENS: usize = 256;
 
@@ -475,7 +477,7 @@ pub trait Backend: Send + Sync + 'static {
     type Buffer: Send + Sync;
     /// The KV page pool on the device.
     type KvPool: Send;
-    /// The largest outputs of T rows, asked for and maybe not there yet. It may be dropped unread.
+    /// The largest or drawn outputs of T rows, asked for and maybe not there yet. It may be dropped unread.
     type Found: Send;
 
     /// For reports, such as `cpu avx512-vnni, 2 threads, int8 activations`.
@@ -590,6 +592,10 @@ pub trait Backend: Send + Sync + 'static {
     /// Asks for the largest of the first `limit` values of every row of x `(T, width)`, which may hold
     /// anything else as soon as this returns. Panics when `limit` is zero or more than `width`.
     fn largest(&self, x: &Self::Buffer, n_rows: usize, width: usize, limit: usize) -> Self::Found;
+    /// Asks for a draw from every row of x `(T, width)`, as [`crate::Draw::of`] defines it, to the last
+    /// bit: the token's index beside the largest value. x may hold anything afterwards. Panics when the limit
+    /// is zero or more than `width`.
+    fn draw(&self, x: &mut Self::Buffer, width: usize, draws: Draws<'_>) -> Self::Found;
     /// What was asked for, `(T)`; waits for it. It can be asked again.
     fn found(&self, found: &Self::Found) -> Vec<Largest>;
     /// Asks for the largest of the first `limit` outputs of every row of `x Wᵀ`; x `(T, columns)`. The
@@ -674,6 +680,18 @@ pub trait Backend: Send + Sync + 'static {
     ) -> Self::Found {
         self.norm(x.kind, x.x, x.n_rows, x.weight, x.eps, x.work);
         self.linear_largest(x.work, x.n_rows, weight, limit, work)
+    }
+    /// Asks for a draw from every row that [`Backend::norm_linear`] gives; `work` `(T, N)` may hold anything
+    /// afterwards.
+    fn norm_draw(
+        &self,
+        x: Normed<'_, Self::Buffer>,
+        weight: &Self::Weight,
+        draws: Draws<'_>,
+        work: &mut Self::Buffer,
+    ) -> Self::Found {
+        self.norm_linear(x, weight, work);
+        self.draw(work, self.weight_shape(weight).0, draws)
     }
     /// `y += scale * (x Wᵀ (+ bias))`: the residual add; y `(T, N)`.
     fn linear_add(

@@ -4,7 +4,7 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::{
-    AttentionShape, AttentionSpan, Backend, Extent, Footprint, GateActivation, KernelError,
+    AttentionShape, AttentionSpan, Backend, Draws, Extent, Footprint, GateActivation, KernelError,
     KvShape, KvSlot, Largest, NormKind, PageId, Rope, Span, TokenId, WeightShape, WeightView,
 };
 
@@ -126,6 +126,7 @@ impl Backend for Ledger {
 
     nothing_to_compute_with! {
         largest(x: &usize, n_rows: usize, width: usize, limit: usize);
+        draw(x: &mut usize, width: usize, draws: Draws<'_>);
         read(buffer: &usize, values: &mut [f32]);
         kv_copy_page(pool: &mut (), from: PageId, to: PageId);
         embed(table: &(usize, usize), ids: &[TokenId], scale: f32, out: &mut usize);

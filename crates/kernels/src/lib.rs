@@ -5,6 +5,7 @@
 
 mod backend;
 pub mod conformance;
+mod draw;
 mod footprint;
 mod ledger;
 pub mod reference;
@@ -14,5 +15,6 @@ pub use backend::{
     HeadRows, InputRounding, KernelError, KvDtype, KvShape, KvSlot, Largest, NormKind, Normed,
     PAGE_TOKENS, PageId, Places, Rope, RopeStyle, Span, TokenId, WeightView, int8_scale,
 };
+pub use draw::{Draw, DrawScratch, Draws, all_finite, argmax, exp_nonpositive, maximum};
 pub use footprint::{Extent, Footprint, Reserve, WeightShape};
 pub use ledger::{Entries, Ledger, LedgerWeight};

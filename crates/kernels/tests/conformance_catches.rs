@@ -5,9 +5,9 @@ use std::sync::{Arc, Mutex};
 use exrail_kernels::conformance::{ConformanceError, run};
 use exrail_kernels::reference::{Reference, ReferenceKvPool, ReferenceWeight};
 use exrail_kernels::{
-    Activation, AttentionShape, AttentionSpan, Backend, GateActivation, HeadRows, KernelError,
-    KvDtype, KvShape, KvSlot, Largest, NormKind, Normed, PAGE_TOKENS, PageId, Places, Rope,
-    RopeStyle, Span, TokenId, WeightView,
+    Activation, AttentionShape, AttentionSpan, Backend, Draw, Draws, GateActivation, HeadRows,
+    KernelError, KvDtype, KvShape, KvSlot, Largest, NormKind, Normed, PAGE_TOKENS, PageId, Places,
+    Rope, RopeStyle, Span, TokenId, WeightView,
 };
 
 /// What is wrong with a [`Faulty`] backend.
@@ -30,6 +30,15 @@ enum Fault {
     LinearDropsBias,
     LinearSkipsLastRow,
     LargestBeyondTheLimit,
+    DrawsTheLargest,
+    DrawsAtOneTemperature,
+    DrawsWithoutTopK,
+    DrawsWithoutTopP,
+    DrawsWithoutMinP,
+    DrawsByOneNumber,
+    DrawsBeyondTheLimit,
+    DrawsInOrderOfWeight,
+    DrawsBesideNan,
     LinearAddOverwrites,
     LinearAddUnscaled,
     AddsRowsInOrder,
@@ -43,6 +52,7 @@ enum Fault {
     GateUnnormed,
     LogitsUnnormed,
     LargestUnnormed,
+    DrawUnnormed,
     PlacesUnnormed,
     PlacesUnrotated,
     NormPlacesUnnormed,
@@ -73,11 +83,21 @@ enum Fault {
     RoundsActivations,
 }
 
-const FAULTS: [Fault; 55] = [
+const FAULTS: [Fault; 65] = [
     Fault::EmbedsFoundUnscaled,
     Fault::FindsOneRowLess,
     Fault::KeepsOneAnswer,
     Fault::LargestBeyondTheLimit,
+    Fault::DrawsTheLargest,
+    Fault::DrawsAtOneTemperature,
+    Fault::DrawsWithoutTopK,
+    Fault::DrawsWithoutTopP,
+    Fault::DrawsWithoutMinP,
+    Fault::DrawsByOneNumber,
+    Fault::DrawsBeyondTheLimit,
+    Fault::DrawsInOrderOfWeight,
+    Fault::DrawsBesideNan,
+    Fault::DrawUnnormed,
     Fault::AcceptsShortWeights,
     Fault::SwapsShape,
     Fault::StaleBuffer,
@@ -167,6 +187,15 @@ fn every_fault_is_caught_at_its_operation() {
                 "linear F32"
             }
             Fault::LargestBeyondTheLimit => "linear_largest F32",
+            Fault::DrawsTheLargest
+            | Fault::DrawsAtOneTemperature
+            | Fault::DrawsWithoutTopK
+            | Fault::DrawsWithoutTopP
+            | Fault::DrawsWithoutMinP
+            | Fault::DrawsByOneNumber
+            | Fault::DrawsBeyondTheLimit
+            | Fault::DrawsInOrderOfWeight
+            | Fault::DrawsBesideNan => "draw ",
             Fault::LinearAddOverwrites | Fault::LinearAddUnscaled => "linear_add F32",
             Fault::AddsRowsInOrder | Fault::AddsRowsWithOneScale | Fault::AddsRowsUnscaled => {
                 "linear_add_rows"
@@ -178,7 +207,8 @@ fn every_fault_is_caught_at_its_operation() {
             Fault::QkvUnnormed
             | Fault::GateUnnormed
             | Fault::LogitsUnnormed
-            | Fault::LargestUnnormed => "normed q",
+            | Fault::LargestUnnormed
+            | Fault::DrawUnnormed => "normed q",
             Fault::PlacesUnnormed | Fault::PlacesUnrotated => "place_heads",
             Fault::NormPlacesUnnormed
             | Fault::NormPlacesUnrotated
@@ -251,6 +281,22 @@ impl Faulty {
     }
 }
 
+fn weight_rows(weight: &ReferenceWeight) -> usize {
+    Reference.weight_shape(weight).0
+}
+
+/// Draws along the weights, the heaviest first, and not along the ids.
+fn in_order_of_weight(x: &[f32], width: usize, draws: Draws<'_>) -> Vec<Largest> {
+    let draw = |(row, draw): (&[f32], &Draw)| {
+        let mut order: Vec<usize> = (0..draws.limit).collect();
+        order.sort_by(|&a, &b| row[b].total_cmp(&row[a]));
+        let sorted: Vec<f32> = order.iter().map(|&n| row[n]).collect();
+        let drawn = Draws { limit: draws.limit, rows: &[*draw] }.of_rows(&sorted, draws.limit)[0];
+        Largest { index: order[drawn.index as usize] as u32, ..drawn }
+    };
+    x.chunks_exact(width).zip(draws.rows).map(draw).collect()
+}
+
 impl Backend for Faulty {
     type Weight = ReferenceWeight;
     type Buffer = Vec<f32>;
@@ -319,6 +365,32 @@ impl Backend for Faulty {
 
     fn largest(&self, x: &Vec<f32>, n_rows: usize, width: usize, limit: usize) -> Answer {
         self.answer(Reference.largest(x, n_rows, width, limit))
+    }
+
+    fn draw(&self, x: &mut Vec<f32>, width: usize, draws: Draws<'_>) -> Answer {
+        let (first, mut rows) = (draws.rows[0].numerator, draws.rows.to_vec());
+        for draw in &mut rows {
+            let Draw { temperature, top_k, top_p, min_p, numerator } = *draw;
+            let at_one = self.is(Fault::DrawsAtOneTemperature) && !draw.is_greedy();
+            let largest = self.is(Fault::DrawsTheLargest);
+            let temperature = if at_one { 1.0 } else { temperature };
+            *draw = Draw {
+                temperature: if largest { 0.0 } else { temperature },
+                top_k: if self.is(Fault::DrawsWithoutTopK) { 0 } else { top_k },
+                top_p: if self.is(Fault::DrawsWithoutTopP) { 1.0 } else { top_p },
+                min_p: if self.is(Fault::DrawsWithoutMinP) { 0.0 } else { min_p },
+                numerator: if self.is(Fault::DrawsByOneNumber) { first } else { numerator },
+            };
+        }
+        if self.is(Fault::DrawsBesideNan) {
+            x.iter_mut().filter(|x| !x.is_finite()).for_each(|x| *x = -1e30);
+        }
+        if self.is(Fault::DrawsInOrderOfWeight) {
+            return self.answer(in_order_of_weight(x, width, Draws { rows: &rows, ..draws }));
+        }
+        let beyond = self.is(Fault::DrawsBeyondTheLimit);
+        let limit = if beyond { width } else { draws.limit };
+        self.answer(Reference.draw(x, width, Draws { limit, rows: &rows }))
     }
 
     fn found(&self, found: &Answer) -> Vec<Largest> {
@@ -536,6 +608,20 @@ impl Backend for Faulty {
             return self.linear_largest(x.x, x.n_rows, weight, limit, work);
         }
         self.answer(Reference.norm_largest(x, weight, limit, work))
+    }
+
+    fn norm_draw(
+        &self,
+        x: Normed<'_, Vec<f32>>,
+        weight: &ReferenceWeight,
+        draws: Draws<'_>,
+        work: &mut Vec<f32>,
+    ) -> Answer {
+        if self.is(Fault::DrawUnnormed) {
+            self.linear(x.x, x.n_rows, weight, None, work);
+            return self.draw(work, weight_rows(weight), draws);
+        }
+        self.answer(Reference.norm_draw(x, weight, draws, work))
     }
 
     fn place_heads(

@@ -6,8 +6,8 @@ mod block;
 
 use exrail_checkpoint::{BlockNorms, DecoderConfig, NormKind, QkNorm, Tensors};
 use exrail_kernels::{
-    AttentionShape, AttentionSpan, Backend, HeadNorms, HeadRows, InputRounding, KvDtype, KvShape,
-    Normed, Places, Rope, TokenId,
+    AttentionShape, AttentionSpan, Backend, Draw, Draws, HeadNorms, HeadRows, InputRounding,
+    KvDtype, KvShape, Normed, Places, Rope, TokenId,
 };
 
 pub use block::{Block, embed_tokens};
@@ -171,10 +171,77 @@ impl<B: Backend> Decoder<B> {
         spans: &[AttentionSpan<'_>],
         limit: usize,
     ) -> B::Found {
+        self.follow(backend, scratch, pool, last, spans);
+        self.largest(backend, scratch, spans.len(), limit)
+    }
+
+    /// Runs one step as [`Decoder::forward`] does, and draws the token of every logit row from the logits
+    /// that `forward` gives, as [`exrail_kernels::Draw`] defines. There are no logits to read afterwards.
+    ///
+    /// # Panics
+    /// As [`Decoder::forward_largest`], or when there are not as many draws as logit rows.
+    pub fn forward_drawn(
+        &self,
+        backend: &B,
+        scratch: &mut Scratch<B>,
+        pool: &mut B::KvPool,
+        batch: &Batch<'_>,
+        draws: Draws<'_>,
+    ) -> B::Found {
+        assert_eq!(draws.rows.len(), batch.logit_rows.len(), "a draw for each logit row");
+        self.run(backend, scratch, pool, (Tokens::Known(batch.ids), batch.rows()));
+        self.drawn(backend, scratch, draws)
+    }
+
+    /// Runs the step behind the one that gave `last`, as [`Decoder::follow_largest`] does, and draws as
+    /// [`Decoder::forward_drawn`] does.
+    ///
+    /// # Panics
+    /// As [`Decoder::forward_drawn`].
+    pub fn follow_drawn(
+        &self,
+        backend: &B,
+        scratch: &mut Scratch<B>,
+        pool: &mut B::KvPool,
+        last: &B::Found,
+        spans: &[AttentionSpan<'_>],
+        draws: Draws<'_>,
+    ) -> B::Found {
+        assert_eq!(draws.rows.len(), spans.len(), "a draw for each row");
+        self.follow(backend, scratch, pool, last, spans);
+        self.drawn(backend, scratch, draws)
+    }
+
+    /// All layers, of the tokens that were found.
+    fn follow(
+        &self,
+        backend: &B,
+        scratch: &mut Scratch<B>,
+        pool: &mut B::KvPool,
+        last: &B::Found,
+        spans: &[AttentionSpan<'_>],
+    ) {
         let logit_rows: Vec<u32> = (0..).take(spans.len()).collect();
         let rows = Rows { n_rows: spans.len(), spans, logit_rows: &logit_rows };
         self.run(backend, scratch, pool, (Tokens::Found(last), rows));
-        self.largest(backend, scratch, spans.len(), limit)
+    }
+
+    /// Draws the tokens of the logit rows.
+    fn drawn(&self, backend: &B, scratch: &mut Scratch<B>, draws: Draws<'_>) -> B::Found {
+        let (vocab_size, n_rows) = (self.config.vocab_size, draws.rows.len());
+        let limit = draws.limit;
+        assert!((1..=vocab_size).contains(&limit), "{limit} tokens of {vocab_size}");
+        if draws.rows.iter().all(Draw::is_greedy) {
+            return self.largest(backend, scratch, n_rows, limit);
+        }
+        if self.has_plain_logits() {
+            let (x, normed, work) = scratch.logits_for(0);
+            let input = self.last_norm(x, n_rows, normed);
+            return backend.norm_draw(input, self.head(), draws, work);
+        }
+        self.logits(backend, scratch, n_rows);
+        let (_, _, logits) = scratch.logits_for(0);
+        backend.draw(logits, vocab_size, draws)
     }
 
     /// Asks for the most likely tokens of the logit rows.

@@ -4,8 +4,8 @@ use std::collections::{HashMap, HashSet};
 use std::sync::{Mutex, PoisonError};
 
 use exrail_kernels::{
-    AttentionShape, AttentionSpan, Backend, GateActivation, KernelError, KvShape, KvSlot, Largest,
-    NormKind, PageId, Rope, Span, TokenId, WeightView,
+    AttentionShape, AttentionSpan, Backend, Draws, GateActivation, KernelError, KvShape, KvSlot,
+    Largest, NormKind, PageId, Rope, Span, TokenId, WeightView,
 };
 
 use crate::Hessian;
@@ -167,6 +167,10 @@ impl<B: Backend> Backend for Recorder<B> {
 
     fn largest(&self, x: &Self::Buffer, n_rows: usize, width: usize, limit: usize) -> Self::Found {
         self.inner.largest(x, n_rows, width, limit)
+    }
+
+    fn draw(&self, x: &mut Self::Buffer, width: usize, draws: Draws<'_>) -> Self::Found {
+        self.inner.draw(x, width, draws)
     }
 
     fn found(&self, found: &Self::Found) -> Vec<Largest> {

@@ -2,9 +2,10 @@
 //!
 //! # In flight
 //! A device that computes while the host goes on ([`Backend::runs_ahead`]) would wait between two steps
-//! for the host to accept tokens and to ask for more. Where a step gives every sequence its most likely
-//! token and all of them go on, the next one is therefore asked for first, with the tokens as the device
-//! found them, and the tokens are accepted meanwhile. When something has changed (a sequence came,
+//! for the host to accept tokens and to ask for more. Where the tokens are all that a step's sequences need,
+//! the device therefore finds them, the most likely ones or drawn ones; and where each sequence gets one and
+//! goes on, the next step is asked for first, with the tokens as the device found them, and the tokens are
+//! accepted meanwhile. What a draw depends on (seed, sequence, step) is known before them. When something has changed (a sequence came,
 //! ended or was cancelled), what is in flight is accepted first, and the next turn plans anew.
 //!
 //! - A row belongs to the sequence whose id it carries. A sequence that has ended by then, as only its
@@ -17,7 +18,7 @@
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use exrail_kernels::{AttentionSpan, Backend, Largest, TokenId};
+use exrail_kernels::{AttentionSpan, Backend, Draw, Draws, Largest, TokenId};
 use exrail_model::Batch;
 
 use super::{SCORE_ROWS, Worker};
@@ -43,8 +44,8 @@ struct FlightRows {
 
 /// Where the results of a step will be.
 enum Asked<Found> {
-    /// The most likely tokens, which is all that its sequences need.
-    Largest(Found),
+    /// The tokens, which are all that its sequences need.
+    Tokens(Found),
     /// In the scratch, until the next step.
     Logits,
     /// Nowhere, and why.
@@ -109,7 +110,7 @@ impl<B: Backend> Worker<B> {
             spans.iter().any(|span| self.running[span.sequence_idx].traffic == Traffic::User);
         self.gauges.count(if users { Traffic::User } else { Traffic::WarmUp }, Total::Steps, 1);
         let last = last.and_then(|last| match &last.asked {
-            Asked::Largest(found) => Some(found),
+            Asked::Tokens(found) => Some(found),
             Asked::Logits | Asked::Panicked(_) => None,
         });
         let asked = self.forward(spans, last);
@@ -128,7 +129,17 @@ impl<B: Backend> Worker<B> {
         flight
     }
 
+    /// How the device finds the token of each logit row, where it does. One that computes in this thread
+    /// finds the most likely tokens faster than all logits, and draws no faster than the sampler.
+    fn draws(&self, spans: &[PlannedSpan], n_pending: u64) -> Option<Vec<Draw>> {
+        let asked = spans.iter().filter(|span| span.n_logit_rows > 0);
+        let draws = asked.map(|span| self.running[span.sequence_idx].draw(n_pending));
+        let draws: Option<Vec<Draw>> = draws.collect();
+        draws.filter(|draws| self.runs_ahead || draws.iter().all(Draw::is_greedy))
+    }
+
     fn forward(&mut self, spans: &[PlannedSpan], last: Option<&B::Found>) -> Asked<B::Found> {
+        let draws = self.draws(spans, u64::from(last.is_some()));
         let (mut ids, mut logit_rows) = (Vec::new(), Vec::new());
         let mut attention = Vec::with_capacity(spans.len());
         let mut end_row = 0;
@@ -150,20 +161,16 @@ impl<B: Backend> Worker<B> {
         let batch = Batch { ids: &ids, spans: &attention, logit_rows: &logit_rows };
         let Loaded { decoder, backend, .. } = &self.loaded;
         let (scratch, pool, limit) = (&mut self.scratch, &mut self.pool, self.vocab_len);
-        let mut asked = spans.iter().filter(|span| span.n_logit_rows > 0);
-        let greedy = asked.all(|span| self.running[span.sequence_idx].needs_only_the_largest());
         let step = AssertUnwindSafe(|| {
-            if let Some(last) = last {
-                let spans = &attention;
-                let found = decoder.follow_largest(backend, scratch, pool, last, spans, limit);
-                return Asked::Largest(found);
-            }
-            if greedy {
-                let found = decoder.forward_largest(backend, scratch, pool, &batch, limit);
-                return Asked::Largest(found);
-            }
-            decoder.forward(backend, scratch, pool, &batch);
-            Asked::Logits
+            let Some(rows) = draws else {
+                decoder.forward(backend, scratch, pool, &batch);
+                return Asked::Logits;
+            };
+            let draws = Draws { limit, rows: &rows };
+            Asked::Tokens(match last {
+                Some(last) => decoder.follow_drawn(backend, scratch, pool, last, &attention, draws),
+                None => decoder.forward_drawn(backend, scratch, pool, &batch, draws),
+            })
         });
         catch_unwind(step).unwrap_or_else(|panic| Asked::Panicked(panic_message(panic.as_ref())))
     }
@@ -172,8 +179,8 @@ impl<B: Backend> Worker<B> {
     fn land(&mut self, flight: Flight<B::Found>) {
         let Flight { rows, asked, step } = flight;
         let backend = &self.loaded.backend;
-        let largest = match asked {
-            Asked::Largest(found) => {
+        let found = match asked {
+            Asked::Tokens(found) => {
                 let wait = AssertUnwindSafe(|| backend.found(&found));
                 let found = catch_unwind(wait).map_err(|panic| panic_message(panic.as_ref()));
                 found.map(Some)
@@ -181,10 +188,10 @@ impl<B: Backend> Worker<B> {
             Asked::Logits => Ok(None),
             Asked::Panicked(message) => Err(message),
         };
-        match largest {
-            Ok(largest) => {
+        match found {
+            Ok(found) => {
                 self.panics_in_a_row = 0;
-                self.accept(&rows, largest.as_deref(), step);
+                self.accept(&rows, found.as_deref(), step);
             }
             Err(message) => {
                 self.panics_in_a_row += 1;
@@ -205,7 +212,7 @@ impl<B: Backend> Worker<B> {
     }
 
     /// Hands the results out. Ends are collected first: retiring moves sequences.
-    fn accept(&mut self, rows: &[FlightRows], largest: Option<&[Largest]>, step: u64) {
+    fn accept(&mut self, rows: &[FlightRows], found: Option<&[Largest]>, step: u64) {
         let mut ended = Vec::new();
         let (mut next, mut end_row) = (0, 0);
         for rows in rows {
@@ -214,7 +221,7 @@ impl<B: Backend> Worker<B> {
             // Sequences keep their order, so that each is behind the last.
             let Some(at) = self.find(rows.id, next) else { continue };
             next = at + 1;
-            if let Some(ending) = self.accept_rows(at, first_row..end_row, largest, step) {
+            if let Some(ending) = self.accept_rows(at, first_row..end_row, found, step) {
                 ended.push((at, ending));
             }
         }
@@ -227,15 +234,15 @@ impl<B: Backend> Worker<B> {
         &mut self,
         at: usize,
         rows: Range<usize>,
-        largest: Option<&[Largest]>,
+        found: Option<&[Largest]>,
         step: u64,
     ) -> Option<Ending> {
         let Loaded { backend, tokenizer, .. } = &self.loaded;
         let sequence = &mut self.running[at];
         let mut shared = Shared { tokenizer, eos: &self.eos, scratch: &mut self.sampling };
         for row in rows {
-            let found = match largest {
-                Some(largest) => Row::Largest(largest[row]),
+            let given = match found {
+                Some(found) => Row::Found(found[row]),
                 None => {
                     self.scratch.logits(backend, row, &mut self.logits);
                     // Rows beyond the tokenizer are padding of the output matrix and never sampled
@@ -244,7 +251,7 @@ impl<B: Backend> Worker<B> {
                 }
             };
             let before = sequence.n_completion();
-            let accepted = catch_unwind(AssertUnwindSafe(|| sequence.accept(found, &mut shared)));
+            let accepted = catch_unwind(AssertUnwindSafe(|| sequence.accept(given, &mut shared)));
             let ending = accepted.unwrap_or_else(|panic| {
                 let message = panic_message(panic.as_ref());
                 Some(Ending::Fault(SequenceFault::StepPanicked { step, message }))
@@ -262,7 +269,7 @@ impl<B: Backend> Worker<B> {
 impl<Found> Flight<Found> {
     /// Whether it is one token for every sequence in it, so that the device knows the next step's.
     fn gives_each_a_token(&self) -> bool {
-        matches!(self.asked, Asked::Largest(_))
+        matches!(self.asked, Asked::Tokens(_))
             && self.rows.iter().all(|rows| rows.n_logit_rows == 1)
     }
 }
@@ -284,7 +291,7 @@ mod tests {
     use super::*;
     use crate::event::{Event, Finished};
     use crate::handle::Command;
-    use crate::request::GenerateRequest;
+    use crate::request::{GenerateRequest, Sampling};
 
     /// The tokens and the end of one sequence.
     #[derive(Debug, Default, PartialEq)]
@@ -347,6 +354,14 @@ mod tests {
         let events = bench.send(request);
         bench.finish();
         answer(&events)
+    }
+
+    /// One that is drawn, nearly at random, so that tokens tell numbers apart.
+    fn drawn(n_prompt: u32, max_tokens: usize) -> GenerateRequest {
+        let mut request = Bench::request(n_prompt, max_tokens);
+        let seed = u64::from(n_prompt);
+        request.sampling = Sampling { temperature: 4.0, top_p: 0.99, seed, ..Sampling::default() };
+        request
     }
 
     /// The last place of an answer whose token did not come before in it.
@@ -467,6 +482,69 @@ mod tests {
         assert_eq!(counters.steps, eos_at as u64 + 2, "the prompt, its tokens, and one too many");
     }
 
+    /// Drawn and greedy sequences are followed alike, and the ends that only a token tells are those of steps
+    /// that wait for each other.
+    #[test]
+    fn drawn_tokens_are_asked_for_before_the_last_are_read() {
+        let ids = alone(drawn(5, 20)).ids;
+        let eos_at = new_token(&ids);
+        let mut bench = bench(true);
+        bench.worker.eos = vec![ids[eos_at]];
+        let mut request = drawn(5, 20);
+        request.stop_at_eos = true;
+        // Together they are one chunk.
+        let requests = [request, drawn(9, 12), Bench::request(2, 15)];
+        let events = requests.clone().map(|request| bench.send(request));
+        for n_tokens in 0..4 {
+            bench.turn();
+            assert!(bench.worker.flight.is_some());
+            let counts = [0, 1, 2].map(|at| bench.worker.running[at].n_completion());
+            assert_eq!(counts, [n_tokens; 3], "one token behind what is asked for");
+        }
+        bench.finish();
+        let answers = events.each_ref().map(answer);
+        assert_eq!(answers[0].ids, ids[..eos_at]);
+        assert_eq!(answers[0].finish, Some(Finish::Stop));
+        assert_eq!(answers[1], alone(drawn(9, 12)));
+        assert_eq!(answers[2], alone(Bench::request(2, 15)));
+        let counters = bench.gauges.snapshot();
+        assert_eq!(counters.tokens_generated, (eos_at + 12 + 15) as u64);
+        assert_eq!((counters.pages_free, counters.panics), (counters.pages_total, 0));
+    }
+
+    #[test]
+    fn cancelled_beside_it_a_drawn_sequence_goes_on_by_its_own_numbers() {
+        let mut bench = bench(true);
+        let cancelled = bench.send(drawn(4, 50));
+        let kept = bench.send(drawn(9, 30));
+        for _ in 0..4 {
+            bench.turn();
+        }
+        bench.commands.send(Command::Cancel(SequenceId(0))).unwrap();
+        bench.finish();
+        assert_eq!(answer(&cancelled).finish, Some(Finish::Cancelled));
+        assert_eq!(answer(&kept), alone(drawn(9, 30)));
+    }
+
+    #[test]
+    fn beside_a_sequence_that_needs_logits_nothing_is_drawn_ahead() {
+        let mut penalised = drawn(6, 8);
+        penalised.sampling.presence_penalty = 1.0;
+        let mut bench = bench(true);
+        let plain = bench.send(drawn(4, 20));
+        let other = bench.send(penalised.clone());
+        bench.turn();
+        while bench.worker.running.len() == 2 {
+            assert!(bench.worker.flight.is_none());
+            bench.turn();
+        }
+        bench.turn();
+        assert!(bench.worker.flight.is_some(), "alone again");
+        bench.finish();
+        assert_eq!(answer(&plain), alone(drawn(4, 20)));
+        assert_eq!(answer(&other), alone(penalised));
+    }
+
     /// Pages of a sequence that is cancelled while a step of it is in flight are free at once, and whoever
     /// gets them has its own answer.
     #[test]
@@ -534,6 +612,33 @@ mod tests {
         let expected = alone(Bench::request(9, 50)).ids;
         assert_eq!(run(false), expected);
         assert_ne!(run(true), expected);
+    }
+
+    #[test]
+    fn without_the_pending_token_a_step_would_draw_by_the_number_before() {
+        let expected = alone(drawn(4, 20)).ids;
+        let second = |n_pending| {
+            let mut bench = bench(true);
+            let _events = bench.send(drawn(4, 20));
+            bench.turn();
+            let Worker { flight, loaded, scratch, pool, running, vocab_len, .. } =
+                &mut bench.worker;
+            let Some(Flight { asked: Asked::Tokens(last), .. }) = flight.take() else {
+                panic!("the first token is in flight");
+            };
+            let running = &running[0];
+            let rows = [running.draw(n_pending).expect("it needs no logits")];
+            let draws = Draws { limit: *vocab_len, rows: &rows };
+            let (n_rows, first_position) = (1, running.fed);
+            let pages = &running.page_table;
+            let span = AttentionSpan { first_row: 0, n_rows, first_position, pages };
+            let Loaded { decoder, backend, .. } = loaded;
+            let found = decoder.follow_drawn(backend, scratch, pool, &last, &[span], draws);
+            assert_eq!(backend.found(&last)[0].index, expected[0]);
+            backend.found(&found)[0].index
+        };
+        assert_eq!(second(1), expected[1]);
+        assert_ne!(second(0), expected[1]);
     }
 
     #[test]

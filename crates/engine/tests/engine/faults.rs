@@ -3,8 +3,8 @@
 use std::time::{Duration, Instant};
 
 use crate::support::{
-    Faults, NAN_TOKEN, PANIC_TOKEN, assert_all_pages_return, collect, generate, greedy, options,
-    plain, prompt, start, start_with,
+    Faults, NAN_TOKEN, PANIC_TOKEN, assert_all_pages_return, collect, drawn, generate, greedy,
+    options, plain, prompt, start, start_with,
 };
 use exrail_engine::{
     EngineHandle, EngineOptions, EngineState, Event, Finish, GenerateRequest, Generation,
@@ -61,10 +61,12 @@ fn a_panicking_step_fails_its_batch_and_the_engine_goes_on() {
 }
 
 /// Answers of 24 tokens, and one token that only the first of them has: `(answers, place, token)`.
-fn answers_with_a_token_of_their_own() -> (Vec<Vec<u32>>, usize, u32) {
+fn answers_with_a_token_of_their_own(
+    request: fn(Vec<u32>, usize) -> GenerateRequest,
+) -> (Vec<Vec<u32>>, usize, u32) {
     let engine = start_with(Faults::default(), false, options());
     let answers: Vec<Vec<u32>> =
-        (0..4).map(|n| generate(&engine, plain(prompt(n, 30), 24)).ids()).collect();
+        (0..4).map(|n| generate(&engine, request(prompt(n, 30), 24)).ids()).collect();
     let prompts: Vec<u32> = (0..4).flat_map(|n| prompt(n, 30)).collect();
     let others = [&prompts[..], &answers[1], &answers[2], &answers[3]].concat();
     let is_own = |&at: &usize| {
@@ -78,10 +80,15 @@ fn answers_with_a_token_of_their_own() -> (Vec<Vec<u32>>, usize, u32) {
 
 #[test]
 fn non_finite_logits_in_flight_fail_only_their_sequence() {
-    let (clean, own, token) = answers_with_a_token_of_their_own();
+    non_finite_logits(plain);
+    non_finite_logits(drawn);
+}
+
+fn non_finite_logits(request: fn(Vec<u32>, usize) -> GenerateRequest) {
+    let (clean, own, token) = answers_with_a_token_of_their_own(request);
     let engine = start_with(Faults { nan: Some(token), panic: None }, true, options());
     let generations: Vec<_> =
-        (0..4).map(|n| engine.submit(plain(prompt(n, 30), 24)).unwrap()).collect();
+        (0..4).map(|n| engine.submit(request(prompt(n, 30), 24)).unwrap()).collect();
     let answers: Vec<_> = generations.iter().map(collect).collect();
     assert_eq!(answers[0].ids(), clean[0][..=own]);
     assert_eq!(*answers[0].fault(), SequenceFault::NumericFault { step: own + 1 });
@@ -95,7 +102,7 @@ fn non_finite_logits_in_flight_fail_only_their_sequence() {
 
 #[test]
 fn a_panic_in_flight_fails_its_batch_behind_the_tokens_before() {
-    let (clean, own, token) = answers_with_a_token_of_their_own();
+    let (clean, own, token) = answers_with_a_token_of_their_own(plain);
     let engine = start_with(Faults { nan: None, panic: Some(token) }, true, options());
     let alone = generate(&engine, plain(prompt(0, 30), 24));
     assert_eq!(alone.ids(), clean[0][..=own], "the token that the panic follows was delivered");
@@ -295,7 +302,8 @@ proptest! {
         for action in actions {
             match action {
                 Action::Submit { n, len, max_tokens } => {
-                    let request = plain(prompt(n, len), max_tokens);
+                    let request = if n % 2 == 0 { plain } else { drawn };
+                    let request = request(prompt(n, len), max_tokens);
                     live.push((engine.submit(request).unwrap(), max_tokens));
                     submitted += 1;
                 }

@@ -1,7 +1,8 @@
 //! What comes out: equal under every schedule, filtered, stopped and described as asked.
 
 use crate::support::{
-    Answer, assert_all_pages_return, collect, generate, greedy, healthy, options, prompt, start,
+    Answer, Faults, assert_all_pages_return, collect, generate, greedy, healthy, options, plain,
+    prompt, start, start_with,
 };
 use exrail_engine::{
     EngineOptions, Finish, GenerateRequest, Sampling, SubmitError, WarmUpPlan, warm_up,
@@ -88,6 +89,46 @@ fn seeded_sampling_ignores_co_batched_traffic() {
     assert_ne!(alone.ids(), generate(&engine, seeded(1)).ids());
     drop(traffic);
     assert_all_pages_return(&engine);
+}
+
+/// Seven requests with different options, some of which need the logits of their steps.
+fn sampled() -> Vec<GenerateRequest> {
+    let request = |n: u32, sampling: Sampling| {
+        let mut request = greedy(prompt(n, 9 + 5 * n), 30 - n as usize);
+        request.sampling = Sampling { seed: u64::from(n), ..sampling };
+        request
+    };
+    let base = Sampling::default();
+    vec![
+        request(0, base.clone()),
+        request(1, Sampling { temperature: 0.7, top_p: 0.9, ..base.clone() }),
+        request(2, Sampling { temperature: 3.0, top_k: Some(40), ..base.clone() }),
+        request(3, Sampling { min_p: 0.2, sequence: 4, ..base.clone() }),
+        request(4, Sampling::greedy()),
+        request(5, Sampling { presence_penalty: 0.5, ..base.clone() }),
+        request(6, Sampling { logit_bias: healthy(), ..base }),
+    ]
+}
+
+/// The same seed gives the same tokens, drawn by the host or on a device that runs ahead, alone or in a
+/// batch whose first steps hold sequences that need the logits.
+#[test]
+fn the_device_draws_what_the_host_draws() {
+    let [host, ahead] = [false, true].map(|ahead| start_with(Faults::default(), ahead, options()));
+    let expected: Vec<_> = sampled().into_iter().map(|r| generate(&host, r).ids()).collect();
+    let greedy = generate(&host, plain(prompt(0, 9), 30)).ids();
+    assert_ne!(expected[0], greedy);
+    for engine in [&host, &ahead] {
+        let alone: Vec<_> = sampled().into_iter().map(|r| generate(engine, r).ids()).collect();
+        assert_eq!(alone, expected);
+        for n_kept in [sampled().len(), 5] {
+            let requests = sampled().into_iter().take(n_kept);
+            let all: Vec<_> = requests.map(|request| engine.submit(request).unwrap()).collect();
+            let together: Vec<_> = all.iter().map(|one| collect(one).ids()).collect();
+            assert_eq!(together, expected[..n_kept]);
+        }
+        assert_all_pages_return(engine);
+    }
 }
 
 #[test]

@@ -11,8 +11,8 @@ use exrail_engine::{
 };
 use exrail_kernels::reference::Reference;
 use exrail_kernels::{
-    AttentionShape, AttentionSpan, Backend, DeviceCounters, GateActivation, KernelError, KvDtype,
-    KvShape, KvSlot, Largest, NormKind, PageId, Rope, Span, TokenId, WeightView,
+    AttentionShape, AttentionSpan, Backend, DeviceCounters, Draws, GateActivation, KernelError,
+    KvDtype, KvShape, KvSlot, Largest, NormKind, PageId, Rope, Span, TokenId, WeightView,
 };
 use exrail_testkit::{TinyLlama, tiny_llama};
 
@@ -67,6 +67,9 @@ impl<B: Backend> Backend for Faulty<B> {
     }
     fn largest(&self, x: &B::Buffer, n_rows: usize, width: usize, limit: usize) -> B::Found {
         self.inner.largest(x, n_rows, width, limit)
+    }
+    fn draw(&self, x: &mut B::Buffer, width: usize, draws: Draws<'_>) -> B::Found {
+        self.inner.draw(x, width, draws)
     }
     fn found(&self, found: &B::Found) -> Vec<Largest> {
         self.inner.found(found)
@@ -191,6 +194,14 @@ pub(crate) fn greedy(prompt: Vec<u32>, max_tokens: usize) -> GenerateRequest {
 pub(crate) fn plain(prompt: Vec<u32>, max_tokens: usize) -> GenerateRequest {
     let mut request = greedy(prompt, max_tokens);
     request.sampling = Sampling::greedy();
+    request
+}
+
+/// Sampled and nothing beside, so that a device that runs ahead draws the tokens; to `max_tokens`.
+pub(crate) fn drawn(prompt: Vec<u32>, max_tokens: usize) -> GenerateRequest {
+    let seed = prompt.iter().map(|&id| u64::from(id)).sum();
+    let mut request = plain(prompt, max_tokens);
+    request.sampling = Sampling { temperature: 0.9, top_p: 0.95, seed, ..Sampling::default() };
     request
 }
 

@@ -20,8 +20,8 @@ use super::linear::Pair;
 use super::{ConformanceError, Suite, U, accepted, defined};
 use crate::reference::Reference;
 use crate::{
-    Activation, AttentionShape, AttentionSpan, Backend, GateActivation, HeadNorms, HeadRows,
-    KvDtype, KvShape, KvSlot, NormKind, Normed, PageId, Places, Rope, RopeStyle,
+    Activation, AttentionShape, AttentionSpan, Backend, Draw, Draws, GateActivation, HeadNorms,
+    HeadRows, KvDtype, KvShape, KvSlot, NormKind, Normed, PageId, Places, Rope, RopeStyle,
 };
 
 /// H, K, D, rotated pairs.
@@ -132,7 +132,13 @@ impl<B: Backend> Suite<'_, B> {
         self.backend.read(&logits, &mut values);
         let limit = rows.div_ceil(2);
         let found = self.backend.norm_largest(input!(), &gate.tested, limit, &mut logits);
-        self.check_largest(&case, &self.backend.found(&found), &values, rows, limit)
+        self.check_largest(&case, &self.backend.found(&found), &values, rows, limit)?;
+
+        let draws: Vec<Draw> = (0..n_rows).map(|t| self.random.draw(t)).collect();
+        let draws = Draws { limit, rows: &draws };
+        let found = self.backend.norm_draw(input!(), &gate.tested, draws, &mut logits);
+        let case = format!("{case} draw");
+        self.check_found(&case, &self.backend.found(&found), &draws.of_rows(&values, rows))
     }
 
     fn normed_bound(

@@ -191,20 +191,7 @@ impl<B: Backend> Suite<'_, B> {
         width: usize,
         limit: usize,
     ) -> Result<(), ConformanceError> {
-        let expected = Largest::of_rows(values, width, limit);
-        for (t, expected) in expected.into_iter().enumerate() {
-            let found = found.get(t);
-            let same = found.is_some_and(|found| {
-                found.index == expected.index && found.value == expected.value
-                    || found.value.is_nan() && expected.value.is_nan()
-            });
-            if !same {
-                let (case, device) = (case.to_owned(), self.backend.name());
-                let (expected, found) = (format!("{expected:?}"), format!("{found:?}"));
-                return Err(ConformanceError::Largest { case, t, expected, found, device });
-            }
-        }
-        Ok(())
+        self.check_found(case, found, &Largest::of_rows(values, width, limit))
     }
 
     fn linear_add(

@@ -11,6 +11,7 @@
 //! cached positions that no row sees are NaN too: a fault in one sequence must not reach another.
 
 mod attention;
+mod draw;
 mod fused;
 mod linear;
 mod memory;
@@ -21,7 +22,7 @@ mod rope;
 use thiserror::Error;
 
 use crate::reference::Reference;
-use crate::{Activation, Backend, KernelError};
+use crate::{Activation, Backend, KernelError, Largest};
 use random::Random;
 
 /// Twice the unit roundoff of f32.
@@ -96,16 +97,16 @@ pub enum ConformanceError {
         /// Backend name.
         device: String,
     },
-    /// The largest output is not that of the backend's own `linear`.
+    /// The largest or drawn output is not that of the backend's own logits.
     #[error("{case} row {t}: expected {expected}, found {found} ({device})")]
-    Largest {
+    Found {
         /// Format and sizes.
         case: String,
-        /// Row of activations.
+        /// Row of logits.
         t: usize,
-        /// What `linear` gives.
+        /// What the definition finds in them.
         expected: String,
-        /// What `linear_largest` gives.
+        /// What the backend found.
         found: String,
         /// Backend name.
         device: String,
@@ -126,6 +127,7 @@ pub fn run<B: Backend>(backend: &B, activation: Activation) -> Result<(), Confor
     suite.norm()?;
     suite.rope()?;
     suite.linear()?;
+    suite.draws()?;
     suite.attention()?;
     suite.attention_full()?;
     suite.fused()
@@ -161,6 +163,28 @@ impl<B: Backend> Suite<'_, B> {
     /// A device buffer for `len` results, all NaN.
     fn output(&self, case: &str, len: usize) -> Result<B::Buffer, ConformanceError> {
         self.upload(case, &vec![f32::NAN; len])
+    }
+
+    /// Compares what was found in every row; beside NaN it may be any index.
+    fn check_found(
+        &self,
+        case: &str,
+        found: &[Largest],
+        expected: &[Largest],
+    ) -> Result<(), ConformanceError> {
+        for (t, expected) in expected.iter().enumerate() {
+            let found = found.get(t);
+            let same = found.is_some_and(|found| {
+                found.index == expected.index && found.value == expected.value
+                    || found.value.is_nan() && expected.value.is_nan()
+            });
+            if !same {
+                let (case, device) = (case.to_owned(), self.backend.name());
+                let (expected, found) = (format!("{expected:?}"), format!("{found:?}"));
+                return Err(ConformanceError::Found { case, t, expected, found, device });
+            }
+        }
+        Ok(())
     }
 
     /// Compares the head of `buffer` with the reference, where NaN must stay NaN, and its tail with

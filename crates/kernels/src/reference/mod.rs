@@ -19,8 +19,8 @@ use exrail_tensor::{DType, dequantize};
 pub use kv::ReferenceKvPool;
 
 use crate::{
-    AttentionShape, AttentionSpan, Backend, GateActivation, KernelError, KvShape, KvSlot, Largest,
-    NormKind, PageId, Rope, Span, TokenId, WeightView,
+    AttentionShape, AttentionSpan, Backend, Draws, GateActivation, KernelError, KvShape, KvSlot,
+    Largest, NormKind, PageId, Rope, Span, TokenId, WeightView,
 };
 
 /// The scalar backend.
@@ -155,6 +155,10 @@ impl Backend for Reference {
 
     fn largest(&self, x: &Vec<f32>, n_rows: usize, width: usize, limit: usize) -> Vec<Largest> {
         Largest::of_rows(&x[..n_rows * width], width, limit)
+    }
+
+    fn draw(&self, x: &mut Vec<f32>, width: usize, draws: Draws<'_>) -> Vec<Largest> {
+        draws.of_rows(&x[..draws.rows.len() * width], width)
     }
 
     fn found(&self, found: &Vec<Largest>) -> Vec<Largest> {
