@@ -80,9 +80,9 @@ fn parse(told: &Value) -> Result<Vec<Reading>> {
         let decode = match test["output"].as_str() {
             Some("logits") => Test::Decode { depth, batch },
             Some("token") if batch == 1 => Test::Greedy { depth },
-            // No gate asks for the greedy decode of several sequences.
-            Some("token") => continue,
-            output => bail!("`output`: expected logits or token, found {output:?}"),
+            // No gate asks for the greedy decode of several sequences, or for drawn tokens.
+            Some("token" | "drawn") => continue,
+            output => bail!("`output`: expected logits, token or drawn, found {output:?}"),
         };
         add(decode, &test["tokens_per_s"])?;
     }

@@ -73,7 +73,7 @@ fn the_json_has_every_test_of_the_plan_with_its_samples() {
         let output = test["output"].as_str().unwrap();
         (number(test, "depth"), number(test, "batch"), output)
     });
-    let outputs = |depth, batch| [(depth, batch, "logits"), (depth, batch, "token")];
+    let outputs = |depth, batch| ["logits", "token", "drawn"].map(|output| (depth, batch, output));
     let expected = [(0.0, 1.0), (0.0, 3.0), (300.0, 1.0), (300.0, 3.0)];
     let expected = expected.map(|(depth, batch)| outputs(depth, batch));
     assert_eq!(tests.collect::<Vec<_>>(), expected.concat());

@@ -16,8 +16,9 @@ const WEIGH_EACH: usize = 8;
 const WEIGH_BLOCKS: usize = 64;
 /// Threads of the block that picks a row's token, and bins that it counts in: `N_BINS` of `cu/draw.cu`.
 const PICK_THREADS: usize = 1024;
-/// Bins of weights by their leading bits: `N_COARSE` of `cu/draw.cu`.
-const COARSE_BINS: usize = 321;
+/// Bins of weights from 2⁻⁴⁰ to 1 by their leading bits, eight for each power of two: `N_COARSE` of
+/// `cu/draw.cu`.
+const COARSE_BINS: usize = 8 * 40 + 1;
 /// Bytes of a bin in shared memory: a count, and a mass in four parts.
 const BIN_BYTES: usize = 4 * (1 + 4);
 /// Values of a row whose masses a bin has room for.
@@ -58,7 +59,7 @@ pub(crate) fn draw(
 }
 
 /// The C++ struct of the same name.
-fn packed(draw: &Draw) -> [u8; 32] {
+fn packed(draw: Draw) -> [u8; 32] {
     let least = if draw.min_p > 0.0 { draw.min_p.to_bits() } else { 0 };
     let mut bytes = [0; 32];
     bytes[..8].copy_from_slice(&draw.numerator.to_le_bytes());

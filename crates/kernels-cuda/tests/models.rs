@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use exrail_checkpoint::{DecoderConfig, Gguf, HfFolder, Tensors};
 use exrail_kernels::{
-    Activation, AttentionSpan, Backend, KvDtype, Largest, PAGE_TOKENS, PageId, TokenId,
+    Activation, AttentionSpan, Backend, Draw, Draws, KvDtype, Largest, PAGE_TOKENS, PageId, TokenId,
 };
 use exrail_kernels_cpu::{CpuBackend, CpuOptions};
 use exrail_kernels_cuda::{CudaBackend, CudaOptions};
@@ -82,12 +82,13 @@ fn greedy<B: Backend>(
     while first_position < prompt.len() + n_tokens - 1 {
         let n_rows = ids.len();
         let span = AttentionSpan { first_row: 0, n_rows, first_position, pages: &pages };
-        let (scratch, pool, limit) = (&mut scratch, &mut pool, config.vocab_size);
+        let draws = Draws { limit: config.vocab_size, rows: &[Draw::LARGEST] };
+        let (scratch, pool) = (&mut scratch, &mut pool);
         let found = match last.as_ref().filter(|_| follows) {
-            Some(last) => decoder.follow_largest(backend, scratch, pool, last, &[span], limit),
+            Some(last) => decoder.follow_drawn(backend, scratch, pool, last, &[span], draws),
             None => {
                 let batch = Batch { ids: &ids, spans: &[span], logit_rows: &[n_rows as u32 - 1] };
-                decoder.forward_largest(backend, scratch, pool, &batch, limit)
+                decoder.forward_drawn(backend, scratch, pool, &batch, draws)
             }
         };
         first_position += n_rows;
@@ -273,9 +274,21 @@ fn real_models_agree_with_the_cpu_and_with_themselves() {
 }
 
 /// The places of found tokens take turns, so that steps that follow each other are graphs that were made
-/// before: those of a first run are all that later ones need.
+/// before: those of a first run are all that later ones need. Drawn tokens are found by other numbers each
+/// time, which are no part of a graph.
 #[test]
 fn steps_that_follow_each_other_reuse_their_graphs() {
+    graphs_are_reused(|_| Draw::LARGEST);
+    graphs_are_reused(drawn);
+}
+
+/// A draw of step `n`.
+fn drawn(n: u64) -> Draw {
+    let numerator = (n + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 11;
+    Draw { temperature: 0.9, top_k: 200, top_p: 0.95, min_p: 0.01, numerator }
+}
+
+fn graphs_are_reused(draw: impl Fn(u64) -> Draw) {
     let path = std::env::var_os("EXRAIL_TEST_GENERATOR").expect("EXRAIL_TEST_GENERATOR is set");
     let gguf = Gguf::open(Path::new(&path)).unwrap();
     let config = DecoderConfig::from_gguf(&gguf).unwrap();
@@ -284,17 +297,20 @@ fn steps_that_follow_each_other_reuse_their_graphs() {
     let decoder = Decoder::load(&cuda, &config, &gguf, &mut |_| {}).unwrap();
     let mut pool = cuda.kv_pool(decoder.kv_shape(1, KvDtype::F16)).unwrap();
     let mut scratch = decoder.scratch(&cuda, 1, 1).unwrap();
+    let mut n_steps = 0;
     let mut run = || {
         let mut asked: Vec<_> = Vec::new();
         for first_position in 0..40 {
+            n_steps += 1;
+            let draws = Draws { limit: config.vocab_size, rows: &[draw(n_steps)] };
             let pages = [PageId(0)];
             let span = AttentionSpan { first_row: 0, n_rows: 1, first_position, pages: &pages };
-            let (scratch, pool, limit) = (&mut scratch, &mut pool, config.vocab_size);
+            let (scratch, pool) = (&mut scratch, &mut pool);
             let found = match asked.last() {
-                Some(last) => decoder.follow_largest(&cuda, scratch, pool, last, &[span], limit),
+                Some(last) => decoder.follow_drawn(&cuda, scratch, pool, last, &[span], draws),
                 None => {
                     let batch = Batch { ids: &[TokenId(1)], spans: &[span], logit_rows: &[0] };
-                    decoder.forward_largest(&cuda, scratch, pool, &batch, limit)
+                    decoder.forward_drawn(&cuda, scratch, pool, &batch, draws)
                 }
             };
             asked.push(found);
@@ -333,6 +349,28 @@ fn answers_in_flight_do_not_mix() {
     for (n, found) in asked.iter().rev().chain(&asked) {
         assert_eq!(cuda.found(found), expected(*n));
     }
-    let nothing = cuda.buffer(width).unwrap();
+    let mut nothing = cuda.buffer(width).unwrap();
     assert_eq!(cuda.found(&cuda.largest(&nothing, 0, width, 5)), []);
+    assert_eq!(cuda.found(&cuda.draw(&mut nothing, width, Draws { limit: 5, rows: &[] })), []);
+}
+
+/// More rows than conformance has, of a whole vocabulary, several questions in flight: each is counted in
+/// bins of its own, which are empty again for the next.
+#[test]
+fn draws_in_flight_do_not_mix() {
+    let cuda = cuda(Activation::Int8);
+    let (n_rows, width) = (70, 32_003);
+    let rows: Vec<Draw> = (0..n_rows as u64).map(drawn).collect();
+    let ask = |n: usize| {
+        let value = |i: usize| ((i * 7919 + n * 104_729) % 9973) as f32 / 700.0;
+        let values: Vec<f32> = (0..n_rows * width).map(value).collect();
+        let mut x = cuda.buffer(values.len()).unwrap();
+        cuda.write(&mut x, &values);
+        let draws = Draws { limit: width - 3, rows: &rows[n..] };
+        (cuda.draw(&mut x, width, draws), draws.of_rows(&values[..(n_rows - n) * width], width))
+    };
+    let asked: Vec<_> = (0..4).map(ask).collect();
+    for (found, expected) in asked.iter().rev() {
+        assert_eq!(cuda.found(found), *expected);
+    }
 }

@@ -137,49 +137,14 @@ impl<B: Backend> Decoder<B> {
         self.logits(backend, scratch, batch.logit_rows.len());
     }
 
-    /// Runs one step as [`Decoder::forward`] does, and asks for the most likely of the first `limit`
-    /// tokens of every logit row, with its logit: the one that the logits of `forward` have. There
-    /// are no logits to read afterwards, and where one row is asked for, most of them were never
+    /// Runs one step as [`Decoder::forward`] does, and asks for a token of every logit row, drawn from the
+    /// logits that `forward` gives as [`exrail_kernels::Draw`] defines. There are no logits to read
+    /// afterwards, and where the most likely token of one row is asked for, most of them were never
     /// computed.
     ///
     /// # Panics
-    /// As [`Decoder::forward`], or when `limit` is zero or beyond the vocabulary.
-    pub fn forward_largest(
-        &self,
-        backend: &B,
-        scratch: &mut Scratch<B>,
-        pool: &mut B::KvPool,
-        batch: &Batch<'_>,
-        limit: usize,
-    ) -> B::Found {
-        self.run(backend, scratch, pool, (Tokens::Known(batch.ids), batch.rows()));
-        self.largest(backend, scratch, batch.logit_rows.len(), limit)
-    }
-
-    /// Runs the step behind the one that gave `last`, as [`Decoder::forward_largest`] does: row t gets
-    /// the token that was found for row t, which need not be there yet; where its logit is no number,
-    /// any token. `spans` are one row each, as many as were found.
-    ///
-    /// # Panics
-    /// As [`Decoder::forward_largest`].
-    pub fn follow_largest(
-        &self,
-        backend: &B,
-        scratch: &mut Scratch<B>,
-        pool: &mut B::KvPool,
-        last: &B::Found,
-        spans: &[AttentionSpan<'_>],
-        limit: usize,
-    ) -> B::Found {
-        self.follow(backend, scratch, pool, last, spans);
-        self.largest(backend, scratch, spans.len(), limit)
-    }
-
-    /// Runs one step as [`Decoder::forward`] does, and draws the token of every logit row from the logits
-    /// that `forward` gives, as [`exrail_kernels::Draw`] defines. There are no logits to read afterwards.
-    ///
-    /// # Panics
-    /// As [`Decoder::forward_largest`], or when there are not as many draws as logit rows.
+    /// As [`Decoder::forward`], when there are not as many draws as logit rows, or when their limit is zero
+    /// or beyond the vocabulary.
     pub fn forward_drawn(
         &self,
         backend: &B,
@@ -193,8 +158,9 @@ impl<B: Backend> Decoder<B> {
         self.drawn(backend, scratch, draws)
     }
 
-    /// Runs the step behind the one that gave `last`, as [`Decoder::follow_largest`] does, and draws as
-    /// [`Decoder::forward_drawn`] does.
+    /// Runs the step behind the one that gave `last`, as [`Decoder::forward_drawn`] does: row t gets the
+    /// token that was found for row t, which need not be there yet; where its value is no number, any token.
+    /// `spans` are one row each, as many as were found.
     ///
     /// # Panics
     /// As [`Decoder::forward_drawn`].
@@ -208,28 +174,15 @@ impl<B: Backend> Decoder<B> {
         draws: Draws<'_>,
     ) -> B::Found {
         assert_eq!(draws.rows.len(), spans.len(), "a draw for each row");
-        self.follow(backend, scratch, pool, last, spans);
-        self.drawn(backend, scratch, draws)
-    }
-
-    /// All layers, of the tokens that were found.
-    fn follow(
-        &self,
-        backend: &B,
-        scratch: &mut Scratch<B>,
-        pool: &mut B::KvPool,
-        last: &B::Found,
-        spans: &[AttentionSpan<'_>],
-    ) {
         let logit_rows: Vec<u32> = (0..).take(spans.len()).collect();
         let rows = Rows { n_rows: spans.len(), spans, logit_rows: &logit_rows };
         self.run(backend, scratch, pool, (Tokens::Found(last), rows));
+        self.drawn(backend, scratch, draws)
     }
 
     /// Draws the tokens of the logit rows.
     fn drawn(&self, backend: &B, scratch: &mut Scratch<B>, draws: Draws<'_>) -> B::Found {
-        let (vocab_size, n_rows) = (self.config.vocab_size, draws.rows.len());
-        let limit = draws.limit;
+        let (vocab_size, limit, n_rows) = (self.config.vocab_size, draws.limit, draws.rows.len());
         assert!((1..=vocab_size).contains(&limit), "{limit} tokens of {vocab_size}");
         if draws.rows.iter().all(Draw::is_greedy) {
             return self.largest(backend, scratch, n_rows, limit);
@@ -253,7 +206,6 @@ impl<B: Backend> Decoder<B> {
         limit: usize,
     ) -> B::Found {
         let vocab_size = self.config.vocab_size;
-        assert!((1..=vocab_size).contains(&limit), "{limit} tokens of {vocab_size}");
         if n_rows > 0 && self.has_plain_logits() {
             let (x, normed, work) = scratch.logits_for(0);
             let input = self.last_norm(x, n_rows, normed);

@@ -9,7 +9,9 @@ use std::path::{Path, PathBuf};
 
 use exrail_checkpoint::{DecoderConfig, Gguf, HfFolder, Tensors};
 use exrail_kernels::reference::Reference;
-use exrail_kernels::{Activation, AttentionSpan, Backend, KvDtype, Largest, PageId, TokenId};
+use exrail_kernels::{
+    Activation, AttentionSpan, Backend, Draw, DrawScratch, Draws, KvDtype, Largest, PageId, TokenId,
+};
 use exrail_kernels_cpu::{CpuBackend, CpuOptions};
 use exrail_model::{Batch, Decoder};
 use golden::Reader;
@@ -93,12 +95,21 @@ fn logits<B: Backend>(
     all
 }
 
-/// The most likely of the first `limit` tokens at all positions, fed one by one.
-fn largest<B: Backend>(
+/// A draw for each position and row, of every second row the most likely token.
+fn drawn(position: usize, row: u32) -> Draw {
+    let counted = u64::from(row) << 32 | position as u64;
+    let numerator = (counted + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 11;
+    let temperature = if row.is_multiple_of(2) { 1.5 } else { 0.0 };
+    Draw { temperature, top_k: 90, top_p: 0.98, min_p: 0.001, numerator }
+}
+
+/// What is drawn of the first `limit` tokens at all positions, fed one by one.
+fn found<B: Backend>(
     backend: &B,
     (config, tensors): (&DecoderConfig, &dyn Tensors),
     ids: &[TokenId],
     limit: usize,
+    draw: impl Fn(usize) -> Draw,
 ) -> Vec<Largest> {
     let config = config.clone().with_context_len(ids.len().min(config.max_context_len)).unwrap();
     let decoder = Decoder::load(backend, &config, tensors, &mut |_| {}).unwrap();
@@ -108,7 +119,8 @@ fn largest<B: Backend>(
     let steps = ids.iter().enumerate().flat_map(|(first_position, &id)| {
         let span = AttentionSpan { first_row: 0, n_rows: 1, first_position, pages: &pages };
         let batch = Batch { ids: &[id], spans: &[span], logit_rows: &[0] };
-        let found = decoder.forward_largest(backend, &mut scratch, &mut pool, &batch, limit);
+        let draws = Draws { limit, rows: &[draw(first_position)] };
+        let found = decoder.forward_drawn(backend, &mut scratch, &mut pool, &batch, draws);
         assert_eq!(scratch.n_logit_rows(), 0);
         backend.found(&found)
     });
@@ -179,9 +191,10 @@ fn logits_of_every_family_agree_with_transformers() {
     assert!(faults.is_empty(), "{}", faults.join("\n"));
 }
 
-/// With integer activations, where a head may be stored in two halves.
+/// With integer activations, where a head may be stored in two halves: the most likely token, and a drawn
+/// one.
 #[test]
-fn the_most_likely_token_is_that_of_the_logits() {
+fn the_token_that_is_found_is_that_of_the_logits() {
     let options = CpuOptions { threads: Some(2), split_heads_from: 0, ..CpuOptions::default() };
     let cpu = CpuBackend::new(options).unwrap();
     for (name, has_gguf) in FAMILIES {
@@ -191,9 +204,14 @@ fn the_most_likely_token_is_that_of_the_logits() {
             let model = (&config, &*tensors);
             let ids = &sequences[0].ids;
             let logits = logits(&cpu, model, ids, 1);
-            let expected = logits.chunks_exact(vocab_size).map(|row| Largest::of(&row[..limit]));
-            let found = largest(&cpu, model, ids, limit);
-            assert_eq!(found, expected.collect::<Vec<_>>(), "{name} {source}");
+            for row in [0, 1] {
+                let draw = |position| drawn(position, row);
+                let each = logits.chunks_exact(vocab_size).map(|row| &row[..limit]).enumerate();
+                let mut scratch = DrawScratch::default();
+                let expected: Vec<_> = each.map(|(t, x)| draw(t).of(x, &mut scratch)).collect();
+                let found = found(&cpu, model, ids, limit, draw);
+                assert_eq!(found, expected, "{name} {source} row {row}");
+            }
         }
     }
 }
@@ -237,12 +255,14 @@ fn continuations<B: Backend>(
             AttentionSpan { first_row, n_rows: 1, first_position, pages }
         };
         let spans: Vec<_> = (0..rows.len()).map(span).collect();
-        let (scratch, pool, limit) = (&mut scratch, &mut pool, config.vocab_size);
+        let draws: Vec<Draw> = rows.iter().map(|&row| drawn(first_position, row)).collect();
+        let draws = Draws { limit: config.vocab_size, rows: &draws };
+        let (scratch, pool) = (&mut scratch, &mut pool);
         let found = match asked.last().filter(|_| follows) {
-            Some(last) => decoder.follow_largest(backend, scratch, pool, last, &spans, limit),
+            Some(last) => decoder.follow_drawn(backend, scratch, pool, last, &spans, draws),
             None => {
                 let batch = Batch { ids: &ids, spans: &spans, logit_rows: &rows };
-                decoder.forward_largest(backend, scratch, pool, &batch, limit)
+                decoder.forward_drawn(backend, scratch, pool, &batch, draws)
             }
         };
         if !follows {

@@ -121,7 +121,8 @@ pub(super) struct DecodeRecord {
     pub(super) depth: usize,
     /// Sequences at once.
     pub(super) batch: usize,
-    /// What comes out of every step: `logits`, or `token` for the most likely one alone.
+    /// What comes out of every step: `logits`, `token` for the most likely one alone, or `drawn` for one
+    /// that is drawn.
     pub(super) output: StepOutput,
     /// Tokens of all sequences per second.
     pub(super) tokens_per_s: Spread,

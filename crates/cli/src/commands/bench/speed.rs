@@ -2,8 +2,9 @@
 //! `llama-batched-bench` time them: fixed tokens, logits of the last row of a prompt and of every
 //! decode row copied out, nothing sampled. Decode runs once more the way that greedy answers take: the
 //! most likely tokens instead of the logits, and fed to the next step, because how far logits lie apart
-//! decides what has to be read of some heads. Where the device runs ahead, each such step is asked for
-//! before the tokens of the last one are read, as the engine does it.
+//! decides what has to be read of some heads; and once the way that sampled answers take on a device that
+//! draws. Where the device runs ahead, each such step is asked for before the tokens of the last one are
+//! read, as the engine does it.
 //!
 //! Where rows may not depend on their batch, each test runs in turns with rows that may, so that what the
 //! mode costs is known.
@@ -20,7 +21,10 @@ use std::{
 use anyhow::{Result, ensure};
 use exrail_checkpoint::DecoderConfig;
 use exrail_engine::{Admission, LoadOptions, Need, load_admitted};
-use exrail_kernels::{AttentionSpan, Backend, KvShape, Largest, PAGE_TOKENS, PageId, TokenId};
+use exrail_kernels::{
+    AttentionSpan, Backend, Draw, DrawScratch, Draws, KvShape, Largest, PAGE_TOKENS, PageId,
+    TokenId,
+};
 use exrail_model::{Batch, Decoder, RunSizes, Scratch, kv_shape};
 use serde::{Deserialize, Serialize};
 
@@ -108,6 +112,21 @@ pub(super) enum StepOutput {
     Logits,
     /// The most likely token: what a greedy request needs.
     Token,
+    /// A token drawn with [`drawn`]: what a sampled request needs.
+    Drawn,
+}
+
+/// How a token is drawn: at temperature 0.8 and top-p 0.95, by another number for each position and
+/// sequence.
+fn drawn(position: usize, sequence: usize) -> Draw {
+    let counted = (position as u64) << 32 | sequence as u64;
+    let numerator = (counted + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 11; // 2^64 over the golden ratio
+    Draw { temperature: 0.8, top_p: 0.95, numerator, ..Draw::LARGEST }
+}
+
+/// The most likely token.
+fn most_likely(_position: usize, _sequence: usize) -> Draw {
+    Draw::LARGEST
 }
 
 /// Loads and measures.
@@ -210,7 +229,7 @@ impl<B: Measured> Modes<B> {
 fn plan_tests<B: Measured>(plan: &Plan, subject: &Subject<B>) -> Speed {
     let prefill = plan.prompt.iter().map(|&tokens| Prefill { tokens, rates: Rates::default() });
     let pairs = plan.depth.iter().flat_map(|d| plan.batch.iter().map(move |b| (*d, *b)));
-    let outputs = [StepOutput::Logits, StepOutput::Token];
+    let outputs = [StepOutput::Logits, StepOutput::Token, StepOutput::Drawn];
     let tests = pairs.flat_map(|(depth, batch)| outputs.map(|output| (depth, batch, output)));
     let decode = tests.map(|(depth, batch, output)| Decode {
         depth,
@@ -316,17 +335,26 @@ impl<B: Measured> Subject<B> {
         self.scratch.read_logits(&self.backend, &mut self.logits);
         let kld = agreement(&prefill, &self.logits)?;
         let last = self.id(n - 1, 0);
-        let expected = Largest::of(&self.logits);
-        let found = self.largest(&[last], n - 1);
-        same_token(expected, self.backend.found(&found)[0])?;
-        // The step behind it, told its token and not.
+        for draw in [Draw::LARGEST, drawn(n - 1, 0)] {
+            let expected = draw.of(&self.logits, &mut DrawScratch::default());
+            let found = self.ask(&[last], n - 1, &[draw]);
+            same_token(expected, self.backend.found(&found)[0])?;
+            self.check_following(&found, expected)?;
+        }
+        Ok(kld)
+    }
+
+    /// The step behind one whose token was found, told that token and not.
+    fn check_following(&mut self, found: &B::Found, token: Largest) -> Result<()> {
+        let n = self.checked_tokens;
         if n < self.longest {
+            let draws = [drawn(n, 0)];
             let [told, followed] =
-                [self.largest(&[TokenId(expected.index)], n), self.follow(&found, 1, n)]
+                [self.ask(&[TokenId(token.index)], n, &draws), self.follow(found, n, &draws)]
                     .map(|found| self.backend.found(&found)[0]);
             same_token(told, followed)?;
         }
-        Ok(kld)
+        Ok(())
     }
 
     /// Writes keys and values of `depth` positions of every sequence. Tests overwrite them with
@@ -359,7 +387,8 @@ impl<B: Measured> Subject<B> {
     fn decode(&mut self, test: &Decode, n_tokens: usize) {
         let positions = test.depth..test.depth + n_tokens;
         match test.output {
-            StepOutput::Token => self.decode_greedily(positions, test.batch),
+            StepOutput::Token => self.decode_ahead(positions, test.batch, most_likely),
+            StepOutput::Drawn => self.decode_ahead(positions, test.batch, drawn),
             StepOutput::Logits => {
                 let rows: Vec<u32> = (0..).take(test.batch).collect();
                 for position in positions {
@@ -372,15 +401,21 @@ impl<B: Measured> Subject<B> {
         }
     }
 
-    /// Greedy decode: a step is asked for before the last one's tokens are read. A device that computes in
-    /// the calling thread has them by then.
-    fn decode_greedily(&mut self, positions: Range<usize>, batch: usize) {
+    /// Decode without logits: a step is asked for before the last one's tokens are read. A device that
+    /// computes in the calling thread has them by then.
+    fn decode_ahead(
+        &mut self,
+        positions: Range<usize>,
+        batch: usize,
+        draw: impl Fn(usize, usize) -> Draw,
+    ) {
         let first: Vec<_> = (0..batch).map(|s| self.id(positions.start, s)).collect();
         let mut last: Option<B::Found> = None;
         for position in positions {
+            let draws: Vec<_> = (0..batch).map(|s| draw(position, s)).collect();
             let next = match &last {
-                Some(last) => self.follow(last, batch, position),
-                None => self.largest(&first, position),
+                Some(last) => self.follow(last, position, &draws),
+                None => self.ask(&first, position, &draws),
             };
             if let Some(last) = last.replace(next) {
                 self.backend.found(&last);
@@ -398,24 +433,24 @@ impl<B: Measured> Subject<B> {
         self.decoder.forward(&self.backend, &mut self.scratch, &mut self.pool, &batch);
     }
 
-    /// A row of each of the first sequences that asks for the most likely token.
-    fn largest(&mut self, ids: &[TokenId], position: usize) -> B::Found {
+    /// A row of each of the first sequences that asks for a token.
+    fn ask(&mut self, ids: &[TokenId], position: usize, draws: &[Draw]) -> B::Found {
         let each: Vec<_> = (0..ids.len()).map(|s| (s, position, 1)).collect();
         let rows: Vec<u32> = (0..).take(ids.len()).collect();
         let spans = Self::spans(&self.pages, &each);
         let batch = Batch { ids, spans: &spans, logit_rows: &rows };
-        let limit = self.decoder.config().vocab_size;
+        let draws = Draws { limit: self.decoder.config().vocab_size, rows: draws };
         let (scratch, pool) = (&mut self.scratch, &mut self.pool);
-        self.decoder.forward_largest(&self.backend, scratch, pool, &batch, limit)
+        self.decoder.forward_drawn(&self.backend, scratch, pool, &batch, draws)
     }
 
-    /// [`Subject::largest`] of the tokens that `last` gives for the first `n` sequences.
-    fn follow(&mut self, last: &B::Found, n: usize, position: usize) -> B::Found {
-        let each: Vec<_> = (0..n).map(|s| (s, position, 1)).collect();
+    /// [`Subject::ask`] of the tokens that `last` gives for the first sequences, one for each draw.
+    fn follow(&mut self, last: &B::Found, position: usize, draws: &[Draw]) -> B::Found {
+        let each: Vec<_> = (0..draws.len()).map(|s| (s, position, 1)).collect();
         let spans = Self::spans(&self.pages, &each);
-        let limit = self.decoder.config().vocab_size;
+        let draws = Draws { limit: self.decoder.config().vocab_size, rows: draws };
         let (scratch, pool) = (&mut self.scratch, &mut self.pool);
-        self.decoder.follow_largest(&self.backend, scratch, pool, last, &spans, limit)
+        self.decoder.follow_drawn(&self.backend, scratch, pool, last, &spans, draws)
     }
 
     fn spans<'a>(
@@ -461,10 +496,9 @@ fn agreement(prefill: &[f32], decode: &[f32]) -> Result<f64> {
 }
 
 /// # Errors
-/// A greedy step gives another token than the logits, or another value: then its timing means
-/// nothing.
+/// A step gives another token than the logits do, or another value: then its timing means nothing.
 fn same_token(expected: Largest, found: Largest) -> Result<()> {
-    ensure!(found == expected, "the most likely token: expected {expected:?}, found {found:?}");
+    ensure!(found == expected, "the token of a step: expected {expected:?}, found {found:?}");
     Ok(())
 }
 

@@ -72,8 +72,12 @@ fn prefill_name(test: &PrefillRecord) -> String {
 }
 
 fn decode_name(test: &DecodeRecord) -> String {
-    let greedy = if test.output == StepOutput::Token { " greedy" } else { "" };
-    format!("decode @{} x{}{greedy}", test.depth, test.batch)
+    let kind = match test.output {
+        StepOutput::Logits => "",
+        StepOutput::Token => " greedy",
+        StepOutput::Drawn => " sampled",
+    };
+    format!("decode @{} x{}{kind}", test.depth, test.batch)
 }
 
 fn row(name: &str, rate: &Spread) -> String {
