@@ -121,6 +121,7 @@ mod tests {
             "decode": [
                 { "depth": 0, "batch": 8, "output": "logits", "tokens_per_s": spread(&[300.0]) },
                 { "depth": 9, "batch": 1, "output": "token", "tokens_per_s": spread(&[90.0]) },
+                { "depth": 9, "batch": 1, "output": "drawn", "tokens_per_s": spread(&[80.0]) },
             ],
             "first_token": { "process_s": spread(&[0.25]) },
             "memory": { "resident": { "now": 100, "peak": 200 }, "resident_ratio": 1.1 },
