@@ -29,8 +29,12 @@ pub struct Counters {
     pub sequences_waiting: usize,
     /// Pages of the pool.
     pub pages_total: usize,
-    /// Pages that nobody holds.
+    /// Pages that can be handed out: nobody holds them. Those kept for their content are among them.
     pub pages_free: usize,
+    /// Free pages that are kept for their content, until somebody needs the room.
+    pub pages_cached: usize,
+    /// Pages out of use since they broke an invariant; neither free nor held.
+    pub pages_quarantined: usize,
     /// Prompt tokens computed.
     pub tokens_prompt: u64,
     /// Token events sent.
@@ -54,6 +58,16 @@ pub struct Counters {
     /// The part of it that was built behind the warm-up fence, which is to be nothing; `None` before the
     /// fence is closed.
     pub built_after_fence: Option<DeviceCounters>,
+    /// Audits of the whole page pool.
+    pub kv_audits: u64,
+    /// Sequences that were computed anew because a page that they shared was withdrawn.
+    pub kv_restarts: u64,
+    /// Whole pages of prompts that were found in the cache.
+    pub prefix_hits: u64,
+    /// Whole pages of prompts that were looked for and not found.
+    pub prefix_misses: u64,
+    /// Cached pages that were given up for others.
+    pub prefix_evictions: u64,
     /// Time since the engine last completed a step or became busy.
     pub since_progress: Duration,
 }
@@ -76,6 +90,8 @@ pub(crate) struct Gauges {
     waiting: AtomicUsize,
     pages_total: usize,
     pages_free: AtomicUsize,
+    pages_cached: AtomicUsize,
+    pages_quarantined: AtomicUsize,
     totals: [AtomicU64; Total::COUNT],
     built: Built,
     built_after_fence: Built,
@@ -124,10 +140,15 @@ pub(crate) enum Total {
     Failed,
     Panics,
     KvFaults,
+    KvAudits,
+    KvRestarts,
+    PrefixHits,
+    PrefixMisses,
+    PrefixEvictions,
 }
 
 impl Total {
-    const COUNT: usize = Total::KvFaults as usize + 1;
+    const COUNT: usize = Total::PrefixEvictions as usize + 1;
 }
 
 impl Gauges {
@@ -140,6 +161,8 @@ impl Gauges {
             waiting: AtomicUsize::new(0),
             pages_total,
             pages_free: AtomicUsize::new(pages_total),
+            pages_cached: AtomicUsize::new(0),
+            pages_quarantined: AtomicUsize::new(0),
             totals: std::array::from_fn(|_| AtomicU64::new(0)),
             built: Built::default(),
             built_after_fence: Built::default(),
@@ -170,8 +193,11 @@ impl Gauges {
         self.running.store(running, Ordering::Release);
     }
 
-    pub(crate) fn set_pages_free(&self, free: usize) {
+    /// Pages by their state; the rest is held.
+    pub(crate) fn set_pages(&self, free: usize, cached: usize, quarantined: usize) {
         self.pages_free.store(free, Ordering::Release);
+        self.pages_cached.store(cached, Ordering::Release);
+        self.pages_quarantined.store(quarantined, Ordering::Release);
     }
 
     /// What the device has built, and what of it behind the fence; `None` while that is open.
@@ -217,6 +243,8 @@ impl Gauges {
             sequences_waiting: self.waiting.load(Ordering::Acquire),
             pages_total: self.pages_total,
             pages_free: self.pages_free.load(Ordering::Acquire),
+            pages_cached: self.pages_cached.load(Ordering::Acquire),
+            pages_quarantined: self.pages_quarantined.load(Ordering::Acquire),
             tokens_prompt: total(Total::PromptTokens),
             tokens_generated: total(Total::GeneratedTokens),
             steps: total(Total::Steps),
@@ -228,6 +256,11 @@ impl Gauges {
             kv_faults: total(Total::KvFaults),
             built: self.built.load(),
             built_after_fence: fence_is_closed.then(|| self.built_after_fence.load()),
+            kv_audits: total(Total::KvAudits),
+            kv_restarts: total(Total::KvRestarts),
+            prefix_hits: total(Total::PrefixHits),
+            prefix_misses: total(Total::PrefixMisses),
+            prefix_evictions: total(Total::PrefixEvictions),
             since_progress: Duration::from_millis(self.now_ms().saturating_sub(last)),
         }
     }

@@ -2,8 +2,8 @@
 
 use thiserror::Error;
 
+use crate::cache::PageFault;
 use crate::handle::Command;
-use crate::pages::PageFault;
 
 /// Names one submitted sequence of this engine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -17,7 +17,8 @@ pub enum Event {
     Started {
         /// Time in the queue.
         queue_ms: f64,
-        /// Prompt tokens that were already cached; 0 until prefixes are shared.
+        /// Prompt tokens whose keys and values were in the cache: a multiple of 256, below the prompt's
+        /// length.
         cached_tokens: usize,
     },
     /// One sampled token. The end-of-sequence token that ends an answer is not reported.
@@ -103,7 +104,7 @@ pub struct Usage {
     pub prompt_tokens: usize,
     /// Token events; the end-of-sequence token does not count.
     pub completion_tokens: usize,
-    /// Prompt tokens that were not computed again.
+    /// Prompt tokens whose keys and values were in the cache when the sequence was admitted.
     pub cached_tokens: usize,
 }
 
@@ -128,7 +129,8 @@ pub enum SequenceFault {
         /// Tokens sampled before.
         step: usize,
     },
-    /// A page of this sequence, or the page books, broke an invariant.
+    /// A page of this sequence, or the page books, broke an invariant. Asked again, it is computed
+    /// without what was found broken.
     #[error("kv integrity: {0}")]
     KvIntegrity(PageFault),
     /// The step panicked; every sequence in that batch fails.

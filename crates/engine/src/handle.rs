@@ -38,6 +38,11 @@ pub struct EngineOptions {
     pub kv_dtype: KvDtype,
     /// Requests that may wait, at least 1; more are refused.
     pub queue_limit: usize,
+    /// Whether prompts that begin alike share the pages of their beginning.
+    pub prefix_cache: bool,
+    /// Steps between two audits of the whole page pool, at least 1. The pages of the batch are checked
+    /// before every step, whatever this says.
+    pub kv_audit_every: u64,
 }
 
 impl Default for EngineOptions {
@@ -49,6 +54,8 @@ impl Default for EngineOptions {
             prefill_chunk: 256,
             kv_dtype: KvDtype::F16,
             queue_limit: 256,
+            prefix_cache: true,
+            kv_audit_every: if cfg!(debug_assertions) { 1 } else { 1024 },
         }
     }
 }
@@ -334,6 +341,8 @@ pub(crate) fn sizes(config: &DecoderConfig, options: EngineOptions) -> Result<Si
     within("max_sequences", options.max_sequences, 1, 1024)?;
     within("prefill_chunk", options.prefill_chunk, 1, 1 << 16)?;
     within("queue_limit", options.queue_limit, 1, 1 << 20)?;
+    let audit_every = usize::try_from(options.kv_audit_every).unwrap_or(usize::MAX);
+    within("kv_audit_every", audit_every, 1, usize::MAX)?;
     let page_bytes = kv_shape(config, 1, options.kv_dtype).page_bytes();
     let asked = options.max_context.unwrap_or(config.context_len);
     within("max_context", asked, 2, config.context_len)?;

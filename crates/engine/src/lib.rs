@@ -7,14 +7,16 @@
 //! - `request`, `event`, `error`: what goes in and comes out.
 //! - `handle`, `worker`: the two ends of the command channel. `worker` documents faults, and its `step`
 //!   what is in flight on a device that runs ahead.
-//! - `scheduler`, `sequence`, `pages`: which rows run, what a sequence is, who owns which page.
-//!   `scheduler` says why nothing can wedge.
+//! - `scheduler`, `sequence`: which rows run, and what a sequence is. `scheduler` says why nothing can
+//!   wedge.
+//! - `cache`: who owns which KV page, and which prefixes are shared.
 //! - `sampler`, `distribution`, `philox`, `output`: from logits to text.
 //! - `plan`: what all of it takes on a device, before anything does.
 //! - `fingerprint`: the model's hash, known some time after the engine answers.
 //! - `warm_up`: the fence before the first user token; `fence`: what the device builds behind it.
 //! - `encoder`: the sentence encoder.
 
+mod cache;
 mod counters;
 mod distribution;
 mod encoder;
@@ -25,7 +27,6 @@ mod fingerprint;
 mod handle;
 mod load;
 mod output;
-mod pages;
 mod philox;
 mod plan;
 mod request;
@@ -35,6 +36,7 @@ mod sequence;
 mod warm_up;
 mod worker;
 
+pub use cache::PageFault;
 pub use counters::{Counters, EngineState};
 pub use encoder::SentenceEncoder;
 pub use error::{EngineError, ScoreError, SubmitError};
@@ -48,7 +50,6 @@ pub use load::{
     CheckedGenerator, Identity, LoadOptions, Loaded, check_generator, load_admitted,
     load_generator, prepare_generator,
 };
-pub use pages::PageFault;
 pub use plan::{
     Admission, Change, DoesNotFit, Fit, FormatBytes, Free, Mebibytes, MemoryPlan, Need,
 };

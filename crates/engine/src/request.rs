@@ -30,6 +30,9 @@ pub struct GenerateRequest {
     pub entropy: bool,
     /// Whether an end-of-sequence token ends the answer; `false` runs to `max_tokens`.
     pub stop_at_eos: bool,
+    /// Whose prompt it is: only prompts of one tenant share cached prefixes, so that nobody learns of
+    /// another's prompt by its time to the first token. `None` is a tenant of its own.
+    pub tenant: Option<String>,
 }
 
 impl GenerateRequest {
@@ -44,6 +47,7 @@ impl GenerateRequest {
             logprobs: None,
             entropy: false,
             stop_at_eos: true,
+            tenant: None,
         }
     }
 

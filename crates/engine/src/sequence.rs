@@ -2,13 +2,15 @@
 //! own.
 //!
 //! `Waiting` (in the queue, owns nothing) → `Running` (owns every page it can need; unfed prompt
-//! tokens, then one unfed token a step) → retired by the worker with one final event.
+//! tokens, then one unfed token a step) → retired by the worker with one final event. A running sequence
+//! whose pages were withdrawn is suspended: it owns nothing, knows all its tokens, and is computed anew.
 
 use std::time::Instant;
 
-use exrail_kernels::{Draw, Largest, PageId};
+use exrail_kernels::{Draw, Largest, PAGE_TOKENS, PageId};
 use exrail_text::Tokenizer;
 
+use crate::cache::{Admitted, Namespace, PageRef, TableView};
 use crate::counters::Total;
 use crate::distribution::{Summary, largest};
 use crate::event::{
@@ -16,10 +18,12 @@ use crate::event::{
     TokenLogprob, Usage,
 };
 use crate::output::AnswerText;
-use crate::pages::PageRef;
 use crate::request::GenerateRequest;
 use crate::sampler::{Sampler, SamplerScratch};
 use crate::scheduler::{Demand, LogitRows};
+
+/// Times that a sequence is computed anew before it is given up.
+const MAX_RESTARTS: usize = 3;
 
 /// Whether a sequence counts in the public counters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,6 +55,17 @@ impl Waiting {
         match &self.job {
             Job::Generate { request, .. } => request.prompt.len() + request.max_tokens - 1,
             Job::Score { ids, .. } => ids.len(),
+        }
+    }
+
+    /// What it reads of the cache's prefixes: its tokens and its tenant. Scores need the logits of every
+    /// row, and what warms up leaves no trace.
+    pub(crate) fn prefix(&self) -> Option<(&[u32], Option<&str>)> {
+        match (&self.job, self.traffic) {
+            (Job::Generate { request, .. }, Traffic::User) => {
+                Some((&request.prompt, request.tenant.as_deref()))
+            }
+            (Job::Generate { .. } | Job::Score { .. }, _) => None,
         }
     }
 
@@ -125,6 +140,16 @@ pub(crate) struct Running {
     prompt_tokens: usize,
     /// Tokens whose keys and values are in the cache.
     pub(crate) fed: usize,
+    /// Positions that it may fill.
+    positions: usize,
+    /// Whose prefixes it reads and adds to; `None`: nobody's.
+    pub(crate) namespace: Option<Namespace>,
+    /// Pages at the front that were shared or offered.
+    n_shared: usize,
+    /// Prompt tokens that were cached when it was admitted.
+    cached_tokens: usize,
+    /// Times it was computed anew.
+    n_restarts: usize,
     pub(crate) pages: Vec<PageRef>,
     /// The same pages as the attention call wants them.
     pub(crate) page_table: Vec<PageId>,
@@ -171,8 +196,12 @@ pub(crate) enum Row<'a> {
 
 impl Running {
     /// Admits a waiting sequence with the pages it was promised.
-    pub(crate) fn admit(waiting: Waiting, pages: Vec<PageRef>) -> Running {
-        let page_table = pages.iter().map(|entry| entry.page).collect();
+    pub(crate) fn admit(
+        waiting: Waiting,
+        admitted: Admitted,
+        namespace: Option<Namespace>,
+    ) -> Running {
+        let positions = waiting.positions();
         let (tokens, purpose) = match waiting.job {
             Job::Score { ids, rows } => (ids, Purpose::Score(rows)),
             Job::Generate { request, events } => {
@@ -200,7 +229,69 @@ impl Running {
         };
         let Waiting { id, traffic, .. } = waiting;
         let prompt_tokens = tokens.len();
-        Running { id, traffic, tokens, prompt_tokens, fed: 0, pages, page_table, purpose }
+        let mut running = Running {
+            id,
+            traffic,
+            tokens,
+            prompt_tokens,
+            fed: 0,
+            positions,
+            namespace,
+            n_shared: 0,
+            cached_tokens: admitted.n_cached * PAGE_TOKENS,
+            n_restarts: 0,
+            pages: Vec::new(),
+            page_table: Vec::new(),
+            purpose,
+        };
+        running.take(admitted);
+        running
+    }
+
+    /// Goes on behind what the pages hold already.
+    pub(crate) fn take(&mut self, admitted: Admitted) {
+        self.fed = admitted.n_cached * PAGE_TOKENS;
+        self.n_shared = admitted.n_cached;
+        self.page_table = admitted.pages.iter().map(|entry| entry.page).collect();
+        self.pages = admitted.pages;
+    }
+
+    /// Gives its pages out of hand.
+    pub(crate) fn take_pages(&mut self) -> Vec<PageRef> {
+        self.page_table.clear();
+        std::mem::take(&mut self.pages)
+    }
+
+    /// To be computed anew from its tokens; the next one is the same then.
+    pub(crate) fn restart(&mut self) {
+        self.fed = 0;
+        self.n_shared = 0;
+        self.n_restarts += 1;
+    }
+
+    /// Whether it can be computed anew: a score has delivered rows already, and a fault that comes back
+    /// each time is its end.
+    pub(crate) fn can_restart(&self) -> bool {
+        matches!(self.purpose, Purpose::Generate(_)) && self.n_restarts < MAX_RESTARTS
+    }
+
+    /// Pages of its table.
+    pub(crate) fn n_pages(&self) -> usize {
+        self.positions.div_ceil(PAGE_TOKENS)
+    }
+
+    /// Its table as the cache's checks want it.
+    pub(crate) fn view(&self) -> TableView<'_> {
+        TableView { tokens: &self.tokens, pages: &self.pages, n_fed: self.fed }
+    }
+
+    /// Right behind an accepted token: pages that became whole since the last call. The row of that
+    /// token was computed from all positions before it, and its logits were finite.
+    pub(crate) fn newly_full(&mut self) -> Option<usize> {
+        let n_full = (self.tokens.len() - 1) / PAGE_TOKENS;
+        let is_new = n_full > self.n_shared;
+        self.n_shared = self.n_shared.max(n_full);
+        is_new.then_some(n_full)
     }
 
     /// Tells the caller of the admission, once the counters show it.
@@ -208,7 +299,11 @@ impl Running {
         match &self.purpose {
             Purpose::Generate(generating) => {
                 let queue_ms = milliseconds(generating.submitted, generating.admitted);
-                drop(generating.events.send(Event::Started { queue_ms, cached_tokens: 0 }));
+                drop(
+                    generating
+                        .events
+                        .send(Event::Started { queue_ms, cached_tokens: self.cached_tokens }),
+                );
             }
             Purpose::Score(_) => {}
         }
@@ -288,7 +383,7 @@ impl Running {
     /// Sends the last event. The pages were released before, so whoever sees it sees them free.
     pub(crate) fn end(mut self, ending: Ending) {
         match &mut self.purpose {
-            Purpose::Generate(generating) => generating.end(ending),
+            Purpose::Generate(generating) => generating.end(ending, self.cached_tokens),
             Purpose::Score(rows) => fail_score(rows, ending),
         }
     }
@@ -360,7 +455,7 @@ impl Generating {
     }
 
     /// A send fails only when the caller is gone; then nobody needs the event.
-    fn end(&mut self, ending: Ending) {
+    fn end(&mut self, ending: Ending, cached_tokens: usize) {
         let (finish, mut stop_string) = match ending {
             Ending::Finish { finish, stop_string } => (finish, stop_string),
             Ending::Fault(fault) => {
@@ -388,7 +483,7 @@ impl Generating {
             usage: Usage {
                 prompt_tokens: self.prompt_tokens,
                 completion_tokens: self.n_completion,
-                cached_tokens: 0,
+                cached_tokens,
             },
             timings: Timings {
                 queue_ms: milliseconds(self.submitted, self.admitted),

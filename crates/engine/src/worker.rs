@@ -6,13 +6,15 @@
 //! `worker/step.rs`.
 //!
 //! # Faults
-//! Non-finite logits, a panic while sampling or a stale page fail that sequence. A panic inside the
+//! Non-finite logits or a panic while sampling fail that sequence; `worker/paging.rs` says what a broken
+//! page does. A panic inside the
 //! forward pass fails the sequences of that batch, behind the tokens of the step before: which of them
 //! caused it is unknown, and their pages may be half written. Queued sequences and prompts that were
 //! not in the batch go on; the scratch needs no repair, because every step writes what it reads. After
 //! [`MAX_PANICS_IN_A_ROW`] panics without a good step between them the engine stops with
-//! [`EngineState::Faulted`]. A failed audit fails every sequence and starts the books anew.
+//! [`EngineState::Faulted`].
 
+mod paging;
 mod step;
 
 use std::collections::VecDeque;
@@ -20,24 +22,22 @@ use std::convert::Infallible;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
-use exrail_kernels::{Backend, DeviceCounters, PAGE_TOKENS};
+use exrail_kernels::{Backend, DeviceCounters};
 use exrail_model::Scratch;
 
 use self::step::Flight;
+use crate::cache::{KvCache, Pins};
 use crate::counters::{EngineState, Gauges, Total};
 use crate::error::EngineError;
 use crate::event::{SequenceFault, SequenceId};
 use crate::fence::Fence;
 use crate::handle::{Command, EngineFacts, EngineOptions};
 use crate::load::Loaded;
-use crate::pages::{PageFault, Pages};
 use crate::sampler::SamplerScratch;
-use crate::sequence::{Ending, Running, Traffic, Waiting};
+use crate::sequence::{Ending, Running, Waiting};
 
 /// Panicking steps after which the engine gives up.
 pub(crate) const MAX_PANICS_IN_A_ROW: u32 = 3;
-/// Steps between audits of the page books: every step in debug builds, sampled in release (G-17).
-const AUDIT_EVERY: u64 = if cfg!(debug_assertions) { 1 } else { 1024 };
 /// Rows of logits that a scored sequence may take a step.
 const SCORE_ROWS: usize = 32;
 
@@ -46,9 +46,13 @@ pub(crate) struct Worker<B: Backend> {
     loaded: Loaded<B>,
     scratch: Scratch<B>,
     pool: B::KvPool,
-    pages: Pages,
+    cache: KvCache,
+    /// Of what this engine computes.
+    pins: Arc<Pins>,
     waiting: VecDeque<Waiting>,
     running: Vec<Running>,
+    /// Admitted, and without pages since theirs were withdrawn; they come before the queue.
+    suspended: VecDeque<Running>,
     options: EngineOptions,
     eos: Vec<u32>,
     vocab_len: usize,
@@ -92,9 +96,11 @@ impl<B: Backend> Worker<B> {
         Ok(Worker {
             scratch,
             pool,
-            pages: Pages::new(facts.kv_pages),
+            cache: KvCache::new(facts.kv_pages),
+            pins: Arc::new(Pins::of(&loaded, options.kv_dtype)),
             waiting: VecDeque::new(),
             running: Vec::new(),
+            suspended: VecDeque::new(),
             options,
             eos: loaded.tokenizer.eos_ids().to_vec(),
             vocab_len: facts.vocab_len,
@@ -151,10 +157,10 @@ impl<B: Backend> Worker<B> {
         if !self.running.is_empty() || self.flight.is_some() {
             self.step();
             self.watch_fence();
-            if self.n_steps.is_multiple_of(AUDIT_EVERY) {
+            if self.n_steps.is_multiple_of(self.options.kv_audit_every) {
                 self.audit();
             }
-        } else if !self.waiting.is_empty() {
+        } else if !self.waiting.is_empty() || !self.suspended.is_empty() {
             // With nothing running every page is free and the head fits; if it was not admitted,
             // pages were lost, and the audit starts the books anew.
             self.audit();
@@ -168,7 +174,7 @@ impl<B: Backend> Worker<B> {
 
     /// Blocks for a command only when there is nothing to compute.
     fn take_commands(&mut self) -> Turn {
-        let is_idle = self.running.is_empty() && self.waiting.is_empty() && self.flight.is_none();
+        let is_idle = self.n_admitted() == 0 && self.waiting.is_empty() && self.flight.is_none();
         let first = if is_idle { self.commands.recv().ok() } else { self.commands.try_recv().ok() };
         if is_idle && first.is_none() {
             return Turn::End(EngineState::Stopped); // every handle is gone
@@ -224,6 +230,8 @@ impl<B: Backend> Worker<B> {
             }
         } else if let Some(at) = self.running.iter().position(|running| running.id == id) {
             self.retire(at, Ending::cancelled());
+        } else if let Some(at) = self.suspended.iter().position(|suspended| suspended.id == id) {
+            self.end_suspended(at, Ending::cancelled());
         }
     }
 
@@ -234,71 +242,43 @@ impl<B: Backend> Worker<B> {
                 self.retire(at, Ending::Gone);
             }
         }
-    }
-
-    /// First in, first out: the head waits for its pages and nobody passes it.
-    fn admit(&mut self) {
-        while self.running.len() < self.options.max_sequences {
-            let Some(head) = self.waiting.front() else { return };
-            let n_pages = head.positions().div_ceil(PAGE_TOKENS);
-            let Some(pages) = self.pages.allocate(n_pages) else { return };
-            let Some(head) = self.waiting.pop_front() else { return };
-            self.running.push(Running::admit(head, pages));
-            self.publish();
-            self.gauges.leave_queue();
-            if let Some(admitted) = self.running.last() {
-                admitted.announce();
+        for at in (0..self.suspended.len()).rev() {
+            if self.suspended[at].is_abandoned() {
+                self.end_suspended(at, Ending::Gone);
             }
         }
     }
 
     /// Takes a sequence out, frees its pages, publishes that, and only then tells the caller.
     fn retire(&mut self, at: usize, ending: Ending) {
-        let sequence = self.running.remove(at);
-        let traffic = sequence.traffic;
-        for entry in &sequence.pages {
-            if self.pages.release(*entry).is_err() {
-                self.gauges.count(Traffic::User, Total::KvFaults, 1);
-            }
+        // Which of its pages had a part in a fault is unknown.
+        let found_by_nobody = match ending {
+            Ending::Fault(_) => 0,
+            Ending::Finish { .. } | Ending::Gone => self.running[at].pages.len(),
+        };
+        let sequence = self.take_out(at, Some(found_by_nobody));
+        self.finish(sequence, ending);
+    }
+
+    /// Tells the caller of a sequence without pages.
+    fn end_suspended(&mut self, at: usize, ending: Ending) {
+        if let Some(sequence) = self.suspended.remove(at) {
+            self.finish(sequence, ending);
         }
-        self.gauges.count(traffic, ending.total(), 1);
+    }
+
+    fn finish(&mut self, sequence: Running, ending: Ending) {
+        self.gauges.count(sequence.traffic, ending.total(), 1);
         self.publish();
         sequence.end(ending);
-    }
-
-    /// Before each step: no table may name a page of another life. O(pages of the batch).
-    fn fail_stale_tables(&mut self) {
-        for at in (0..self.running.len()).rev() {
-            let stale =
-                self.running[at].pages.iter().find_map(|entry| self.pages.check(*entry).err());
-            if let Some(fault) = stale {
-                self.retire(at, Ending::Fault(SequenceFault::KvIntegrity(fault)));
-            }
-        }
-    }
-
-    fn audit(&mut self) {
-        let tables = self.running.iter().map(|sequence| sequence.pages.as_slice());
-        if let Err(fault) = self.pages.audit(tables) {
-            self.rebuild_books(fault);
-        }
-    }
-
-    /// After a failed audit nobody knows whose page is whose: fail all, start anew.
-    fn rebuild_books(&mut self, fault: PageFault) {
-        self.gauges.count(Traffic::User, Total::KvFaults, 1);
-        let running = std::mem::take(&mut self.running);
-        self.pages.reset();
-        self.publish();
-        for sequence in running {
-            self.gauges.count(sequence.traffic, Total::Failed, 1);
-            sequence.end(Ending::Fault(SequenceFault::KvIntegrity(fault.clone())));
-        }
     }
 
     fn fail_all(&mut self, fault: &SequenceFault) {
         for at in (0..self.running.len()).rev() {
             self.retire(at, Ending::Fault(fault.clone()));
+        }
+        while !self.suspended.is_empty() {
+            self.end_suspended(0, Ending::Fault(fault.clone()));
         }
         for waiting in std::mem::take(&mut self.waiting) {
             self.gauges.count(waiting.traffic, Total::Failed, 1);
@@ -307,9 +287,15 @@ impl<B: Backend> Worker<B> {
         }
     }
 
+    /// Sequences that were admitted and have not ended.
+    fn n_admitted(&self) -> usize {
+        self.running.len() + self.suspended.len()
+    }
+
     fn publish(&self) {
-        self.gauges.set_pages_free(self.pages.free());
-        self.gauges.set_running(self.running.len());
+        let cache = &self.cache;
+        self.gauges.set_pages(cache.available(), cache.kept(), cache.quarantined());
+        self.gauges.set_running(self.n_admitted());
     }
 }
 
@@ -326,7 +312,7 @@ mod tests {
     use crate::handle::resolve;
     use crate::load::{Identity, LoadOptions, prepare_generator};
     use crate::request::{GenerateRequest, Sampling};
-    use crate::sequence::Job;
+    use crate::sequence::{Job, Traffic};
 
     /// A worker whose turns the test drives by hand.
     pub(super) struct Bench {
@@ -338,20 +324,22 @@ mod tests {
 
     impl Bench {
         pub(super) fn new() -> Bench {
-            let gguf = Gguf::parse(tiny_llama(7, TinyLlama::default())).unwrap();
-            let checkpoint = Checkpoint::Gguf(gguf);
-            let who = Identity { name: "tiny".to_owned(), sha256: String::new() };
-            let options = LoadOptions::default();
-            let loaded =
-                prepare_generator(Reference, &checkpoint, who, options, &mut |_| {}).unwrap();
-            let options = EngineOptions {
+            Bench::with(EngineOptions {
                 max_sequences: 4,
                 kv_pages: Some(8),
                 prefill_chunk: 16,
                 ..EngineOptions::default()
-            };
+            })
+        }
+
+        pub(super) fn with(options: EngineOptions) -> Bench {
+            let gguf = Gguf::parse(tiny_llama(7, TinyLlama::default())).unwrap();
+            let checkpoint = Checkpoint::Gguf(gguf);
+            let who = Identity { name: "tiny".to_owned(), sha256: String::new() };
+            let load = LoadOptions::default();
+            let loaded = prepare_generator(Reference, &checkpoint, who, load, &mut |_| {}).unwrap();
             let facts = resolve(&loaded, options).unwrap();
-            let gauges = Arc::new(Gauges::new(8));
+            let gauges = Arc::new(Gauges::new(facts.kv_pages));
             let (commands, receiver) = flume::unbounded();
             let worker = Worker::new(loaded, &facts, receiver, Arc::clone(&gauges)).unwrap();
             Bench { worker, commands, gauges, n_submitted: 0 }
@@ -374,13 +362,21 @@ mod tests {
         }
 
         pub(super) fn send(&mut self, request: GenerateRequest) -> flume::Receiver<Event> {
+            self.send_as(request, Traffic::User)
+        }
+
+        pub(super) fn send_as(
+            &mut self,
+            request: GenerateRequest,
+            traffic: Traffic,
+        ) -> flume::Receiver<Event> {
             let (sender, events) = flume::unbounded();
             let job = Job::Generate { request: Box::new(request), events: sender };
             let id = SequenceId(self.n_submitted);
             self.n_submitted += 1;
             assert!(self.gauges.enter_queue(100));
             let submitted = Instant::now();
-            let waiting = Waiting { id, traffic: Traffic::User, submitted, job };
+            let waiting = Waiting { id, traffic, submitted, job };
             self.commands.send(Command::Submit(waiting)).unwrap();
             events
         }
@@ -439,52 +435,5 @@ mod tests {
         bench.turn();
         assert!(!wide.is_empty() && !narrow.is_empty());
         assert!(matches!(last(&first), Event::Finished(_)));
-    }
-
-    // Mutations: the test breaks one rule of the books by hand; the guard must catch it.
-
-    #[test]
-    fn a_stale_table_entry_fails_only_its_sequence() {
-        let mut bench = Bench::new();
-        let broken = bench.submit(4, 50);
-        let healthy = bench.submit(4, 50);
-        bench.turn();
-        // The page goes back early and to somebody else, as after a lost reference.
-        let entry = bench.worker.running[0].pages[0];
-        bench.worker.pages.release(entry).unwrap();
-        let reused = bench.worker.pages.allocate(1).unwrap();
-        bench.worker.pages.release(reused[0]).unwrap();
-        bench.turn();
-        assert!(matches!(last(&broken), Event::Failed(SequenceFault::KvIntegrity(_))));
-        assert!(matches!(last(&healthy), Event::Token(_)));
-        assert!(bench.gauges.snapshot().kv_faults > 0);
-        bench.worker.audit();
-        assert_eq!(bench.worker.running.len(), 1, "the books are whole again");
-    }
-
-    #[test]
-    fn a_lost_page_is_found_by_the_audit_and_the_books_start_anew() {
-        let mut bench = Bench::new();
-        let events = bench.submit(4, 50);
-        bench.turn();
-        drop(bench.worker.pages.allocate(1)); // nobody holds this table
-        bench.worker.audit();
-        assert!(matches!(last(&events), Event::Failed(SequenceFault::KvIntegrity(_))));
-        assert_eq!(bench.gauges.snapshot().pages_free, 8);
-        let events = bench.submit(4, 2);
-        bench.turn();
-        bench.turn();
-        assert!(matches!(last(&events), Event::Finished(_)));
-    }
-
-    #[test]
-    fn a_queue_behind_lost_pages_does_not_hang() {
-        let mut bench = Bench::new();
-        drop(bench.worker.pages.allocate(5));
-        let events = bench.submit(4, 1500); // 6 of 8 pages, 3 are left
-        bench.turn();
-        assert!(events.is_empty());
-        bench.turn();
-        assert!(!events.is_empty(), "admitted after the audit rebuilt the books");
     }
 }

@@ -36,6 +36,9 @@ pub(super) struct Flight<Found> {
     step: u64,
 }
 
+/// The id of rows that nobody gets; no sequence has it.
+const NOBODY: SequenceId = SequenceId(u64::MAX);
+
 /// The rows of one sequence.
 struct FlightRows {
     id: SequenceId,
@@ -55,7 +58,7 @@ enum Asked<Found> {
 impl<B: Backend> Worker<B> {
     /// Asks for a step and accepts one: the same, or the one in flight before it.
     pub(super) fn step(&mut self) {
-        self.fail_stale_tables();
+        self.check_tables();
         let next = match self.flight.take() {
             Some(last) if self.can_follow(&last) => {
                 let next = self.launch(&self.one_row_each(), Some(&last));
@@ -221,7 +224,11 @@ impl<B: Backend> Worker<B> {
             // Sequences keep their order, so that each is behind the last.
             let Some(at) = self.find(rows.id, next) else { continue };
             next = at + 1;
-            if let Some(ending) = self.accept_rows(at, first_row..end_row, found, step) {
+            let ending = self.accept_rows(at, first_row..end_row, found, step);
+            if rows.n_logit_rows > 0 {
+                self.share_full_pages(at, ending.as_ref());
+            }
+            if let Some(ending) = ending {
                 ended.push((at, ending));
             }
         }
@@ -267,6 +274,13 @@ impl<B: Backend> Worker<B> {
 }
 
 impl<Found> Flight<Found> {
+    /// Its rows of a sequence are nobody's: they may come from a page that broke an invariant.
+    pub(super) fn disown(&mut self, id: SequenceId) {
+        for rows in self.rows.iter_mut().filter(|rows| rows.id == id) {
+            rows.id = NOBODY;
+        }
+    }
+
     /// Whether it is one token for every sequence in it, so that the device knows the next step's.
     fn gives_each_a_token(&self) -> bool {
         matches!(self.asked, Asked::Tokens(_))
@@ -331,13 +345,13 @@ mod tests {
     }
 
     impl Bench {
-        fn is_idle(&self) -> bool {
+        pub(in crate::worker) fn is_idle(&self) -> bool {
             let worker = &self.worker;
-            worker.running.is_empty() && worker.waiting.is_empty() && worker.flight.is_none()
+            worker.n_admitted() == 0 && worker.waiting.is_empty() && worker.flight.is_none()
         }
 
         /// Turns until nothing is left to do.
-        fn finish(&mut self) {
+        pub(in crate::worker) fn finish(&mut self) {
             for _ in 0..1000 {
                 if self.is_idle() && self.commands.is_empty() {
                     return;

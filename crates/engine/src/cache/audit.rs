@@ -1,0 +1,103 @@
+//! The cache compared with the tables that name its pages.
+
+use exrail_kernels::{PAGE_TOKENS, PageId};
+
+use super::KvCache;
+use super::pages::{PageFault, PageRef, index};
+
+/// What the cache is compared with: the table of one running sequence.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct TableView<'a> {
+    /// Tokens known so far.
+    pub(crate) tokens: &'a [u32],
+    /// Pages in the order of positions.
+    pub(crate) pages: &'a [PageRef],
+    /// Positions that are written or being written.
+    pub(crate) n_fed: usize,
+}
+
+impl KvCache {
+    /// Before each step, whatever the sampling of audits: no table names a page of another life or one
+    /// whose record is not whole, all references of these pages are counted, and a page that is about
+    /// to be written has one owner and cannot be found by others. O(pages of the tables).
+    ///
+    /// # Errors
+    /// The first broken invariant.
+    pub(crate) fn check_tables(&mut self, tables: &[TableView<'_>]) -> Result<(), PageFault> {
+        if self.switchboard.guards_are_off() {
+            return Ok(());
+        }
+        self.count(tables);
+        let checked = tables.iter().try_for_each(|table| self.check_table(table));
+        self.uncount(tables);
+        checked
+    }
+
+    /// All of [`KvCache::check_tables`], and: free, kept, referenced and withdrawn pages are the pool,
+    /// each once; generations add up; every content is what its hash says; and shared pages hold the
+    /// tokens of the sequences that read them. O(pages of the pool and their tokens).
+    ///
+    /// # Errors
+    /// The first broken invariant.
+    pub(crate) fn audit(&mut self, tables: &[TableView<'_>]) -> Result<(), PageFault> {
+        if self.switchboard.guards_are_off() {
+            return Ok(());
+        }
+        self.check_tables(tables)?;
+        self.count(tables);
+        let books = self.pages.audit(&self.held);
+        self.uncount(tables);
+        books?;
+        let unsound = (0_u32..)
+            .take(self.pages.total())
+            .find(|&page| !self.prefixes.is_sound(PageId(page), &self.switchboard));
+        if let Some(page) = unsound {
+            return Err(PageFault::Content { page });
+        }
+        tables.iter().try_for_each(|table| self.check_tokens(table))
+    }
+
+    fn check_table(&self, table: &TableView<'_>) -> Result<(), PageFault> {
+        let first_written = table.n_fed / PAGE_TOKENS;
+        for (at, entry) in table.pages.iter().enumerate() {
+            self.pages.check(*entry)?;
+            let page = entry.page.0;
+            let (expected, found) =
+                (self.held[index(entry.page)], self.pages.references(entry.page));
+            if expected != found {
+                return Err(PageFault::References { page, expected, found });
+            }
+            if at < first_written {
+                continue;
+            }
+            if found != 1 {
+                return Err(PageFault::Alias { page, references: found });
+            }
+            if self.prefixes.holds(*entry) {
+                return Err(PageFault::Shared { page });
+            }
+        }
+        Ok(())
+    }
+
+    fn check_tokens(&self, table: &TableView<'_>) -> Result<(), PageFault> {
+        let whole = table.tokens.chunks_exact(PAGE_TOKENS).zip(table.pages);
+        let mut other = whole.filter(|(tokens, entry)| !self.prefixes.agrees(**entry, tokens));
+        match other.next() {
+            Some((_, entry)) => Err(PageFault::Tokens { page: entry.page.0 }),
+            None => Ok(()),
+        }
+    }
+
+    fn count(&mut self, tables: &[TableView<'_>]) {
+        for entry in tables.iter().flat_map(|table| table.pages) {
+            self.held[index(entry.page)] += 1;
+        }
+    }
+
+    fn uncount(&mut self, tables: &[TableView<'_>]) {
+        for entry in tables.iter().flat_map(|table| table.pages) {
+            self.held[index(entry.page)] = 0;
+        }
+    }
+}
