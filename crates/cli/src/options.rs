@@ -131,6 +131,12 @@ pub(crate) struct EngineArgs {
     /// that takes more is refused before it is loaded, see `exrail plan`.
     #[arg(long, value_name = "SIZE", value_parser = memory::parse, env = "EXRAIL_MEMORY")]
     pub(crate) memory: Option<usize>,
+    /// Compute every prompt in full, instead of sharing the pages of prompts that begin alike.
+    #[arg(long)]
+    pub(crate) no_prefix_cache: bool,
+    /// Steps between two audits of the whole KV pool.
+    #[arg(long, value_name = "N", default_value_t = EngineOptions::default().kv_audit_every)]
+    pub(crate) kv_audit_every: u64,
     /// Requests that may wait for a place; more are answered 429.
     #[arg(long, value_name = "N", default_value_t = 256)]
     pub(crate) queue_limit: usize,
@@ -161,6 +167,8 @@ impl EngineArgs {
                 KvOption::Int8 => KvDtype::Int8,
             },
             queue_limit: self.queue_limit,
+            prefix_cache: !self.no_prefix_cache,
+            kv_audit_every: self.kv_audit_every,
             ..EngineOptions::default()
         }
     }

@@ -189,6 +189,9 @@ impl ApiError {
             Self::Sequence(SequenceFault::NumericFault { .. }) => {
                 told(StatusCode::INTERNAL_SERVER_ERROR, SERVER, "numeric_fault")
             }
+            Self::Sequence(SequenceFault::KvIntegrity(_)) => {
+                told(StatusCode::INTERNAL_SERVER_ERROR, SERVER, "kv_integrity")
+            }
             Self::Sequence(_) | Self::Lost | Self::Ask(_) => {
                 told(StatusCode::INTERNAL_SERVER_ERROR, SERVER, "generation_failed")
             }

@@ -129,7 +129,24 @@ fn engine_lines(text: &mut Text, counters: &exrail_engine::Counters) {
         counters.sequences_waiting as u64,
     );
     metric("kv_pages_total", "gauge", "Pages of the KV pool.", counters.pages_total as u64);
-    metric("kv_pages_free", "gauge", "Free pages of the KV pool.", counters.pages_free as u64);
+    metric(
+        "kv_pages_free",
+        "gauge",
+        "Pages of the KV pool that nobody holds, with those kept for their content.",
+        counters.pages_free as u64,
+    );
+    metric(
+        "kv_pages_cached",
+        "gauge",
+        "Free pages that are kept for their content.",
+        counters.pages_cached as u64,
+    );
+    metric(
+        "kv_pages_quarantined",
+        "gauge",
+        "Pages out of use since they broke an invariant.",
+        counters.pages_quarantined as u64,
+    );
     metric("prompt_tokens_total", "counter", "Prompt tokens read.", counters.tokens_prompt);
     metric("generated_tokens_total", "counter", "Tokens generated.", counters.tokens_generated);
     metric("engine_steps_total", "counter", "Forward passes.", counters.steps);
@@ -141,6 +158,7 @@ fn engine_lines(text: &mut Text, counters: &exrail_engine::Counters) {
         let help = "What the device has built of this kind, warm-up included (G-05).";
         metric(&format!("{name}_total"), "counter", help, n);
     }
+    cache_lines(&mut metric, counters);
     if let Some(after_fence) = counters.built_after_fence {
         built_after_fence(text, &after_fence);
     }
@@ -153,6 +171,37 @@ fn built_after_fence(text: &mut Text, built: &exrail_kernels::DeviceCounters) {
     for (counter, n) in built.named() {
         text.line(&format!("{name}{{counter=\"{counter}\"}}"), n);
     }
+}
+
+fn cache_lines(
+    metric: &mut impl FnMut(&str, &'static str, &'static str, u64),
+    counters: &exrail_engine::Counters,
+) {
+    metric("kv_audits_total", "counter", "Audits of the whole page pool.", counters.kv_audits);
+    metric(
+        "kv_restarts_total",
+        "counter",
+        "Sequences computed anew because a page that they shared was withdrawn.",
+        counters.kv_restarts,
+    );
+    metric(
+        "prefix_cache_hits_total",
+        "counter",
+        "Whole pages of prompts that were in the cache.",
+        counters.prefix_hits,
+    );
+    metric(
+        "prefix_cache_misses_total",
+        "counter",
+        "Whole pages of prompts that were looked for and not found.",
+        counters.prefix_misses,
+    );
+    metric(
+        "prefix_cache_evictions_total",
+        "counter",
+        "Cached pages that were given up for others.",
+        counters.prefix_evictions,
+    );
 }
 
 #[derive(Default)]

@@ -47,6 +47,7 @@ pub struct EngineGenerate<'a> {
     engine: &'a EngineHandle,
     sampling: Sampling,
     max_tokens: usize,
+    tenant: Option<String>,
     /// Of the last call: submission to first token, and the engine's own account.
     last: Cell<Option<Measured>>,
 }
@@ -72,7 +73,13 @@ impl<'a> EngineGenerate<'a> {
     /// A generator with this profile; the seed is given per call.
     #[must_use]
     pub fn new(engine: &'a EngineHandle, sampling: Sampling, max_tokens: usize) -> Self {
-        Self { engine, sampling, max_tokens, last: Cell::new(None) }
+        Self { engine, sampling, max_tokens, tenant: None, last: Cell::new(None) }
+    }
+
+    /// The same for a tenant, see [`GenerateRequest::tenant`].
+    #[must_use]
+    pub fn for_tenant(self, tenant: Option<String>) -> Self {
+        Self { tenant, ..self }
     }
 
     /// What the last call took.
@@ -98,6 +105,7 @@ impl Generate for EngineGenerate<'_> {
             sampling: Sampling { seed, ..self.sampling.clone() },
             // The trace of a verified answer carries it.
             entropy: true,
+            tenant: self.tenant.clone(),
             ..GenerateRequest::new(self.prompt(messages)?, self.max_tokens)
         };
         let submitted = Instant::now();
@@ -119,7 +127,7 @@ impl Generate for EngineGenerate<'_> {
                 Event::Failed(SequenceFault::NumericFault { step }) => {
                     return Err(GenerateError::Numeric { step });
                 }
-                Event::Failed(fault) => return Err(engine_error(fault)),
+                Event::Failed(fault) => return Err(engine_error(ApiError::from(fault))),
             }
         }
         Err(engine_error(ApiError::Lost))
@@ -201,11 +209,13 @@ pub struct AskCall {
     pub max_tokens: usize,
     /// How to sample; its seed is used.
     pub sampling: Sampling,
+    /// Who asks, see [`GenerateRequest::tenant`].
+    pub tenant: Option<String>,
 }
 
 impl Default for AskCall {
     fn default() -> Self {
-        Self { k: ASK_K, max_tokens: ASK_MAX_TOKENS, sampling: ask_sampling() }
+        Self { k: ASK_K, max_tokens: ASK_MAX_TOKENS, sampling: ask_sampling(), tenant: None }
     }
 }
 
@@ -265,7 +275,8 @@ impl Asker {
         let retrieve_ms = ms_since(asked);
         let nonce = Nonce::derive(&[&self.fence_secret.to_le_bytes(), question.as_bytes()]);
         let seed = call.sampling.seed;
-        let generator = EngineGenerate::new(&self.engine, call.sampling.clone(), call.max_tokens);
+        let generator = EngineGenerate::new(&self.engine, call.sampling.clone(), call.max_tokens)
+            .for_tenant(call.tenant.clone());
         let outcome =
             answer_over(&generator, question, &found, &self.gate, (&policy, &nonce, seed))
                 .map_err(ask_error)?;
@@ -326,5 +337,25 @@ fn ask_error(error: GenerateError) -> ApiError {
             },
         },
         other @ (GenerateError::TimedOut { .. } | _) => ApiError::Ask(other.to_string()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use exrail_engine::PageFault;
+
+    use super::*;
+
+    #[test]
+    fn a_broken_page_keeps_its_code_through_an_ask() {
+        let fault = SequenceFault::KvIntegrity(PageFault::NotHeld { page: 3 });
+        let direct = ApiError::from(fault.clone());
+        let asked = ask_error(engine_error(ApiError::from(fault)));
+        for error in [direct, asked] {
+            assert_eq!(error.status().as_u16(), 500);
+            let detail = error.body().error;
+            assert_eq!(detail.code, "kv_integrity");
+            assert!(detail.message.contains("page 3"), "{}", detail.message);
+        }
     }
 }

@@ -57,7 +57,8 @@ impl Ask {
         .run()?;
         let mut sampling = ask_sampling();
         sampling.seed = self.seed;
-        let call = AskCall { k: self.k, max_tokens: self.max_tokens, sampling };
+        let (k, max_tokens) = (self.k, self.max_tokens);
+        let call = AskCall { k, max_tokens, sampling, tenant: None };
         let asker = &services.collections[&name];
         let asked = asker.ask(&self.question, &call)?;
         output.value(&value(&asked));

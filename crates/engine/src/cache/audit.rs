@@ -101,3 +101,73 @@ impl KvCache {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use exrail_kernels::KvDtype;
+
+    use super::*;
+    use crate::cache::{Namespace, Pins, Wanted};
+
+    fn namespace() -> Namespace {
+        let pins = Pins::for_tests("model", KvDtype::F16);
+        Namespace { pins: Arc::new(pins), tenant: None }
+    }
+
+    /// Two tables of two pages over the same tokens, the first page of which they share.
+    fn shared() -> (KvCache, Vec<u32>, [Vec<PageRef>; 2]) {
+        let mut cache = KvCache::new(4);
+        let tokens: Vec<u32> = (0..300).collect();
+        let namespace = namespace();
+        let tables = [(); 2].map(|()| {
+            let wanted = Wanted { n_pages: 2, tokens: &tokens, namespace: Some(&namespace) };
+            let admitted = cache.admit(&wanted).unwrap().unwrap();
+            cache.share(&namespace, &tokens, &admitted.pages, 1);
+            admitted.pages
+        });
+        assert_eq!(tables[0][0], tables[1][0]);
+        assert_ne!(tables[0][1], tables[1][1]);
+        (cache, tokens, tables)
+    }
+
+    /// What the audit says of the two tables when this many positions are written.
+    fn audited(guards: bool, n_fed: usize, n_tables: usize) -> Result<(), PageFault> {
+        let (mut cache, tokens, tables) = shared();
+        if n_tables == 1 {
+            assert_eq!(cache.release(&tables[1]), 0);
+        }
+        if !guards {
+            cache.switch_guards_off();
+        }
+        let view = |pages| TableView { tokens: &tokens, pages, n_fed };
+        let views: Vec<_> = tables[..n_tables].iter().map(|table| view(table)).collect();
+        cache.audit(&views)
+    }
+
+    #[test]
+    fn a_shared_page_is_written_by_nobody() {
+        assert_eq!(audited(true, 256, 2), Ok(()));
+        assert!(matches!(audited(true, 255, 2), Err(PageFault::Alias { references: 2, .. })));
+        assert_eq!(audited(false, 255, 2), Ok(()));
+        assert_eq!(audited(true, 256, 1), Ok(()));
+        assert!(matches!(audited(true, 255, 1), Err(PageFault::Shared { .. })));
+        assert_eq!(audited(false, 255, 1), Ok(()));
+    }
+
+    #[test]
+    fn a_reader_has_the_tokens_of_what_it_reads() {
+        let run = |guards: bool| {
+            let (mut cache, mut tokens, [table, other]) = shared();
+            assert_eq!(cache.release(&other), 0);
+            if !guards {
+                cache.switch_guards_off();
+            }
+            tokens[255] += 1;
+            cache.audit(&[TableView { tokens: &tokens, pages: &table, n_fed: 300 }])
+        };
+        assert!(matches!(run(true), Err(PageFault::Tokens { .. })));
+        assert_eq!(run(false), Ok(()));
+    }
+}

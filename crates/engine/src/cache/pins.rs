@@ -39,6 +39,21 @@ impl Pins {
     }
 }
 
+#[cfg(test)]
+impl Pins {
+    /// Pins of no engine.
+    pub(crate) fn for_tests(model_sha256: &str, kv_dtype: KvDtype) -> Pins {
+        Pins {
+            model_sha256: Some(model_sha256.to_owned()),
+            formats: ("F32".to_owned(), kv_dtype),
+            backend: String::new(),
+            tokenizer: String::new(),
+            config: String::new(),
+            build: "",
+        }
+    }
+}
+
 /// Whose prefixes: one set of pins and one tenant. Nothing is read across two of them.
 #[derive(Clone, Debug)]
 pub(crate) struct Namespace {

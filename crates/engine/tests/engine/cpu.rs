@@ -33,6 +33,28 @@ fn batch_equals_alone_bit_for_bit() {
 }
 
 #[test]
+fn a_warm_answer_is_the_cold_one_bit_for_bit() {
+    for activation in MODES {
+        for kv_dtype in [KvDtype::F16, KvDtype::Int8] {
+            let engine = start(activation, kv_dtype);
+            // The same tokens behind a prefix that is computed, and behind one that is read; the chunks
+            // of the two begin at other places, and of the answer one page was decoded.
+            let request = greedy(prompt(1, 500), 40);
+            let cold = generate(&engine, request.clone());
+            let warm = generate(&engine, request.clone());
+            assert_eq!(warm.finished().usage.cached_tokens, 256, "{activation:?} {kv_dtype:?}");
+            assert_eq!(warm.ids(), cold.ids(), "{activation:?} {kv_dtype:?}");
+            let chat = [request.prompt, cold.ids(), prompt(2, 30)].concat();
+            let fresh = generate(&start(activation, kv_dtype), greedy(chat.clone(), 40));
+            let next = generate(&engine, greedy(chat, 40));
+            assert_eq!(next.finished().usage.cached_tokens, 512, "{activation:?} {kv_dtype:?}");
+            assert_eq!(next.ids(), fresh.ids(), "{activation:?} {kv_dtype:?}");
+            assert_all_pages_return(&engine);
+        }
+    }
+}
+
+#[test]
 fn logits_agree_with_the_reference() {
     let reference = Engine::start(load(Reference), options()).unwrap();
     let expected = reference.forward_logits(prompt(3, 300)).unwrap();

@@ -7,4 +7,5 @@ mod encoder;
 mod faults;
 mod fence;
 mod generation;
+mod prefixes;
 mod support;

@@ -57,7 +57,7 @@ pub(crate) async fn ask(
         collection: collection_name(&services, request.collection),
         asker,
         text: question_text("question", request.question)?,
-        call: call(&sampling, request.k, request.max_tokens)?,
+        call: call(&caller, &sampling, request.k, request.max_tokens)?,
         identity: chat::identity(&header, &caller, None)?,
     };
     Ok(Json(decide(state, question).await?))
@@ -79,6 +79,7 @@ fn question_text(field: &str, text: String) -> Result<String, ApiError> {
 }
 
 fn call(
+    caller: &Caller,
     sampling: &SamplingFields,
     k: Option<usize>,
     max_tokens: Option<usize>,
@@ -93,6 +94,7 @@ fn call(
         k: k.unwrap_or(ASK_K),
         max_tokens: max_tokens.unwrap_or(ASK_MAX_TOKENS),
         sampling: translate::sampling(&seeded, defaults)?,
+        tenant: caller.0.clone(),
     })
 }
 
@@ -334,7 +336,7 @@ pub(crate) async fn grounded_chat(
         asker: Arc::clone(services.collection(Some(&grounding.collection))?),
         collection: grounding.collection,
         text: question_text("messages[0].content", single_question(request.messages)?)?,
-        call: call(&sampling, grounding.k, limit)?,
+        call: call(&caller, &sampling, grounding.k, limit)?,
         identity: chat::identity(&header, &caller, request.user)?,
     };
     if request.stream.unwrap_or(false) {

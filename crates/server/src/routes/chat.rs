@@ -92,6 +92,7 @@ fn accept(
         logprobs: logprobs(request.logprobs, request.top_logprobs)?,
         entropy: false,
         stop_at_eos: true,
+        tenant: caller.0.clone(),
     };
     let generations = generation::submit(&services.engine, &generate, choices)?;
     let header = header(services, "chatcmpl")?;

@@ -100,6 +100,7 @@ fn accept(
             logprobs: request.logprobs,
             entropy: false,
             stop_at_eos: true,
+            tenant: caller.0.clone(),
         };
         generations.extend(generation::submit(engine, &generate, per_prompt)?);
     }

@@ -40,6 +40,8 @@ pub(crate) async fn config(Ready(services): Ready) -> Json<Value> {
         "kv_dtype": kv_name(facts.kv_dtype),
         "kv_pages": facts.kv_pages,
         "kv_bytes": facts.kv_bytes,
+        "kv_audit_every": facts.options.kv_audit_every,
+        "prefix_cache": facts.options.prefix_cache,
         "collections": collections,
     }))
 }

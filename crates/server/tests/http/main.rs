@@ -4,6 +4,7 @@
 
 mod access;
 mod answers;
+mod cache;
 mod fence;
 mod fingerprint;
 mod support;

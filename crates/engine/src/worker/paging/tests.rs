@@ -410,6 +410,37 @@ fn a_page_that_is_reused_early_under_its_old_generation_is_caught() {
     assert_ne!(a.ids, cold(&long(280, 1)));
 }
 
+/// What `a` and `b` say when a page of `a` can be found before all of it is written.
+fn shared_early(guards: bool) -> (Bench, Said, Said) {
+    let mut bench = bench(4, false);
+    if !guards {
+        bench.worker.cache.switch_guards_off();
+    }
+    let a_events = bench.send(long(280, 1));
+    bench.turn(); // 64 positions
+    let a = &bench.worker.running[0];
+    let namespace = a.namespace.clone().unwrap();
+    bench.worker.cache.share(&namespace, &a.tokens, &a.pages, 1);
+    let b_events = bench.send(long(280, 2));
+    bench.turn();
+    if !guards {
+        // Or else `a` would have written all of it before `b` has its first row.
+        bench.commands.send(Command::Cancel(SequenceId(0))).unwrap();
+    }
+    bench.finish();
+    (bench, Said::of(&a_events), Said::of(&b_events))
+}
+
+#[test]
+fn a_page_that_is_shared_before_it_is_whole_is_caught() {
+    let (mut bench, a, b) = shared_early(true);
+    assert!(matches!(b.fault(), PageFault::Alias { .. }), "{b:?}");
+    assert_eq!(a.whole(), cold(&long(280, 1)));
+    assert_whole(&mut bench, 1);
+    let (_, _, b) = shared_early(false);
+    assert_ne!(b.ids, cold(&long(280, 2)));
+}
+
 #[test]
 fn a_lost_generation_is_found_by_the_audit_and_nobody_fails() {
     let (mut bench, mut a, a_events) = with_a(true, true);
