@@ -21,6 +21,8 @@ const PICK_THREADS: usize = 1024;
 const COARSE_BINS: usize = 8 * 40 + 1;
 /// Bytes of a bin in shared memory: a count, and a mass in four parts.
 const BIN_BYTES: usize = 4 * (1 + 4);
+/// Bytes of a bin in memory: a mass and a count.
+const BINNED_BYTES: usize = 8 + 4;
 /// Values of a row whose masses a bin has room for.
 const MAX_VALUES: usize = 1 << 21;
 
@@ -41,7 +43,9 @@ pub(crate) fn draw(
     let (columns, first) = (narrow(width), narrow(limit));
     // Masses of 8 bytes, then counts of 4.
     let n_bins = n_rows * COARSE_BINS;
-    let masses = stream.counters(3 * n_bins);
+    // Zero when it is made, and left so: other counters stay where they are, and with them the lists of
+    // launches that know their place.
+    let masses = stream.work("bins of draws", BINNED_BYTES * n_bins);
     let counts = Address(masses.0 + 8 * n_bins as u64);
     let asked = stream.upload(&bytes_of(rows, packed));
     let grid =
