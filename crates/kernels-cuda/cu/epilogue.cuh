@@ -66,14 +66,23 @@ struct Epilogue {
     uint32_t finish;
     Placement placement;
 
+    // Where output n of row t goes.
+    __device__ __forceinline__ float *place_of(const Part &part, uint32_t t, uint32_t n) const {
+        const size_t row = finish == ADD_ROWS ? rows[t] : t;
+        return part.out + row * part.weight.rows + n;
+    }
+
     // Ends output n of row t.
     __device__ __forceinline__ void put(const Part &part, uint32_t t, uint32_t n, float sum) const {
+        put(part, t, n, sum, finish == ADD ? *place_of(part, t, n) : 0);
+    }
+    // The same where `old` is what an ADD adds to.
+    __device__ __forceinline__ void put(const Part &part, uint32_t t, uint32_t n, float sum, float old) const {
         if (part.bias) sum += part.bias[n];
-        const size_t row = finish == ADD_ROWS ? rows[t] : t;
-        float *at = part.out + row * part.weight.rows + n;
+        float *at = place_of(part, t, n);
         switch (finish) {
         case STORE: *at = sum; break;
-        case ADD: *at = fmaf(scale, sum, *at); break;
+        case ADD: *at = fmaf(scale, sum, old); break;
         case ADD_ROWS: *at = fmaf(scales[t], sum, *at); break;
         case SILU: *at = silu(sum); break;
         case GELU_TANH: *at = gelu_tanh(sum); break;

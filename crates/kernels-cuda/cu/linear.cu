@@ -106,7 +106,15 @@ __device__ __forceinline__ void product(const Parts &parts, const Epilogue &end,
     };
 #pragma unroll
     for (int slot = 0; slot < DEPTH - 1; slot++) ask(slot);
+    // What the first of this thread's outputs is added to is asked for before it is needed.
+    const bool adds = T == 1 && end.finish == ADD && !parts.paired;
+    auto old_place = [&](uint32_t i) {
+        const Pair rows(parts, start + i / 2);
+        return end.place_of(parts.each[rows.part], first_row, i % 2 == 0 ? rows.first : rows.second);
+    };
+    const float *first_place = adds && threadIdx.x < n_local * 2 ? old_place(threadIdx.x) : nullptr;
     begin(); // Weights are there at any time; all else comes from the kernels before.
+    const float first_old = first_place ? *first_place : 0;
     prepare();
     if (lane == 0) results.begun_pair[warp] = -1;
     __syncthreads();
@@ -177,7 +185,12 @@ __device__ __forceinline__ void product(const Parts &parts, const Epilogue &end,
             const Part &part = parts.each[rows.part];
             if (r == 0) end.place(part, first_row + t, rows.first, total(pair, 0, t), total(pair, 1, t));
         } else if (r == 0 || rows.second > rows.first) {
-            end.put(parts.each[rows.part], first_row + t, r == 0 ? rows.first : rows.second, total(pair, r, t));
+            const uint32_t n = r == 0 ? rows.first : rows.second;
+            if (adds && i < WARPS * LANES) {
+                end.put(parts.each[rows.part], first_row + t, n, total(pair, r, t), first_old);
+            } else {
+                end.put(parts.each[rows.part], first_row + t, n, total(pair, r, t));
+            }
         }
     }
 }
