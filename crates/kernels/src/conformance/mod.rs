@@ -127,10 +127,10 @@ pub fn run<B: Backend>(backend: &B, activation: Activation) -> Result<(), Confor
     suite.norm()?;
     suite.rope()?;
     suite.linear()?;
-    suite.draws()?;
     suite.attention()?;
     suite.attention_full()?;
-    suite.fused()
+    suite.fused()?;
+    suite.draws() // the longest
 }
 
 /// State of one run.
