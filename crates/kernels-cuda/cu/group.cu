@@ -12,11 +12,10 @@
 #include "tensor.cuh"
 
 // `src/attention.rs` has the same constants.
-#define WARPS 4
 #define POSITIONS 16 // of a warp at once
-#define STEP (WARPS * POSITIONS)
-// Heads that share keys, at most.
+// Heads that share keys, and blocks of a cluster, at most.
 #define HEADS 16
+#define CLUSTER 8
 
 // Sums of a warp over its positions.
 template <int D> struct Sums {
@@ -106,37 +105,39 @@ __device__ __forceinline__ uint32_t cluster_size() {
     return n;
 }
 
-// Waits for all blocks of the cluster that go on; what they wrote is seen.
+// Says that this block of threads has come here; `wait_for_cluster` waits for all blocks of the cluster that
+// go on, and sees what they wrote before they said so.
 __device__ __forceinline__ void meet_cluster() {
 #if __CUDA_ARCH__ == 900
-    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+    asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void wait_for_cluster() {
+#if __CUDA_ARCH__ == 900
+    asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
 #endif
 }
 
-// What another block of the cluster has where this one has `own`, in shared memory.
-__device__ __forceinline__ float of_block(uint32_t rank, const float *own) {
-    float value = *own;
+// Writes to shared memory of a block of the cluster, where this one has `to`.
+__device__ __forceinline__ void send(uint32_t rank, float *to, float value) {
 #if __CUDA_ARCH__ == 900
-    const uint32_t at = (uint32_t)__cvta_generic_to_shared(own);
-    asm volatile("{\n.reg .u32 there;\nmapa.shared::cluster.u32 there, %1, %2;\n"
-                 "ld.shared::cluster.f32 %0, [there];\n}"
-                 : "=f"(value)
-                 : "r"(at), "r"(rank)
+    const uint32_t at = (uint32_t)__cvta_generic_to_shared(to);
+    asm volatile("{\n.reg .u32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
+                 "st.shared::cluster.f32 [there], %2;\n}" ::"r"(at), "r"(rank), "f"(value)
                  : "memory");
 #endif
-    return value;
 }
 
-// Runs of `run` positions, which are whole steps and at most 32 pages. `n_done` (T, K) is zero before and
-// after.
-template <int D>
+// Runs of `run` positions, which are whole steps of WARPS * POSITIONS and at most 32 pages. `n_done` (T, K) is
+// zero before and after.
+template <int D, int WARPS>
 __device__ __forceinline__ void attend_group(const float *q, const Pages &pages, uint32_t layer,
                                              const uint32_t *table, const Shape &shape, const Row *rows,
                                              uint32_t run, float *out, float *parts, uint32_t *n_done) {
     // Halves of a row in shared memory: ldmatrix reads eight rows without conflicts.
-    constexpr int WIDTH = D + 8, BYTES = POSITIONS * WIDTH * 2, EIGHTS = D / 8;
+    constexpr int STEP = WARPS * POSITIONS, WIDTH = D + 8, BYTES = POSITIONS * WIDTH * 2, EIGHTS = D / 8;
     extern __shared__ uint4 shared[];
-    __shared__ Softmax of_warps[WARPS][HEADS], own_run[HEADS];
+    __shared__ Softmax of_warps[WARPS][HEADS], of_runs[CLUSTER][HEADS];
     __shared__ bool is_last;
     const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const uint32_t head = blockIdx.y, group = shape.n_heads / shape.n_kv_heads;
@@ -144,6 +145,8 @@ __device__ __forceinline__ void attend_group(const float *q, const Pages &pages,
     const Row row = rows[blockIdx.x];
     const uint32_t first_run = row.first / run, n_runs = (row.end + run - 1) / run - first_run;
     if (blockIdx.z >= n_runs) return;
+    const bool is_cluster = cluster_size() > 1;
+    if (is_cluster) meet_cluster();
     const uint32_t start = (first_run + blockIdx.z) * run, end = min(row.end, start + run);
     const uint32_t from = max(start, row.first / STEP * STEP), n_steps = (end - from + STEP - 1) / STEP;
     const uint32_t first_page = from / PAGE_TOKENS, n_pages = (end - 1) / PAGE_TOKENS + 1 - first_page;
@@ -215,7 +218,11 @@ __device__ __forceinline__ void attend_group(const float *q, const Pages &pages,
         for (int d = 0; d < D / 8; d++) *(float2 *)(at + 8 * d) = {sums.of[d][2 * i], sums.of[d][2 * i + 1]};
     }
     __syncthreads();
-    const bool is_cluster = cluster_size() > 1;
+    // Outputs that each block of a cluster puts together, and what the blocks send it of these.
+    const uint32_t n_own = (group * D + n_runs - 1) / n_runs;
+    constexpr uint32_t RINGS = WARPS * DEPTH * 2 * BYTES / 4;
+    float *sent = (float *)shared + max(RINGS, WARPS * group * D); // (runs, n_own)
+    if (is_cluster) wait_for_cluster(); // Nothing is sent to a block that has not begun.
     const size_t in_all = (size_t)blockIdx.x * shape.n_kv_heads + head;
     const size_t of_run = (size_t)group * Part<D>::SIZE;
     float *first_part = parts + in_all * gridDim.z * of_run, *part = first_part + blockIdx.z * of_run;
@@ -233,9 +240,9 @@ __device__ __forceinline__ void attend_group(const float *q, const Pages &pages,
         if (n_runs == 1) {
             out[(heads_at + g) * D + c] = merged / total;
         } else if (is_cluster) {
-            // Where this thread alone reads.
-            of_all[i] = merged;
-            if (c == 0) own_run[g] = {most, total};
+            send(i / n_own, &sent[blockIdx.z * n_own + i % n_own], merged);
+            if (c < n_runs) send(c, &of_runs[blockIdx.z][g].highest, most);
+            if (c < n_runs) send(c, &of_runs[blockIdx.z][g].total, total);
         } else {
             part[g * Part<D>::SIZE + c] = merged;
             if (c == 0) part[g * Part<D>::SIZE + D] = total, part[g * Part<D>::SIZE + D + 1] = most;
@@ -244,18 +251,24 @@ __device__ __forceinline__ void attend_group(const float *q, const Pages &pages,
     if (n_runs == 1) return;
     if (is_cluster) {
         meet_cluster();
-        for (uint32_t i = blockIdx.z * 32 * WARPS + threadIdx.x; i < group * D; i += n_runs * 32 * WARPS) {
-            const Softmax *own = &own_run[i / D];
+        wait_for_cluster();
+        for (uint32_t own = threadIdx.x; own < n_own; own += 32 * WARPS) {
+            const uint32_t i = blockIdx.z * n_own + own, g = i / D;
+            if (i >= group * D) break;
             float most = -INFINITY, total = 0, merged = 0;
-            for (uint32_t r = 0; r < n_runs; r++) most = fmaxf(most, of_block(r, &own->highest));
-            for (uint32_t r = 0; r < n_runs; r++) {
-                const float factor = Softmax::factor(of_block(r, &own->highest), most);
-                total = fmaf(factor, of_block(r, &own->total), total);
-                merged = fmaf(factor, of_block(r, of_all + i), merged);
+#pragma unroll
+            for (uint32_t r = 0; r < CLUSTER; r++) {
+                if (r < n_runs) most = fmaxf(most, of_runs[r][g].highest);
+            }
+#pragma unroll
+            for (uint32_t r = 0; r < CLUSTER; r++) {
+                if (r >= n_runs) break;
+                const float factor = Softmax::factor(of_runs[r][g].highest, most);
+                total = fmaf(factor, of_runs[r][g].total, total);
+                merged = fmaf(factor, sent[r * n_own + own], merged);
             }
             out[heads_at * D + i] = merged / total;
         }
-        meet_cluster(); // Nobody leaves before the others have read.
         return;
     }
     // What this block wrote is there before it is counted; who counts the last sees all parts.
@@ -269,10 +282,11 @@ __device__ __forceinline__ void attend_group(const float *q, const Pages &pages,
     }
 }
 
-#define GROUP(D)                                                                                   \
-    EXTERN __launch_bounds__(32 * WARPS, 2) void attention_group_##D(                              \
+#define GROUP(name, D, WARPS, BLOCKS)                                                              \
+    EXTERN __launch_bounds__(32 * WARPS, BLOCKS) void attention_##name##_##D(                        \
         const float *q, Pages pages, uint32_t layer, const uint32_t *table, Shape shape,           \
         const Row *rows, uint32_t run, float *out, float *parts, uint32_t *n_done) {               \
-        attend_group<D>(q, pages, layer, table, shape, rows, run, out, parts, n_done);             \
+        attend_group<D, WARPS>(q, pages, layer, table, shape, rows, run, out, parts, n_done);      \
     }
-GROUP(32) GROUP(64) GROUP(96) GROUP(128)
+GROUP(group, 32, 4, 2) GROUP(group, 64, 4, 2) GROUP(group, 96, 4, 2) GROUP(group, 128, 4, 2)
+GROUP(wide, 32, 8, 1) GROUP(wide, 64, 8, 1)

@@ -105,23 +105,54 @@ fn in_tiles(span: &AttentionSpan<'_>, pool: &CudaKvPool, options: CudaOptions) -
         && pool.shape.dtype != KvDtype::F32
 }
 
-/// Warps of a block that attends with all heads of a key, positions that each takes at once, the most
-/// heads, and the longest run: 32 pages. The constants of `cu/group.cu`.
-const GROUP_WARPS: usize = 4;
+/// Positions that a warp attends to at once with all heads of a key, the most heads, and the longest run: 32
+/// pages. The constants of `cu/group.cu`.
 const GROUP_POSITIONS: usize = 16;
-const GROUP_STEP: usize = GROUP_WARPS * GROUP_POSITIONS;
 const GROUP_HEADS: usize = 16;
 const GROUP_RUN: usize = 32 * PAGE_TOKENS;
-/// Runs that a cluster of blocks of threads puts together, and the most elements of a key that make one:
+/// Runs that a cluster of blocks of threads puts together (in `cu/group.cu` too), and the most elements of a key that make one:
 /// with more to read, the multiprocessors that a cluster finds no room on are missed.
 const CLUSTER: usize = 8;
 const CLUSTER_ELEMENTS: usize = 32 << 10;
 /// What a part of a head has besides its sums.
 const PART_BESIDES: usize = 4;
 
+/// Head widths of which a block of twice as many warps has room.
+const WIDE_WIDTHS: [usize; 2] = [32, 64];
+
 /// Names of the kernels of `cu/group.cu`.
 pub(crate) fn group_names() -> impl Iterator<Item = String> {
-    TILE_WIDTHS.into_iter().map(|width| format!("attention_group_{width}"))
+    let narrow = TILE_WIDTHS.into_iter().map(Group::narrow);
+    narrow.chain(WIDE_WIDTHS.into_iter().map(Group::wide)).map(Group::name)
+}
+
+/// A kernel of `cu/group.cu`.
+#[derive(Clone, Copy)]
+struct Group {
+    n_warps: usize,
+    head_dim: usize,
+}
+
+impl Group {
+    /// The one for blocks of threads that have a multiprocessor each.
+    fn wide(head_dim: usize) -> Group {
+        Group { n_warps: if WIDE_WIDTHS.contains(&head_dim) { 8 } else { 4 }, head_dim }
+    }
+
+    /// The one of which two share a multiprocessor.
+    fn narrow(head_dim: usize) -> Group {
+        Group { n_warps: 4, head_dim }
+    }
+
+    fn name(self) -> String {
+        let name = if self.n_warps == 8 { "wide" } else { "group" };
+        format!("attention_{name}_{}", self.head_dim)
+    }
+
+    /// Positions of its warps at once: runs are multiples of it.
+    fn step(self) -> usize {
+        self.n_warps * GROUP_POSITIONS
+    }
 }
 
 /// Rows that attend one by one.
@@ -136,30 +167,39 @@ impl Rows {
         Address(self.at.0 + (n * ROW_BYTES) as u64)
     }
 
-    /// Positions of a run of `cu/group.cu`, and blocks of threads of a cluster.
+    /// The longest context of which the grid is the same: so that a growing one seldom changes it.
+    fn context(&self) -> usize {
+        self.longest.next_power_of_two().max(PAGE_TOKENS)
+    }
+
+    /// The kernel of `cu/group.cu`, positions of a run, and blocks of threads of a cluster.
     ///
     /// All of a short context is one run, and there is nothing to put together; a cluster does that where the
     /// card has room for all of them at once, and each has little to read. Otherwise runs are as short as leave
     /// no block of threads waiting for another to end, two of which share a multiprocessor. Where nothing
     /// may depend on the other rows they are always the same.
-    fn runs(&self, shape: Shape, stream: &Stream, options: CudaOptions) -> (usize, usize) {
+    fn runs(&self, shape: Shape, stream: &Stream, options: CudaOptions) -> (Group, usize, usize) {
         let n_multiprocessors = stream.machine().n_multiprocessors;
         let (n_keys, head_dim) = (self.n * shape.n_kv_heads as usize, shape.head_dim as usize);
-        if options.batch_invariant || self.longest <= PAGE_TOKENS {
-            return (PAGE_TOKENS, 1);
+        let (wide, narrow) = (Group::wide(head_dim), Group::narrow(head_dim));
+        if options.batch_invariant {
+            return (narrow, PAGE_TOKENS, 1);
         }
-        let of_cluster = self.longest.div_ceil(CLUSTER).next_power_of_two();
+        if self.longest <= PAGE_TOKENS {
+            return (if n_keys <= n_multiprocessors { wide } else { narrow }, PAGE_TOKENS, 1);
+        }
+        let of_cluster = self.context().div_ceil(CLUSTER);
         let is_small = of_cluster * head_dim <= CLUSTER_ELEMENTS;
         if stream.is_hopper() && n_keys * CLUSTER <= n_multiprocessors && is_small {
-            let run = of_cluster.max(GROUP_STEP);
-            return (run, self.longest.div_ceil(run).next_power_of_two());
+            let run = of_cluster.max(wide.step());
+            return (wide, run, self.context().div_ceil(run));
         }
-        let is_wide = |run: usize| n_keys * self.longest.div_ceil(run) > 2 * n_multiprocessors;
-        let mut run = GROUP_STEP;
-        while run < GROUP_RUN && is_wide(run) {
+        let is_many = |run: usize| n_keys * self.context().div_ceil(run) > 2 * n_multiprocessors;
+        let mut run = narrow.step();
+        while run < GROUP_RUN && is_many(run) {
             run *= 2;
         }
-        (run, 1)
+        (narrow, run, 1)
     }
 }
 
@@ -176,22 +216,23 @@ fn attend_in_groups(
 ) {
     let (head_dim, n_heads, n_kv_heads) =
         (shape.head_dim as usize, shape.n_heads as usize, shape.n_kv_heads as usize);
-    let machine = stream.machine();
-    let (run, cluster) = rows.runs(shape, stream, options);
-    // A power of two, so that a growing context seldom changes the grid.
-    let n_runs = rows.longest.div_ceil(run).next_power_of_two();
+    let (group, run, cluster) = rows.runs(shape, stream, options);
+    let n_runs = rows.context().div_ceil(run);
     let row_bytes = 4 * n_heads * n_runs * (head_dim + PART_BESIDES);
     let rows_at_once = (PARTS_BYTES / row_bytes).clamp(1, rows.n);
     let parts = stream.work("runs of attention", rows_at_once * row_bytes);
     let n_done = stream.counters(rows_at_once * n_kv_heads);
-    let rings = GROUP_WARPS * machine.depth * 2 * GROUP_POSITIONS * (head_dim + 8) * 2;
-    let sums = GROUP_WARPS * (n_heads / n_kv_heads) * head_dim * 4;
-    let (kernel, run) = (format!("attention_group_{head_dim}"), narrow(run));
+    let in_ring = stream.machine().depth * 2 * GROUP_POSITIONS * (head_dim + 8) * 2;
+    let of_heads = (n_heads / n_kv_heads) * head_dim * 4;
+    // What the blocks of a cluster send each other lies behind.
+    let sent = if cluster > 1 { of_heads + 4 * cluster } else { 0 };
+    let shared_bytes = group.n_warps * in_ring.max(of_heads) + sent;
+    let (kernel, run) = (group.name(), narrow(run));
     for first in (0..rows.n).step_by(rows_at_once) {
         let at = rows.behind(first);
         let blocks = (rows_at_once.min(rows.n - first), n_kv_heads);
-        let threads = 32 * GROUP_WARPS;
-        let grid = Grid { blocks, runs: n_runs, threads, shared_bytes: rings.max(sums), cluster };
+        let threads = 32 * group.n_warps;
+        let grid = Grid { blocks, runs: n_runs, threads, shared_bytes, cluster };
         let arguments: [&dyn AnyArgument; 10] =
             [&q, &pages, &layer, &table, &shape, &at, &run, &out, &parts, &n_done];
         stream.launch(&kernel, grid, &arguments);
