@@ -61,8 +61,8 @@ struct Rounding {
     __device__ __forceinline__ explicit Rounding(uint32_t bits) {
         const float largest = __uint_as_float(bits);
         usable = largest >= 1e-35f && largest < INFINITY;
-        step = largest / 127.0f;
-        inverse = 127.0f / largest;
+        step = largest * (1.0f / 127.0f);
+        inverse = 127.0f * __frcp_rn(largest);
         const float fault = largest >= 1e-35f || isnan(largest) ? NAN : 0.0f;
         scale = usable ? step / 256.0f : fault;
     }
@@ -161,7 +161,7 @@ struct Inverse {
         float sum = 0;
 #pragma unroll
         for (int w = 0; w < WARPS; w++) sum += squares[w];
-        return 1.0f / sqrtf(sum / (float)width + row.eps);
+        return rsqrtf(sum / (float)width + row.eps);
     }
 };
 

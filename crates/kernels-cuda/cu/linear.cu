@@ -104,7 +104,7 @@ __device__ __forceinline__ void product(const Parts &parts, const Epilogue &end,
         }
         end_of_chunk();
     };
-#pragma unroll
+#pragma unroll 1
     for (int slot = 0; slot < DEPTH - 1; slot++) ask(slot);
     // What the first of this thread's outputs is added to is asked for before it is needed.
     const bool adds = T == 1 && end.finish == ADD && !parts.paired;
@@ -161,9 +161,10 @@ __device__ __forceinline__ void product(const Parts &parts, const Epilogue &end,
             }
         }
         slot = slot == DEPTH - 1 ? 0 : slot + 1;
-        if (++chunk == chunks_of_row) close(), chunk = 0, pair++;
+        const bool is_last = ++chunk == chunks_of_row;
+        if (is_last || c + 1 == to) close();
+        if (is_last) chunk = 0, pair++;
     }
-    if (chunk != 0 && from < to) close();
     __syncthreads();
 
     auto total = [&](uint32_t pair, int r, int t) {
@@ -172,25 +173,28 @@ __device__ __forceinline__ void product(const Parts &parts, const Epilogue &end,
         for (int w = 0; w < WARPS; w++) {
             if (results.begun_pair[w] == (int)pair) sum += results.begun[w][r][t];
         }
-        return factor(t) * sum;
+        return T == 1 ? sum : factor(t) * sum;
     };
+    // What differs between the ways to end comes last, behind one copy of the sums.
+    const bool at_once = parts.paired || end.finish == PLACE;
+    const float of_all = T == 1 && threadIdx.x < n_local * 2 ? factor(0) : 1.0f;
     for (uint32_t i = threadIdx.x; i < n_local * 2 * T; i += WARPS * LANES) {
         const uint32_t pair = i / (2 * T);
         const int r = i / T % 2, t = i % T;
         if (first_row + t >= n_rows) continue;
+        if (at_once && r == 1) continue;
         const Pair rows(parts, start + pair);
+        const Part &part = parts.each[rows.part];
+        const float sum = of_all * total(pair, r, t), next = at_once ? of_all * total(pair, 1, t) : 0;
         if (parts.paired) {
-            if (r == 0) end.put_gated(parts.each[0], first_row + t, rows.first, total(pair, 0, t), total(pair, 1, t));
+            end.put_gated(part, first_row + t, rows.first, sum, next);
         } else if (end.finish == PLACE) {
-            const Part &part = parts.each[rows.part];
-            if (r == 0) end.place(part, first_row + t, rows.first, total(pair, 0, t), total(pair, 1, t));
+            end.place(part, first_row + t, rows.first, sum, next);
         } else if (r == 0 || rows.second > rows.first) {
             const uint32_t n = r == 0 ? rows.first : rows.second;
-            if (adds && i < WARPS * LANES) {
-                end.put(parts.each[rows.part], first_row + t, n, total(pair, r, t), first_old);
-            } else {
-                end.put(parts.each[rows.part], first_row + t, n, total(pair, r, t));
-            }
+            const bool is_there = adds && i < WARPS * LANES;
+            const float old = is_there ? first_old : end.finish == ADD ? *end.place_of(part, first_row + t, n) : 0;
+            end.put(part, first_row + t, n, sum, old);
         }
     }
 }
