@@ -163,18 +163,19 @@ impl EngineHandle {
         Ok(Generation { id, events, commands: self.commands.clone() })
     }
 
-    /// Queues sequences that warm the engine and begin together, whatever the limit of the queue.
+    /// Queues sequences that warm the engine and begin together, whatever the limit of the queue, and with each
+    /// how many of its first tokens are not computed.
     pub(crate) fn warm(
         &self,
-        requests: Vec<GenerateRequest>,
+        requests: Vec<(GenerateRequest, usize)>,
     ) -> Result<Vec<Generation>, SubmitError> {
-        let jobs = requests.into_iter().map(|request| self.job(request));
-        let jobs: Vec<_> = jobs.collect::<Result<_, SubmitError>>()?;
+        let job = |(request, blank)| Ok((self.job(request)?, blank));
+        let jobs: Vec<_> = requests.into_iter().map(job).collect::<Result<_, SubmitError>>()?;
         let (mut waiting, mut generations) = (Vec::new(), Vec::new());
-        for (job, events) in jobs {
-            let job = self.wait(job, Traffic::WarmUp, usize::MAX)?;
-            generations.push(Generation { id: job.id, events, commands: self.commands.clone() });
-            waiting.push(job);
+        for ((job, events), blank) in jobs {
+            let waits = self.wait(job, Traffic::WarmUp, usize::MAX)?;
+            generations.push(Generation { id: waits.id, events, commands: self.commands.clone() });
+            waiting.push(Waiting { blank, ..waits });
         }
         let n_places = waiting.len();
         self.send(Command::SubmitTogether(waiting), n_places)?;
@@ -306,7 +307,7 @@ impl EngineHandle {
             return Err(SubmitError::QueueFull { limit });
         }
         let id = SequenceId(self.shared.next_id.fetch_add(1, Ordering::Relaxed));
-        Ok(Waiting { id, traffic, submitted: Instant::now(), job })
+        Ok(Waiting { id, traffic, blank: 0, submitted: Instant::now(), job })
     }
 
     /// Hands over what has taken so many places.

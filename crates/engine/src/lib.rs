@@ -56,4 +56,4 @@ pub use plan::{
 pub use request::{
     GenerateRequest, MAX_LOGIT_BIAS, MAX_STOP_BYTES, MAX_STOP_STRINGS, MAX_TOP_LOGPROBS, Sampling,
 };
-pub use warm_up::{BucketReport, WarmUpError, WarmUpPlan, WarmUpReport, warm_up};
+pub use warm_up::{BucketReport, Prompt, WarmUpError, WarmUpPlan, WarmUpReport, warm_up};

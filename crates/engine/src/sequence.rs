@@ -38,6 +38,9 @@ pub(crate) enum Traffic {
 pub(crate) struct Waiting {
     pub(crate) id: SequenceId,
     pub(crate) traffic: Traffic,
+    /// Positions at the front that nobody computes: their keys and values are whatever their pages hold. What
+    /// warms up needs long contexts, not what they say.
+    pub(crate) blank: usize,
     pub(crate) submitted: Instant,
     pub(crate) job: Job,
 }
@@ -227,7 +230,7 @@ impl Running {
                 (request.prompt, Purpose::Generate(Box::new(generating)))
             }
         };
-        let Waiting { id, traffic, .. } = waiting;
+        let Waiting { id, traffic, blank, .. } = waiting;
         let prompt_tokens = tokens.len();
         let mut running = Running {
             id,
@@ -245,6 +248,7 @@ impl Running {
             purpose,
         };
         running.take(admitted);
+        running.fed = running.fed.max(blank);
         running
     }
 

@@ -12,17 +12,19 @@
 
 use std::time::{Duration, Instant};
 
-use exrail_kernels::DeviceCounters;
+use exrail_kernels::{DeviceCounters, PAGE_TOKENS};
 use thiserror::Error;
 
 use crate::error::SubmitError;
 use crate::event::{Event, Finish, Generation, SequenceFault, Timings};
-use crate::handle::EngineHandle;
+use crate::handle::{EngineFacts, EngineHandle};
 use crate::request::{GenerateRequest, Sampling};
 
-/// Numbers of sequences up to which every one is warmed. Each is up to ten graphs of a GPU, which keeps 256
+/// Numbers of sequences up to which every one is warmed. Each is up to ten graphs of a GPU, which keeps 512
 /// of them: more shapes would push those of the first out.
-const MOST_SHAPES: usize = 16;
+const MOST_TOGETHER: usize = 16;
+/// Tokens of every warm-up sequence (G-05), where the context has room for them.
+const N_TOKENS: usize = 10;
 
 /// Which shapes to warm.
 #[derive(Clone, Debug, PartialEq)]
@@ -31,15 +33,34 @@ pub struct WarmUpPlan {
     pub decode_buckets: Vec<usize>,
     /// Prompt lengths in tokens.
     pub prefill_buckets: Vec<usize>,
-    /// Numbers of sequences that run once beside the buckets, greedily, and once with all logits: what a
-    /// device builds for each is there then. Their times are not taken.
-    pub shapes: Vec<usize>,
+    /// Sequences that together take the most memory. They run first: what a device builds behind memory that
+    /// grew later would be built for the old place.
+    pub crowd: Vec<Prompt>,
+    /// Sequences that run together once beside the buckets, greedily, and once with draws: what a device
+    /// builds for them is there then. Their times are not taken.
+    pub shapes: Vec<Vec<Prompt>>,
     /// Tokens to generate a run.
     pub n_tokens: usize,
     /// Runs of each bucket, at least 2: the first is the cold one.
     pub repeats: usize,
     /// Largest `cold_ratio` after the fence that counts as warm.
     pub cold_ratio_max: f64,
+}
+
+/// A sequence that warms the engine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Prompt {
+    /// Tokens of its prompt.
+    pub n_tokens: usize,
+    /// Positions before them. Nobody computes those: their keys and values are whatever the pages hold.
+    pub depth: usize,
+}
+
+impl Prompt {
+    /// One token behind so many positions.
+    const fn behind(depth: usize) -> Prompt {
+        Prompt { n_tokens: 1, depth }
+    }
 }
 
 impl WarmUpPlan {
@@ -64,34 +85,62 @@ impl WarmUpPlan {
         WarmUpPlan {
             decode_buckets,
             prefill_buckets: vec![64],
+            crowd: Vec::new(),
             shapes: Vec::new(),
             ..WarmUpPlan::full(handle)
         }
     }
 
-    /// The buckets of G-05, cut to what the engine can run, and every number of sequences up to
-    /// 16.
+    /// The buckets of G-05, cut to what the engine can run, and the shapes of [`shapes`].
     #[must_use]
     pub fn full(handle: &EngineHandle) -> WarmUpPlan {
         let facts = handle.facts();
+        let n_tokens = N_TOKENS.min(facts.context - 1);
         let decode = [1, 2, 4, 8, 16, 32];
         let prefill = [1, 64, 512, facts.options.prefill_chunk];
         let mut prefill_buckets = prefill.to_vec();
         prefill_buckets.sort_unstable();
         prefill_buckets.dedup();
-        prefill_buckets.retain(|&n| n + 10 <= facts.context);
+        prefill_buckets.retain(|&n| n + n_tokens <= facts.context);
         WarmUpPlan {
             decode_buckets: decode
                 .into_iter()
                 .filter(|&n| n <= facts.options.max_sequences)
                 .collect(),
             prefill_buckets,
-            shapes: (1..=facts.options.max_sequences.min(MOST_SHAPES)).collect(),
-            n_tokens: 10,
+            crowd: crowd(facts, n_tokens),
+            shapes: shapes(facts, n_tokens),
+            n_tokens,
             repeats: 3,
             cold_ratio_max: 1.5,
         }
     }
+}
+
+/// Every number of sequences up to 16, and one sequence behind every power of two of positions.
+fn shapes(facts: &EngineFacts, n_tokens: usize) -> Vec<Vec<Prompt>> {
+    let together = 1..=facts.options.max_sequences.min(MOST_TOGETHER);
+    let mut shapes: Vec<Vec<Prompt>> = together.map(|n| vec![Prompt::behind(0); n]).collect();
+    let last = facts.context.saturating_sub(n_tokens + 1);
+    let doublings = std::iter::successors(Some(PAGE_TOKENS), |&depth| Some(2 * depth));
+    let alone = |depth| vec![Prompt::behind(depth)];
+    shapes.extend(doublings.take_while(|&depth| depth < last).map(alone));
+    shapes
+}
+
+/// Chunks of a prompt, and then its tokens, at the end of the context or of the pool, beside as many others
+/// as run at once.
+fn crowd(facts: &EngineFacts, n_tokens: usize) -> Vec<Prompt> {
+    let n_others = facts.options.max_sequences - 1;
+    let n_pages = facts.kv_pages.saturating_sub(n_others).max(1);
+    let room = facts.context.min(n_pages * PAGE_TOKENS).saturating_sub(n_tokens);
+    // The first of two whole chunks has the others' prompts beside it.
+    let prompt = room.min(2 * facts.options.prefill_chunk);
+    let mut crowd = vec![Prompt::behind(0); n_others];
+    if prompt > 0 {
+        crowd.push(Prompt { n_tokens: prompt, depth: room - prompt });
+    }
+    crowd
 }
 
 /// What warming measured.
@@ -169,9 +218,11 @@ pub fn warm_up(handle: &EngineHandle, plan: &WarmUpPlan) -> Result<WarmUpReport,
         built: DeviceCounters::default(),
         took: Duration::ZERO,
     };
+    report.n_tokens += run_untimed(handle, &plan.crowd, plan.n_tokens)?;
     for (n_sequences, n_prompt) in decode.chain(prefill) {
+        let prompts = vec![Prompt { n_tokens: n_prompt, depth: 0 }; n_sequences];
         let runs = (0..plan.repeats.max(2))
-            .map(|_| run(handle, n_sequences, n_prompt, plan.n_tokens, &Sampling::greedy()))
+            .map(|_| run(handle, &prompts, plan.n_tokens, &Sampling::greedy()))
             .collect::<Result<Vec<Run>, _>>()?;
         let first_token_ms: Vec<f64> = runs.iter().map(|run| run.first_token_ms).collect();
         let later = median(&first_token_ms[1..]);
@@ -189,15 +240,25 @@ pub fn warm_up(handle: &EngineHandle, plan: &WarmUpPlan) -> Result<WarmUpReport,
             cold_ratio,
         });
     }
-    for &n_sequences in &plan.shapes {
-        for sampling in [Sampling::greedy(), Sampling::default()] {
-            let run = run(handle, n_sequences, 1, plan.n_tokens, &sampling)?;
-            report.n_tokens += run.ids.iter().map(Vec::len).sum::<usize>();
-        }
+    for shape in &plan.shapes {
+        report.n_tokens += run_untimed(handle, shape, plan.n_tokens)?;
     }
     report.built = handle.close_fence().ok_or(SequenceFault::Stopped)?;
     report.took = start.elapsed();
     Ok(report)
+}
+
+/// Once greedily, once with draws; the tokens that came.
+fn run_untimed(
+    handle: &EngineHandle,
+    prompts: &[Prompt],
+    n_tokens: usize,
+) -> Result<usize, WarmUpError> {
+    let mut n = 0;
+    for sampling in [Sampling::greedy(), Sampling::default()] {
+        n += run(handle, prompts, n_tokens, &sampling)?.ids.iter().map(Vec::len).sum::<usize>();
+    }
+    Ok(n)
 }
 
 struct Run {
@@ -209,17 +270,16 @@ struct Run {
 
 fn run(
     handle: &EngineHandle,
-    n_sequences: usize,
-    n_prompt: usize,
+    prompts: &[Prompt],
     n_tokens: usize,
     sampling: &Sampling,
 ) -> Result<Run, WarmUpError> {
-    let request = |sequence| {
-        let mut request = request(handle, sequence, n_prompt, n_tokens);
+    let warming = |(sequence, prompt): (usize, &Prompt)| {
+        let mut request = request(handle, sequence, prompt.depth + prompt.n_tokens, n_tokens);
         request.sampling = sampling.clone();
-        request
+        (request, prompt.depth)
     };
-    let generations = handle.warm((0..n_sequences).map(request).collect())?;
+    let generations = handle.warm(prompts.iter().enumerate().map(warming).collect())?;
     let mut run = Run { first_token_ms: 0.0, inter_token_ms: 0.0, ids: Vec::new() };
     let gaps = u32::try_from(n_tokens.saturating_sub(1).max(1)).unwrap_or(u32::MAX);
     for generation in &generations {

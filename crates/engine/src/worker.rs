@@ -194,6 +194,7 @@ impl<B: Backend> Worker<B> {
                 }
                 Command::Cancel(id) => self.cancel(id),
                 Command::OpenFence => {
+                    self.loaded.backend.close_fence(false);
                     self.fence = None;
                     self.watch_fence();
                 }
@@ -207,6 +208,7 @@ impl<B: Backend> Worker<B> {
 
     /// Whoever asked may have gone.
     fn close_fence(&mut self, sender: &flume::Sender<DeviceCounters>) {
+        self.loaded.backend.close_fence(true);
         let built = self.loaded.backend.built();
         self.fence = Some(Fence::closed_at(built));
         self.watch_fence();
@@ -376,7 +378,7 @@ mod tests {
             self.n_submitted += 1;
             assert!(self.gauges.enter_queue(100));
             let submitted = Instant::now();
-            let waiting = Waiting { id, traffic, submitted, job };
+            let waiting = Waiting { id, traffic, blank: 0, submitted, job };
             self.commands.send(Command::Submit(waiting)).unwrap();
             events
         }

@@ -152,6 +152,10 @@ impl Backend for CudaBackend {
         self.stream.built()
     }
 
+    fn close_fence(&self, closed: bool) {
+        self.stream.close_fence(closed);
+    }
+
     fn weight(&self, view: &WeightView<'_>) -> Result<CudaWeight, KernelError> {
         CudaWeight::new(&self.stream, view)
     }

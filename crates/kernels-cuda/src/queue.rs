@@ -4,7 +4,8 @@
 //! therefore only note what they would launch; when a value is read, all of it is handed over at
 //! once. A list of launches that was handed over before becomes a CUDA graph, whose nodes follow each
 //! other in about a microsecond. What differs between two steps of decode (tokens, positions, pages)
-//! is no argument but memory, uploaded before, so that the steps of a batch are one graph.
+//! is no argument but memory, uploaded before, so that the steps of a batch are one graph. Behind the
+//! warm-up fence no graph is made: a list without one is handed over launch by launch.
 
 #![expect(unsafe_code, reason = "launches, captures and graphs; the arguments are kept here")]
 
@@ -17,7 +18,7 @@ use cudarc::driver::{CudaSlice, DriverError, result, sys};
 /// Launches from which a graph is worth its making.
 const GRAPH_FROM: usize = 16;
 /// Graphs that are kept, and lists that are remembered.
-const KEPT: usize = 256;
+const KEPT: usize = 512;
 /// Smallest memory for uploads, in bytes.
 const CHUNK_BYTES: usize = 1 << 20;
 /// Uploads start on multiples of this.
@@ -172,11 +173,12 @@ pub(crate) struct Queue {
     list: List,
     chunks: Vec<Chunk>,
     placed: Vec<(usize, usize, usize)>, // chunk, start, length
-    graphs: VecDeque<Graph>,
+    graphs: VecDeque<Graph>,            // the one that was used last comes first
     seen: VecDeque<u64>,
     n_graphs: u64,
     n_lists: u64,
     overlap: bool,
+    is_closed: bool, // no graph is made
 }
 
 impl Queue {
@@ -198,6 +200,11 @@ impl Queue {
     /// Launches that wait.
     pub(crate) fn len(&self) -> usize {
         self.list.launches.len()
+    }
+
+    /// Whether lists become graphs no more.
+    pub(crate) fn close_fence(&mut self, closed: bool) {
+        self.is_closed = closed;
     }
 
     /// Graphs that were ever made.
@@ -260,18 +267,24 @@ impl Queue {
         if self.list.launches.len() < GRAPH_FROM {
             return self.list.run(stream, self.overlap);
         }
-        if let Some(graph) = self.graphs.iter().find(|graph| graph.list == self.list) {
+        if let Some(at) = self.graphs.iter().position(|graph| graph.list == self.list) {
+            let graph = self.graphs.remove(at).expect("it was found there");
+            let executable = graph.executable;
+            self.graphs.push_front(graph);
             // SAFETY: both handles are live.
-            return unsafe { result::graph::launch(graph.executable, stream) };
+            return unsafe { result::graph::launch(executable, stream) };
+        }
+        if self.is_closed {
+            return self.list.run(stream, self.overlap);
         }
         let digest = self.list.digest();
         if self.seen.contains(&digest) {
             let executable = capture(&mut self.list, stream, self.overlap)?;
             if self.graphs.len() == KEPT {
                 // It may still run: destroying one that does is allowed and waits for its end.
-                self.graphs.pop_front();
+                self.graphs.pop_back();
             }
-            self.graphs.push_back(Graph { list: self.list.clone(), executable });
+            self.graphs.push_front(Graph { list: self.list.clone(), executable });
             self.n_graphs += 1;
             // SAFETY: both handles are live.
             return unsafe { result::graph::launch(executable, stream) };

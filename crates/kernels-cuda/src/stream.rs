@@ -480,6 +480,11 @@ impl Stream {
         done
     }
 
+    /// Whether lists of launches become graphs no more.
+    pub(crate) fn close_fence(&self, closed: bool) {
+        self.shared().queue.close_fence(closed);
+    }
+
     /// What was built since the device was opened. All modules are loaded there.
     pub(crate) fn built(&self) -> DeviceCounters {
         DeviceCounters {

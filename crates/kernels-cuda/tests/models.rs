@@ -12,7 +12,7 @@ use exrail_kernels::{
 };
 use exrail_kernels_cpu::{CpuBackend, CpuOptions};
 use exrail_kernels_cuda::{CudaBackend, CudaOptions};
-use exrail_model::{Batch, Decoder};
+use exrail_model::{Batch, Decoder, Scratch};
 
 /// Largest distance of a logit between two devices that both sum in f32, in another order; the
 /// standard deviation of the families' logits is 0.8 to 1.8.
@@ -289,42 +289,79 @@ fn drawn(n: u64) -> Draw {
 }
 
 fn graphs_are_reused(draw: impl Fn(u64) -> Draw) {
-    let path = std::env::var_os("EXRAIL_TEST_GENERATOR").expect("EXRAIL_TEST_GENERATOR is set");
-    let gguf = Gguf::open(Path::new(&path)).unwrap();
-    let config = DecoderConfig::from_gguf(&gguf).unwrap();
     let cuda = cuda(Activation::Int8);
-    let config = config.with_context_len(256).unwrap();
-    let decoder = Decoder::load(&cuda, &config, &gguf, &mut |_| {}).unwrap();
-    let mut pool = cuda.kv_pool(decoder.kv_shape(1, KvDtype::F16)).unwrap();
-    let mut scratch = decoder.scratch(&cuda, 1, 1).unwrap();
-    let mut n_steps = 0;
-    let mut run = || {
-        let mut asked: Vec<_> = Vec::new();
+    let mut steps = Steps::new(&cuda);
+    steps.run(&draw);
+    steps.run(&draw);
+    let n_graphs = cuda.n_graphs();
+    assert!(n_graphs > 0);
+    steps.run(&draw);
+    assert_eq!(cuda.n_graphs(), n_graphs);
+}
+
+/// Behind the fence launches stay launches, with the same tokens; where it is open, they become graphs.
+#[test]
+fn behind_the_fence_no_graph_is_made() {
+    let draw = |_| Draw::LARGEST;
+    let [closed, open] = [true, false].map(|is_closed| {
+        let cuda = cuda(Activation::Int8);
+        let mut steps = Steps::new(&cuda);
+        cuda.close_fence(is_closed);
+        let tokens = [(); 3].map(|()| steps.run(draw));
+        assert_eq!(cuda.n_graphs() == 0, is_closed);
+        assert_eq!(cuda.built().graph_captures, cuda.n_graphs());
+        tokens
+    });
+    assert_eq!(closed, open);
+}
+
+/// Runs of decode of the real model from one token, each step asked for before the last was read.
+struct Steps<'a> {
+    cuda: &'a CudaBackend,
+    decoder: Decoder<CudaBackend>,
+    scratch: Scratch<CudaBackend>,
+    pool: <CudaBackend as Backend>::KvPool,
+    vocab_size: usize,
+    n_steps: u64,
+}
+
+impl Steps<'_> {
+    fn new(cuda: &CudaBackend) -> Steps<'_> {
+        let path = std::env::var_os("EXRAIL_TEST_GENERATOR").expect("EXRAIL_TEST_GENERATOR is set");
+        let gguf = Gguf::open(Path::new(&path)).unwrap();
+        let config = DecoderConfig::from_gguf(&gguf).unwrap();
+        let config = config.with_context_len(256).unwrap();
+        let decoder = Decoder::load(cuda, &config, &gguf, &mut |_| {}).unwrap();
+        let pool = cuda.kv_pool(decoder.kv_shape(1, KvDtype::F16)).unwrap();
+        let scratch = decoder.scratch(cuda, 1, 1).unwrap();
+        Steps { cuda, decoder, scratch, pool, vocab_size: config.vocab_size, n_steps: 0 }
+    }
+
+    /// The tokens of one run.
+    fn run(&mut self, draw: impl Fn(u64) -> Draw) -> Vec<u32> {
+        let (cuda, mut asked, mut tokens) = (self.cuda, Vec::new(), Vec::new());
+        let mut read = |found| tokens.push(cuda.found(&found)[0].index);
         for first_position in 0..40 {
-            n_steps += 1;
-            let draws = Draws { limit: config.vocab_size, rows: &[draw(n_steps)] };
+            self.n_steps += 1;
+            let draws = Draws { limit: self.vocab_size, rows: &[draw(self.n_steps)] };
             let pages = [PageId(0)];
             let span = AttentionSpan { first_row: 0, n_rows: 1, first_position, pages: &pages };
-            let (scratch, pool) = (&mut scratch, &mut pool);
+            let (scratch, pool) = (&mut self.scratch, &mut self.pool);
             let found = match asked.last() {
-                Some(last) => decoder.follow_drawn(&cuda, scratch, pool, last, &[span], draws),
+                Some(last) => self.decoder.follow_drawn(cuda, scratch, pool, last, &[span], draws),
                 None => {
                     let batch = Batch { ids: &[TokenId(1)], spans: &[span], logit_rows: &[0] };
-                    decoder.forward_drawn(&cuda, scratch, pool, &batch, draws)
+                    self.decoder.forward_drawn(cuda, scratch, pool, &batch, draws)
                 }
             };
             asked.push(found);
             if asked.len() == 2 {
-                cuda.found(&asked.remove(0));
+                read(asked.remove(0));
             }
         }
-    };
-    run();
-    run();
-    let n_graphs = cuda.n_graphs();
-    assert!(n_graphs > 0);
-    run();
-    assert_eq!(cuda.n_graphs(), n_graphs);
+        asked.into_iter().for_each(read);
+        tokens
+    }
 }
 
 /// Answers are read in any order, late, or not at all.

@@ -499,6 +499,12 @@ pub trait Backend: Send + Sync + 'static {
         DeviceCounters::default()
     }
 
+    /// Says whether the warm-up fence is closed: from then on it builds nothing that it can do without, and
+    /// runs a shape that it has built nothing for as it is. A new device's fence is open.
+    fn close_fence(&self, closed: bool) {
+        let _ = closed;
+    }
+
     /// Prepares a matrix.
     ///
     /// # Errors

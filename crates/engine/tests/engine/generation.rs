@@ -277,10 +277,11 @@ fn warm_up_measures_and_leaves_no_trace() {
     // No injected faults here: the plan's prompts use the whole vocabulary.
     let loaded = crate::support::load(exrail_kernels::reference::Reference);
     let engine = exrail_engine::Engine::start(loaded, options()).unwrap();
-    let report = warm_up(&engine, &WarmUpPlan::full(&engine)).unwrap();
+    let plan = WarmUpPlan::full(&engine);
+    let report = warm_up(&engine, &plan).unwrap();
     // Decode buckets 1, 2, 4, 8 and prefill buckets 1, 32 (the chunk), 64, 512.
     assert_eq!(report.buckets.len(), 8);
-    let shapes = 2 * 10 * (1..=8).sum::<usize>();
+    let shapes = 2 * 10 * (plan.crowd.len() + plan.shapes.iter().map(Vec::len).sum::<usize>());
     assert_eq!(report.n_tokens, 3 * 10 * (1 + 2 + 4 + 8 + 4) + shapes);
     assert!(report.is_stable);
     assert!(report.cold_ratio > 0.0);

@@ -12,7 +12,8 @@ use exrail_engine::{
 use exrail_kernels::reference::Reference;
 use exrail_kernels::{
     AttentionShape, AttentionSpan, Backend, DeviceCounters, Draws, GateActivation, KernelError,
-    KvDtype, KvShape, KvSlot, Largest, NormKind, PageId, Rope, Span, TokenId, WeightView,
+    KvDtype, KvShape, KvSlot, Largest, NormKind, PAGE_TOKENS, PageId, Rope, Span, TokenId,
+    WeightView,
 };
 use exrail_testkit::{TinyLlama, tiny_llama};
 
@@ -27,8 +28,30 @@ pub(crate) struct Faulty<B> {
     inner: B,
     faults: Faults,
     runs_ahead: bool,
-    /// Numbers of rows for which it has built something; `None`: it builds nothing.
-    shapes: Option<Arc<Mutex<BTreeSet<usize>>>>,
+    /// What it has built; `None`: it builds nothing.
+    shapes: Option<Arc<Mutex<Shapes>>>,
+}
+
+/// What a device builds for every number of rows, and for every power of two of positions.
+#[derive(Debug, Default)]
+pub(crate) struct Shapes {
+    rows: BTreeSet<usize>,
+    contexts: BTreeSet<usize>,
+    /// Whether it builds no more where the fence is closed.
+    heeds_fence: bool,
+    is_closed: bool,
+    /// Rows that it computed.
+    pub(crate) n_computed: usize,
+}
+
+impl Shapes {
+    fn build(&mut self, shape: impl FnOnce(&mut Shapes) -> (&mut BTreeSet<usize>, usize)) {
+        if self.heeds_fence && self.is_closed {
+            return;
+        }
+        let (built, of) = shape(self);
+        built.insert(of);
+    }
 }
 
 /// The tokens that a [`Faulty`] backend fails on.
@@ -61,9 +84,33 @@ impl<B: Backend> Backend for Faulty<B> {
     fn built(&self) -> DeviceCounters {
         self.shapes.as_ref().map_or_else(DeviceCounters::default, |shapes| DeviceCounters {
             module_loads: 1,
-            graph_captures: shapes.lock().unwrap().len() as u64,
+            graph_captures: {
+                let shapes = shapes.lock().unwrap();
+                (shapes.rows.len() + shapes.contexts.len()) as u64
+            },
             ..DeviceCounters::default()
         })
+    }
+    fn close_fence(&self, closed: bool) {
+        if let Some(shapes) = &self.shapes {
+            shapes.lock().unwrap().is_closed = closed;
+        }
+    }
+    fn attention(
+        &self,
+        q: &B::Buffer,
+        pool: &B::KvPool,
+        layer: usize,
+        shape: AttentionShape,
+        spans: &[AttentionSpan<'_>],
+        out: &mut B::Buffer,
+    ) {
+        if let Some(shapes) = &self.shapes {
+            let ends = spans.iter().map(|span| span.first_position + span.n_rows);
+            let longest = ends.max().unwrap_or(0).max(PAGE_TOKENS).next_power_of_two();
+            shapes.lock().unwrap().build(|shapes| (&mut shapes.contexts, longest));
+        }
+        self.inner.attention(q, pool, layer, shape, spans, out);
     }
     fn largest(&self, x: &B::Buffer, n_rows: usize, width: usize, limit: usize) -> B::Found {
         self.inner.largest(x, n_rows, width, limit)
@@ -90,7 +137,9 @@ impl<B: Backend> Backend for Faulty<B> {
     fn embed(&self, table: &B::Weight, ids: &[TokenId], scale: f32, out: &mut B::Buffer) {
         assert!(!ids.iter().any(|id| Some(id.0) == self.faults.panic), "injected panic");
         if let Some(shapes) = &self.shapes {
-            shapes.lock().unwrap().insert(ids.len());
+            let mut shapes = shapes.lock().unwrap();
+            shapes.n_computed += ids.len();
+            shapes.build(|shapes| (&mut shapes.rows, ids.len()));
         }
         self.inner.embed(table, ids, scale, out);
         let width = self.inner.weight_shape(table).1;
@@ -132,8 +181,6 @@ impl<B: Backend> Backend for Faulty<B> {
             rope: &Rope);
         kv_write(&self, pool: &mut B::KvPool, layer: usize, k: &B::Buffer, v: &B::Buffer,
             slots: &[KvSlot]);
-        attention(&self, q: &B::Buffer, pool: &B::KvPool, layer: usize, shape: AttentionShape,
-            spans: &[AttentionSpan<'_>], out: &mut B::Buffer);
         attention_full(&self, q: &B::Buffer, k: &B::Buffer, v: &B::Buffer, shape: AttentionShape,
             spans: &[Span], out: &mut B::Buffer);
         gather_rows(&self, x: &B::Buffer, width: usize, rows: &[u32], out: &mut B::Buffer);
@@ -174,11 +221,16 @@ pub(crate) fn start_with(faults: Faults, runs_ahead: bool, options: EngineOption
     Engine::start(load(backend), options).unwrap()
 }
 
-/// On a backend without faults that builds a graph for every number of rows.
-pub(crate) fn start_building(options: EngineOptions) -> EngineHandle {
-    let (faults, shapes) = (Faults::default(), Some(Arc::default()));
-    let backend = Faulty { inner: Reference, faults, runs_ahead: true, shapes };
-    Engine::start(load(backend), options).unwrap()
+/// On a backend without faults that builds graphs, and perhaps none behind the fence; and what it built.
+pub(crate) fn start_building(
+    heeds_fence: bool,
+    options: EngineOptions,
+) -> (EngineHandle, Arc<Mutex<Shapes>>) {
+    let shapes = Arc::new(Mutex::new(Shapes { heeds_fence, ..Shapes::default() }));
+    let built = Some(Arc::clone(&shapes));
+    let backend =
+        Faulty { inner: Reference, faults: Faults::default(), runs_ahead: true, shapes: built };
+    (Engine::start(load(backend), options).unwrap(), shapes)
 }
 
 /// Greedy, never sampling the faulty tokens, running to `max_tokens`.

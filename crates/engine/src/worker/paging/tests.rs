@@ -204,7 +204,7 @@ fn warm_up_and_scores_leave_nothing_and_read_nothing() {
     let submitted = std::time::Instant::now();
     assert!(bench.gauges.enter_queue(9));
     let id = SequenceId(99);
-    let score = Waiting { id, traffic: Traffic::User, submitted, job };
+    let score = Waiting { id, traffic: Traffic::User, blank: 0, submitted, job };
     bench.commands.send(Command::Submit(score)).unwrap();
     bench.finish();
     assert_eq!(received.drain().count(), 300);
