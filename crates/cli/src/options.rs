@@ -137,12 +137,22 @@ pub(crate) struct EngineArgs {
     /// Steps between two audits of the whole KV pool.
     #[arg(long, value_name = "N", default_value_t = EngineOptions::default().kv_audit_every)]
     pub(crate) kv_audit_every: u64,
-    /// Requests that may wait for a place; more are answered 429.
+    /// Requests that may wait for a place; more are answered 503.
     #[arg(long, value_name = "N", default_value_t = 256)]
     pub(crate) queue_limit: usize,
+    /// Requests of one API key that may wait for a place; more are answered 429. Half of --queue-limit
+    /// when absent and the server has several keys, else all of it.
+    #[arg(long, value_name = "N")]
+    pub(crate) tenant_queue_limit: Option<usize>,
 }
 
 impl EngineArgs {
+    /// For a server with so many API keys.
+    pub(crate) fn for_keys(&self, n_keys: usize) -> EngineArgs {
+        let half = (n_keys > 1).then_some(self.queue_limit.div_ceil(2));
+        EngineArgs { tenant_queue_limit: self.tenant_queue_limit.or(half), ..self.clone() }
+    }
+
     pub(crate) fn load(&self) -> LoadOptions {
         let quant = self.quant.map(QuantOption::grid);
         LoadOptions { max_context: self.max_context, quant }
@@ -167,6 +177,7 @@ impl EngineArgs {
                 KvOption::Int8 => KvDtype::Int8,
             },
             queue_limit: self.queue_limit,
+            tenant_queue_limit: self.tenant_queue_limit,
             prefix_cache: !self.no_prefix_cache,
             kv_audit_every: self.kv_audit_every,
             ..EngineOptions::default()

@@ -5,6 +5,8 @@ use std::time::{Duration, Instant};
 
 use exrail_kernels::DeviceCounters;
 
+use crate::error::SubmitError;
+use crate::places::{Left, PlaceLimits, Places};
 use crate::sequence::Traffic;
 
 /// Whether the engine takes work.
@@ -49,6 +51,8 @@ pub struct Counters {
     pub cancelled: u64,
     /// Sequences that the engine gave up.
     pub failed: u64,
+    /// Those of them whose deadline passed.
+    pub late: u64,
     /// Steps that panicked.
     pub panics: u64,
     /// Violations of the page books (G-17).
@@ -87,7 +91,7 @@ pub(crate) struct Gauges {
     state: AtomicU8,
     last_progress_ms: AtomicU64,
     running: AtomicUsize,
-    waiting: AtomicUsize,
+    places: Places,
     pages_total: usize,
     pages_free: AtomicUsize,
     pages_cached: AtomicUsize,
@@ -138,6 +142,7 @@ pub(crate) enum Total {
     Finished,
     Cancelled,
     Failed,
+    Late,
     Panics,
     KvFaults,
     KvAudits,
@@ -158,7 +163,7 @@ impl Gauges {
             state: AtomicU8::new(0),
             last_progress_ms: AtomicU64::new(0),
             running: AtomicUsize::new(0),
-            waiting: AtomicUsize::new(0),
+            places: Places::default(),
             pages_total,
             pages_free: AtomicUsize::new(pages_total),
             pages_cached: AtomicUsize::new(0),
@@ -170,19 +175,22 @@ impl Gauges {
         }
     }
 
-    /// Takes a place in the queue, or refuses at the limit. The first work after idleness starts
+    /// Takes a place in the queue, or refuses at the limits. The first work after idleness starts
     /// the progress clock, so that an idle hour does not look like a stall.
-    pub(crate) fn enter_queue(&self, limit: usize) -> bool {
-        let admit = |n: usize| (n < limit).then_some(n + 1);
-        let before = self.waiting.fetch_update(Ordering::AcqRel, Ordering::Acquire, admit);
-        if before == Ok(0) && self.running.load(Ordering::Acquire) == 0 {
+    pub(crate) fn enter_queue(
+        &self,
+        tenant: Option<&str>,
+        limits: PlaceLimits,
+    ) -> Result<(), SubmitError> {
+        let n_before = self.places.take(tenant, limits)?;
+        if n_before == 0 && self.running.load(Ordering::Acquire) == 0 {
             self.progress();
         }
-        before.is_ok()
+        Ok(())
     }
 
-    pub(crate) fn leave_queue(&self) {
-        self.waiting.fetch_sub(1, Ordering::AcqRel);
+    pub(crate) fn leave_queue(&self, tenant: Option<&str>, left: Left) {
+        self.places.give_back(tenant, left);
     }
 
     pub(crate) fn progress(&self) {
@@ -240,7 +248,7 @@ impl Gauges {
         Counters {
             state: self.state(),
             sequences_running: self.running.load(Ordering::Acquire),
-            sequences_waiting: self.waiting.load(Ordering::Acquire),
+            sequences_waiting: self.places.taken(),
             pages_total: self.pages_total,
             pages_free: self.pages_free.load(Ordering::Acquire),
             pages_cached: self.pages_cached.load(Ordering::Acquire),
@@ -252,6 +260,7 @@ impl Gauges {
             finished: total(Total::Finished),
             cancelled: total(Total::Cancelled),
             failed: total(Total::Failed),
+            late: total(Total::Late),
             panics: total(Total::Panics),
             kv_faults: total(Total::KvFaults),
             built: self.built.load(),
@@ -279,11 +288,12 @@ mod tests {
         let gauges = Gauges::new(4);
         std::thread::sleep(Duration::from_millis(20));
         assert!(!gauges.snapshot().is_stalled(Duration::from_millis(10)));
-        assert!(gauges.enter_queue(1));
+        let limits = PlaceLimits { all: 1, tenant: 1 };
+        gauges.enter_queue(None, limits).unwrap();
         assert!(!gauges.snapshot().is_stalled(Duration::from_millis(10)));
         std::thread::sleep(Duration::from_millis(20));
         assert!(gauges.snapshot().is_stalled(Duration::from_millis(10)));
-        assert!(!gauges.enter_queue(1), "the queue is full");
+        assert!(gauges.enter_queue(None, limits).is_err(), "the queue is full");
         gauges.progress();
         assert!(!gauges.snapshot().is_stalled(Duration::from_millis(10)));
     }

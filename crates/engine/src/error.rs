@@ -99,11 +99,27 @@ pub enum SubmitError {
         /// Context minus prompt.
         limit: usize,
     },
-    /// Too many requests wait already.
-    #[error("queue: expected fewer than {limit} waiting requests, the queue is full")]
+    /// Too many requests of this tenant wait already.
+    #[error(
+        "queue: expected fewer than {limit} waiting requests of one client; ask again after \
+         {retry_after_s} s"
+    )]
     QueueFull {
+        /// Limit of one tenant's waiting requests.
+        limit: usize,
+        /// Seconds in which half of what waits is expected to have gone.
+        retry_after_s: u64,
+    },
+    /// Too many requests of all tenants wait already.
+    #[error(
+        "queue: expected fewer than {limit} waiting requests, and all places are taken; ask again \
+         after {retry_after_s} s"
+    )]
+    Overloaded {
         /// Limit of waiting requests.
         limit: usize,
+        /// Seconds in which half of what waits is expected to have gone.
+        retry_after_s: u64,
     },
     /// The engine no longer runs.
     #[error("the engine stopped")]

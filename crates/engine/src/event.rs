@@ -141,9 +141,40 @@ pub enum SequenceFault {
         /// The panic's message.
         message: String,
     },
+    /// The deadline of the request passed first.
+    #[error(
+        "deadline: passed {phase}, after {n_tokens} generated tokens; allow more time or ask for fewer"
+    )]
+    DeadlineExceeded {
+        /// What it was in.
+        phase: LatePhase,
+        /// Tokens generated before.
+        n_tokens: usize,
+    },
     /// The engine stopped before the answer was complete.
     #[error("the engine stopped")]
     Stopped,
+}
+
+/// What a sequence was in when its deadline passed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum LatePhase {
+    /// It had no place in the batch yet.
+    Queue,
+    /// Its prompt was being read.
+    Prefill,
+    /// Its answer was being generated.
+    Decode,
+}
+
+impl std::fmt::Display for LatePhase {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            LatePhase::Queue => "in the queue",
+            LatePhase::Prefill => "while the prompt was read",
+            LatePhase::Decode => "while the answer was generated",
+        })
+    }
 }
 
 /// A running sequence seen from the caller. Dropping it cancels the sequence.

@@ -14,6 +14,8 @@ use crate::error::{EngineError, ScoreError, SubmitError};
 use crate::event::{Event, Generation, SequenceFault, SequenceId};
 use crate::fingerprint::ModelFingerprint;
 use crate::load::Loaded;
+use crate::places::{Left, PlaceLimits};
+use crate::queue::Queued;
 use crate::request::GenerateRequest;
 use crate::sequence::{Job, Traffic, Waiting};
 use crate::worker::Worker;
@@ -38,6 +40,8 @@ pub struct EngineOptions {
     pub kv_dtype: KvDtype,
     /// Requests that may wait, at least 1; more are refused.
     pub queue_limit: usize,
+    /// Requests of one tenant that may wait, at least 1; `None`: as many as of all.
+    pub tenant_queue_limit: Option<usize>,
     /// Whether prompts that begin alike share the pages of their beginning.
     pub prefix_cache: bool,
     /// Steps between two audits of the whole page pool, at least 1. The pages of the batch are checked
@@ -54,6 +58,7 @@ impl Default for EngineOptions {
             prefill_chunk: 256,
             kv_dtype: KvDtype::F16,
             queue_limit: 256,
+            tenant_queue_limit: None,
             prefix_cache: true,
             kv_audit_every: if cfg!(debug_assertions) { 1 } else { 1024 },
         }
@@ -97,6 +102,20 @@ pub(crate) enum Command {
     /// It is to build nothing from here on; answered when that holds.
     CloseFence(flume::Sender<DeviceCounters>),
     Shutdown,
+}
+
+impl Command {
+    /// The sequences that come with it.
+    pub(crate) fn submitted(self) -> Vec<Waiting> {
+        match self {
+            Command::Submit(waiting) => vec![waiting],
+            Command::SubmitTogether(waiting) => waiting,
+            Command::Cancel(_)
+            | Command::OpenFence
+            | Command::CloseFence(_)
+            | Command::Shutdown => Vec::new(),
+        }
+    }
 }
 
 /// Starts engines.
@@ -173,12 +192,11 @@ impl EngineHandle {
         let jobs: Vec<_> = requests.into_iter().map(job).collect::<Result<_, SubmitError>>()?;
         let (mut waiting, mut generations) = (Vec::new(), Vec::new());
         for ((job, events), blank) in jobs {
-            let waits = self.wait(job, Traffic::WarmUp, usize::MAX)?;
+            let waits = self.wait(job, Traffic::WarmUp, PlaceLimits::NONE)?;
             generations.push(Generation { id: waits.id, events, commands: self.commands.clone() });
             waiting.push(Waiting { blank, ..waits });
         }
-        let n_places = waiting.len();
-        self.send(Command::SubmitTogether(waiting), n_places)?;
+        self.send(Command::SubmitTogether(waiting))?;
         Ok(generations)
     }
 
@@ -291,30 +309,39 @@ impl EngineHandle {
     }
 
     fn enqueue(&self, job: Job) -> Result<SequenceId, SubmitError> {
-        let waiting = self.wait(job, Traffic::User, self.shared.facts.options.queue_limit)?;
+        let options = &self.shared.facts.options;
+        let all = options.queue_limit;
+        let limits = PlaceLimits { all, tenant: options.tenant_queue_limit.unwrap_or(all) };
+        let waiting = self.wait(job, Traffic::User, limits)?;
         let id = waiting.id;
-        self.send(Command::Submit(waiting), 1)?;
+        self.send(Command::Submit(waiting))?;
         Ok(id)
     }
 
     /// Takes a place in the queue.
-    fn wait(&self, job: Job, traffic: Traffic, limit: usize) -> Result<Waiting, SubmitError> {
+    fn wait(
+        &self,
+        job: Job,
+        traffic: Traffic,
+        limits: PlaceLimits,
+    ) -> Result<Waiting, SubmitError> {
         let gauges = &self.shared.gauges;
         if gauges.state() != EngineState::Running {
             return Err(SubmitError::Stopped);
         }
-        if !gauges.enter_queue(limit) {
-            return Err(SubmitError::QueueFull { limit });
-        }
         let id = SequenceId(self.shared.next_id.fetch_add(1, Ordering::Relaxed));
-        Ok(Waiting { id, traffic, blank: 0, submitted: Instant::now(), job })
+        let waiting = Waiting { id, traffic, blank: 0, submitted: Instant::now(), job };
+        gauges.enter_queue(waiting.tenant(), limits)?;
+        Ok(waiting)
     }
 
-    /// Hands over what has taken so many places.
-    fn send(&self, command: Command, n_places: usize) -> Result<(), SubmitError> {
+    /// Hands over what has taken its places.
+    fn send(&self, command: Command) -> Result<(), SubmitError> {
         let gauges = &self.shared.gauges;
-        if self.commands.send(command).is_err() {
-            (0..n_places).for_each(|_| gauges.leave_queue());
+        if let Err(flume::SendError(command)) = self.commands.send(command) {
+            for waiting in command.submitted() {
+                gauges.leave_queue(waiting.tenant(), Left::Gone);
+            }
             return Err(SubmitError::Stopped);
         }
         // A stopping thread sets its state and then empties the channel; a command that comes after
@@ -342,6 +369,8 @@ pub(crate) fn sizes(config: &DecoderConfig, options: EngineOptions) -> Result<Si
     within("max_sequences", options.max_sequences, 1, 1024)?;
     within("prefill_chunk", options.prefill_chunk, 1, 1 << 16)?;
     within("queue_limit", options.queue_limit, 1, 1 << 20)?;
+    let of_tenant = options.tenant_queue_limit.unwrap_or(options.queue_limit);
+    within("tenant_queue_limit", of_tenant, 1, options.queue_limit)?;
     let audit_every = usize::try_from(options.kv_audit_every).unwrap_or(usize::MAX);
     within("kv_audit_every", audit_every, 1, usize::MAX)?;
     let page_bytes = kv_shape(config, 1, options.kv_dtype).page_bytes();

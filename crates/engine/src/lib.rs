@@ -28,7 +28,9 @@ mod handle;
 mod load;
 mod output;
 mod philox;
+mod places;
 mod plan;
+mod queue;
 mod request;
 mod sampler;
 mod scheduler;
@@ -41,8 +43,8 @@ pub use counters::{Counters, EngineState};
 pub use encoder::SentenceEncoder;
 pub use error::{EngineError, ScoreError, SubmitError};
 pub use event::{
-    Alternative, Event, Finish, Finished, Generation, SequenceFault, SequenceId, Timings,
-    TokenEvent, TokenLogprob, Usage,
+    Alternative, Event, Finish, Finished, Generation, LatePhase, SequenceFault, SequenceId,
+    Timings, TokenEvent, TokenLogprob, Usage,
 };
 pub use fingerprint::{FingerprintError, FingerprintState, HashProgress, ModelFingerprint};
 pub use handle::{Engine, EngineFacts, EngineHandle, EngineOptions};
@@ -54,6 +56,7 @@ pub use plan::{
     Admission, Change, DoesNotFit, Fit, FormatBytes, Free, Mebibytes, MemoryPlan, Need,
 };
 pub use request::{
-    GenerateRequest, MAX_LOGIT_BIAS, MAX_STOP_BYTES, MAX_STOP_STRINGS, MAX_TOP_LOGPROBS, Sampling,
+    GenerateRequest, MAX_LOGIT_BIAS, MAX_STOP_BYTES, MAX_STOP_STRINGS, MAX_TOP_LOGPROBS, Priority,
+    Sampling,
 };
 pub use warm_up::{BucketReport, Prompt, WarmUpError, WarmUpPlan, WarmUpReport, warm_up};

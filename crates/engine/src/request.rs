@@ -1,5 +1,7 @@
 //! What a caller asks of the engine, and the check that each option can be honoured.
 
+use std::time::Instant;
+
 use crate::error::SubmitError;
 
 /// Most alternatives a caller may ask for beside a token; the limit of the OpenAI protocol.
@@ -31,8 +33,27 @@ pub struct GenerateRequest {
     /// Whether an end-of-sequence token ends the answer; `false` runs to `max_tokens`.
     pub stop_at_eos: bool,
     /// Whose prompt it is: only prompts of one tenant share cached prefixes, so that nobody learns of
-    /// another's prompt by its time to the first token. `None` is a tenant of its own.
+    /// another's prompt by its time to the first token, and tenants get equal shares of the engine while
+    /// they wait for it. `None` is a tenant of its own.
     pub tenant: Option<String>,
+    /// Before which of the same tenant's requests.
+    pub priority: Priority,
+    /// When the whole answer is of no use any more: the sequence then fails with
+    /// [`crate::SequenceFault::DeadlineExceeded`], waiting or running.
+    pub deadline: Option<Instant>,
+}
+
+/// Before which of the same tenant's requests a request leaves the queue: where all three wait, they get 4
+/// to 2 to 1 of the tenant's tokens. It changes nothing between tenants, and nothing once admitted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Priority {
+    /// Somebody waits for it.
+    High,
+    /// Most requests.
+    #[default]
+    Normal,
+    /// Whenever there is room.
+    Low,
 }
 
 impl GenerateRequest {
@@ -48,6 +69,8 @@ impl GenerateRequest {
             entropy: false,
             stop_at_eos: true,
             tenant: None,
+            priority: Priority::default(),
+            deadline: None,
         }
     }
 

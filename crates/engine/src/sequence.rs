@@ -14,11 +14,12 @@ use crate::cache::{Admitted, Namespace, PageRef, TableView};
 use crate::counters::Total;
 use crate::distribution::{Summary, largest};
 use crate::event::{
-    Alternative, Event, Finish, Finished, SequenceFault, SequenceId, Timings, TokenEvent,
-    TokenLogprob, Usage,
+    Alternative, Event, Finish, Finished, LatePhase, SequenceFault, SequenceId, Timings,
+    TokenEvent, TokenLogprob, Usage,
 };
 use crate::output::AnswerText;
-use crate::request::GenerateRequest;
+use crate::queue::Queued;
+use crate::request::{GenerateRequest, Priority};
 use crate::sampler::{Sampler, SamplerScratch};
 use crate::scheduler::{Demand, LogitRows};
 
@@ -52,7 +53,43 @@ pub(crate) enum Job {
     Score { ids: Vec<u32>, rows: flume::Sender<Result<Vec<f32>, SequenceFault>> },
 }
 
+impl Queued for Waiting {
+    fn tenant(&self) -> Option<&str> {
+        match &self.job {
+            Job::Generate { request, .. } => request.tenant.as_deref(),
+            Job::Score { .. } => None,
+        }
+    }
+
+    fn priority(&self) -> Priority {
+        match &self.job {
+            Job::Generate { request, .. } => request.priority,
+            Job::Score { .. } => Priority::Normal,
+        }
+    }
+
+    fn cost(&self) -> u64 {
+        self.positions() as u64
+    }
+}
+
 impl Waiting {
+    /// When it is of no use any more.
+    pub(crate) fn deadline(&self) -> Option<Instant> {
+        match &self.job {
+            Job::Generate { request, .. } => request.deadline,
+            Job::Score { .. } => None,
+        }
+    }
+
+    /// Whether nobody listens any more.
+    pub(crate) fn is_abandoned(&self) -> bool {
+        match &self.job {
+            Job::Generate { events, .. } => events.is_disconnected(),
+            Job::Score { rows, .. } => rows.is_disconnected(),
+        }
+    }
+
     /// Positions of the KV cache that the sequence can fill. The last sampled token is never fed.
     pub(crate) fn positions(&self) -> usize {
         match &self.job {
@@ -124,6 +161,21 @@ impl Ending {
             Ending::Fault(_) => Total::Failed,
         }
     }
+
+    /// Whether what its pages hold is beyond doubt.
+    pub(crate) fn is_sound(&self) -> bool {
+        match self {
+            Ending::Finish { .. }
+            | Ending::Gone
+            | Ending::Fault(SequenceFault::DeadlineExceeded { .. }) => true,
+            Ending::Fault(
+                SequenceFault::NumericFault { .. }
+                | SequenceFault::KvIntegrity(_)
+                | SequenceFault::StepPanicked { .. }
+                | SequenceFault::Stopped,
+            ) => false,
+        }
+    }
 }
 
 /// What the sequences of one engine share while tokens are accepted.
@@ -153,6 +205,10 @@ pub(crate) struct Running {
     cached_tokens: usize,
     /// Times it was computed anew.
     n_restarts: usize,
+    /// When it is of no use any more.
+    pub(crate) deadline: Option<Instant>,
+    /// Whose it is.
+    pub(crate) tenant: Option<Box<str>>,
     pub(crate) pages: Vec<PageRef>,
     /// The same pages as the attention call wants them.
     pub(crate) page_table: Vec<PageId>,
@@ -204,7 +260,8 @@ impl Running {
         admitted: Admitted,
         namespace: Option<Namespace>,
     ) -> Running {
-        let positions = waiting.positions();
+        let (positions, deadline) = (waiting.positions(), waiting.deadline());
+        let tenant = waiting.tenant().map(Box::from);
         let (tokens, purpose) = match waiting.job {
             Job::Score { ids, rows } => (ids, Purpose::Score(rows)),
             Job::Generate { request, events } => {
@@ -243,6 +300,8 @@ impl Running {
             n_shared: 0,
             cached_tokens: admitted.n_cached * PAGE_TOKENS,
             n_restarts: 0,
+            deadline,
+            tenant,
             pages: Vec::new(),
             page_table: Vec::new(),
             purpose,
@@ -313,12 +372,13 @@ impl Running {
         }
     }
 
-    pub(crate) fn demand(&self) -> Demand {
+    /// Its rows of a step, in a lane of the tenants.
+    pub(crate) fn demand(&self, lane: usize) -> Demand {
         let logits = match self.purpose {
             Purpose::Generate(_) => LogitRows::Last,
             Purpose::Score(_) => LogitRows::All,
         };
-        Demand { unfed: self.tokens.len() - self.fed, logits }
+        Demand { unfed: self.tokens.len() - self.fed, logits, lane }
     }
 
     /// Notes that the next `n_rows` tokens are in the cache; returns how many of them were prompt.
@@ -342,6 +402,13 @@ impl Running {
             Purpose::Generate(generating) => generating.events.is_disconnected(),
             Purpose::Score(rows) => rows.is_disconnected(),
         }
+    }
+
+    /// What its caller is told when that has passed.
+    pub(crate) fn lateness(&self) -> SequenceFault {
+        let n_tokens = self.n_completion();
+        let phase = if n_tokens > 0 { LatePhase::Decode } else { LatePhase::Prefill };
+        SequenceFault::DeadlineExceeded { phase, n_tokens }
     }
 
     /// How the device may find its next token, where [`Row::Found`] is all that it needs, with `n_pending`

@@ -14,6 +14,7 @@
 //! [`MAX_PANICS_IN_A_ROW`] panics without a good step between them the engine stops with
 //! [`EngineState::Faulted`].
 
+mod deadlines;
 mod paging;
 mod step;
 
@@ -33,8 +34,10 @@ use crate::event::{SequenceFault, SequenceId};
 use crate::fence::Fence;
 use crate::handle::{Command, EngineFacts, EngineOptions};
 use crate::load::Loaded;
+use crate::places::Left;
+use crate::queue::{FairQueue, Queued};
 use crate::sampler::SamplerScratch;
-use crate::sequence::{Ending, Running, Waiting};
+use crate::sequence::{Ending, Running, Traffic, Waiting};
 
 /// Panicking steps after which the engine gives up.
 pub(crate) const MAX_PANICS_IN_A_ROW: u32 = 3;
@@ -49,7 +52,7 @@ pub(crate) struct Worker<B: Backend> {
     cache: KvCache,
     /// Of what this engine computes.
     pins: Arc<Pins>,
-    waiting: VecDeque<Waiting>,
+    waiting: FairQueue<Waiting>,
     running: Vec<Running>,
     /// Admitted, and without pages since theirs were withdrawn; they come before the queue.
     suspended: VecDeque<Running>,
@@ -98,7 +101,7 @@ impl<B: Backend> Worker<B> {
             pool,
             cache: KvCache::new(facts.kv_pages),
             pins: Arc::new(Pins::of(&loaded, options.kv_dtype)),
-            waiting: VecDeque::new(),
+            waiting: FairQueue::default(),
             running: Vec::new(),
             suspended: VecDeque::new(),
             options,
@@ -136,14 +139,7 @@ impl<B: Backend> Worker<B> {
     fn stop(&mut self, state: EngineState) {
         self.gauges.set_state(state);
         for command in self.commands.drain() {
-            match command {
-                Command::Submit(waiting) => self.waiting.push_back(waiting),
-                Command::SubmitTogether(waiting) => self.waiting.extend(waiting),
-                Command::Cancel(_)
-                | Command::OpenFence
-                | Command::CloseFence(_)
-                | Command::Shutdown => {}
-            }
+            command.submitted().into_iter().for_each(|waiting| self.waiting.push(waiting));
         }
         self.fail_all(&SequenceFault::Stopped);
     }
@@ -153,6 +149,7 @@ impl<B: Backend> Worker<B> {
             return Turn::End(state);
         }
         self.drop_abandoned();
+        self.end_late();
         self.admit();
         if !self.running.is_empty() || self.flight.is_some() {
             self.step();
@@ -184,12 +181,12 @@ impl<B: Backend> Worker<B> {
             match command {
                 Command::Submit(waiting) => {
                     self.gauges.count(waiting.traffic, Total::Submitted, 1);
-                    self.waiting.push_back(waiting);
+                    self.waiting.push(waiting);
                 }
                 Command::SubmitTogether(waiting) => {
                     for waiting in waiting {
                         self.gauges.count(waiting.traffic, Total::Submitted, 1);
-                        self.waiting.push_back(waiting);
+                        self.waiting.push(waiting);
                     }
                 }
                 Command::Cancel(id) => self.cancel(id),
@@ -224,12 +221,8 @@ impl<B: Backend> Worker<B> {
 
     /// An id that is not here has ended already.
     fn cancel(&mut self, id: SequenceId) {
-        if let Some(at) = self.waiting.iter().position(|waiting| waiting.id == id) {
-            if let Some(waiting) = self.waiting.remove(at) {
-                self.gauges.count(waiting.traffic, Total::Cancelled, 1);
-                self.gauges.leave_queue();
-                waiting.end(Ending::cancelled());
-            }
+        if let Some(waiting) = self.waiting.extract(|waiting| waiting.id == id).pop() {
+            self.end_waiting(waiting, Ending::cancelled());
         } else if let Some(at) = self.running.iter().position(|running| running.id == id) {
             self.retire(at, Ending::cancelled());
         } else if let Some(at) = self.suspended.iter().position(|suspended| suspended.id == id) {
@@ -239,6 +232,9 @@ impl<B: Backend> Worker<B> {
 
     /// Sequences whose receiver is gone, such as a score whose caller unwound.
     fn drop_abandoned(&mut self) {
+        for waiting in self.waiting.extract(Waiting::is_abandoned) {
+            self.end_waiting(waiting, Ending::Gone);
+        }
         for at in (0..self.running.len()).rev() {
             if self.running[at].is_abandoned() {
                 self.retire(at, Ending::Gone);
@@ -254,10 +250,7 @@ impl<B: Backend> Worker<B> {
     /// Takes a sequence out, frees its pages, publishes that, and only then tells the caller.
     fn retire(&mut self, at: usize, ending: Ending) {
         // Which of its pages had a part in a fault is unknown.
-        let found_by_nobody = match ending {
-            Ending::Fault(_) => 0,
-            Ending::Finish { .. } | Ending::Gone => self.running[at].pages.len(),
-        };
+        let found_by_nobody = if ending.is_sound() { self.running[at].pages.len() } else { 0 };
         let sequence = self.take_out(at, Some(found_by_nobody));
         self.finish(sequence, ending);
     }
@@ -270,9 +263,23 @@ impl<B: Backend> Worker<B> {
     }
 
     fn finish(&mut self, sequence: Running, ending: Ending) {
-        self.gauges.count(sequence.traffic, ending.total(), 1);
+        self.count_end(sequence.traffic, &ending);
         self.publish();
         sequence.end(ending);
+    }
+
+    /// Tells the caller of a sequence that leaves the queue without having started.
+    fn end_waiting(&mut self, waiting: Waiting, ending: Ending) {
+        self.count_end(waiting.traffic, &ending);
+        self.gauges.leave_queue(waiting.tenant(), Left::Gone);
+        waiting.end(ending);
+    }
+
+    fn count_end(&self, traffic: Traffic, ending: &Ending) {
+        self.gauges.count(traffic, ending.total(), 1);
+        if matches!(ending, Ending::Fault(SequenceFault::DeadlineExceeded { .. })) {
+            self.gauges.count(traffic, Total::Late, 1);
+        }
     }
 
     fn fail_all(&mut self, fault: &SequenceFault) {
@@ -282,10 +289,8 @@ impl<B: Backend> Worker<B> {
         while !self.suspended.is_empty() {
             self.end_suspended(0, Ending::Fault(fault.clone()));
         }
-        for waiting in std::mem::take(&mut self.waiting) {
-            self.gauges.count(waiting.traffic, Total::Failed, 1);
-            self.gauges.leave_queue();
-            waiting.end(Ending::Fault(fault.clone()));
+        for waiting in self.waiting.extract(|_| true) {
+            self.end_waiting(waiting, Ending::Fault(fault.clone()));
         }
     }
 
@@ -302,6 +307,9 @@ impl<B: Backend> Worker<B> {
 }
 
 #[cfg(test)]
+mod scheduling_tests;
+
+#[cfg(test)]
 mod tests {
     use std::time::Instant;
 
@@ -313,8 +321,9 @@ mod tests {
     use crate::event::Event;
     use crate::handle::resolve;
     use crate::load::{Identity, LoadOptions, prepare_generator};
+    use crate::places::PlaceLimits;
     use crate::request::{GenerateRequest, Sampling};
-    use crate::sequence::{Job, Traffic};
+    use crate::sequence::Job;
 
     /// A worker whose turns the test drives by hand.
     pub(super) struct Bench {
@@ -373,10 +382,11 @@ mod tests {
             traffic: Traffic,
         ) -> flume::Receiver<Event> {
             let (sender, events) = flume::unbounded();
+            let tenant = request.tenant.clone();
+            self.gauges.enter_queue(tenant.as_deref(), PlaceLimits::NONE).unwrap();
             let job = Job::Generate { request: Box::new(request), events: sender };
             let id = SequenceId(self.n_submitted);
             self.n_submitted += 1;
-            assert!(self.gauges.enter_queue(100));
             let submitted = Instant::now();
             let waiting = Waiting { id, traffic, blank: 0, submitted, job };
             self.commands.send(Command::Submit(waiting)).unwrap();

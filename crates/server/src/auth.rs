@@ -74,6 +74,11 @@ impl Keys {
         Ok(Self { hashes })
     }
 
+    /// How many there are.
+    pub(crate) fn len(&self) -> usize {
+        self.hashes.len()
+    }
+
     /// Whether there is none.
     #[must_use]
     pub fn is_empty(&self) -> bool {

@@ -192,6 +192,9 @@ impl ApiError {
             Self::Sequence(SequenceFault::KvIntegrity(_)) => {
                 told(StatusCode::INTERNAL_SERVER_ERROR, SERVER, "kv_integrity")
             }
+            Self::Sequence(SequenceFault::DeadlineExceeded { .. }) => {
+                told(StatusCode::GATEWAY_TIMEOUT, "timeout_error", "deadline_exceeded")
+            }
             Self::Sequence(_) | Self::Lost | Self::Ask(_) => {
                 told(StatusCode::INTERNAL_SERVER_ERROR, SERVER, "generation_failed")
             }
@@ -232,9 +235,13 @@ fn submit_told(
     match error {
         SubmitError::PromptTooLong { .. } => param("context_length_exceeded", "prompt"),
         SubmitError::TooManyTokens { .. } => param("context_length_exceeded", "max_tokens"),
-        SubmitError::QueueFull { .. } => Told {
-            retry_after_s: Some(1),
+        SubmitError::QueueFull { retry_after_s, .. } => Told {
+            retry_after_s: Some(*retry_after_s),
             ..told(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", "queue_full")
+        },
+        SubmitError::Overloaded { retry_after_s, .. } => Told {
+            retry_after_s: Some(*retry_after_s),
+            ..told(StatusCode::SERVICE_UNAVAILABLE, SERVER, "overloaded")
         },
         SubmitError::Stopped => told(StatusCode::SERVICE_UNAVAILABLE, SERVER, "engine_stopped"),
         SubmitError::EmptyPrompt => param("empty_prompt", "prompt"),
@@ -260,6 +267,11 @@ impl IntoResponse for ApiError {
         response.extensions_mut().insert(Failure { code: told.code, message: self.to_string() });
         if let Some(seconds) = told.retry_after_s {
             response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds));
+        }
+        if told.status == StatusCode::GATEWAY_TIMEOUT {
+            // OpenAI's clients would send it again, to a server that was too slow for it.
+            let name = HeaderName::from_static("x-should-retry");
+            response.headers_mut().insert(name, HeaderValue::from_static("false"));
         }
         if told.status == StatusCode::UNAUTHORIZED {
             let name: HeaderName = header::WWW_AUTHENTICATE;

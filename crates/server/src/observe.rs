@@ -152,6 +152,7 @@ fn engine_lines(text: &mut Text, counters: &exrail_engine::Counters) {
     metric("engine_steps_total", "counter", "Forward passes.", counters.steps);
     metric("sequences_cancelled_total", "counter", "Sequences cancelled.", counters.cancelled);
     metric("sequences_failed_total", "counter", "Sequences given up.", counters.failed);
+    metric("sequences_late_total", "counter", "Sequences whose deadline passed.", counters.late);
     metric("engine_panics_total", "counter", "Steps that panicked.", counters.panics);
     metric("kv_faults_total", "counter", "Violations of the page books.", counters.kv_faults);
     for (name, n) in counters.built.named() {

@@ -6,7 +6,8 @@
 use std::{cell::Cell, time::Instant};
 
 use exrail_engine::{
-    EngineHandle, Event, Finish, Finished, GenerateRequest, Sampling, SequenceFault, SubmitError,
+    EngineHandle, Event, Finish, Finished, GenerateRequest, Priority, Sampling, SequenceFault,
+    SubmitError,
 };
 use exrail_retrieval::Hit;
 use exrail_text::ChatMessage;
@@ -48,6 +49,8 @@ pub struct EngineGenerate<'a> {
     sampling: Sampling,
     max_tokens: usize,
     tenant: Option<String>,
+    priority: Priority,
+    deadline: Option<Instant>,
     /// Of the last call: submission to first token, and the engine's own account.
     last: Cell<Option<Measured>>,
 }
@@ -73,13 +76,15 @@ impl<'a> EngineGenerate<'a> {
     /// A generator with this profile; the seed is given per call.
     #[must_use]
     pub fn new(engine: &'a EngineHandle, sampling: Sampling, max_tokens: usize) -> Self {
-        Self { engine, sampling, max_tokens, tenant: None, last: Cell::new(None) }
+        let (tenant, priority, deadline, last) = (None, Priority::default(), None, Cell::new(None));
+        Self { engine, sampling, max_tokens, tenant, priority, deadline, last }
     }
 
-    /// The same for a tenant, see [`GenerateRequest::tenant`].
+    /// The same for who asks, as urgently as asked.
     #[must_use]
-    pub fn for_tenant(self, tenant: Option<String>) -> Self {
-        Self { tenant, ..self }
+    pub fn for_call(self, call: &AskCall) -> Self {
+        let AskCall { tenant, priority, deadline, .. } = call.clone();
+        Self { tenant, priority, deadline, ..self }
     }
 
     /// What the last call took.
@@ -106,6 +111,8 @@ impl Generate for EngineGenerate<'_> {
             // The trace of a verified answer carries it.
             entropy: true,
             tenant: self.tenant.clone(),
+            priority: self.priority,
+            deadline: self.deadline,
             ..GenerateRequest::new(self.prompt(messages)?, self.max_tokens)
         };
         let submitted = Instant::now();
@@ -211,11 +218,22 @@ pub struct AskCall {
     pub sampling: Sampling,
     /// Who asks, see [`GenerateRequest::tenant`].
     pub tenant: Option<String>,
+    /// Before which of the same tenant's requests.
+    pub priority: Priority,
+    /// When the answer must be there, see [`GenerateRequest::deadline`].
+    pub deadline: Option<Instant>,
 }
 
 impl Default for AskCall {
     fn default() -> Self {
-        Self { k: ASK_K, max_tokens: ASK_MAX_TOKENS, sampling: ask_sampling(), tenant: None }
+        Self {
+            k: ASK_K,
+            max_tokens: ASK_MAX_TOKENS,
+            sampling: ask_sampling(),
+            tenant: None,
+            priority: Priority::default(),
+            deadline: None,
+        }
     }
 }
 
@@ -276,7 +294,7 @@ impl Asker {
         let nonce = Nonce::derive(&[&self.fence_secret.to_le_bytes(), question.as_bytes()]);
         let seed = call.sampling.seed;
         let generator = EngineGenerate::new(&self.engine, call.sampling.clone(), call.max_tokens)
-            .for_tenant(call.tenant.clone());
+            .for_call(call);
         let outcome =
             answer_over(&generator, question, &found, &self.gate, (&policy, &nonce, seed))
                 .map_err(ask_error)?;

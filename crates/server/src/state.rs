@@ -3,6 +3,7 @@
 use std::{
     collections::BTreeMap,
     sync::{Arc, OnceLock},
+    time::Duration,
 };
 
 use exrail_engine::{EngineHandle, ModelFingerprint};
@@ -33,11 +34,19 @@ pub struct Limits {
     pub embedding_inputs: usize,
     /// Tokens generated when a chat request names no limit.
     pub default_max_tokens: usize,
+    /// Time for the answer to a request that names no deadline; none when absent.
+    pub default_deadline: Option<Duration>,
 }
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { body_bytes: 4 << 20, choices: 16, embedding_inputs: 256, default_max_tokens: 512 }
+        Self {
+            body_bytes: 4 << 20,
+            choices: 16,
+            embedding_inputs: 256,
+            default_max_tokens: 512,
+            default_deadline: None,
+        }
     }
 }
 
@@ -176,6 +185,12 @@ impl AppState {
     #[must_use]
     pub fn traces(&self) -> &TraceLog {
         &self.traces
+    }
+
+    /// Keys that are known.
+    #[must_use]
+    pub fn n_keys(&self) -> usize {
+        self.keys.len()
     }
 
     /// Whether keys are asked for.

@@ -1,10 +1,58 @@
 //! Wire requests into engine requests. A field is honoured here or refused here.
 
-use exrail_engine::{EngineHandle, GenerateRequest, Sampling};
-use exrail_text::{ChatMessage, RenderOptions, encode_prompt};
-use exrail_wire::{Content, ContentPart, RequestMessage, SamplingFields, Stop};
+use std::time::{Duration, Instant};
 
-use crate::{error::ApiError, extract::refuse_unknown, ids};
+use exrail_engine::{EngineHandle, GenerateRequest, Priority, Sampling};
+use exrail_text::{ChatMessage, RenderOptions, encode_prompt};
+use exrail_wire::{
+    Content, ContentPart, ExtraFields, PriorityName, RequestMessage, SamplingFields, Stop, Unknown,
+};
+
+use crate::{Limits, error::ApiError, extract::refuse_unknown, ids};
+
+/// The fields that every route which generates has.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Fields {
+    pub(crate) sampling: SamplingFields,
+    extra: ExtraFields,
+}
+
+impl Fields {
+    /// Takes them out of a request's undeclared ones, and refuses the rest.
+    pub(crate) fn take(unknown: &mut Unknown) -> Result<Self, ApiError> {
+        let (sampling, extra) = (SamplingFields::take(unknown)?, ExtraFields::take(unknown)?);
+        refuse_unknown("", unknown)?;
+        Ok(Self { sampling, extra })
+    }
+
+    /// Before which of the same tenant's requests.
+    pub(crate) fn priority(&self) -> Priority {
+        match self.extra.priority {
+            Some(PriorityName::High) => Priority::High,
+            Some(PriorityName::Normal) | None => Priority::Normal,
+            Some(PriorityName::Low) => Priority::Low,
+        }
+    }
+
+    /// When the answer to a request received then must be there.
+    pub(crate) fn deadline(
+        &self,
+        received: Instant,
+        limits: &Limits,
+    ) -> Result<Option<Instant>, ApiError> {
+        let Some(ms) = self.extra.deadline_ms else {
+            return Ok(limits.default_deadline.map(|deadline| received + deadline));
+        };
+        if !(1..=MAX_DEADLINE_MS).contains(&ms) {
+            let problem = format!("expected 1 to {MAX_DEADLINE_MS}, found {ms}");
+            return Err(ApiError::BadField { field: "deadline_ms".into(), problem });
+        }
+        Ok(Some(received + Duration::from_millis(ms)))
+    }
+}
+
+/// A day: longer than any answer, and far from where clocks overflow.
+const MAX_DEADLINE_MS: u64 = 24 * 60 * 60 * 1000;
 
 /// Sampling for a request; the seed that will be used is in it.
 pub(crate) fn sampling(fields: &SamplingFields, defaults: Sampling) -> Result<Sampling, ApiError> {

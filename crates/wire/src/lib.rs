@@ -9,6 +9,7 @@ mod chat;
 mod completions;
 mod embeddings;
 mod error;
+mod extra;
 mod models;
 mod sampling;
 pub mod sse;
@@ -28,6 +29,7 @@ pub use embeddings::{
     Embedding, EmbeddingInput, EmbeddingRequest, EmbeddingResponse, EmbeddingUsage,
 };
 pub use error::{ErrorBody, ErrorDetail};
+pub use extra::{ExtraFields, PriorityName};
 pub use models::{ModelCard, ModelList};
 pub use sampling::{FieldError, SamplingFields, Stop, Usage, UsageDetails};
 pub use tokenize::{DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse};

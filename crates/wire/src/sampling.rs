@@ -70,7 +70,10 @@ impl SamplingFields {
     }
 }
 
-fn field<T: DeserializeOwned>(unknown: &mut Unknown, name: &str) -> Result<Option<T>, FieldError> {
+pub(crate) fn field<T: DeserializeOwned>(
+    unknown: &mut Unknown,
+    name: &str,
+) -> Result<Option<T>, FieldError> {
     let Some(value) = unknown.remove(name) else { return Ok(None) };
     serde_json::from_value(value)
         .map_err(|error| FieldError { field: name.into(), problem: error.to_string() })

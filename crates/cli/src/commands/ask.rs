@@ -58,7 +58,7 @@ impl Ask {
         let mut sampling = ask_sampling();
         sampling.seed = self.seed;
         let (k, max_tokens) = (self.k, self.max_tokens);
-        let call = AskCall { k, max_tokens, sampling, tenant: None };
+        let call = AskCall { k, max_tokens, sampling, ..AskCall::default() };
         let asker = &services.collections[&name];
         let asked = asker.ask(&self.question, &call)?;
         output.value(&value(&asked));

@@ -10,7 +10,7 @@ use std::{
 use anyhow::{Context, Result};
 use clap::Args;
 use exrail_retrieval::{ChunkOptions, Encode, read_folder};
-use exrail_server::{AppState, Limits, Phase, Services, TraceLog};
+use exrail_server::{AppState, Phase, Services, TraceLog};
 use exrail_verify::{CollectionIndex, GoldKind, GoldSet};
 use include_dir::{Dir, include_dir};
 use serde_json::{Value, json};
@@ -64,7 +64,8 @@ impl Demo {
         let gold = GoldSet::read(&pack.join("gold.jsonl"))?;
         let spec = CollectionSpec::parse(COLLECTION)?;
         let runtime = serve::runtime()?;
-        let state = AppState::new(self.access.keys()?, self.listen.traces()?, Limits::default());
+        let limits = self.listen.limits();
+        let state = AppState::new(self.access.keys()?, self.listen.traces()?, limits);
         let listener = self.listen.bind(&runtime, &state)?;
         let url = format!("http://{}", listener.local_addr()?);
         output.line(format!("exrail {} — demo on {url}", env!("CARGO_PKG_VERSION")));

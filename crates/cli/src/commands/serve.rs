@@ -4,6 +4,7 @@ use std::{
     net::{IpAddr, SocketAddr},
     path::PathBuf,
     sync::Arc,
+    time::Duration,
 };
 
 use anyhow::{Context, Result};
@@ -55,6 +56,9 @@ pub(crate) struct Listen {
     /// Trace log; traces/trace.jsonl in the data folder when absent.
     #[arg(long, value_name = "FILE", env = "EXRAIL_TRACE_LOG")]
     pub(crate) trace_log: Option<PathBuf>,
+    /// Milliseconds for the answer to a request that has no `deadline_ms` of its own; no limit when absent.
+    #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u64).range(1..))]
+    pub(crate) default_deadline_ms: Option<u64>,
 }
 
 impl Listen {
@@ -65,6 +69,12 @@ impl Listen {
             None => paths::data()?.join("traces/trace.jsonl"),
         };
         Ok(TraceLog::open(&path)?)
+    }
+
+    /// What one request may ask for.
+    pub(crate) fn limits(&self) -> Limits {
+        let default_deadline = self.default_deadline_ms.map(Duration::from_millis);
+        Limits { default_deadline, ..Limits::default() }
     }
 
     /// A listener on the address.
@@ -79,7 +89,8 @@ impl Serve {
         let specs = self.collection.iter().map(|text| CollectionSpec::parse(text));
         let specs = specs.collect::<Result<Vec<_>>>()?;
         let runtime = runtime()?;
-        let state = AppState::new(self.access.keys()?, self.listen.traces()?, Limits::default());
+        let limits = self.listen.limits();
+        let state = AppState::new(self.access.keys()?, self.listen.traces()?, limits);
         let listener = self.listen.bind(&runtime, &state)?;
         let address = listener.local_addr()?;
         output.note(format!("listening on http://{address}, starting"));
@@ -104,7 +115,7 @@ impl Serve {
             board,
             output,
             sources: &self.sources,
-            engine: &self.engine,
+            engine: &self.engine.for_keys(state.n_keys()),
             encoder: (!self.no_encoder).then_some(&self.encoder),
             collections: specs,
             prepare: &AsItIs,

@@ -14,9 +14,11 @@ use std::sync::Arc;
 use exrail_kernels::{Backend, PAGE_TOKENS, PageId};
 
 use super::Worker;
-use crate::cache::{Admitted, Namespace, PageFault, TableView, Wanted};
+use crate::cache::{Admitted, Namespace, PageFault, Pins, TableView, Wanted};
 use crate::counters::Total;
 use crate::event::SequenceFault;
+use crate::handle::EngineOptions;
+use crate::places::Left;
 use crate::sequence::{Ending, Running, Traffic, Waiting};
 
 /// What came of the head of a queue.
@@ -28,8 +30,8 @@ enum Head {
 }
 
 impl<B: Backend> Worker<B> {
-    /// First in, first out: the head waits for its pages and nobody passes it. Those that were admitted
-    /// before come first.
+    /// The next of the queue waits for its pages and nobody passes it. Those that were admitted before come
+    /// first.
     pub(super) fn admit(&mut self) {
         self.name_the_model();
         while self.running.len() < self.options.max_sequences {
@@ -57,7 +59,7 @@ impl<B: Backend> Worker<B> {
     fn admit_head(&mut self) -> Head {
         let Some(head) = self.waiting.front() else { return Head::Stays };
         let n_pages = head.positions().div_ceil(PAGE_TOKENS);
-        let namespace = self.namespace(head);
+        let namespace = namespace(head, &self.options, &self.pins);
         let tokens = head.prefix().map_or(&[][..], |(tokens, _)| tokens);
         let wanted = Wanted { n_pages, tokens, namespace: namespace.as_ref() };
         let traffic = head.traffic;
@@ -71,9 +73,7 @@ impl<B: Backend> Worker<B> {
             (Ok(None), None) => Head::Stays,
             (Ok(None), Some(fault)) => {
                 if let Some(head) = self.waiting.pop_front() {
-                    self.gauges.count(traffic, Total::Failed, 1);
-                    self.gauges.leave_queue();
-                    head.end(Ending::Fault(SequenceFault::KvIntegrity(fault)));
+                    self.end_waiting(head, Ending::Fault(SequenceFault::KvIntegrity(fault)));
                 }
                 Head::Left
             }
@@ -82,9 +82,9 @@ impl<B: Backend> Worker<B> {
                 if let Some(head) = self.waiting.pop_front() {
                     self.running.push(Running::admit(head, admitted, namespace));
                     self.publish();
-                    self.gauges.leave_queue();
                 }
                 if let Some(admitted) = self.running.last() {
+                    self.gauges.leave_queue(admitted.tenant.as_deref(), Left::Admitted);
                     admitted.announce();
                 }
                 Head::Left
@@ -119,11 +119,6 @@ impl<B: Backend> Worker<B> {
     fn never_fits(&self, needed: usize) -> Option<PageFault> {
         let usable = self.cache.usable();
         (needed > usable).then_some(PageFault::TooFew { needed, usable })
-    }
-
-    fn namespace(&self, head: &Waiting) -> Option<Namespace> {
-        let (_, tenant) = head.prefix().filter(|_| self.options.prefix_cache)?;
-        Some(Namespace { pins: Arc::clone(&self.pins), tenant: tenant.map(Arc::from) })
     }
 
     fn count_prefix(&self, traffic: Traffic, admitted: &Admitted) {
@@ -234,6 +229,11 @@ impl<B: Backend> Worker<B> {
         // They come from the last to the first.
         self.suspended.push_front(sequence);
     }
+}
+
+fn namespace(head: &Waiting, options: &EngineOptions, pins: &Arc<Pins>) -> Option<Namespace> {
+    let (_, tenant) = head.prefix().filter(|_| options.prefix_cache)?;
+    Some(Namespace { pins: Arc::clone(pins), tenant: tenant.map(Arc::from) })
 }
 
 #[cfg(test)]

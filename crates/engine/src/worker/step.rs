@@ -25,7 +25,7 @@ use super::{SCORE_ROWS, Worker};
 use crate::counters::Total;
 use crate::event::{Finish, SequenceFault, SequenceId};
 use crate::load::Loaded;
-use crate::scheduler::{Demand, PlannedSpan, StepLimits, plan};
+use crate::scheduler::{Demand, PlannedSpan, StepLimits, lanes, plan};
 use crate::sequence::{Ending, Row, Running, Shared, Traffic};
 
 /// A step that was asked for.
@@ -96,7 +96,10 @@ impl<B: Backend> Worker<B> {
     }
 
     fn planned(&self) -> Vec<PlannedSpan> {
-        let demands: Vec<Demand> = self.running.iter().map(Running::demand).collect();
+        let tenants: Vec<_> = self.running.iter().map(|one| one.tenant.as_deref()).collect();
+        let lanes = lanes(&tenants);
+        let demands = self.running.iter().zip(lanes).map(|(running, lane)| running.demand(lane));
+        let demands: Vec<Demand> = demands.collect();
         let limits =
             StepLimits { prefill_chunk: self.options.prefill_chunk, score_rows: SCORE_ROWS };
         plan(&demands, limits)

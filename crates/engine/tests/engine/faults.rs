@@ -198,7 +198,12 @@ fn a_full_queue_refuses_and_recovers() {
     wait_started(&running);
     let waiting: Vec<_> = (0..2).map(|n| engine.submit(greedy(prompt(n, 5), 5)).unwrap()).collect();
     let refused = engine.submit(greedy(prompt(7, 5), 5)).unwrap_err();
-    assert_eq!(refused, SubmitError::QueueFull { limit: 2 });
+    assert_eq!(refused, SubmitError::QueueFull { limit: 2, retry_after_s: 1 });
+    // Somebody else is not to blame for that.
+    let mut other = greedy(prompt(7, 5), 5);
+    other.tenant = Some("other".to_owned());
+    let refused = engine.submit(other).unwrap_err();
+    assert_eq!(refused, SubmitError::Overloaded { limit: 2, retry_after_s: 1 });
     drop(running);
     for generation in &waiting {
         assert_eq!(collect(generation).tokens.len(), 5);

@@ -1,7 +1,10 @@
 //! `/v1/ask`, and chat completions that answer from a collection. Both decide whole answers: what is
 //! not yet checked is not released, so a stream waits with comments.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use axum::{
     Extension, Json,
@@ -28,7 +31,7 @@ use crate::{
     sse::{self, EventSink, Gone},
     state::Services,
     trace::TraceIdentity,
-    translate,
+    translate::{self, Fields},
 };
 
 /// Longest question in bytes.
@@ -49,15 +52,17 @@ pub(crate) async fn ask(
     Ready(services): Ready,
     Body(mut request): Body<AskRequest>,
 ) -> Result<Json<AskResponse>, ApiError> {
-    let sampling = SamplingFields::take(&mut request.unknown)?;
-    refuse_unknown("", &request.unknown)?;
+    let (received, fields) = (Instant::now(), Fields::take(&mut request.unknown)?);
     let asker = Arc::clone(services.collection(request.collection.as_deref())?);
     let header = chat::header(&services, "ask")?;
     let question = Question {
         collection: collection_name(&services, request.collection),
         asker,
         text: question_text("question", request.question)?,
-        call: call(&caller, &sampling, request.k, request.max_tokens)?,
+        call: AskCall {
+            deadline: fields.deadline(received, &state.limits)?,
+            ..call(&caller, &fields, request.k, request.max_tokens)?
+        },
         identity: chat::identity(&header, &caller, None)?,
     };
     Ok(Json(decide(state, question).await?))
@@ -80,21 +85,23 @@ fn question_text(field: &str, text: String) -> Result<String, ApiError> {
 
 fn call(
     caller: &Caller,
-    sampling: &SamplingFields,
+    fields: &Fields,
     k: Option<usize>,
     max_tokens: Option<usize>,
 ) -> Result<AskCall, ApiError> {
     let defaults = ask_sampling();
     // Unlike chat, a grounded question has a fixed default seed: asking twice is a repeat.
     let seeded = SamplingFields {
-        seed: sampling.seed.or(Some(defaults.seed.cast_signed())),
-        ..sampling.clone()
+        seed: fields.sampling.seed.or(Some(defaults.seed.cast_signed())),
+        ..fields.sampling.clone()
     };
     Ok(AskCall {
         k: k.unwrap_or(ASK_K),
         max_tokens: max_tokens.unwrap_or(ASK_MAX_TOKENS),
         sampling: translate::sampling(&seeded, defaults)?,
         tenant: caller.0.clone(),
+        priority: fields.priority(),
+        deadline: None,
     })
 }
 
@@ -322,8 +329,9 @@ pub(crate) async fn grounded_chat(
     caller: Caller,
     services: Arc<Services>,
     mut request: ChatRequest,
-    sampling: SamplingFields,
+    fields: Fields,
 ) -> Result<Response, ApiError> {
+    let received = Instant::now();
     let Some(grounding) = request.exrail.take() else {
         return Err(ApiError::Internal("a grounded request without grounding"));
     };
@@ -336,7 +344,10 @@ pub(crate) async fn grounded_chat(
         asker: Arc::clone(services.collection(Some(&grounding.collection))?),
         collection: grounding.collection,
         text: question_text("messages[0].content", single_question(request.messages)?)?,
-        call: call(&caller, &sampling, grounding.k, limit)?,
+        call: AskCall {
+            deadline: fields.deadline(received, &state.limits)?,
+            ..call(&caller, &fields, grounding.k, limit)?
+        },
         identity: chat::identity(&header, &caller, request.user)?,
     };
     if request.stream.unwrap_or(false) {

@@ -10,7 +10,7 @@ use axum::{
 use exrail_engine::{GenerateRequest, ModelFingerprint, Sampling};
 use exrail_wire::{
     AssistantMessage, ChatChoice, ChatChunk, ChatChunkChoice, ChatLogprobs, ChatRequest,
-    ChatResponse, Delta, SamplingFields, StreamOptions, TokenLogprob, TopLogprob,
+    ChatResponse, Delta, StreamOptions, TokenLogprob, TopLogprob,
 };
 
 use super::ask;
@@ -25,7 +25,7 @@ use crate::{
     sse,
     state::{Services, system_fingerprint},
     trace::TraceIdentity,
-    translate,
+    translate::{self, Fields},
 };
 
 /// What all responses of one request share.
@@ -50,14 +50,13 @@ pub(crate) async fn complete(
     Ready(services): Ready,
     Body(mut request): Body<ChatRequest>,
 ) -> Result<Response, ApiError> {
-    let sampling = SamplingFields::take(&mut request.unknown)?;
-    refuse_unknown("", &request.unknown)?;
+    let fields = Fields::take(&mut request.unknown)?;
     services.expect_generator(&request.model)?;
     if request.exrail.is_some() {
-        return ask::grounded_chat(state, caller, services, request, sampling).await;
+        return ask::grounded_chat(state, caller, services, request, fields).await;
     }
     let stream = request.stream.unwrap_or(false);
-    let (job, wording) = accept(&state, &caller, &services, request, &sampling)?;
+    let (job, wording) = accept(&state, &caller, &services, request, &fields)?;
     if stream {
         let (sink, response) = sse::channel();
         tokio::spawn(relay::stream(state, services, job, wording, sink));
@@ -72,13 +71,13 @@ fn accept(
     caller: &Caller,
     services: &Services,
     request: ChatRequest,
-    sampling: &SamplingFields,
+    fields: &Fields,
 ) -> Result<(Job, ChatWording), ApiError> {
     let received = Instant::now();
     let include_usage = include_usage(request.stream, request.stream_options)?;
     let choices = translate::choices(request.n, state.limits.choices)?;
     let messages = translate::messages(request.messages)?;
-    let sampling = translate::sampling(sampling, Sampling::default())?;
+    let sampling = translate::sampling(&fields.sampling, Sampling::default())?;
     let prompt = translate::chat_prompt(&services.engine, &messages)?;
     let asked = one_limit(request.max_tokens, request.max_completion_tokens)?;
     let default = state.limits.default_max_tokens;
@@ -93,6 +92,8 @@ fn accept(
         entropy: false,
         stop_at_eos: true,
         tenant: caller.0.clone(),
+        priority: fields.priority(),
+        deadline: fields.deadline(received, &state.limits)?,
     };
     let generations = generation::submit(&services.engine, &generate, choices)?;
     let header = header(services, "chatcmpl")?;

@@ -11,8 +11,7 @@ use axum::{
 use exrail_engine::{GenerateRequest, Sampling};
 use exrail_text::Specials;
 use exrail_wire::{
-    CompletionChoice, CompletionLogprobs, CompletionRequest, CompletionResponse, Prompt,
-    SamplingFields, Usage,
+    CompletionChoice, CompletionLogprobs, CompletionRequest, CompletionResponse, Prompt, Usage,
 };
 use serde_json::Value;
 
@@ -21,12 +20,12 @@ use crate::{
     AppState,
     auth::Caller,
     error::ApiError,
-    extract::{Body, Ready, refuse_unknown},
+    extract::{Body, Ready},
     generation::{self, Choice, LogprobAt},
     relay::{self, Job, News, Wording},
     sse,
     state::Services,
-    translate,
+    translate::{self, Fields},
 };
 
 const ROUTE: &str = "/v1/completions";
@@ -47,11 +46,10 @@ pub(crate) async fn complete(
     Ready(services): Ready,
     Body(mut request): Body<CompletionRequest>,
 ) -> Result<Response, ApiError> {
-    let sampling = SamplingFields::take(&mut request.unknown)?;
-    refuse_unknown("", &request.unknown)?;
+    let fields = Fields::take(&mut request.unknown)?;
     services.expect_generator(&request.model)?;
     let stream = request.stream.unwrap_or(false);
-    let (job, wording) = accept(&state, &caller, &services, request, &sampling)?;
+    let (job, wording) = accept(&state, &caller, &services, request, &fields)?;
     if stream {
         let (sink, response) = sse::channel();
         tokio::spawn(relay::stream(state, services, job, wording, sink));
@@ -66,7 +64,7 @@ fn accept(
     caller: &Caller,
     services: &Services,
     request: CompletionRequest,
-    sampling: &SamplingFields,
+    fields: &Fields,
 ) -> Result<(Job, TextWording), ApiError> {
     let received = Instant::now();
     let include_usage = chat::include_usage(request.stream, request.stream_options)?;
@@ -77,7 +75,8 @@ fn accept(
         return Err(bad_prompt(format!("expected at most {limit}, found {}", prompts.len())));
     }
     let per_prompt = translate::choices(request.n, limit / prompts.len())?;
-    let sampling = translate::sampling(sampling, Sampling::default())?;
+    let sampling = translate::sampling(&fields.sampling, Sampling::default())?;
+    let deadline = fields.deadline(received, &state.limits)?;
     let seed = sampling.seed;
     let echo = request.echo.unwrap_or(false);
     if echo && request.logprobs.is_some() {
@@ -101,6 +100,8 @@ fn accept(
             entropy: false,
             stop_at_eos: true,
             tenant: caller.0.clone(),
+            priority: fields.priority(),
+            deadline,
         };
         generations.extend(generation::submit(engine, &generate, per_prompt)?);
     }

@@ -37,6 +37,7 @@ pub(crate) async fn config(Ready(services): Ready) -> Json<Value> {
         "max_sequences": facts.options.max_sequences,
         "prefill_chunk": facts.options.prefill_chunk,
         "queue_limit": facts.options.queue_limit,
+        "tenant_queue_limit": facts.options.tenant_queue_limit,
         "kv_dtype": kv_name(facts.kv_dtype),
         "kv_pages": facts.kv_pages,
         "kv_bytes": facts.kv_bytes,

@@ -7,5 +7,6 @@ mod answers;
 mod cache;
 mod fence;
 mod fingerprint;
+mod scheduling;
 mod support;
 mod traces;

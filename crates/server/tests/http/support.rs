@@ -11,7 +11,7 @@ use exrail_engine::{
     Engine, EngineHandle, EngineOptions, Identity, LoadOptions, ModelFingerprint, WarmUpPlan,
     prepare_generator, warm_up,
 };
-use exrail_kernels::Activation;
+use exrail_kernels::{Activation, Backend};
 use exrail_kernels_cpu::{CpuBackend, CpuOptions};
 use exrail_retrieval::{
     ChunkOptions, Collection, Contract, Encode, read_folder, testing::FakeEncoder,
@@ -54,20 +54,31 @@ impl Answer {
 
 /// An engine whose model has this fingerprint, or that of its bytes.
 fn engine(fingerprint: Option<ModelFingerprint>) -> EngineHandle {
+    start(cpu(), fingerprint, EngineOptions { max_sequences: 4, ..EngineOptions::default() })
+}
+
+pub(crate) fn cpu() -> CpuBackend {
+    let options =
+        CpuOptions { threads: Some(1), activation: Activation::F32, ..CpuOptions::default() };
+    CpuBackend::new(options).unwrap()
+}
+
+pub(crate) fn start<B: Backend>(
+    backend: B,
+    fingerprint: Option<ModelFingerprint>,
+    options: EngineOptions,
+) -> EngineHandle {
     let bytes = tiny_llama(7, TinyLlama::default());
     let sha256 = sha256_hex(&bytes);
     let gguf = Gguf::parse(bytes).unwrap();
-    let options =
-        CpuOptions { threads: Some(1), activation: Activation::F32, ..CpuOptions::default() };
-    let backend = CpuBackend::new(options).unwrap();
     let who = Identity { name: MODEL.to_owned(), sha256 };
-    let options = LoadOptions::default();
+    let load = LoadOptions::default();
     let checkpoint = Checkpoint::Gguf(gguf);
-    let mut loaded = prepare_generator(backend, &checkpoint, who, options, &mut |_| {}).unwrap();
+    let mut loaded = prepare_generator(backend, &checkpoint, who, load, &mut |_| {}).unwrap();
     if let Some(fingerprint) = fingerprint {
         loaded.model_sha256 = fingerprint;
     }
-    Engine::start(loaded, EngineOptions { max_sequences: 4, ..EngineOptions::default() }).unwrap()
+    Engine::start(loaded, options).unwrap()
 }
 
 const PAGE: &str = "# Cabinets\n\nThe spare key of cabinet B lies in the red box on the second shelf \
@@ -88,10 +99,14 @@ fn asker(engine: &EngineHandle, folder: &Path) -> Asker {
 
 /// A server whose boot has not begun.
 pub(crate) fn cold(keys: &[&str], trace_log: Option<&str>) -> Server {
+    limited(keys, trace_log, Limits::default())
+}
+
+fn limited(keys: &[&str], trace_log: Option<&str>, limits: Limits) -> Server {
     let folder = tempfile::tempdir().unwrap();
     let log = trace_log.map_or_else(|| folder.path().join("trace.jsonl"), Into::into);
     let keys = Keys::new(keys.iter().copied()).unwrap();
-    let state = AppState::new(keys, TraceLog::open(&log).unwrap(), Limits::default());
+    let state = AppState::new(keys, TraceLog::open(&log).unwrap(), limits);
     Server { state, folder }
 }
 
@@ -114,6 +129,11 @@ fn services_of(engine: EngineHandle, folder: &Path) -> Services {
 /// Boots with a real sentinel.
 pub(crate) fn warm(keys: &[&str], trace_log: Option<&str>) -> Server {
     boot(cold(keys, trace_log), engine(None))
+}
+
+/// The same on another engine.
+pub(crate) fn warm_on(engine: EngineHandle, keys: &[&str], limits: Limits) -> Server {
+    boot(limited(keys, None, limits), engine)
 }
 
 /// The same with a real warm-up, so that the fence is closed.

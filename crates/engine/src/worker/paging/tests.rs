@@ -8,6 +8,7 @@ use super::*;
 use crate::cache::Fault;
 use crate::event::{Event, Finished, SequenceId};
 use crate::handle::{Command, EngineOptions};
+use crate::places::PlaceLimits;
 use crate::request::{GenerateRequest, Sampling};
 use crate::sequence::Job;
 
@@ -202,7 +203,7 @@ fn warm_up_and_scores_leave_nothing_and_read_nothing() {
     let (rows, received) = flume::unbounded();
     let job = Job::Score { ids: request.prompt.clone(), rows };
     let submitted = std::time::Instant::now();
-    assert!(bench.gauges.enter_queue(9));
+    bench.gauges.enter_queue(None, PlaceLimits::NONE).unwrap();
     let id = SequenceId(99);
     let score = Waiting { id, traffic: Traffic::User, blank: 0, submitted, job };
     bench.commands.send(Command::Submit(score)).unwrap();
