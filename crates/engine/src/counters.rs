@@ -47,6 +47,8 @@ pub struct Counters {
     pub submitted: u64,
     /// Sequences that ended by themselves.
     pub finished: u64,
+    /// Those of them that went round in a circle (G-19).
+    pub degenerate: u64,
     /// Sequences that their caller gave up.
     pub cancelled: u64,
     /// Sequences that the engine gave up.
@@ -72,12 +74,14 @@ pub struct Counters {
     pub prefix_misses: u64,
     /// Cached pages that were given up for others.
     pub prefix_evictions: u64,
-    /// Time since the engine last completed a step or became busy.
+    /// Time since the engine last finished a step or became busy. A turn without a step, such as one that
+    /// looks for lost pages, is no progress.
     pub since_progress: Duration,
 }
 
 impl Counters {
-    /// Liveness (field fault H1): there is work, and none was done for `limit`.
+    /// Liveness (G-04, field faults H1 and H7): there is work, and no step finished for `limit`. An engine
+    /// that is only busy finishes steps, see [`crate::EngineOptions::step_target`].
     #[must_use]
     pub fn is_stalled(&self, limit: Duration) -> bool {
         self.sequences_running + self.sequences_waiting > 0 && self.since_progress > limit
@@ -140,6 +144,7 @@ pub(crate) enum Total {
     Steps,
     Submitted,
     Finished,
+    Degenerate,
     Cancelled,
     Failed,
     Late,
@@ -258,6 +263,7 @@ impl Gauges {
             steps: total(Total::Steps),
             submitted: total(Total::Submitted),
             finished: total(Total::Finished),
+            degenerate: total(Total::Degenerate),
             cancelled: total(Total::Cancelled),
             failed: total(Total::Failed),
             late: total(Total::Late),

@@ -77,6 +77,8 @@ pub enum Finish {
     Stop,
     /// `max_tokens` reached.
     Length,
+    /// The answer went round in a circle, and [`crate::LoopGuard`] ended it (G-19).
+    Degenerate,
     /// The caller cancelled.
     Cancelled,
 }

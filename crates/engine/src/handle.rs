@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use exrail_checkpoint::DecoderConfig;
 use exrail_kernels::{Backend, DeviceCounters, KvDtype, PAGE_TOKENS};
@@ -14,6 +14,7 @@ use crate::error::{EngineError, ScoreError, SubmitError};
 use crate::event::{Event, Generation, SequenceFault, SequenceId};
 use crate::fingerprint::ModelFingerprint;
 use crate::load::Loaded;
+use crate::pace::STEP_TARGET;
 use crate::places::{Left, PlaceLimits};
 use crate::queue::Queued;
 use crate::request::GenerateRequest;
@@ -34,8 +35,12 @@ pub struct EngineOptions {
     /// Longest prompt plus answer in tokens; `None` is the model's trained context, or the whole
     /// pool if `kv_pages` is smaller than that.
     pub max_context: Option<usize>,
-    /// Prompt rows a step, at least 1: the bound on how long a prompt delays running answers.
+    /// Most prompt rows a step, at least 1: the bound on how long a prompt delays running answers.
     pub prefill_chunk: usize,
+    /// Time that a step with prompt rows is to take at most, where the device computes in the engine's own
+    /// thread: chunks are cut to what fits at the measured pace. Between two steps cancels, deadlines and
+    /// new requests are seen. `None`: whole chunks.
+    pub step_target: Option<Duration>,
     /// Element type of the KV cache.
     pub kv_dtype: KvDtype,
     /// Requests that may wait, at least 1; more are refused.
@@ -56,6 +61,7 @@ impl Default for EngineOptions {
             kv_pages: None,
             max_context: None,
             prefill_chunk: 256,
+            step_target: Some(STEP_TARGET),
             kv_dtype: KvDtype::F16,
             queue_limit: 256,
             tenant_queue_limit: None,

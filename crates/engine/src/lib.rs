@@ -26,7 +26,9 @@ mod fence;
 mod fingerprint;
 mod handle;
 mod load;
+mod loops;
 mod output;
+mod pace;
 mod philox;
 mod places;
 mod plan;
@@ -52,6 +54,7 @@ pub use load::{
     CheckedGenerator, Identity, LoadOptions, Loaded, check_generator, load_admitted,
     load_generator, prepare_generator,
 };
+pub use loops::LoopGuard;
 pub use plan::{
     Admission, Change, DoesNotFit, Fit, FormatBytes, Free, Mebibytes, MemoryPlan, Need,
 };

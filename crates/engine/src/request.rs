@@ -3,6 +3,7 @@
 use std::time::Instant;
 
 use crate::error::SubmitError;
+use crate::loops::LoopGuard;
 
 /// Most alternatives a caller may ask for beside a token; the limit of the OpenAI protocol.
 pub const MAX_TOP_LOGPROBS: usize = 20;
@@ -41,6 +42,8 @@ pub struct GenerateRequest {
     /// When the whole answer is of no use any more: the sequence then fails with
     /// [`crate::SequenceFault::DeadlineExceeded`], waiting or running.
     pub deadline: Option<Instant>,
+    /// Whether the answer ends when it goes round in a circle; `None` lets it go on to `max_tokens`.
+    pub loop_guard: Option<LoopGuard>,
 }
 
 /// Before which of the same tenant's requests a request leaves the queue: where all three wait, they get 4
@@ -71,6 +74,7 @@ impl GenerateRequest {
             tenant: None,
             priority: Priority::default(),
             deadline: None,
+            loop_guard: None,
         }
     }
 
@@ -108,6 +112,10 @@ impl GenerateRequest {
             let fits = (1..=MAX_STOP_BYTES).contains(&stop.len());
             require(fits, "stop", "strings of 1 to 256 bytes", stop.len())?;
         }
+        let baseline = self.loop_guard.and_then(|guard| guard.entropy_baseline);
+        let is_entropy = baseline.is_none_or(|nats| nats.is_finite() && nats >= 0.0);
+        let found = baseline.unwrap_or_default();
+        require(is_entropy, "entropy_baseline", "nats, at least 0", found)?;
         self.sampling.validate(vocab_len)
     }
 }

@@ -17,6 +17,7 @@ use crate::event::{
     Alternative, Event, Finish, Finished, LatePhase, SequenceFault, SequenceId, Timings,
     TokenEvent, TokenLogprob, Usage,
 };
+use crate::loops::LoopMonitor;
 use crate::output::AnswerText;
 use crate::queue::Queued;
 use crate::request::{GenerateRequest, Priority};
@@ -156,7 +157,9 @@ impl Ending {
     /// Where the ending is counted.
     pub(crate) fn total(&self) -> Total {
         match self {
-            Ending::Finish { finish: Finish::Stop | Finish::Length, .. } => Total::Finished,
+            Ending::Finish {
+                finish: Finish::Stop | Finish::Length | Finish::Degenerate, ..
+            } => Total::Finished,
             Ending::Finish { finish: Finish::Cancelled, .. } | Ending::Gone => Total::Cancelled,
             Ending::Fault(_) => Total::Failed,
         }
@@ -242,6 +245,7 @@ struct Generating {
     /// Of all sampled positions, if asked for.
     entropy_sum: Option<f64>,
     needs_only_tokens: bool,
+    loops: Option<LoopMonitor>,
 }
 
 /// What the device says of one row.
@@ -283,6 +287,7 @@ impl Running {
                     n_sampled: 0,
                     n_completion: 0,
                     entropy_sum: request.entropy.then_some(0.0),
+                    loops: request.loop_guard.map(LoopMonitor::new),
                 };
                 (request.prompt, Purpose::Generate(Box::new(generating)))
             }
@@ -522,7 +527,11 @@ impl Generating {
             let stop_string = self.stop.get(index).cloned();
             return Some(Ending::Finish { finish: Finish::Stop, stop_string });
         }
-        (self.n_completion == self.max_tokens).then(|| Ending::finish(Finish::Length))
+        if self.n_completion == self.max_tokens {
+            return Some(Ending::finish(Finish::Length));
+        }
+        let is_loop = self.loops.as_mut().is_some_and(|loops| loops.note(id, entropy));
+        is_loop.then(|| Ending::finish(Finish::Degenerate))
     }
 
     /// A send fails only when the caller is gone; then nobody needs the event.
@@ -600,7 +609,8 @@ fn fail_score(rows: &flume::Sender<Result<Vec<f32>, SequenceFault>>, ending: End
         Ending::Finish { finish: Finish::Cancelled, .. } => {
             drop(rows.send(Err(SequenceFault::Stopped)));
         }
-        Ending::Finish { finish: Finish::Stop | Finish::Length, .. } | Ending::Gone => {}
+        Ending::Finish { finish: Finish::Stop | Finish::Length | Finish::Degenerate, .. }
+        | Ending::Gone => {}
     }
 }
 

@@ -317,7 +317,9 @@ fn collect(generation: &Generation) -> Result<(Vec<u32>, Timings), WarmUpError> 
             Event::Started { .. } | Event::Tail(_) => {}
             Event::Token(token) => ids.push(token.id),
             Event::Finished(finished) => match finished.finish {
-                Finish::Stop | Finish::Length => return Ok((ids, finished.timings)),
+                Finish::Stop | Finish::Length | Finish::Degenerate => {
+                    return Ok((ids, finished.timings));
+                }
                 Finish::Cancelled => return Err(SequenceFault::Stopped.into()),
             },
             Event::Failed(fault) => return Err(fault.into()),

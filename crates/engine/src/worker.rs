@@ -30,10 +30,11 @@ use self::step::Flight;
 use crate::cache::{KvCache, Pins};
 use crate::counters::{EngineState, Gauges, Total};
 use crate::error::EngineError;
-use crate::event::{SequenceFault, SequenceId};
+use crate::event::{Finish, SequenceFault, SequenceId};
 use crate::fence::Fence;
 use crate::handle::{Command, EngineFacts, EngineOptions};
 use crate::load::Loaded;
+use crate::pace::Pace;
 use crate::places::Left;
 use crate::queue::{FairQueue, Queued};
 use crate::sampler::SamplerScratch;
@@ -70,6 +71,7 @@ pub(crate) struct Worker<B: Backend> {
     flight: Option<Flight<B::Found>>,
     /// What the device had built when warming ended; `None` before.
     fence: Option<Fence>,
+    pace: Pace,
     n_steps: u64,
     panics_in_a_row: u32,
 }
@@ -114,6 +116,10 @@ impl<B: Backend> Worker<B> {
             runs_ahead: loaded.backend.runs_ahead(),
             flight: None,
             fence: None,
+            pace: Pace::new(
+                options.prefill_chunk,
+                options.step_target.filter(|_| !loaded.backend.runs_ahead()),
+            ),
             n_steps: 0,
             panics_in_a_row: 0,
             loaded,
@@ -162,7 +168,6 @@ impl<B: Backend> Worker<B> {
             // pages were lost, and the audit starts the books anew.
             self.audit();
         }
-        self.gauges.progress();
         if self.panics_in_a_row >= MAX_PANICS_IN_A_ROW {
             return Turn::End(EngineState::Faulted);
         }
@@ -279,6 +284,9 @@ impl<B: Backend> Worker<B> {
         self.gauges.count(traffic, ending.total(), 1);
         if matches!(ending, Ending::Fault(SequenceFault::DeadlineExceeded { .. })) {
             self.gauges.count(traffic, Total::Late, 1);
+        }
+        if matches!(ending, Ending::Finish { finish: Finish::Degenerate, .. }) {
+            self.gauges.count(traffic, Total::Degenerate, 1);
         }
     }
 

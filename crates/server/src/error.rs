@@ -106,6 +106,9 @@ pub enum ApiError {
     /// The engine went away in the middle.
     #[error("generation ended without a result")]
     Lost,
+    /// Nobody waits for the answer any more.
+    #[error("the client hung up")]
+    HungUp,
     /// A collection could not be searched.
     #[error("search: {0}")]
     Search(String),
@@ -198,6 +201,8 @@ impl ApiError {
             Self::Sequence(_) | Self::Lost | Self::Ask(_) => {
                 told(StatusCode::INTERNAL_SERVER_ERROR, SERVER, "generation_failed")
             }
+            // Nobody reads it; the number is nginx's.
+            Self::HungUp => told(client_closed_request(), INVALID, "client_gone"),
             Self::Search(_) => told(StatusCode::INTERNAL_SERVER_ERROR, SERVER, "search_failed"),
             Self::Encode(_) => told(StatusCode::BAD_REQUEST, INVALID, "encode_failed"),
             Self::Trace(_) => told(StatusCode::SERVICE_UNAVAILABLE, SERVER, "trace_unavailable"),
@@ -210,6 +215,12 @@ impl ApiError {
     #[must_use]
     pub fn status(&self) -> StatusCode {
         self.told().status
+    }
+
+    /// The stable name alone, for records.
+    #[must_use]
+    pub fn code(&self) -> &'static str {
+        self.told().code
     }
 
     /// The body alone, for failures inside a stream.
@@ -225,6 +236,10 @@ impl ApiError {
             },
         }
     }
+}
+
+fn client_closed_request() -> StatusCode {
+    StatusCode::from_u16(499).unwrap_or(StatusCode::BAD_REQUEST)
 }
 
 fn submit_told(

@@ -101,12 +101,36 @@ pub(crate) fn usage(choices: &[Choice]) -> wire::Usage {
     wire::Usage::new(prompt, usages().map(|usage| usage.completion_tokens).sum(), cached)
 }
 
-/// The `finish_reason` of the wire.
+/// Why an answer ended, by its own name: in records and on routes of our own.
 pub(crate) fn finish_reason(finish: Finish) -> &'static str {
     match finish {
         Finish::Stop => "stop",
         Finish::Length => "length",
+        Finish::Degenerate => "degenerate",
         Finish::Cancelled => "cancelled",
+    }
+}
+
+/// Why an answer ended, as clients of OpenAI's API are told. Their types know a closed list of reasons, and
+/// some refuse a whole answer for one that is not in it; `length` is what they take a cut answer for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Told {
+    /// Of OpenAI's list.
+    pub(crate) finish_reason: Option<&'static str>,
+    /// The reason itself, where the list has no word for it.
+    pub(crate) exrail_finish_reason: Option<&'static str>,
+}
+
+impl Told {
+    pub(crate) fn of(finished: Option<&Finished>) -> Told {
+        finished.map_or_else(Told::default, |f| Told::named(finish_reason(f.finish)))
+    }
+
+    /// For a reason of our own names.
+    pub(crate) fn named(exact: &'static str) -> Told {
+        let is_listed = ["stop", "length"].contains(&exact);
+        let listed = if is_listed { exact } else { "length" };
+        Told { finish_reason: Some(listed), exrail_finish_reason: (!is_listed).then_some(exact) }
     }
 }
 

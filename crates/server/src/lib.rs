@@ -4,6 +4,7 @@
 //! response. Nothing here samples, searches or judges; it calls those who do.
 
 pub mod auth;
+mod baseline;
 pub mod boot;
 mod error;
 mod extract;

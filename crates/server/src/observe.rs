@@ -152,6 +152,12 @@ fn engine_lines(text: &mut Text, counters: &exrail_engine::Counters) {
     metric("engine_steps_total", "counter", "Forward passes.", counters.steps);
     metric("sequences_cancelled_total", "counter", "Sequences cancelled.", counters.cancelled);
     metric("sequences_failed_total", "counter", "Sequences given up.", counters.failed);
+    metric(
+        "sequences_degenerate_total",
+        "counter",
+        "Answers that ended because they went round in a circle (G-19).",
+        counters.degenerate,
+    );
     metric("sequences_late_total", "counter", "Sequences whose deadline passed.", counters.late);
     metric("engine_panics_total", "counter", "Steps that panicked.", counters.panics);
     metric("kv_faults_total", "counter", "Violations of the page books.", counters.kv_faults);

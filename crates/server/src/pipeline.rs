@@ -3,11 +3,11 @@
 //!
 //! Everything here blocks; the routes call it on a blocking thread.
 
-use std::{cell::Cell, time::Instant};
+use std::{cell::Cell, convert::Infallible, time::Instant};
 
 use exrail_engine::{
-    EngineHandle, Event, Finish, Finished, GenerateRequest, Priority, Sampling, SequenceFault,
-    SubmitError,
+    EngineHandle, Event, Finish, Finished, GenerateRequest, Generation, LoopGuard, Priority,
+    Sampling, SequenceFault, SubmitError,
 };
 use exrail_retrieval::Hit;
 use exrail_text::ChatMessage;
@@ -19,7 +19,8 @@ use exrail_wire::Pins;
 use serde_json::{Value, json};
 
 use crate::{
-    ENGINE_BUILD, error::ApiError, generation::ms_since, ids, state, trace::TraceError, translate,
+    ENGINE_BUILD, baseline::EntropyBaseline, error::ApiError, generation::ms_since, ids, state,
+    trace::TraceError, translate,
 };
 
 /// The sampling of grounded answers: nearly greedy, because the answer should be the evidence's, and
@@ -51,6 +52,8 @@ pub struct EngineGenerate<'a> {
     tenant: Option<String>,
     priority: Priority,
     deadline: Option<Instant>,
+    hung_up: Option<flume::Receiver<Infallible>>,
+    loop_guard: Option<LoopGuard>,
     /// Of the last call: submission to first token, and the engine's own account.
     last: Cell<Option<Measured>>,
 }
@@ -76,21 +79,41 @@ impl<'a> EngineGenerate<'a> {
     /// A generator with this profile; the seed is given per call.
     #[must_use]
     pub fn new(engine: &'a EngineHandle, sampling: Sampling, max_tokens: usize) -> Self {
-        let (tenant, priority, deadline, last) = (None, Priority::default(), None, Cell::new(None));
-        Self { engine, sampling, max_tokens, tenant, priority, deadline, last }
+        Self {
+            engine,
+            sampling,
+            max_tokens,
+            tenant: None,
+            priority: Priority::default(),
+            deadline: None,
+            hung_up: None,
+            loop_guard: Some(LoopGuard::default()),
+            last: Cell::new(None),
+        }
     }
 
-    /// The same for who asks, as urgently as asked.
+    /// The same for who asks, as urgently as asked, on a route whose answers usually have so much entropy.
     #[must_use]
-    pub fn for_call(self, call: &AskCall) -> Self {
-        let AskCall { tenant, priority, deadline, .. } = call.clone();
-        Self { tenant, priority, deadline, ..self }
+    pub fn for_call(self, call: &AskCall, entropy_baseline: Option<f32>) -> Self {
+        let AskCall { tenant, priority, deadline, hung_up, loop_guard, .. } = call.clone();
+        let loop_guard = loop_guard.then_some(LoopGuard { entropy_baseline });
+        Self { tenant, priority, deadline, hung_up, loop_guard, ..self }
     }
 
     /// What the last call took.
     #[must_use]
     pub fn last(&self) -> Option<Measured> {
         self.last.get()
+    }
+
+    /// The next event; `None` when the engine is gone. Whoever hangs up takes the sequence along.
+    fn next(&self, generation: &Generation) -> Result<Option<Event>, GenerateError> {
+        let Some(hung_up) = &self.hung_up else { return Ok(generation.events.recv().ok()) };
+        let event = flume::Selector::new()
+            .recv(&generation.events, |event| Some(event.ok()))
+            .recv(hung_up, |_| None)
+            .wait();
+        event.ok_or_else(|| engine_error(ApiError::HungUp))
     }
 
     fn prompt(&self, messages: &[FrameMessage]) -> Result<Vec<u32>, GenerateError> {
@@ -113,13 +136,14 @@ impl Generate for EngineGenerate<'_> {
             tenant: self.tenant.clone(),
             priority: self.priority,
             deadline: self.deadline,
+            loop_guard: self.loop_guard,
             ..GenerateRequest::new(self.prompt(messages)?, self.max_tokens)
         };
         let submitted = Instant::now();
         let generation = self.engine.submit(request).map_err(engine_error)?;
         let mut text = String::new();
         let mut first_token_ms = None;
-        for event in &generation.events {
+        while let Some(event) = self.next(&generation)? {
             match event {
                 Event::Started { .. } => {}
                 Event::Token(token) => {
@@ -184,6 +208,7 @@ fn generated(text: String, finished: &Finished) -> Result<Generated, GenerateErr
     let end = match finished.finish {
         Finish::Stop => GeneratedEnd::Stop,
         Finish::Length => GeneratedEnd::Length,
+        Finish::Degenerate => GeneratedEnd::Looped,
         // Nobody but this function holds the generation.
         Finish::Cancelled => return Err(engine_error(ApiError::Lost)),
     };
@@ -205,6 +230,8 @@ pub struct Asker {
     /// Keys the fences: unguessable from outside, the same for the same question, so that asking
     /// twice is a repeat.
     fence_secret: u64,
+    /// Of this collection's answers since the server started.
+    entropy: EntropyBaseline,
 }
 
 /// One question.
@@ -222,6 +249,10 @@ pub struct AskCall {
     pub priority: Priority,
     /// When the answer must be there, see [`GenerateRequest::deadline`].
     pub deadline: Option<Instant>,
+    /// Disconnects when nobody waits for the answer any more; its sequence then ends.
+    pub hung_up: Option<flume::Receiver<Infallible>>,
+    /// Whether the answer is cut when it goes round in a circle (G-19).
+    pub loop_guard: bool,
 }
 
 impl Default for AskCall {
@@ -233,6 +264,8 @@ impl Default for AskCall {
             tenant: None,
             priority: Priority::default(),
             deadline: None,
+            hung_up: None,
+            loop_guard: true,
         }
     }
 }
@@ -267,7 +300,8 @@ impl Asker {
         gate_note: String,
     ) -> Result<Self, ApiError> {
         let (policy, fence_secret) = (AskPolicy::default(), ids::seed()?);
-        Ok(Self { engine, index, gate, gate_note, policy, fence_secret })
+        let entropy = EntropyBaseline::default();
+        Ok(Self { engine, index, gate, gate_note, policy, fence_secret, entropy })
     }
 
     /// The index.
@@ -294,11 +328,15 @@ impl Asker {
         let nonce = Nonce::derive(&[&self.fence_secret.to_le_bytes(), question.as_bytes()]);
         let seed = call.sampling.seed;
         let generator = EngineGenerate::new(&self.engine, call.sampling.clone(), call.max_tokens)
-            .for_call(call);
+            .for_call(call, self.entropy.nats());
         let outcome =
             answer_over(&generator, question, &found, &self.gate, (&policy, &nonce, seed))
                 .map_err(ask_error)?;
         let (total_ms, measured) = (ms_since(asked), generator.last());
+        let has_ended = outcome.reply.as_ref().is_some_and(|reply| reply.end == GeneratedEnd::Stop);
+        if let Some(nats) = measured.and_then(|m| m.entropy_mean).filter(|_| has_ended) {
+            self.entropy.note(nats);
+        }
         Ok(Asked { outcome, found, retrieve_ms, total_ms, measured })
     }
 

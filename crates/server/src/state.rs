@@ -36,6 +36,10 @@ pub struct Limits {
     pub default_max_tokens: usize,
     /// Time for the answer to a request that names no deadline; none when absent.
     pub default_deadline: Option<Duration>,
+    /// Time without a finished step after which an engine with work is not alive (G-04).
+    pub watchdog: Duration,
+    /// Whether answers end when they go round in a circle, unless a request says otherwise (G-19).
+    pub loop_guard: bool,
 }
 
 impl Default for Limits {
@@ -46,6 +50,8 @@ impl Default for Limits {
             embedding_inputs: 256,
             default_max_tokens: 512,
             default_deadline: None,
+            watchdog: Duration::from_secs(30),
+            loop_guard: true,
         }
     }
 }

@@ -34,6 +34,11 @@ impl Fields {
         }
     }
 
+    /// How the answer is watched for going round in a circle.
+    pub(crate) fn loop_guard(&self, limits: &Limits) -> bool {
+        self.extra.loop_guard.unwrap_or(limits.loop_guard)
+    }
+
     /// When the answer to a request received then must be there.
     pub(crate) fn deadline(
         &self,

@@ -49,7 +49,7 @@ pub struct AskResponse {
     pub metrics: AskMetrics,
     /// Tokens spent.
     pub usage: Usage,
-    /// `stop` or `length`, or null when nothing was generated.
+    /// `stop`, `length` or `degenerate`, or null when nothing was generated.
     pub finish_reason: Option<&'static str>,
 }
 

@@ -127,6 +127,9 @@ pub struct ChatChoice {
     pub message: AssistantMessage,
     /// `stop` or `length`.
     pub finish_reason: &'static str,
+    /// The reason itself, where OpenAI's list has no word for it and `finish_reason` has the nearest.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub exrail_finish_reason: Option<&'static str>,
     /// When asked for.
     pub logprobs: Option<ChatLogprobs>,
 }
@@ -205,6 +208,9 @@ pub struct ChatChunkChoice {
     pub delta: Delta,
     /// In the choice's last event.
     pub finish_reason: Option<&'static str>,
+    /// The reason itself, where OpenAI's list has no word for it and `finish_reason` has the nearest.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub exrail_finish_reason: Option<&'static str>,
     /// When asked for.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub logprobs: Option<ChatLogprobs>,

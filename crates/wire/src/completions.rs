@@ -76,6 +76,9 @@ pub struct CompletionChoice {
     pub text: String,
     /// `stop` or `length`; null while streaming.
     pub finish_reason: Option<&'static str>,
+    /// The reason itself, where OpenAI's list has no word for it and `finish_reason` has the nearest.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub exrail_finish_reason: Option<&'static str>,
     /// When asked for.
     pub logprobs: Option<CompletionLogprobs>,
 }

@@ -16,13 +16,15 @@ pub enum PriorityName {
     Low,
 }
 
-/// How a request is scheduled; absent fields take the server's defaults.
+/// How a request is scheduled and watched; absent fields take the server's defaults.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ExtraFields {
     /// Before which of the same key's requests.
     pub priority: Option<PriorityName>,
     /// Milliseconds after its arrival in which the whole answer must be there.
     pub deadline_ms: Option<u64>,
+    /// Whether the answer ends when it goes round in a circle.
+    pub loop_guard: Option<bool>,
 }
 
 impl ExtraFields {
@@ -34,6 +36,7 @@ impl ExtraFields {
         Ok(Self {
             priority: field(unknown, "priority")?,
             deadline_ms: field(unknown, "deadline_ms")?,
+            loop_guard: field(unknown, "loop_guard")?,
         })
     }
 }

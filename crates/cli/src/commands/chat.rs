@@ -4,7 +4,7 @@ use std::io::{BufRead, IsTerminal};
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
-use exrail_engine::{EngineHandle, Event, Finished, GenerateRequest, Sampling};
+use exrail_engine::{EngineHandle, Event, Finish, Finished, GenerateRequest, LoopGuard, Sampling};
 use exrail_server::{BootBoard, chat_prompt};
 use exrail_text::ChatMessage;
 use serde_json::json;
@@ -133,9 +133,13 @@ impl Chat {
                 sequence: messages.len() as u64,
                 ..Sampling::default()
             },
+            loop_guard: Some(LoopGuard::default()),
             ..GenerateRequest::new(prompt, self.max_tokens.min(room))
         };
         let (answer, finished) = stream(engine, request, output)?;
+        if finished.finish == Finish::Degenerate {
+            output.note("the answer went round in a circle and was cut");
+        }
         output.value(&json!({
             "answer": answer,
             "prompt_tokens": finished.usage.prompt_tokens,

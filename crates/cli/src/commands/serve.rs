@@ -59,6 +59,14 @@ pub(crate) struct Listen {
     /// Milliseconds for the answer to a request that has no `deadline_ms` of its own; no limit when absent.
     #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u64).range(1..))]
     pub(crate) default_deadline_ms: Option<u64>,
+    /// Seconds without a finished step after which an engine with work counts as dead: /livez and
+    /// /readyz then answer 503.
+    #[arg(long, value_name = "S", default_value_t = 30)]
+    #[arg(value_parser = clap::value_parser!(u64).range(1..))]
+    pub(crate) watchdog_s: u64,
+    /// Let answers that go round in a circle go on to their limit, unless a request says `loop_guard`.
+    #[arg(long)]
+    pub(crate) no_loop_guard: bool,
 }
 
 impl Listen {
@@ -74,7 +82,9 @@ impl Listen {
     /// What one request may ask for.
     pub(crate) fn limits(&self) -> Limits {
         let default_deadline = self.default_deadline_ms.map(Duration::from_millis);
-        Limits { default_deadline, ..Limits::default() }
+        let watchdog = Duration::from_secs(self.watchdog_s);
+        let loop_guard = !self.no_loop_guard;
+        Limits { default_deadline, watchdog, loop_guard, ..Limits::default() }
     }
 
     /// A listener on the address.

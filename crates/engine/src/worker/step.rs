@@ -17,6 +17,7 @@
 
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::time::Instant;
 
 use exrail_kernels::{AttentionSpan, Backend, Draw, Draws, Largest, TokenId};
 use exrail_model::Batch;
@@ -71,7 +72,14 @@ impl<B: Backend> Worker<B> {
                 if spans.is_empty() {
                     return;
                 }
-                self.launch(&spans, None)
+                let asked = Instant::now();
+                let next = self.launch(&spans, None);
+                if !self.runs_ahead {
+                    self.land(next);
+                    let prompts = spans.iter().map(|span| span.n_rows).filter(|&n| n > 1);
+                    return self.pace.note(prompts.sum(), asked.elapsed());
+                }
+                next
             }
         };
         if self.runs_ahead && next.gives_each_a_token() {
@@ -100,8 +108,7 @@ impl<B: Backend> Worker<B> {
         let lanes = lanes(&tenants);
         let demands = self.running.iter().zip(lanes).map(|(running, lane)| running.demand(lane));
         let demands: Vec<Demand> = demands.collect();
-        let limits =
-            StepLimits { prefill_chunk: self.options.prefill_chunk, score_rows: SCORE_ROWS };
+        let limits = StepLimits { prefill_chunk: self.pace.chunk(), score_rows: SCORE_ROWS };
         plan(&demands, limits)
     }
 
@@ -197,6 +204,7 @@ impl<B: Backend> Worker<B> {
         match found {
             Ok(found) => {
                 self.panics_in_a_row = 0;
+                self.gauges.progress();
                 self.accept(&rows, found.as_deref(), step);
             }
             Err(message) => {

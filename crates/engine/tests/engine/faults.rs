@@ -320,7 +320,7 @@ proptest! {
                     match answer.finished().finish {
                         Finish::Length => prop_assert_eq!(answer.tokens.len(), max_tokens),
                         Finish::Cancelled => prop_assert!(answer.tokens.len() <= max_tokens),
-                        Finish::Stop => prop_assert!(false, "nothing stops these"),
+                        Finish::Stop | Finish::Degenerate => prop_assert!(false, "nothing stops these"),
                     }
                 }
                 Action::Cancel(_) | Action::Drop(_) | Action::Read(_) => {}

@@ -5,7 +5,9 @@
 mod cpu;
 mod encoder;
 mod faults;
+mod faulty;
 mod fence;
 mod generation;
 mod prefixes;
+mod scheduling;
 mod support;

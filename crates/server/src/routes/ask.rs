@@ -26,7 +26,7 @@ use crate::{
     auth::Caller,
     error::ApiError,
     extract::{Body, Ready, refuse_unknown},
-    generation::hex,
+    generation::{Told, hex},
     pipeline::{ASK_K, ASK_MAX_TOKENS, AskCall, Asked, Asker, ask_sampling},
     sse::{self, EventSink, Gone},
     state::Services,
@@ -61,7 +61,7 @@ pub(crate) async fn ask(
         text: question_text("question", request.question)?,
         call: AskCall {
             deadline: fields.deadline(received, &state.limits)?,
-            ..call(&caller, &fields, request.k, request.max_tokens)?
+            ..call(&state, &caller, &fields, request.k, request.max_tokens)?
         },
         identity: chat::identity(&header, &caller, None)?,
     };
@@ -84,6 +84,7 @@ fn question_text(field: &str, text: String) -> Result<String, ApiError> {
 }
 
 fn call(
+    state: &AppState,
     caller: &Caller,
     fields: &Fields,
     k: Option<usize>,
@@ -102,13 +103,23 @@ fn call(
         tenant: caller.0.clone(),
         priority: fields.priority(),
         deadline: None,
+        hung_up: None,
+        loop_guard: fields.loop_guard(&state.limits),
     })
 }
 
 /// Asks, writes the trace, and only then hands the answer out.
-async fn decide(state: Arc<AppState>, question: Question) -> Result<AskResponse, ApiError> {
+async fn decide(state: Arc<AppState>, mut question: Question) -> Result<AskResponse, ApiError> {
+    // Dropped with this future, as soon as the client has gone.
+    let (_waits, hung_up) = flume::bounded(0);
+    question.call.hung_up = Some(hung_up);
     let blocking = tokio::task::spawn_blocking(move || {
-        let asked = question.asker.ask(&question.text, &question.call)?;
+        let asked = question.asker.ask(&question.text, &question.call);
+        if let Err(error @ ApiError::HungUp) = &asked {
+            let body = TraceBody::Guard { guard: error.code().into(), detail: error.to_string() };
+            state.traces.append_blocking(&question.identity, &question.asker.pins()?, body)?;
+        }
+        let asked = asked?;
         if let Some(ms) = asked.measured.and_then(|measured| measured.first_token_ms) {
             let first = Duration::from_secs_f64((asked.retrieve_ms + ms).max(0.0) / 1e3);
             state.metrics.first_token.observe(first);
@@ -346,7 +357,7 @@ pub(crate) async fn grounded_chat(
         text: question_text("messages[0].content", single_question(request.messages)?)?,
         call: AskCall {
             deadline: fields.deadline(received, &state.limits)?,
-            ..call(&caller, &fields, grounding.k, limit)?
+            ..call(&state, &caller, &fields, grounding.k, limit)?
         },
         identity: chat::identity(&header, &caller, request.user)?,
     };
@@ -402,6 +413,7 @@ fn grounded(answer: &AskResponse) -> ChatGrounded {
 fn whole(header: Header, answer: AskResponse) -> ChatResponse {
     let system_fingerprint = header.system_fingerprint();
     let exrail = Some(grounded(&answer));
+    let told = Told::named(answer.finish_reason.unwrap_or("stop"));
     let message = AssistantMessage { role: "assistant", content: answer.answer, refusal: None };
     ChatResponse {
         id: header.id,
@@ -411,7 +423,8 @@ fn whole(header: Header, answer: AskResponse) -> ChatResponse {
         choices: vec![ChatChoice {
             index: 0,
             message,
-            finish_reason: answer.finish_reason.unwrap_or("stop"),
+            finish_reason: told.finish_reason.unwrap_or("stop"),
+            exrail_finish_reason: told.exrail_finish_reason,
             logprobs: None,
         }],
         usage: answer.usage,
@@ -431,7 +444,10 @@ async fn stream(
     if sink.heartbeat().await.is_err() {
         return;
     }
-    let answer = sink.alive_while(decide(state, question)).await;
+    let answer = tokio::select! {
+        answer = sink.alive_while(decide(state, question)) => answer,
+        () = sink.closed() => return,
+    };
     match answer {
         Ok(answer) => drop(send(&header, &answer, include_usage, &sink).await),
         Err(error) => sink.fail(&error).await,
@@ -448,7 +464,9 @@ async fn send(
     let delta = Delta { role: Some("assistant"), content };
     sink.send(&header.chunk(vec![piece(0, delta)])).await?;
     let mut last = piece(0, Delta::default());
-    last.finish_reason = Some(answer.finish_reason.unwrap_or("stop"));
+    let told = Told::named(answer.finish_reason.unwrap_or("stop"));
+    last.finish_reason = told.finish_reason;
+    last.exrail_finish_reason = told.exrail_finish_reason;
     let mut chunk = header.chunk(vec![last]);
     chunk.exrail = Some(grounded(answer));
     sink.send(&chunk).await?;

@@ -7,7 +7,7 @@ use axum::{
     extract::State,
     response::{IntoResponse, Response},
 };
-use exrail_engine::{GenerateRequest, ModelFingerprint, Sampling};
+use exrail_engine::{GenerateRequest, LoopGuard, ModelFingerprint, Sampling};
 use exrail_wire::{
     AssistantMessage, ChatChoice, ChatChunk, ChatChunkChoice, ChatLogprobs, ChatRequest,
     ChatResponse, Delta, StreamOptions, TokenLogprob, TopLogprob,
@@ -19,7 +19,7 @@ use crate::{
     auth::Caller,
     error::ApiError,
     extract::{Body, Ready, refuse_unknown},
-    generation::{self, Choice, LogprobAt},
+    generation::{self, Choice, LogprobAt, Told},
     ids,
     relay::{self, Job, News, Wording},
     sse,
@@ -94,6 +94,7 @@ fn accept(
         tenant: caller.0.clone(),
         priority: fields.priority(),
         deadline: fields.deadline(received, &state.limits)?,
+        loop_guard: fields.loop_guard(&state.limits).then(LoopGuard::default),
     };
     let generations = generation::submit(&services.engine, &generate, choices)?;
     let header = header(services, "chatcmpl")?;
@@ -169,11 +170,12 @@ fn whole_answer(header: Header, choices: Vec<Choice>) -> ChatResponse {
     let system_fingerprint = header.system_fingerprint();
     let usage = generation::usage(&choices);
     let choices = choices.into_iter().enumerate().map(|(index, choice)| {
-        let finish = choice.finished.map_or("stop", |f| generation::finish_reason(f.finish));
+        let told = Told::of(choice.finished.as_ref());
         let logprobs = Some(&choice.logprobs).filter(|list| !list.is_empty());
         ChatChoice {
             index,
-            finish_reason: finish,
+            finish_reason: told.finish_reason.unwrap_or("stop"),
+            exrail_finish_reason: told.exrail_finish_reason,
             logprobs: logprobs.map(|list| chat_logprobs(list)),
             message: AssistantMessage { role: "assistant", content: choice.text, refusal: None },
         }
@@ -213,7 +215,13 @@ impl Header {
 
 /// One choice's part of an event.
 pub(crate) fn piece(index: usize, delta: Delta) -> ChatChunkChoice {
-    ChatChunkChoice { index, delta, finish_reason: None, logprobs: None }
+    ChatChunkChoice {
+        index,
+        delta,
+        finish_reason: None,
+        exrail_finish_reason: None,
+        logprobs: None,
+    }
 }
 
 impl Wording for ChatWording {
@@ -237,8 +245,9 @@ impl Wording for ChatWording {
     fn closing(&self, choices: &[Choice]) -> Vec<ChatChunk> {
         let last = |(index, choice): (usize, &Choice)| {
             let mut last = piece(index, Delta::default());
-            last.finish_reason =
-                choice.finished.as_ref().map(|finished| generation::finish_reason(finished.finish));
+            let told = Told::of(choice.finished.as_ref());
+            last.finish_reason = told.finish_reason;
+            last.exrail_finish_reason = told.exrail_finish_reason;
             self.header.chunk(vec![last])
         };
         let mut events: Vec<ChatChunk> = choices.iter().enumerate().map(last).collect();

@@ -8,7 +8,7 @@ use axum::{
     extract::State,
     response::{IntoResponse, Response},
 };
-use exrail_engine::{GenerateRequest, Sampling};
+use exrail_engine::{GenerateRequest, LoopGuard, Sampling};
 use exrail_text::Specials;
 use exrail_wire::{
     CompletionChoice, CompletionLogprobs, CompletionRequest, CompletionResponse, Prompt, Usage,
@@ -21,7 +21,7 @@ use crate::{
     auth::Caller,
     error::ApiError,
     extract::{Body, Ready},
-    generation::{self, Choice, LogprobAt},
+    generation::{self, Choice, LogprobAt, Told},
     relay::{self, Job, News, Wording},
     sse,
     state::Services,
@@ -102,6 +102,7 @@ fn accept(
             tenant: caller.0.clone(),
             priority: fields.priority(),
             deadline,
+            loop_guard: fields.loop_guard(&state.limits).then(LoopGuard::default),
         };
         generations.extend(generation::submit(engine, &generate, per_prompt)?);
     }
@@ -151,11 +152,15 @@ impl TextWording {
     }
 
     fn whole(&self, choices: &[Choice]) -> CompletionResponse {
-        let wire = choices.iter().enumerate().map(|(index, choice)| CompletionChoice {
-            index,
-            text: format!("{}{}", self.echo_of(index), choice.text),
-            finish_reason: finish_reason(choice),
-            logprobs: text_logprobs(&choice.logprobs),
+        let wire = choices.iter().enumerate().map(|(index, choice)| {
+            let told = Told::of(choice.finished.as_ref());
+            CompletionChoice {
+                index,
+                text: format!("{}{}", self.echo_of(index), choice.text),
+                finish_reason: told.finish_reason,
+                exrail_finish_reason: told.exrail_finish_reason,
+                logprobs: text_logprobs(&choice.logprobs),
+            }
         });
         self.response(wire.collect(), Some(self.usage(choices)))
     }
@@ -170,10 +175,6 @@ impl TextWording {
             )
         })
     }
-}
-
-fn finish_reason(choice: &Choice) -> Option<&'static str> {
-    choice.finished.as_ref().map(|finished| generation::finish_reason(finished.finish))
 }
 
 impl Wording for TextWording {
@@ -193,7 +194,9 @@ impl Wording for TextWording {
     fn closing(&self, choices: &[Choice]) -> Vec<CompletionResponse> {
         let last = |(index, choice): (usize, &Choice)| {
             let mut last = piece(index, "", &[]);
-            last.finish_reason = finish_reason(choice);
+            let told = Told::of(choice.finished.as_ref());
+            last.finish_reason = told.finish_reason;
+            last.exrail_finish_reason = told.exrail_finish_reason;
             self.response(vec![last], None)
         };
         let mut events: Vec<_> = choices.iter().enumerate().map(last).collect();
@@ -206,7 +209,8 @@ impl Wording for TextWording {
 
 fn piece(index: usize, text: &str, logprobs: &[LogprobAt]) -> CompletionChoice {
     let logprobs = text_logprobs(logprobs);
-    CompletionChoice { index, text: text.into(), finish_reason: None, logprobs }
+    let text = text.into();
+    CompletionChoice { index, text, finish_reason: None, exrail_finish_reason: None, logprobs }
 }
 
 fn text_logprobs(logprobs: &[LogprobAt]) -> Option<CompletionLogprobs> {

@@ -8,7 +8,7 @@ use axum::{
     http::{StatusCode, header},
     response::{IntoResponse, Response},
 };
-use exrail_engine::{EngineState, FingerprintState};
+use exrail_engine::{Counters, EngineState, FingerprintState};
 use serde_json::json;
 
 use crate::{
@@ -16,19 +16,24 @@ use crate::{
     boot::{BootState, BootStatus},
 };
 
-/// How long an engine with work may go without a finished step.
-const STALL: Duration = Duration::from_secs(30);
-
-/// Alive: the process answers and, when there is work, the engine makes progress.
+/// Alive: the process answers, the engine has not given up and, when there is work, it finishes steps. Not
+/// alive is what only a restart cures.
 pub(crate) async fn livez(State(state): State<Arc<AppState>>) -> Response {
-    let stalled =
-        state.services.get().is_some_and(|services| services.engine.counters().is_stalled(STALL));
-    let (status, text) = if stalled {
-        (StatusCode::SERVICE_UNAVAILABLE, "stalled")
-    } else {
-        (StatusCode::OK, "alive")
+    let counters = state.services.get().map(|services| services.engine.counters());
+    let (status, text) = match counters.map(|counters| dead(&counters, state.limits.watchdog)) {
+        Some(Some(reason)) => (StatusCode::SERVICE_UNAVAILABLE, reason),
+        Some(None) | None => (StatusCode::OK, "alive"),
     };
     (status, Json(json!({ "status": text }))).into_response()
+}
+
+/// Why an engine is not alive, if it is not.
+fn dead(counters: &Counters, watchdog: Duration) -> Option<&'static str> {
+    match counters.state {
+        EngineState::Faulted => Some("faulted"),
+        EngineState::Stopped => Some("stopped"),
+        EngineState::Running => counters.is_stalled(watchdog).then_some("stalled"),
+    }
 }
 
 /// Ready: real tokens were generated through the production path, the engine still runs, and the hash of
@@ -70,9 +75,7 @@ fn trouble(state: &AppState) -> Option<String> {
     if let FingerprintState::Failed(error) = services.engine.facts().model_sha256.state() {
         return Some(error.to_string());
     }
-    let counters = services.engine.counters();
-    let running = counters.state == EngineState::Running && !counters.is_stalled(STALL);
-    (!running).then(|| IDLE.into())
+    dead(&services.engine.counters(), state.limits.watchdog).map(|_| IDLE.into())
 }
 
 fn reason(status: &BootStatus, trouble: Option<String>) -> Option<String> {

@@ -1,11 +1,17 @@
 //! `/v1/models` and the effective configuration.
 
-use axum::{Json, extract::Path};
+use std::sync::Arc;
+
+use axum::{
+    Json,
+    extract::{Path, State},
+};
 use exrail_engine::{FingerprintState, ModelFingerprint};
 use exrail_wire::{ModelCard, ModelList};
 use serde_json::{Value, json};
 
 use crate::{
+    AppState,
     error::ApiError,
     extract::Ready,
     state::{Services, kv_name},
@@ -26,7 +32,10 @@ pub(crate) async fn one(
 }
 
 /// What the server honours, read back.
-pub(crate) async fn config(Ready(services): Ready) -> Json<Value> {
+pub(crate) async fn config(
+    State(state): State<Arc<AppState>>,
+    Ready(services): Ready,
+) -> Json<Value> {
     let facts = services.engine.facts();
     let collections: Vec<_> =
         services.collections.iter().map(|(name, asker)| asker.describe(name)).collect();
@@ -38,6 +47,10 @@ pub(crate) async fn config(Ready(services): Ready) -> Json<Value> {
         "prefill_chunk": facts.options.prefill_chunk,
         "queue_limit": facts.options.queue_limit,
         "tenant_queue_limit": facts.options.tenant_queue_limit,
+        "default_deadline_ms": state.limits.default_deadline.map(|deadline| deadline.as_millis()),
+        "watchdog_s": state.limits.watchdog.as_secs(),
+        "step_target_ms": facts.options.step_target.map(|target| target.as_millis()),
+        "loop_guard": state.limits.loop_guard,
         "kv_dtype": kv_name(facts.kv_dtype),
         "kv_pages": facts.kv_pages,
         "kv_bytes": facts.kv_bytes,

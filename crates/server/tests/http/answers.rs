@@ -69,6 +69,43 @@ async fn a_stream_joins_to_the_whole_answer() {
     assert_eq!(chunks[chunks.len() - 2]["choices"][0]["finish_reason"], "length");
 }
 
+/// Whatever the engine's reason is, clients of OpenAI's API see one of theirs; the reason itself stands beside.
+#[tokio::test]
+async fn a_loop_is_cut_and_its_reason_is_told_twice() {
+    let server = warm(&[], None);
+    let stuck = json!({"logit_bias": {"40": 100}, "max_tokens": 1500});
+    let answer = server.post("/v1/chat/completions", &chat(&stuck)).await.json();
+    let choice = &answer["choices"][0];
+    assert_eq!(choice["finish_reason"], "length");
+    assert_eq!(choice["exrail_finish_reason"], "degenerate");
+    assert_eq!(answer["usage"]["completion_tokens"], 1008);
+    assert_eq!(server.trace_lines().last().unwrap()["finish_reason"], "degenerate");
+
+    let mut stream = stuck.clone();
+    stream["stream"] = json!(true);
+    let answer = server.post("/v1/chat/completions", &chat(&stream)).await;
+    let events = events(&answer.text);
+    let last: Value = serde_json::from_str(events[events.len() - 2]).unwrap();
+    assert_eq!(last["choices"][0]["finish_reason"], "length");
+    assert_eq!(last["choices"][0]["exrail_finish_reason"], "degenerate");
+
+    let mut complete = stuck.clone();
+    complete["model"] = json!(MODEL);
+    complete["prompt"] = json!("ab");
+    let answer = server.post("/v1/completions", &complete).await.json();
+    assert_eq!(answer["choices"][0]["exrail_finish_reason"], "degenerate");
+
+    // Asked for, the repetition is given: the mutation at the same time.
+    let mut wanted = stuck;
+    wanted["loop_guard"] = json!(false);
+    let answer = server.post("/v1/chat/completions", &chat(&wanted)).await.json();
+    assert_eq!(answer["usage"]["completion_tokens"], 1500);
+    assert_eq!(answer["choices"][0]["finish_reason"], "length");
+    assert!(answer["choices"][0].get("exrail_finish_reason").is_none());
+    let metrics = server.get("/metrics").await.text;
+    assert!(metrics.contains("exrail_sequences_degenerate_total 3\n"), "{metrics}");
+}
+
 #[tokio::test]
 async fn the_same_seed_gives_the_same_answer_and_choices_differ() {
     let server = warm(&[], None);

@@ -5,8 +5,12 @@
 mod access;
 mod answers;
 mod cache;
+#[path = "../../../engine/tests/engine/faulty.rs"]
+mod faulty;
 mod fence;
 mod fingerprint;
+mod hang_up;
 mod scheduling;
 mod support;
 mod traces;
+mod watchdog;

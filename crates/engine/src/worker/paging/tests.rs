@@ -61,6 +61,7 @@ fn options(kv_pages: usize) -> EngineOptions {
         kv_pages: Some(kv_pages),
         prefill_chunk: 64,
         kv_dtype: KvDtype::F32,
+        step_target: None,
         ..EngineOptions::default()
     }
 }
