@@ -52,12 +52,12 @@ pub(crate) fn events(generations: Vec<Generation>) -> impl Stream<Item = (usize,
     stream::select_all(streams)
 }
 
-/// Waits for all choices.
+/// Waits for all choices, one for each generation.
 pub(crate) async fn collect(
     generations: Vec<Generation>,
+    choices: &mut [Choice],
     mut first_token: impl FnMut(),
-) -> Result<Vec<Choice>, ApiError> {
-    let mut choices = vec![Choice::default(); generations.len()];
+) -> Result<(), ApiError> {
     let mut events = std::pin::pin!(events(generations));
     let mut saw_token = false;
     while let Some((index, event)) = events.next().await {
@@ -70,7 +70,7 @@ pub(crate) async fn collect(
     if choices.iter().any(|choice| choice.finished.is_none()) {
         return Err(ApiError::Lost);
     }
-    Ok(choices)
+    Ok(())
 }
 
 impl Choice {

@@ -1,7 +1,7 @@
 //! From running sequences to a response, for every route that generates: one way for a whole answer,
 //! one for a stream. Both write the trace before they end (G-14).
 
-use std::{sync::Arc, time::Instant};
+use std::{convert::Infallible, sync::Arc, time::Instant};
 
 use exrail_engine::{Event, Generation};
 use exrail_wire::TraceBody;
@@ -45,18 +45,46 @@ pub(crate) trait Wording: Send + Sync + 'static {
     fn closing(&self, choices: &[Choice]) -> Vec<Self::Event>;
 }
 
-/// Waits for all choices and writes the trace.
+/// Waits for all choices and writes the trace, also when nobody waits for them any more.
 pub(crate) async fn whole(
-    state: &AppState,
-    services: &Services,
+    state: Arc<AppState>,
+    services: Arc<Services>,
     job: Job,
 ) -> Result<Vec<Choice>, ApiError> {
-    let first_token = || state.metrics.first_token.observe(job.received.elapsed());
-    let choices = generation::collect(job.generations, first_token).await?;
-    let record = generation::trace_body(job.route, job.seed, &choices);
-    append(state, services, &job.identity, record).await?;
-    Ok(choices)
+    // Dropped with this future, as soon as the client has gone.
+    let (_waits, hung_up) = flume::bounded(0);
+    let task = tokio::spawn(gather(state, services, job, hung_up));
+    task.await.map_err(|_| ApiError::Internal("answer task"))?
 }
+
+async fn gather(
+    state: Arc<AppState>,
+    services: Arc<Services>,
+    mut job: Job,
+    hung_up: flume::Receiver<Infallible>,
+) -> Result<Vec<Choice>, ApiError> {
+    let generations = std::mem::take(&mut job.generations);
+    let mut choices = vec![Choice::default(); generations.len()];
+    let first_token = || state.metrics.first_token.observe(job.received.elapsed());
+    let gathered = tokio::select! {
+        gathered = generation::collect(generations, &mut choices, first_token) => gathered,
+        _ = hung_up.recv_async() => Err(ApiError::HungUp),
+    };
+    let mut record = generation::trace_body(job.route, job.seed, &choices);
+    match (&gathered, &mut record) {
+        (Err(ApiError::HungUp), TraceBody::Infer { finish_reason, .. }) => {
+            *finish_reason = CANCELLED.into();
+        }
+        // The layer around the routes records a failure.
+        (Err(_), _) => return gathered.map(|()| choices),
+        (Ok(()), _) => {}
+    }
+    append(&state, &services, &job.identity, record).await?;
+    gathered.map(|()| choices)
+}
+
+/// The reason in the record of an answer whose client has gone.
+const CANCELLED: &str = "cancelled";
 
 /// Writes the record of a job, as soon as its pins are known.
 async fn append(
@@ -95,7 +123,7 @@ pub(crate) async fn stream(
     if let TraceBody::Infer { finish_reason, .. } = &mut record {
         match &streamed {
             Ok(()) => {}
-            Err(Cut::Gone) => *finish_reason = "cancelled".into(),
+            Err(Cut::Gone) => *finish_reason = CANCELLED.into(),
             Err(Cut::Failed(error)) => *finish_reason = error.to_string(),
         }
     }

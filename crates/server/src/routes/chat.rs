@@ -62,7 +62,7 @@ pub(crate) async fn complete(
         tokio::spawn(relay::stream(state, services, job, wording, sink));
         return Ok(response);
     }
-    let choices = relay::whole(&state, &services, job).await?;
+    let choices = relay::whole(state, services, job).await?;
     Ok(Json(whole_answer(wording.header, choices)).into_response())
 }
 

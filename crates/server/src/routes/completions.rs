@@ -55,7 +55,7 @@ pub(crate) async fn complete(
         tokio::spawn(relay::stream(state, services, job, wording, sink));
         return Ok(response);
     }
-    let choices = relay::whole(&state, &services, job).await?;
+    let choices = relay::whole(state, services, job).await?;
     Ok(Json(wording.whole(&choices)).into_response())
 }
 

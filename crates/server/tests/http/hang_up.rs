@@ -110,6 +110,16 @@ async fn a_closed_connection_ends_the_sequence_on_every_route() {
         assert!(after.tokens_generated < before + 900, "{path}: it ended before its limit");
     }
     assert_eq!((counters(&server).panics, counters(&server).failed), (0, 0));
+    // G-14: what nobody reads leaves its record, too.
+    let limit = Instant::now() + Duration::from_secs(20);
+    while server.trace_lines().len() < 4 {
+        assert!(Instant::now() < limit, "{:?}", server.trace_lines());
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    let lines = server.trace_lines();
+    let cancelled = lines.iter().filter(|line| line["finish_reason"] == "cancelled").count();
+    let asked = lines.iter().filter(|line| line["guard"] == "client_gone").count();
+    assert_eq!((cancelled, asked), (3, 1), "{lines:?}");
     // The one that waited is answered as if nothing had been.
     let body = json!({"model": MODEL, "prompt": "ab", "max_tokens": 2});
     assert_eq!(server.post("/v1/completions", &body).await.status, 200);
