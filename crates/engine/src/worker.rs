@@ -7,16 +7,15 @@
 //!
 //! # Faults
 //! Non-finite logits or a panic while sampling fail that sequence; `worker/paging.rs` says what a broken
-//! page does. A panic inside the
-//! forward pass fails the sequences of that batch, behind the tokens of the step before: which of them
-//! caused it is unknown, and their pages may be half written. Queued sequences and prompts that were
-//! not in the batch go on; the scratch needs no repair, because every step writes what it reads. After
+//! page does. Whose fault a panic inside the forward pass is, `worker/suspects.rs` finds out: that sequence
+//! fails, and the others go on. The scratch needs no repair, because every step writes what it reads. After
 //! [`MAX_PANICS_IN_A_ROW`] panics without a good step between them the engine stops with
 //! [`EngineState::Faulted`].
 
 mod deadlines;
 mod paging;
 mod step;
+mod suspects;
 
 use std::collections::VecDeque;
 use std::convert::Infallible;
@@ -71,6 +70,8 @@ pub(crate) struct Worker<B: Backend> {
     flight: Option<Flight<B::Found>>,
     /// What the device had built when warming ended; `None` before.
     fence: Option<Fence>,
+    /// Sequences of a step that panicked, each of which runs alone next.
+    suspects: Vec<SequenceId>,
     pace: Pace,
     n_steps: u64,
     panics_in_a_row: u32,
@@ -116,6 +117,7 @@ impl<B: Backend> Worker<B> {
             runs_ahead: loaded.backend.runs_ahead(),
             flight: None,
             fence: None,
+            suspects: Vec::new(),
             pace: Pace::new(
                 options.prefill_chunk,
                 options.step_target.filter(|_| !loaded.backend.runs_ahead()),

@@ -41,8 +41,8 @@ pub(super) struct Flight<Found> {
 const NOBODY: SequenceId = SequenceId(u64::MAX);
 
 /// The rows of one sequence.
-struct FlightRows {
-    id: SequenceId,
+pub(super) struct FlightRows {
+    pub(super) id: SequenceId,
     n_logit_rows: usize,
 }
 
@@ -103,12 +103,15 @@ impl<B: Backend> Worker<B> {
         (0..self.running.len()).map(span).collect()
     }
 
-    fn planned(&self) -> Vec<PlannedSpan> {
+    fn planned(&mut self) -> Vec<PlannedSpan> {
+        let limits = StepLimits { prefill_chunk: self.pace.chunk(), score_rows: SCORE_ROWS };
+        if let Some(alone) = self.planned_alone(limits) {
+            return alone;
+        }
         let tenants: Vec<_> = self.running.iter().map(|one| one.tenant.as_deref()).collect();
         let lanes = lanes(&tenants);
         let demands = self.running.iter().zip(lanes).map(|(running, lane)| running.demand(lane));
         let demands: Vec<Demand> = demands.collect();
-        let limits = StepLimits { prefill_chunk: self.pace.chunk(), score_rows: SCORE_ROWS };
         plan(&demands, limits)
     }
 
@@ -192,6 +195,7 @@ impl<B: Backend> Worker<B> {
     fn land(&mut self, flight: Flight<B::Found>) {
         let Flight { rows, asked, step } = flight;
         let backend = &self.loaded.backend;
+        let was_fed = !matches!(asked, Asked::Panicked(_));
         let found = match asked {
             Asked::Tokens(found) => {
                 let wait = AssertUnwindSafe(|| backend.found(&found));
@@ -205,23 +209,22 @@ impl<B: Backend> Worker<B> {
             Ok(found) => {
                 self.panics_in_a_row = 0;
                 self.gauges.progress();
+                self.acquit(&rows);
                 self.accept(&rows, found.as_deref(), step);
             }
             Err(message) => {
-                self.panics_in_a_row += 1;
+                // What a suspect does alone is no news of the engine.
+                self.panics_in_a_row += u32::from(!self.is_suspect(&rows));
                 self.gauges.count(Traffic::User, Total::Panics, 1);
                 let fault = SequenceFault::StepPanicked { step, message };
-                for rows in &rows {
-                    if let Some(at) = self.find(rows.id, 0) {
-                        self.retire(at, Ending::Fault(fault.clone()));
-                    }
-                }
+                tracing::error!(%fault, n_sequences = rows.len(), "a step panicked");
+                self.blame(&rows, &fault, was_fed);
             }
         }
     }
 
     /// Where a sequence is, at `from` or behind.
-    fn find(&self, id: SequenceId, from: usize) -> Option<usize> {
+    pub(super) fn find(&self, id: SequenceId, from: usize) -> Option<usize> {
         (from..self.running.len()).find(|&at| self.running[at].id == id)
     }
 

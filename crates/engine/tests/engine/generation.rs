@@ -25,6 +25,7 @@ fn batch_equals_alone() {
     assert_all_pages_return(&engine);
 }
 
+/// K1: nobody waits for a batch to end.
 #[test]
 fn more_sequences_than_places_all_finish_in_order_of_admission() {
     let engine = start(options());

@@ -149,6 +149,36 @@ async fn unsupported_and_unknown_fields_are_named() {
     assert_eq!(server.post("/v1/chat/completions", &ok).await.status, StatusCode::OK);
 }
 
+/// J5: edge values get the answer of the protocol or a 400, and the server goes on.
+#[tokio::test]
+async fn edge_values_are_answered_or_refused_by_name() {
+    let server = warm(&[], None);
+    for n in [0, 1, 2] {
+        for max_tokens in [None, Some(0), Some(1)] {
+            for echo in [false, true] {
+                let body = json!({"model": MODEL, "prompt": "ab", "n": n, "max_tokens": max_tokens,
+                    "echo": echo});
+                let answer = server.post("/v1/completions", &body).await;
+                let refused = match (n, max_tokens) {
+                    (0, _) => Some("n"),
+                    (_, Some(0)) => Some("max_tokens"),
+                    (_, _) => None,
+                };
+                let json = answer.json();
+                match refused {
+                    Some(field) => assert_eq!(json["error"]["param"], field, "{body}: {json}"),
+                    None => {
+                        assert_eq!(json["choices"].as_array().unwrap().len(), n, "{body}: {json}")
+                    }
+                }
+                let chat = chat(&json!({"n": n, "max_tokens": max_tokens}));
+                let status = server.post("/v1/chat/completions", &chat).await.status;
+                assert_eq!(status.is_success(), refused.is_none(), "{chat}");
+            }
+        }
+    }
+}
+
 #[tokio::test]
 async fn bad_bodies_get_one_clear_answer_and_the_server_goes_on() {
     let server = warm(&[], None);
