@@ -1,6 +1,6 @@
 //! Priorities, deadlines and full queues, as clients see them.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use axum::{
     body::Body,
@@ -10,7 +10,10 @@ use exrail_engine::{EngineHandle, EngineOptions, GenerateRequest, Generation};
 use exrail_server::Limits;
 use serde_json::{Value, json};
 
-use crate::support::{Answer, KEY, MODEL, Server, cpu, events, request, start, warm, warm_on};
+use crate::{
+    faulty::Faulty,
+    support::{Answer, KEY, MODEL, Server, cpu, events, request, start, warm, warm_on},
+};
 
 const OTHER_KEY: &str = "fedcba9876543210";
 
@@ -90,21 +93,29 @@ async fn a_request_without_a_deadline_has_the_servers() {
 }
 
 /// A place in the batch and one in the queue of two, both of the first key.
-fn full() -> (Server, [Generation; 2]) {
+async fn full() -> (Server, [Generation; 2]) {
     let options = EngineOptions {
         max_sequences: 1,
         queue_limit: 2,
         tenant_queue_limit: Some(1),
         ..EngineOptions::default()
     };
-    let engine = start(cpu(), None, options);
+    // No answer ends by itself meanwhile.
+    let backend = Faulty { delay: Duration::from_millis(2), ..Faulty::new(cpu()) };
+    let engine = start(backend, None, options);
     let server = warm_on(engine.clone(), &[KEY, OTHER_KEY], Limits::default());
     let running = submit(&engine, "key-1");
-    while engine.counters().sequences_running == 0 {
-        std::thread::sleep(Duration::from_millis(1));
-    }
+    wait(|| engine.counters().sequences_running == 1).await;
     let waiting = submit(&engine, "key-1");
     (server, [running, waiting])
+}
+
+async fn wait(holds: impl Fn() -> bool) {
+    let limit = Instant::now() + Duration::from_secs(20);
+    while !holds() {
+        assert!(Instant::now() < limit);
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
 }
 
 fn submit(engine: &EngineHandle, tenant: &str) -> Generation {
@@ -123,7 +134,7 @@ async fn asked_by(server: &Server, key: &str) -> Answer {
 #[tokio::test]
 async fn a_client_with_too_many_requests_is_told_429_and_the_others_503_when_all_places_are_taken()
 {
-    let (server, [running, waiting]) = full();
+    let (server, [running, waiting]) = full().await;
     let flooding = asked_by(&server, KEY).await;
     assert_eq!(flooding.status, StatusCode::TOO_MANY_REQUESTS, "{}", flooding.text);
     assert_eq!(flooding.code(), "queue_full");
@@ -136,6 +147,7 @@ async fn a_client_with_too_many_requests_is_told_429_and_the_others_503_when_all
     let seconds: u64 = other.headers[header::RETRY_AFTER].to_str().unwrap().parse().unwrap();
     assert!((1..=60).contains(&seconds), "{seconds}");
     drop((running, waiting, third));
+    wait(|| engine.counters().sequences_waiting == 0).await;
     assert_eq!(asked_by(&server, KEY).await.status, StatusCode::OK);
     assert_eq!(asked_by(&server, OTHER_KEY).await.status, StatusCode::OK);
 }
