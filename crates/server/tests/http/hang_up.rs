@@ -16,7 +16,7 @@ use tower::ServiceExt;
 
 use crate::{
     faulty::Faulty,
-    support::{MODEL, Server, cpu, request, start, warm_on},
+    support::{MODEL, Server, cpu, endless, request, start, warm_on},
 };
 
 /// A step takes 2 ms and more, so that no answer ends before somebody hangs up.
@@ -66,13 +66,6 @@ async fn until(server: &Server, holds: impl Fn(&Counters) -> bool) -> Counters {
 fn is_idle(counters: &Counters) -> bool {
     counters.sequences_running + counters.sequences_waiting == 0
         && counters.pages_free == counters.pages_total
-}
-
-/// Every token but the end of the answer is wanted.
-fn endless(server: &Server) -> Value {
-    let engine = &server.state.services().unwrap().engine;
-    let eos = engine.tokenizer().eos_ids().iter();
-    eos.map(|id| (id.to_string(), json!(-100))).collect::<serde_json::Map<_, _>>().into()
 }
 
 fn requests(server: &Server) -> [(&'static str, Value); 4] {

@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 
 use crate::{
     faulty::Faulty,
-    support::{Answer, KEY, MODEL, Server, cpu, events, request, start, warm, warm_on},
+    support::{Answer, KEY, MODEL, Server, cpu, endless, events, request, start, warm, warm_on},
 };
 
 const OTHER_KEY: &str = "fedcba9876543210";
@@ -61,11 +61,13 @@ fn assert_is_late(answer: &Answer) {
 #[tokio::test]
 async fn an_answer_that_would_be_late_is_a_504_on_every_route() {
     let server = warm(&[], None);
-    let late = json!({"deadline_ms": 1});
+    let bias = endless(&server);
+    let late = json!({"deadline_ms": 1, "logit_bias": bias});
     assert_is_late(&server.post("/v1/chat/completions", &chat(&late)).await);
-    let complete = json!({"model": MODEL, "prompt": "ab", "max_tokens": 1500, "deadline_ms": 1});
+    let complete = json!({"model": MODEL, "prompt": "ab", "max_tokens": 1500, "deadline_ms": 1,
+        "logit_bias": bias});
     assert_is_late(&server.post("/v1/completions", &complete).await);
-    let ask = json!({"question": "Where is the key?", "deadline_ms": 1});
+    let ask = json!({"question": "Where is the key?", "deadline_ms": 1, "logit_bias": bias});
     assert_is_late(&server.post("/v1/ask", &ask).await);
     let metrics = server.get("/metrics").await.text;
     assert!(metrics.contains("exrail_sequences_late_total 3\n"), "{metrics}");
@@ -75,7 +77,8 @@ async fn an_answer_that_would_be_late_is_a_504_on_every_route() {
 #[tokio::test]
 async fn a_stream_that_becomes_late_ends_with_an_error_and_without_done() {
     let server = warm(&[], None);
-    let body = chat(&json!({"deadline_ms": 30, "stream": true}));
+    let bias = endless(&server);
+    let body = chat(&json!({"deadline_ms": 30, "stream": true, "logit_bias": bias}));
     let answer = server.post("/v1/chat/completions", &body).await;
     let last: Value = serde_json::from_str(events(&answer.text).last().unwrap()).unwrap();
     assert_eq!(last["error"]["code"], "deadline_exceeded", "{last}");

@@ -157,6 +157,13 @@ fn boot(server: Server, engine: EngineHandle) -> Server {
     server
 }
 
+/// A bias against the end of the answer: it goes on to its limit.
+pub(crate) fn endless(server: &Server) -> Value {
+    let engine = &server.state.services().unwrap().engine;
+    let eos = engine.tokenizer().eos_ids().iter();
+    eos.map(|id| (id.to_string(), (-100).into())).collect::<serde_json::Map<_, _>>().into()
+}
+
 impl Server {
     pub(crate) async fn send(&self, request: Request<Body>) -> Answer {
         let response = router(Arc::clone(&self.state)).oneshot(request).await.unwrap();
