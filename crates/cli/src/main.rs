@@ -1,6 +1,6 @@
 //! The `exrail` binary: parse → resolve → one function per command.
 //!
-//! Exit codes: 0 done (for `verify`: every gate passes), 1 error, 2 wrong usage, 3 a gate does not
+//! Exit codes: 0 done (for `verify` and `probe`: every gate passes), 1 error, 2 wrong usage, 3 a gate does not
 //! pass.
 
 mod commands;
@@ -43,6 +43,8 @@ enum Command {
     Ingest(commands::ingest::Ingest),
     /// Measure a collection and a model against a gold set and print the report.
     Verify(commands::verify::Verify),
+    /// Measure one part of a model by itself.
+    Probe(commands::probe::Probe),
     /// Print sentence vectors.
     Embed(commands::embed::Embed),
     /// Download models by name.
@@ -88,6 +90,7 @@ fn main() -> ExitCode {
         Command::Ask(command) => command.run(&output),
         Command::Ingest(command) => command.run(&output),
         Command::Verify(command) => command.run(&output),
+        Command::Probe(command) => command.run(&output),
         Command::Embed(command) => command.run(&output),
         Command::Pull(command) => command.run(&output),
         Command::Inspect(command) => command.run(&output),

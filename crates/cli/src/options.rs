@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
-use exrail_engine::{EngineOptions, LoadOptions};
+use exrail_engine::{EngineOptions, LoadOptions, RotatePolicy, RotationOptions};
 use exrail_hub::{Cache, Fetch, Kind, Registry, Resolved};
 use exrail_kernels::{Activation, KvDtype};
 use exrail_kernels_cpu::CpuOptions;
@@ -72,6 +72,31 @@ pub(crate) enum KvOption {
     Int8,
 }
 
+/// What happens to an answer that outgrows its place in the cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[value(rename_all = "snake_case")]
+pub(crate) enum RotateOption {
+    /// Nothing: prompt plus max_tokens must fit the context.
+    Off,
+    /// It goes on from what is pinned and the last tokens.
+    Reprefill,
+    /// The first and last tokens stay in the cache; not available in this version.
+    SinkWindow,
+    /// It ends with the reason context_rotation_required.
+    Stop,
+}
+
+impl RotateOption {
+    fn policy(self) -> RotatePolicy {
+        match self {
+            RotateOption::Off => RotatePolicy::Off,
+            RotateOption::Reprefill => RotatePolicy::Reprefill,
+            RotateOption::SinkWindow => RotatePolicy::SinkWindow,
+            RotateOption::Stop => RotatePolicy::Stop,
+        }
+    }
+}
+
 /// A width that 16-bit weights are rounded to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum QuantOption {
@@ -137,6 +162,9 @@ pub(crate) struct EngineArgs {
     /// Steps between two audits of the whole KV pool.
     #[arg(long, value_name = "N", default_value_t = EngineOptions::default().kv_audit_every)]
     pub(crate) kv_audit_every: u64,
+    /// Of the server's answers.
+    #[arg(skip = EngineOptions::default().rotation)]
+    pub(crate) rotation: RotationOptions,
     /// Requests that may wait for a place; more are answered 503.
     #[arg(long, value_name = "N", default_value_t = 256)]
     pub(crate) queue_limit: usize,
@@ -180,8 +208,32 @@ impl EngineArgs {
             tenant_queue_limit: self.tenant_queue_limit,
             prefix_cache: !self.no_prefix_cache,
             kv_audit_every: self.kv_audit_every,
+            rotation: self.rotation,
             ..EngineOptions::default()
         }
+    }
+}
+
+/// What happens to answers that outgrow their place in the cache, unless their request says otherwise.
+#[derive(Clone, Copy, Debug, Args)]
+#[command(next_help_heading = "Rotation")]
+pub(crate) struct RotateArgs {
+    /// What happens to an answer that outgrows its place in the cache.
+    #[arg(long, value_enum, value_name = "POLICY", default_value = "reprefill")]
+    rotate: RotateOption,
+    /// Tokens of prompt and answer at which that happens; 8,192 when absent, less where the context is
+    /// small.
+    #[arg(long, value_name = "N")]
+    rotate_at: Option<usize>,
+    /// Last tokens that a rotation keeps; 4,096 when absent, at most half of --rotate-at.
+    #[arg(long, value_name = "N")]
+    rotate_window: Option<usize>,
+}
+
+impl RotateArgs {
+    pub(crate) fn options(self) -> RotationOptions {
+        let policy = self.rotate.policy();
+        RotationOptions { policy, rotate_at: self.rotate_at, window: self.rotate_window }
     }
 }
 

@@ -37,8 +37,8 @@ fn fails(output: &Output, parts: &[&str]) {
 fn every_command_explains_itself_and_wrong_usage_is_2() {
     let home = tempfile::tempdir().unwrap();
     let commands = [
-        "serve", "chat", "ask", "ingest", "verify", "embed", "pull", "inspect", "quantize",
-        "bench", "plan", "devices", "demo",
+        "serve", "chat", "ask", "ingest", "verify", "probe", "embed", "pull", "inspect",
+        "quantize", "bench", "plan", "devices", "demo",
     ];
     for command in commands {
         let output = exrail(home.path(), &[command, "--help"]);
@@ -353,4 +353,36 @@ fn a_gpu_that_is_not_here_is_planned_for() {
     assert!(unknown["reason"].as_str().unwrap().to_lowercase().contains("cuda"), "{unknown}");
     let bad = exrail(home.path(), &[&arguments[..], &["--memory", "much"]].concat());
     assert_eq!(bad.status.code(), Some(2));
+}
+
+#[test]
+fn a_cache_is_probed_and_too_little_text_is_named() {
+    let home = tempfile::tempdir().unwrap();
+    let model = home.path().join("tiny.gguf");
+    std::fs::write(&model, tiny_llama(7, TinyLlama::default())).unwrap();
+    let text = home.path().join("text.txt");
+    let probe = |extra: &[&str]| {
+        let mut arguments = vec!["probe", "cache", model.to_str().unwrap(), "--device", "cpu"];
+        arguments.extend(["--text", text.to_str().unwrap(), "--json"]);
+        arguments.extend(extra);
+        exrail(home.path(), &arguments)
+    };
+    std::fs::write(&text, "too little").unwrap();
+    fails(&probe(&["--tokens", "2048"]), &["`text`", "as many tokens as are probed, found"]);
+    fails(&probe(&["--tokens", "2047"]), &["`tokens`", "at least 2048, found 2047"]);
+    std::fs::write(&text, "Six keys lie in the box of cabinet B. ".repeat(200)).unwrap();
+    let output = probe(&["--tokens", "2048"]);
+    let line = last_line(&output);
+    assert_eq!(output.status.code(), Some(0), "{line}");
+    let report: serde_json::Value = serde_json::from_str(&line).unwrap();
+    let cache = &report["cache"];
+    assert_eq!((&cache["verdict"], &cache["tokens"]), (&"pass".into(), &2048.into()));
+    assert_eq!(cache["tokens_until_drift"], ">= 2048");
+    assert_eq!(cache["checkpoints"].as_array().unwrap().len(), 8);
+    assert!(cache["oracle_kl_max"].as_f64().unwrap() < 1e-6, "the CPU has no noise");
+    assert!(report["advice"].is_null());
+}
+
+fn last_line(output: &Output) -> String {
+    text(&output.stdout).lines().last().unwrap_or_default().to_owned()
 }

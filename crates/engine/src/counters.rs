@@ -74,6 +74,8 @@ pub struct Counters {
     pub prefix_misses: u64,
     /// Cached pages that were given up for others.
     pub prefix_evictions: u64,
+    /// Contexts that were rotated (G-16).
+    pub rotations: u64,
     /// Time since the engine last finished a step or became busy. A turn without a step, such as one that
     /// looks for lost pages, is no progress.
     pub since_progress: Duration,
@@ -155,10 +157,11 @@ pub(crate) enum Total {
     PrefixHits,
     PrefixMisses,
     PrefixEvictions,
+    Rotations,
 }
 
 impl Total {
-    const COUNT: usize = Total::PrefixEvictions as usize + 1;
+    const COUNT: usize = Total::Rotations as usize + 1;
 }
 
 impl Gauges {
@@ -276,6 +279,7 @@ impl Gauges {
             prefix_hits: total(Total::PrefixHits),
             prefix_misses: total(Total::PrefixMisses),
             prefix_evictions: total(Total::PrefixEvictions),
+            rotations: total(Total::Rotations),
             since_progress: Duration::from_millis(self.now_ms().saturating_sub(last)),
         }
     }

@@ -4,13 +4,14 @@ use thiserror::Error;
 
 use crate::cache::PageFault;
 use crate::handle::Command;
+use crate::rotation::Rotated;
 
 /// Names one submitted sequence of this engine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct SequenceId(pub u64);
 
-/// One message about a sequence. The order is `Started`, `Token`*, `Tail`?, then exactly one of
-/// `Finished` and `Failed`; a sequence may fail or be cancelled before it started.
+/// One message about a sequence. The order is `Started`, `Token`* with a `Rotated` behind those that filled
+/// their place, `Tail`?, then exactly one of `Finished` and `Failed`; a sequence may fail or be cancelled before it started.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Event {
     /// The sequence left the queue and owns its pages.
@@ -23,6 +24,8 @@ pub enum Event {
     },
     /// One sampled token. The end-of-sequence token that ends an answer is not reported.
     Token(TokenEvent),
+    /// Part of prompt and answer left the context; the tokens that follow do not see it.
+    Rotated(Rotated),
     /// Text that was held back as the possible start of a stop string, or an unfinished UTF-8
     /// character, released because the answer ended. Belongs after the last token's text.
     Tail(String),
@@ -79,6 +82,8 @@ pub enum Finish {
     Length,
     /// The answer went round in a circle, and [`crate::LoopGuard`] ended it (G-19).
     Degenerate,
+    /// The context is full and may not be rotated.
+    RotationRequired,
     /// The caller cancelled.
     Cancelled,
 }
@@ -182,7 +187,7 @@ impl std::fmt::Display for LatePhase {
 /// A running sequence seen from the caller. Dropping it cancels the sequence.
 ///
 /// The channel is unbounded so that a caller who does not read never slows other sequences; it
-/// holds at most `max_tokens` + 3 small events, so its memory is bounded by the request.
+/// holds at most 2 `max_tokens` + 3 small events, so its memory is bounded by the request.
 #[derive(Debug)]
 pub struct Generation {
     /// Name for logs and traces.

@@ -1,5 +1,6 @@
 //! The engine seen from outside: start it, submit to it, read it, stop it.
 
+use std::num::NonZeroUsize;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -18,7 +19,8 @@ use crate::pace::STEP_TARGET;
 use crate::places::{Left, PlaceLimits};
 use crate::queue::Queued;
 use crate::request::GenerateRequest;
-use crate::sequence::{Job, Traffic, Waiting};
+use crate::rotation::{Lengths, RotatePolicy, RotationOptions, RotationPlan};
+use crate::sequence::{Job, Scoring, Traffic, Waiting};
 use crate::worker::Worker;
 
 /// Bytes of KV cache that the default page count stays within, one full context at least.
@@ -52,6 +54,9 @@ pub struct EngineOptions {
     /// Steps between two audits of the whole page pool, at least 1. The pages of the batch are checked
     /// before every step, whatever this says.
     pub kv_audit_every: u64,
+    /// Numbers for what the rotation of a request leaves open. The policy is each request's own; this one is
+    /// for who makes requests.
+    pub rotation: RotationOptions,
 }
 
 impl Default for EngineOptions {
@@ -67,6 +72,10 @@ impl Default for EngineOptions {
             tenant_queue_limit: None,
             prefix_cache: true,
             kv_audit_every: if cfg!(debug_assertions) { 1 } else { 1024 },
+            rotation: RotationOptions {
+                policy: RotatePolicy::Reprefill,
+                ..RotationOptions::default()
+            },
         }
     }
 }
@@ -209,12 +218,26 @@ impl EngineHandle {
     /// What the engine's thread gets of a request, and where its events come out.
     fn job(&self, request: GenerateRequest) -> Result<(Job, flume::Receiver<Event>), SubmitError> {
         request.validate(self.shared.facts.vocab_len)?;
-        self.check_lengths(request.prompt.len(), request.max_tokens)?;
+        let rotation = self.rotation(&request)?;
+        if rotation.is_none() {
+            self.check_lengths(request.prompt.len(), request.max_tokens)?;
+        }
         let (sender, events) = flume::unbounded();
-        Ok((Job::Generate { request: Box::new(request), events: sender }, events))
+        Ok((Job::Generate { request: Box::new(request), rotation, events: sender }, events))
     }
 
-    /// Most tokens that can follow a prompt of this length; 0 if the prompt is too long.
+    fn rotation(&self, request: &GenerateRequest) -> Result<Option<RotationPlan>, SubmitError> {
+        let lengths = Lengths {
+            prompt: request.prompt.len(),
+            max_tokens: request.max_tokens,
+            has_bos: request.prompt.first().copied() == self.shared.tokenizer.bos(),
+            context: self.shared.facts.context,
+            usual: self.shared.facts.options.rotation,
+        };
+        RotationPlan::of(&request.rotation, lengths)
+    }
+
+    /// Most tokens that can follow a prompt of this length without a rotation; 0 if the prompt is too long.
     #[must_use]
     pub fn max_new_tokens(&self, prompt_tokens: usize) -> usize {
         self.shared.facts.context.saturating_sub(prompt_tokens)
@@ -232,18 +255,51 @@ impl EngineHandle {
         visit: &mut dyn FnMut(usize, &[f32]),
     ) -> Result<(), ScoreError> {
         let n_rows = ids.len();
-        GenerateRequest::new(ids.clone(), 1).validate(self.shared.facts.vocab_len)?;
-        if n_rows > self.shared.facts.context {
-            let limit = self.shared.facts.context;
-            return Err(SubmitError::PromptTooLong { tokens: n_rows, limit }.into());
-        }
-        let (rows, receiver) = flume::unbounded();
-        self.enqueue(Job::Score { ids, rows })?;
+        let rows = self.scored(ids, Scoring::Chunks)?;
         for position in 0..n_rows {
-            let row = receiver.recv().map_err(|_| SequenceFault::Stopped)??;
-            visit(position, &row);
+            visit(position, &next_row(&rows)?);
         }
         Ok(())
+    }
+
+    /// [`EngineHandle::score`] of a sequence that is fed token by token, as an answer is: calls `visit` with
+    /// the position and the row `(V,)` of each `every`th token only, the first at position `every − 1`.
+    ///
+    /// # Errors
+    /// As [`EngineHandle::score`].
+    pub fn score_steps(
+        &self,
+        ids: Vec<u32>,
+        every: NonZeroUsize,
+        visit: &mut dyn FnMut(usize, &[f32]),
+    ) -> Result<(), ScoreError> {
+        let (n_tokens, every) = (ids.len(), every.get());
+        let rows = self.scored(ids, Scoring::Steps { every })?;
+        for n_fed in (every..=n_tokens).step_by(every) {
+            visit(n_fed - 1, &next_row(&rows)?);
+        }
+        Ok(())
+    }
+
+    /// The row `(V,)` behind these tokens, read as a prompt that nothing is known of: the cache's prefixes
+    /// have no part in it.
+    ///
+    /// # Errors
+    /// As [`EngineHandle::score`].
+    pub fn next_logits(&self, ids: Vec<u32>) -> Result<Vec<f32>, ScoreError> {
+        Ok(next_row(&self.scored(ids, Scoring::Last)?)?)
+    }
+
+    /// The rows of a score, as they come.
+    fn scored(&self, ids: Vec<u32>, scoring: Scoring) -> Result<ScoredRows, ScoreError> {
+        let (tokens, limit) = (ids.len(), self.shared.facts.context);
+        GenerateRequest::new(ids.clone(), 1).validate(self.shared.facts.vocab_len)?;
+        if tokens > limit {
+            return Err(SubmitError::PromptTooLong { tokens, limit }.into());
+        }
+        let (rows, receiver) = flume::unbounded();
+        self.enqueue(Job::Score { ids, scoring, rows })?;
+        Ok(receiver)
     }
 
     /// [`EngineHandle::score`] with all rows kept: `(ids, V)`.
@@ -359,6 +415,12 @@ impl EngineHandle {
     }
 }
 
+type ScoredRows = flume::Receiver<Result<Vec<f32>, SequenceFault>>;
+
+fn next_row(rows: &ScoredRows) -> Result<Vec<f32>, SequenceFault> {
+    rows.recv().map_err(|_| SequenceFault::Stopped)?
+}
+
 /// What options leave open, decided.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Sizes {
@@ -395,7 +457,19 @@ pub(crate) fn sizes(config: &DecoderConfig, options: EngineOptions) -> Result<Si
         }
         None => config.context_len.min(kv_pages * PAGE_TOKENS),
     };
+    check_rotation(options.rotation, context)?;
     Ok(Sizes { context, kv_pages, page_bytes })
+}
+
+fn check_rotation(rotation: RotationOptions, context: usize) -> Result<(), EngineError> {
+    if rotation.policy == RotatePolicy::SinkWindow {
+        let expected = "reprefill, stop or off: it is not available in this version".to_owned();
+        let found = rotation.policy.name().to_owned();
+        return Err(EngineError::BadOption { field: "rotation.policy", expected, found });
+    }
+    let rotate_at = rotation.rotate_at.unwrap_or(context);
+    within("rotation.rotate_at", rotate_at, 2, context)?;
+    within("rotation.window", rotation.window.unwrap_or(1), 1, (rotate_at * 3 / 4).max(1))
 }
 
 /// What is true of an engine with these options.

@@ -10,6 +10,7 @@
 //! - `scheduler`, `sequence`: which rows run, and what a sequence is. `scheduler` says why nothing can
 //!   wedge.
 //! - `cache`: who owns which KV page, and which prefixes are shared.
+//! - `rotation`: what becomes of an answer that outgrows its place in the cache; `open_json` says when it waits.
 //! - `sampler`, `distribution`, `philox`, `output`: from logits to text.
 //! - `plan`: what all of it takes on a device, before anything does.
 //! - `fingerprint`: the model's hash, known some time after the engine answers.
@@ -27,6 +28,7 @@ mod fingerprint;
 mod handle;
 mod load;
 mod loops;
+mod open_json;
 mod output;
 mod pace;
 mod philox;
@@ -34,6 +36,7 @@ mod places;
 mod plan;
 mod queue;
 mod request;
+mod rotation;
 mod sampler;
 mod scheduler;
 mod sequence;
@@ -61,5 +64,9 @@ pub use plan::{
 pub use request::{
     GenerateRequest, MAX_LOGIT_BIAS, MAX_STOP_BYTES, MAX_STOP_STRINGS, MAX_TOP_LOGPROBS, Priority,
     Sampling,
+};
+pub use rotation::{
+    DEFAULT_ROTATE_AT, DEFAULT_WINDOW, MAX_HELD_TOKENS, MAX_ROTATED_TOKENS, RotatePolicy, Rotated,
+    Rotation, RotationOptions,
 };
 pub use warm_up::{BucketReport, Prompt, WarmUpError, WarmUpPlan, WarmUpReport, warm_up};

@@ -4,6 +4,7 @@ use std::time::Instant;
 
 use crate::error::SubmitError;
 use crate::loops::LoopGuard;
+use crate::rotation::Rotation;
 
 /// Most alternatives a caller may ask for beside a token; the limit of the OpenAI protocol.
 pub const MAX_TOP_LOGPROBS: usize = 20;
@@ -19,7 +20,7 @@ pub const MAX_LOGIT_BIAS: f32 = 100.0;
 pub struct GenerateRequest {
     /// Token ids of the prompt, special tokens included.
     pub prompt: Vec<u32>,
-    /// Most tokens to sample, at least 1. Prompt plus this must fit the context.
+    /// Most tokens to sample, at least 1. Prompt plus this must fit the context, unless it may rotate.
     pub max_tokens: usize,
     /// How tokens are drawn.
     pub sampling: Sampling,
@@ -37,6 +38,8 @@ pub struct GenerateRequest {
     /// another's prompt by its time to the first token, and tenants get equal shares of the engine while
     /// they wait for it. `None` is a tenant of its own.
     pub tenant: Option<String>,
+    /// What happens when prompt and answer outgrow their place in the cache.
+    pub rotation: Rotation,
     /// Before which of the same tenant's requests.
     pub priority: Priority,
     /// When the whole answer is of no use any more: the sequence then fails with
@@ -60,7 +63,7 @@ pub enum Priority {
 }
 
 impl GenerateRequest {
-    /// A request with default sampling that ends at the end-of-sequence token.
+    /// A request with default sampling that ends at the end-of-sequence token and never rotates.
     #[must_use]
     pub fn new(prompt: Vec<u32>, max_tokens: usize) -> GenerateRequest {
         GenerateRequest {
@@ -75,6 +78,7 @@ impl GenerateRequest {
             priority: Priority::default(),
             deadline: None,
             loop_guard: None,
+            rotation: Rotation::default(),
         }
     }
 

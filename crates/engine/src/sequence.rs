@@ -3,7 +3,8 @@
 //!
 //! `Waiting` (in the queue, owns nothing) → `Running` (owns every page it can need; unfed prompt
 //! tokens, then one unfed token a step) → retired by the worker with one final event. A running sequence
-//! whose pages were withdrawn is suspended: it owns nothing, knows all its tokens, and is computed anew.
+//! whose pages were withdrawn is suspended: it owns nothing, knows all its tokens, and is computed anew. So is
+//! one that was rotated, from what is left of its tokens.
 
 use std::time::Instant;
 
@@ -21,6 +22,7 @@ use crate::loops::LoopMonitor;
 use crate::output::AnswerText;
 use crate::queue::Queued;
 use crate::request::{GenerateRequest, Priority};
+use crate::rotation::{Due, Rotating, RotationPlan};
 use crate::sampler::{Sampler, SamplerScratch};
 use crate::scheduler::{Demand, LogitRows};
 
@@ -50,8 +52,31 @@ pub(crate) struct Waiting {
 /// What is to be computed.
 #[derive(Debug)]
 pub(crate) enum Job {
-    Generate { request: Box<GenerateRequest>, events: flume::Sender<Event> },
-    Score { ids: Vec<u32>, rows: flume::Sender<Result<Vec<f32>, SequenceFault>> },
+    Generate {
+        request: Box<GenerateRequest>,
+        /// `None`: it fits as it is.
+        rotation: Option<RotationPlan>,
+        events: flume::Sender<Event>,
+    },
+    Score {
+        ids: Vec<u32>,
+        scoring: Scoring,
+        rows: ScoreRows,
+    },
+}
+
+/// Where the rows of a score go, `(V,)` each.
+pub(crate) type ScoreRows = flume::Sender<Result<Vec<f32>, SequenceFault>>;
+
+/// How a sequence is scored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Scoring {
+    /// In chunks; every row is delivered.
+    Chunks,
+    /// As a prompt is read; the row of the last token is delivered.
+    Last,
+    /// Token by token, as an answer is fed; the rows at multiples of `every` tokens are delivered.
+    Steps { every: usize },
 }
 
 impl Queued for Waiting {
@@ -94,7 +119,10 @@ impl Waiting {
     /// Positions of the KV cache that the sequence can fill. The last sampled token is never fed.
     pub(crate) fn positions(&self) -> usize {
         match &self.job {
-            Job::Generate { request, .. } => request.prompt.len() + request.max_tokens - 1,
+            Job::Generate { rotation: Some(rotation), .. } => rotation.positions(),
+            Job::Generate { request, rotation: None, .. } => {
+                request.prompt.len() + request.max_tokens - 1
+            }
             Job::Score { ids, .. } => ids.len(),
         }
     }
@@ -113,7 +141,7 @@ impl Waiting {
     /// Tells the caller that the sequence ends before it started.
     pub(crate) fn end(self, ending: Ending) {
         match self.job {
-            Job::Generate { request, events } => {
+            Job::Generate { request, events, .. } => {
                 let queue_ms = milliseconds(self.submitted, Instant::now());
                 let event = match ending {
                     Ending::Fault(fault) => Event::Failed(fault),
@@ -158,7 +186,9 @@ impl Ending {
     pub(crate) fn total(&self) -> Total {
         match self {
             Ending::Finish {
-                finish: Finish::Stop | Finish::Length | Finish::Degenerate, ..
+                finish:
+                    Finish::Stop | Finish::Length | Finish::Degenerate | Finish::RotationRequired,
+                ..
             } => Total::Finished,
             Ending::Finish { finish: Finish::Cancelled, .. } | Ending::Gone => Total::Cancelled,
             Ending::Fault(_) => Total::Failed,
@@ -193,7 +223,7 @@ pub(crate) struct Shared<'a> {
 pub(crate) struct Running {
     pub(crate) id: SequenceId,
     pub(crate) traffic: Traffic,
-    /// Prompt and answer.
+    /// Of prompt and answer what its cache is of: all, unless it was rotated.
     pub(crate) tokens: Vec<u32>,
     prompt_tokens: usize,
     /// Tokens whose keys and values are in the cache.
@@ -221,7 +251,7 @@ pub(crate) struct Running {
 #[derive(Debug)]
 enum Purpose {
     Generate(Box<Generating>),
-    Score(flume::Sender<Result<Vec<f32>, SequenceFault>>),
+    Score { scoring: Scoring, rows: ScoreRows },
 }
 
 #[derive(Debug)]
@@ -246,6 +276,8 @@ struct Generating {
     entropy_sum: Option<f64>,
     needs_only_tokens: bool,
     loops: Option<LoopMonitor>,
+    /// `None`: it fits as it is.
+    rotation: Option<Box<Rotating>>,
 }
 
 /// What the device says of one row.
@@ -267,12 +299,13 @@ impl Running {
         let (positions, deadline) = (waiting.positions(), waiting.deadline());
         let tenant = waiting.tenant().map(Box::from);
         let (tokens, purpose) = match waiting.job {
-            Job::Score { ids, rows } => (ids, Purpose::Score(rows)),
-            Job::Generate { request, events } => {
+            Job::Score { ids, scoring, rows } => (ids, Purpose::Score { scoring, rows }),
+            Job::Generate { request, rotation, events } => {
                 let needs_only_tokens = request.needs_only_tokens();
+                let n_prompt = request.prompt.len();
                 let generating = Generating {
                     needs_only_tokens,
-                    prompt_tokens: request.prompt.len(),
+                    prompt_tokens: n_prompt,
                     max_tokens: request.max_tokens,
                     top_logprobs: request.logprobs,
                     stop_at_eos: request.stop_at_eos,
@@ -288,6 +321,7 @@ impl Running {
                     n_completion: 0,
                     entropy_sum: request.entropy.then_some(0.0),
                     loops: request.loop_guard.map(LoopMonitor::new),
+                    rotation: rotation.map(|plan| Box::new(Rotating::new(plan, n_prompt))),
                 };
                 (request.prompt, Purpose::Generate(Box::new(generating)))
             }
@@ -373,17 +407,25 @@ impl Running {
                         .send(Event::Started { queue_ms, cached_tokens: self.cached_tokens }),
                 );
             }
-            Purpose::Score(_) => {}
+            Purpose::Score { .. } => {}
         }
     }
 
     /// Its rows of a step, in a lane of the tenants.
     pub(crate) fn demand(&self, lane: usize) -> Demand {
-        let logits = match self.purpose {
-            Purpose::Generate(_) => LogitRows::Last,
-            Purpose::Score(_) => LogitRows::All,
-        };
-        Demand { unfed: self.tokens.len() - self.fed, logits, lane }
+        let unfed = self.tokens.len() - self.fed;
+        match self.purpose {
+            Purpose::Generate(_) | Purpose::Score { scoring: Scoring::Last, .. } => {
+                Demand { unfed, logits: LogitRows::Last, lane }
+            }
+            Purpose::Score { scoring: Scoring::Chunks, .. } => {
+                Demand { unfed, logits: LogitRows::All, lane }
+            }
+            // As if the next one were the last that is known.
+            Purpose::Score { scoring: Scoring::Steps { .. }, .. } => {
+                Demand { unfed: unfed.min(1), logits: LogitRows::Last, lane }
+            }
+        }
     }
 
     /// Notes that the next `n_rows` tokens are in the cache; returns how many of them were prompt.
@@ -397,7 +439,7 @@ impl Running {
     pub(crate) fn n_completion(&self) -> usize {
         match &self.purpose {
             Purpose::Generate(generating) => generating.n_completion,
-            Purpose::Score(_) => 0,
+            Purpose::Score { .. } => 0,
         }
     }
 
@@ -405,7 +447,7 @@ impl Running {
     pub(crate) fn is_abandoned(&self) -> bool {
         match &self.purpose {
             Purpose::Generate(generating) => generating.events.is_disconnected(),
-            Purpose::Score(rows) => rows.is_disconnected(),
+            Purpose::Score { rows, .. } => rows.is_disconnected(),
         }
     }
 
@@ -423,17 +465,46 @@ impl Running {
             Purpose::Generate(generating) => {
                 generating.needs_only_tokens.then(|| generating.sampler.draw(n_pending))
             }
-            Purpose::Score(_) => None,
+            Purpose::Score { .. } => None,
         }
     }
 
     /// Whether the token that it gets next, should it go on, is fed: one that reaches `max_tokens` is not,
-    /// and has no position.
+    /// and has no position, and one that fills its place may be fed at another.
     pub(crate) fn feeds_its_next_token(&self) -> bool {
         match &self.purpose {
-            Purpose::Generate(generating) => generating.n_completion + 1 < generating.max_tokens,
-            Purpose::Score(_) => false,
+            Purpose::Generate(generating) => {
+                let n_next = self.tokens.len() + 1;
+                let fills_its_place = |rotation: &Rotating| rotation.is_full(n_next);
+                generating.n_completion + 1 < generating.max_tokens
+                    && !generating.rotation.as_deref().is_some_and(fills_its_place)
+            }
+            Purpose::Score { .. } => false,
         }
+    }
+
+    /// Whether it is to be rotated, or to end because it may not be.
+    pub(crate) fn rotation_due(&self) -> Due {
+        match &self.purpose {
+            Purpose::Generate(generating) => {
+                let rotation = generating.rotation.as_deref();
+                rotation.map_or(Due::No, |rotation| rotation.due(self.tokens.len()))
+            }
+            Purpose::Score { .. } => Due::No,
+        }
+    }
+
+    /// Drops tokens, tells the caller, and is to be computed anew from what is left. What is no part of the
+    /// cache stays as it is.
+    pub(crate) fn rotate(&mut self) {
+        let Purpose::Generate(generating) = &mut self.purpose else { return };
+        let Some(rotation) = &mut generating.rotation else { return };
+        let rotated = rotation.rotate(&mut self.tokens);
+        drop(generating.events.send(Event::Rotated(rotated)));
+        self.fed = 0;
+        self.n_shared = 0;
+        // What is read again is nobody's prompt.
+        self.prompt_tokens = 0;
     }
 
     /// Takes one row; `Some` when the sequence ends with it.
@@ -442,10 +513,15 @@ impl Running {
             (Purpose::Generate(generating), row) => {
                 generating.accept(row, &mut self.tokens, shared)
             }
-            (Purpose::Score(rows), Row::Logits(logits)) => {
-                rows.send(Ok(logits.to_vec())).is_err().then_some(Ending::Gone)
+            (Purpose::Score { scoring, rows }, Row::Logits(logits)) => {
+                let is_asked = match scoring {
+                    Scoring::Chunks | Scoring::Last => true,
+                    Scoring::Steps { every } => self.fed.is_multiple_of(*every),
+                };
+                let is_heard = !is_asked || rows.send(Ok(logits.to_vec())).is_ok();
+                (!is_heard).then_some(Ending::Gone)
             }
-            (Purpose::Score(_), Row::Found(_)) => {
+            (Purpose::Score { .. }, Row::Found(_)) => {
                 unreachable!("a score needs every logit, and the worker asks before")
             }
         }
@@ -453,14 +529,27 @@ impl Running {
 
     /// Whether every row of a scored sequence was delivered.
     pub(crate) fn is_scored(&self) -> bool {
-        matches!(self.purpose, Purpose::Score(_)) && self.fed == self.tokens.len()
+        matches!(self.purpose, Purpose::Score { .. }) && self.fed == self.tokens.len()
     }
 
     /// Sends the last event. The pages were released before, so whoever sees it sees them free.
     pub(crate) fn end(mut self, ending: Ending) {
         match &mut self.purpose {
             Purpose::Generate(generating) => generating.end(ending, self.cached_tokens),
-            Purpose::Score(rows) => fail_score(rows, ending),
+            Purpose::Score { rows, .. } => fail_score(rows, ending),
+        }
+    }
+}
+
+/// What tests break by hand.
+#[cfg(test)]
+impl Running {
+    pub(crate) fn rotating(&mut self) -> &mut Rotating {
+        match &mut self.purpose {
+            Purpose::Generate(generating) => {
+                generating.rotation.as_deref_mut().expect("it may rotate")
+            }
+            Purpose::Score { .. } => panic!("a score never rotates"),
         }
     }
 }
@@ -483,6 +572,7 @@ impl Generating {
                 return Some((index, None, None));
             }
         };
+        let tokens = self.rotation.as_deref().map_or(tokens, |rotation| rotation.history(tokens));
         if self.top_logprobs.is_none() && self.entropy_sum.is_none() {
             let id = self.sampler.sample(logits, tokens, shared.scratch)?;
             return Some((id, None, None));
@@ -517,7 +607,11 @@ impl Generating {
             return Some(Ending::finish(Finish::Stop));
         }
 
-        let piece = self.answer.push(text_bytes(shared.tokenizer, id));
+        let bytes = text_bytes(shared.tokenizer, id);
+        if let Some(rotation) = &mut self.rotation {
+            rotation.push(id, bytes);
+        }
+        let piece = self.answer.push(bytes);
         let event = TokenEvent { id, text: piece.text, logprob, entropy };
         self.n_completion += 1;
         if self.events.send(Event::Token(event)).is_err() {
@@ -603,13 +697,16 @@ fn describe(
 }
 
 /// A complete score ends by closing its channel; anything else must be told apart from that.
-fn fail_score(rows: &flume::Sender<Result<Vec<f32>, SequenceFault>>, ending: Ending) {
+fn fail_score(rows: &ScoreRows, ending: Ending) {
     match ending {
         Ending::Fault(fault) => drop(rows.send(Err(fault))),
         Ending::Finish { finish: Finish::Cancelled, .. } => {
             drop(rows.send(Err(SequenceFault::Stopped)));
         }
-        Ending::Finish { finish: Finish::Stop | Finish::Length | Finish::Degenerate, .. }
+        Ending::Finish {
+            finish: Finish::Stop | Finish::Length | Finish::Degenerate | Finish::RotationRequired,
+            ..
+        }
         | Ending::Gone => {}
     }
 }

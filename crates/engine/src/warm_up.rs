@@ -314,13 +314,15 @@ fn collect(generation: &Generation) -> Result<(Vec<u32>, Timings), WarmUpError> 
     let mut ids = Vec::new();
     loop {
         match generation.events.recv().map_err(|_| SequenceFault::Stopped)? {
-            Event::Started { .. } | Event::Tail(_) => {}
+            Event::Started { .. } | Event::Rotated(_) | Event::Tail(_) => {}
             Event::Token(token) => ids.push(token.id),
             Event::Finished(finished) => match finished.finish {
                 Finish::Stop | Finish::Length | Finish::Degenerate => {
                     return Ok((ids, finished.timings));
                 }
-                Finish::Cancelled => return Err(SequenceFault::Stopped.into()),
+                Finish::RotationRequired | Finish::Cancelled => {
+                    return Err(SequenceFault::Stopped.into());
+                }
             },
             Event::Failed(fault) => return Err(fault.into()),
         }

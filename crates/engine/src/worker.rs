@@ -14,6 +14,7 @@
 
 mod deadlines;
 mod paging;
+mod rotate;
 mod step;
 mod suspects;
 
@@ -161,6 +162,7 @@ impl<B: Backend> Worker<B> {
         self.admit();
         if !self.running.is_empty() || self.flight.is_some() {
             self.step();
+            self.rotate_due();
             self.watch_fence();
             if self.n_steps.is_multiple_of(self.options.kv_audit_every) {
                 self.audit();
@@ -333,6 +335,7 @@ mod tests {
     use crate::load::{Identity, LoadOptions, prepare_generator};
     use crate::places::PlaceLimits;
     use crate::request::{GenerateRequest, Sampling};
+    use crate::rotation::{Lengths, RotationOptions, RotationPlan};
     use crate::sequence::Job;
 
     /// A worker whose turns the test drives by hand.
@@ -341,6 +344,7 @@ mod tests {
         pub(super) commands: flume::Sender<Command>,
         pub(super) gauges: Arc<Gauges>,
         n_submitted: u64,
+        context: usize,
     }
 
     impl Bench {
@@ -363,7 +367,7 @@ mod tests {
             let gauges = Arc::new(Gauges::new(facts.kv_pages));
             let (commands, receiver) = flume::unbounded();
             let worker = Worker::new(loaded, &facts, receiver, Arc::clone(&gauges)).unwrap();
-            Bench { worker, commands, gauges, n_submitted: 0 }
+            Bench { worker, commands, gauges, n_submitted: 0, context: facts.context }
         }
 
         /// A greedy request that runs to `max_tokens`.
@@ -394,7 +398,15 @@ mod tests {
             let (sender, events) = flume::unbounded();
             let tenant = request.tenant.clone();
             self.gauges.enter_queue(tenant.as_deref(), PlaceLimits::NONE).unwrap();
-            let job = Job::Generate { request: Box::new(request), events: sender };
+            let lengths = Lengths {
+                prompt: request.prompt.len(),
+                max_tokens: request.max_tokens,
+                has_bos: false,
+                context: self.context,
+                usual: RotationOptions::default(),
+            };
+            let rotation = RotationPlan::of(&request.rotation, lengths).unwrap();
+            let job = Job::Generate { request: Box::new(request), rotation, events: sender };
             let id = SequenceId(self.n_submitted);
             self.n_submitted += 1;
             let submitted = Instant::now();

@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use exrail_engine::{
-    EngineHandle, Event, Finish, Finished, GenerateRequest, Generation, TokenLogprob,
+    EngineHandle, Event, Finish, Finished, GenerateRequest, Generation, Rotated, TokenLogprob,
 };
 use exrail_wire as wire;
 use futures_util::{Stream, StreamExt, stream};
@@ -16,7 +16,16 @@ use crate::{error::ApiError, translate};
 pub(crate) struct Choice {
     pub(crate) text: String,
     pub(crate) logprobs: Vec<LogprobAt>,
+    pub(crate) n_tokens: usize,
+    pub(crate) rotations: Vec<RotatedAt>,
     pub(crate) finished: Option<Finished>,
+}
+
+/// A rotation, and the tokens of the answer before it.
+#[derive(Clone, Debug)]
+pub(crate) struct RotatedAt {
+    pub(crate) at: usize,
+    pub(crate) rotated: Rotated,
 }
 
 /// A token's log-probabilities, and where its text begins in the answer.
@@ -78,7 +87,11 @@ impl Choice {
     pub(crate) fn take(&mut self, event: Event) -> Result<(), ApiError> {
         match event {
             Event::Started { .. } => {}
+            Event::Rotated(rotated) => {
+                self.rotations.push(RotatedAt { at: self.n_tokens, rotated });
+            }
             Event::Token(token) => {
+                self.n_tokens += 1;
                 let text_offset = self.text.chars().count();
                 if let Some(logprob) = token.logprob {
                     self.logprobs.push(LogprobAt { logprob, text_offset });
@@ -107,6 +120,7 @@ pub(crate) fn finish_reason(finish: Finish) -> &'static str {
         Finish::Stop => "stop",
         Finish::Length => "length",
         Finish::Degenerate => "degenerate",
+        Finish::RotationRequired => "context_rotation_required",
         Finish::Cancelled => "cancelled",
     }
 }

@@ -191,6 +191,7 @@ fn cache_lines(
         "Sequences computed anew because a page that they shared was withdrawn.",
         counters.kv_restarts,
     );
+    metric("rotations_total", "counter", "Contexts that were rotated.", counters.rotations);
     metric(
         "prefix_cache_hits_total",
         "counter",

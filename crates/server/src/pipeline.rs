@@ -145,7 +145,7 @@ impl Generate for EngineGenerate<'_> {
         let mut first_token_ms = None;
         while let Some(event) = self.next(&generation)? {
             match event {
-                Event::Started { .. } => {}
+                Event::Started { .. } | Event::Rotated(_) => {}
                 Event::Token(token) => {
                     first_token_ms.get_or_insert_with(|| ms_since(submitted));
                     text.push_str(&token.text);
@@ -209,8 +209,8 @@ fn generated(text: String, finished: &Finished) -> Result<Generated, GenerateErr
         Finish::Stop => GeneratedEnd::Stop,
         Finish::Length => GeneratedEnd::Length,
         Finish::Degenerate => GeneratedEnd::Looped,
-        // Nobody but this function holds the generation.
-        Finish::Cancelled => return Err(engine_error(ApiError::Lost)),
+        // Nobody but this function holds the generation, and it never rotates: its prompt is the evidence.
+        Finish::RotationRequired | Finish::Cancelled => return Err(engine_error(ApiError::Lost)),
     };
     Ok(Generated {
         text,

@@ -11,7 +11,8 @@ use serde::Serialize;
 use crate::{
     AppState,
     error::ApiError,
-    generation::{self, Choice, LogprobAt},
+    generation::{self, Choice, LogprobAt, RotatedAt},
+    rotation,
     sse::{EventSink, Gone},
     state::Services,
     trace::{TraceError, TraceIdentity},
@@ -31,6 +32,7 @@ pub(crate) struct News<'a> {
     pub(crate) index: usize,
     pub(crate) text: &'a str,
     pub(crate) logprobs: &'a [LogprobAt],
+    pub(crate) rotations: &'a [RotatedAt],
 }
 
 /// How a route words its events.
@@ -39,7 +41,7 @@ pub(crate) trait Wording: Send + Sync + 'static {
 
     /// Before the first token.
     fn opening(&self, n_choices: usize) -> Vec<Self::Event>;
-    /// New text or log-probabilities.
+    /// New text, log-probabilities or rotations.
     fn news(&self, news: &News<'_>) -> Self::Event;
     /// Finish reasons and, if asked for, the usage.
     fn closing(&self, choices: &[Choice]) -> Vec<Self::Event>;
@@ -79,21 +81,27 @@ async fn gather(
         (Err(_), _) => return gathered.map(|()| choices),
         (Ok(()), _) => {}
     }
-    append(&state, &services, &job.identity, record).await?;
+    let rotated = rotation::traced(job.route, &choices);
+    append(&state, &services, &job.identity, rotated, record).await?;
     gathered.map(|()| choices)
 }
 
 /// The reason in the record of an answer whose client has gone.
 const CANCELLED: &str = "cancelled";
 
-/// Writes the record of a job, as soon as its pins are known.
+/// Writes the records of a job, that of its end last, as soon as its pins are known.
 async fn append(
     state: &AppState,
     services: &Services,
     identity: &TraceIdentity,
+    rotated: Vec<TraceBody>,
     record: TraceBody,
 ) -> Result<(), TraceError> {
-    state.traces.append(identity, &services.pins().await?, record).await
+    let pins = services.pins().await?;
+    for body in rotated.into_iter().chain([record]) {
+        state.traces.append(identity, &pins, body).await?;
+    }
+    Ok(())
 }
 
 /// Why a stream ended early.
@@ -127,7 +135,9 @@ pub(crate) async fn stream(
             Err(Cut::Failed(error)) => *finish_reason = error.to_string(),
         }
     }
-    let traced = sink.alive_while(append(&state, &services, &job.identity, record)).await;
+    let rotated = rotation::traced(job.route, &choices);
+    let traced = append(&state, &services, &job.identity, rotated, record);
+    let traced = sink.alive_while(traced).await;
     match (streamed, traced) {
         (Ok(()), Ok(())) => drop(close(&choices, &wording, &sink).await),
         (Ok(()), Err(error)) => sink.fail(&error.into()).await,
@@ -161,11 +171,13 @@ async fn pass_on(
         }
         let choice = &mut choices[index];
         let (text_from, logprobs_from) = (choice.text.len(), choice.logprobs.len());
+        let rotations_from = choice.rotations.len();
         choice.take(event).map_err(Cut::Failed)?;
         let text = &choice.text[text_from..];
         let logprobs = &choice.logprobs[logprobs_from..];
-        if !text.is_empty() || !logprobs.is_empty() {
-            sink.send(&wording.news(&News { index, text, logprobs })).await?;
+        let rotations = &choice.rotations[rotations_from..];
+        if !text.is_empty() || !logprobs.is_empty() || !rotations.is_empty() {
+            sink.send(&wording.news(&News { index, text, logprobs, rotations })).await?;
         }
     }
     if choices.iter().any(|choice| choice.finished.is_none()) {

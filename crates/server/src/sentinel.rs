@@ -78,7 +78,7 @@ fn generate(engine: &EngineHandle) -> Result<usize, SentinelError> {
     let generation = engine.submit(request).map_err(|error| failed(&error))?;
     for event in &generation.events {
         match event {
-            Event::Started { .. } | Event::Token(_) | Event::Tail(_) => {}
+            Event::Started { .. } | Event::Token(_) | Event::Rotated(_) | Event::Tail(_) => {}
             Event::Finished(finished) => {
                 let found = finished.usage.completion_tokens;
                 let whole = finished.finish == Finish::Length && found == TOKENS;

@@ -3,7 +3,9 @@
 use std::time::{Duration, Instant};
 
 use exrail_engine::{EngineHandle, GenerateRequest, Priority, Sampling};
-use exrail_text::{ChatMessage, RenderOptions, encode_prompt};
+use exrail_text::{
+    ChatMessage, PlacedPrompt, Prompt, RenderOptions, encode_messages, encode_prompt,
+};
 use exrail_wire::{
     Content, ContentPart, ExtraFields, PriorityName, RequestMessage, SamplingFields, Stop, Unknown,
 };
@@ -179,6 +181,11 @@ fn content(index: usize, content: Content) -> Result<String, ApiError> {
 /// # Errors
 /// The model has no template, or the template refuses the messages.
 pub fn chat_prompt(engine: &EngineHandle, messages: &[ChatMessage]) -> Result<Vec<u32>, ApiError> {
+    encode_prompt(engine.tokenizer(), &rendered(engine, messages)?)
+        .map_err(|error| ApiError::Template(error.to_string()))
+}
+
+fn rendered(engine: &EngineHandle, messages: &[ChatMessage]) -> Result<Prompt, ApiError> {
     let Some(template) = engine.template() else {
         return Err(ApiError::NotAvailable {
             what: "chat",
@@ -186,10 +193,17 @@ pub fn chat_prompt(engine: &EngineHandle, messages: &[ChatMessage]) -> Result<Ve
         });
     };
     let options = RenderOptions { add_generation_prompt: true, ..RenderOptions::default() };
-    let prompt = template
-        .render(messages, &options)
-        .map_err(|error| ApiError::Template(error.to_string()))?;
-    encode_prompt(engine.tokenizer(), &prompt)
+    template.render(messages, &options).map_err(|error| ApiError::Template(error.to_string()))
+}
+
+/// [`chat_prompt`] with the tokens of each message, where the template left it as it is.
+pub(crate) fn placed_prompt(
+    engine: &EngineHandle,
+    messages: &[ChatMessage],
+) -> Result<PlacedPrompt, ApiError> {
+    let contents = messages.iter().map(|message| message.content.as_deref().unwrap_or_default());
+    let contents: Vec<&str> = contents.collect();
+    encode_messages(engine.tokenizer(), &rendered(engine, messages)?, &contents)
         .map_err(|error| ApiError::Template(error.to_string()))
 }
 

@@ -43,7 +43,9 @@ pub use chat::{ChatMessage, RenderOptions, ToolCall};
 pub use detokenizer::Detokenizer;
 pub use error::TokenizerError;
 pub use from_json::TokenRoles;
-pub use prompt::{Prompt, PromptError, Segment, encode_completion, encode_prompt};
+pub use prompt::{
+    PlacedPrompt, Prompt, PromptError, Segment, encode_completion, encode_messages, encode_prompt,
+};
 pub use specials::Specials;
 pub use stop::{Released, StopMatcher};
 pub use template::{ChatTemplate, TemplateError, TemplateLimits};

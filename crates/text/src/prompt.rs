@@ -121,6 +121,77 @@ impl Prompt {
 /// [`PromptError::ControlInKey`]; [`PromptError::UnprovenContent`] if a message contains a control literal and its place in the
 /// prompt cannot be proven; [`PromptError::Tokenizer`] as [`Tokenizer::encode`].
 pub fn encode_prompt(tokenizer: &Tokenizer, prompt: &Prompt) -> Result<Vec<u32>, PromptError> {
+    let ids = encode_ranges(tokenizer, prompt)?;
+    Ok(with_bos(tokenizer, ids.into_iter().map(|(id, _)| id).collect()))
+}
+
+/// Token ids of a prompt, and where its messages are.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PlacedPrompt {
+    /// The ids.
+    pub ids: Vec<u32>,
+    /// The tokens of each message: of its text, and of what the template wrote around it up to its neighbours.
+    /// Where that is more than one control token, the first one and what follows it up to the second end the
+    /// message before. `None` for a text that the template changed, or an empty one.
+    pub places: Vec<Option<Range<usize>>>,
+}
+
+/// [`encode_prompt`] with the place of each of `contents`, the messages' texts in their order.
+///
+/// # Errors
+/// As [`encode_prompt`].
+pub fn encode_messages(
+    tokenizer: &Tokenizer,
+    prompt: &Prompt,
+    contents: &[&str],
+) -> Result<PlacedPrompt, PromptError> {
+    let pieces = encode_ranges(tokenizer, prompt)?;
+    let untrusted = prompt.untrusted();
+    let text = prompt.text();
+    let inside = |bytes: &Range<usize>| {
+        let start = pieces.partition_point(|(_, piece)| piece.end <= bytes.start);
+        start..pieces.partition_point(|(_, piece)| piece.start < bytes.end)
+    };
+    let texts: Vec<Range<usize>> = untrusted.iter().map(inside).collect();
+    let ids: Vec<u32> = pieces.iter().map(|(id, _)| *id).collect();
+    let cuts = cuts(tokenizer, &ids, &texts);
+    let without_bos = ids.len();
+    let ids = with_bos(tokenizer, ids);
+    let shift = ids.len() - without_bos;
+    let mut next = 0;
+    let message = |content: &&str| {
+        let is_it = |bytes: &Range<usize>| text[bytes.clone()].trim() == content.trim();
+        let at = next + untrusted[next..].iter().position(is_it)?;
+        next = at + 1;
+        let start = if at == 0 { 0 } else { cuts[at] + shift };
+        Some(start..cuts[at + 1] + shift)
+    };
+    let places = contents.iter().map(message).collect();
+    Ok(PlacedPrompt { ids, places })
+}
+
+/// Where each text's message begins, and where the last one ends, as indexes of tokens.
+fn cuts(tokenizer: &Tokenizer, ids: &[u32], texts: &[Range<usize>]) -> Vec<usize> {
+    let mut cuts = vec![0];
+    for (at, before) in texts.iter().enumerate() {
+        let end = texts.get(at + 1).map_or(ids.len(), |next| next.start).max(before.end);
+        let gap = before.end..end;
+        let mut controls = gap.clone().filter(|&at| tokenizer.is_control(ids[at]));
+        let cut = match (controls.next(), controls.next()) {
+            (Some(_), Some(second)) => second,
+            (Some(first), None) => first + 1,
+            (None, _) => gap.start,
+        };
+        cuts.push(cut);
+    }
+    cuts
+}
+
+/// Ids with byte ranges of [`Prompt::text`].
+fn encode_ranges(
+    tokenizer: &Tokenizer,
+    prompt: &Prompt,
+) -> Result<Vec<(u32, Range<usize>)>, PromptError> {
     if let Some(literal) = prompt.fixed.iter().find_map(|it| tokenizer.control_literal_in(it)) {
         return Err(PromptError::ControlInKey { literal: literal.to_owned() });
     }
@@ -143,8 +214,7 @@ pub fn encode_prompt(tokenizer: &Tokenizer, prompt: &Prompt) -> Result<Vec<u32>,
             return Err(PromptError::UnprovenContent { literal: literal.to_owned() });
         }
     }
-    let ids = tokenizer.encode_where(&text, &permitted)?;
-    Ok(with_bos(tokenizer, ids.into_iter().map(|(id, _)| id).collect()))
+    Ok(tokenizer.encode_where(&text, &permitted)?)
 }
 
 /// Token ids of a raw completion prompt, with exactly one BOS if the model wants one and the

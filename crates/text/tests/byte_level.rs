@@ -2,7 +2,7 @@
 
 use exrail_text::{
     ChatMessage, ChatTemplate, PromptError, RenderOptions, Specials, Tokenizer, TokenizerError,
-    Vocabulary, encode_completion, encode_prompt,
+    Vocabulary, encode_completion, encode_messages, encode_prompt,
 };
 use proptest::prelude::*;
 
@@ -235,4 +235,44 @@ fn the_fingerprint_depends_on_what_decides_about_ids() {
     assert_ne!(base, tokenizer("gpt-2").fingerprint());
     let fewer = Vocabulary { merges: vec!["h e".into()], ..vocabulary("smollm") };
     assert_ne!(base, Tokenizer::from_vocabulary(fewer).unwrap().fingerprint());
+}
+
+/// The text of each message's tokens; a message that the template changed has none.
+fn placed(template: &str, contents: &[(&str, &str)]) -> (String, Vec<Option<String>>) {
+    let tokenizer = tokenizer("smollm");
+    let template = ChatTemplate::compile(template, "<s>", "").expect("a template");
+    let messages: Vec<_> =
+        contents.iter().map(|(role, content)| ChatMessage::new(*role, *content)).collect();
+    let options = RenderOptions { add_generation_prompt: true, ..RenderOptions::default() };
+    let prompt = template.render(&messages, &options).expect("it renders");
+    let texts: Vec<&str> = contents.iter().map(|(_, content)| *content).collect();
+    let placed = encode_messages(&tokenizer, &prompt, &texts).expect("it encodes");
+    let plain = encode_prompt(&tokenizer, &prompt).expect("it encodes");
+    assert_eq!(placed.ids, plain, "the same ids");
+    let text = |place: &std::ops::Range<usize>| tokenizer.decode(&placed.ids[place.clone()]);
+    let places = placed.places.iter().map(|place| place.as_ref().map(text)).collect();
+    (tokenizer.decode(&placed.ids), places)
+}
+
+#[test]
+fn a_messages_tokens_are_its_text_and_what_the_template_writes_around_it() {
+    let chat = [("system", "be kind"), ("user", "the key?"), ("assistant", "no"), ("user", "no")];
+    let (_, places) = placed(CHATML, &chat);
+    let expected =
+        chat.map(|(role, content)| Some(format!("<|im_start|>{role}\n{content}<|im_end|>\n")));
+    // The two last have one text, and each its own place.
+    assert_eq!(places, expected);
+    let empty = placed(CHATML, &[("system", ""), ("user", "hello")]).1;
+    assert_eq!(empty[0], None, "an empty text has no place");
+    // The template may write the system text into the first turn.
+    let merged = "{{ '<|im_start|>user\n' }}{% for m in messages %}{{ m.content + '\n\n' }}{% endfor %}\
+                  {{ '<|im_end|>\n' }}";
+    let (_, places) = placed(merged, &[("system", "be kind"), ("user", "the key?")]);
+    let first = places[0].as_deref().unwrap();
+    assert!(first.starts_with("<|im_start|>user\nbe kind"), "{first}");
+    assert!(!first.contains("the key"), "{first}");
+    // What it changes is not claimed to be known.
+    let changed =
+        "{% for m in messages %}{{ '<|im_start|>' + m.content|upper + '<|im_end|>' }}{% endfor %}";
+    assert_eq!(placed(changed, &[("system", "be kind"), ("user", "hello")]).1, [None, None]);
 }

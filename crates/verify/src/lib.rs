@@ -11,6 +11,7 @@
 mod answer;
 mod ask;
 mod attribution;
+mod cache;
 mod calibrate;
 mod collection;
 mod encode;
@@ -37,6 +38,10 @@ pub use ask::{
     ask, begin, conclude, evidence_ds, retrieve,
 };
 pub use attribution::{Attribution, attribute};
+pub use cache::{
+    BIN_TOKENS, Bin, CHECKPOINT_TOKENS, CacheFault, CacheOracle, CacheReport, Checkpoint, KvWidth,
+    MIN_PROBE_TOKENS, ProbeText, UntilDrift, cache_probe,
+};
 pub use calibrate::{CorpusCalibration, FamilyFit, MaskedNull, calibrate};
 pub use collection::CollectionIndex;
 pub use error::{CalibrationError, GoldError, VerifyError};

@@ -2,7 +2,9 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::{AskMetrics, Citation, Grounding, Stop, Unknown, Usage};
+use crate::{
+    AskMetrics, Citation, Grounding, RotationFields, RotationRecord, Stop, Unknown, Usage,
+};
 
 /// A chat request.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
@@ -31,6 +33,8 @@ pub struct ChatRequest {
     pub user: Option<String>,
     /// Answer from a collection.
     pub exrail: Option<Grounding>,
+    /// What happens when the answer outgrows its place in the cache.
+    pub rotation: Option<RotationFields>,
     /// Sampling fields (see [`crate::SamplingFields::take`]) and everything else.
     #[serde(flatten)]
     pub unknown: Unknown,
@@ -132,6 +136,9 @@ pub struct ChatChoice {
     pub exrail_finish_reason: Option<&'static str>,
     /// When asked for.
     pub logprobs: Option<ChatLogprobs>,
+    /// What was dropped on the way; absent when nothing was.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub rotations: Vec<RotationRecord>,
 }
 
 /// The answer's message.
@@ -214,6 +221,9 @@ pub struct ChatChunkChoice {
     /// When asked for.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub logprobs: Option<ChatLogprobs>,
+    /// In an event of its own, before the text that does not see what was dropped.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub rotations: Vec<RotationRecord>,
 }
 
 /// What is new in an event.

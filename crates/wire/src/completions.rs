@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Stop, StreamOptions, Unknown, Usage};
+use crate::{RotationFields, RotationRecord, Stop, StreamOptions, Unknown, Usage};
 
 /// A text completion request.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
@@ -27,6 +27,8 @@ pub struct CompletionRequest {
     pub echo: Option<bool>,
     /// A name of the end user, kept in the trace.
     pub user: Option<String>,
+    /// What happens when the answer outgrows its place in the cache.
+    pub rotation: Option<RotationFields>,
     /// Sampling fields (see [`crate::SamplingFields::take`]) and everything else.
     #[serde(flatten)]
     pub unknown: Unknown,
@@ -81,6 +83,9 @@ pub struct CompletionChoice {
     pub exrail_finish_reason: Option<&'static str>,
     /// When asked for.
     pub logprobs: Option<CompletionLogprobs>,
+    /// What was dropped: all of it in a whole answer, of a stream in an event of its own.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub rotations: Vec<RotationRecord>,
 }
 
 /// Log-probabilities in the form of the text completions API.

@@ -11,6 +11,7 @@ mod embeddings;
 mod error;
 mod extra;
 mod models;
+mod rotation;
 mod sampling;
 pub mod sse;
 mod tokenize;
@@ -31,6 +32,7 @@ pub use embeddings::{
 pub use error::{ErrorBody, ErrorDetail};
 pub use extra::{ExtraFields, PriorityName};
 pub use models::{ModelCard, ModelList};
+pub use rotation::{RotationFields, RotationRecord};
 pub use sampling::{FieldError, SamplingFields, Stop, Usage, UsageDetails};
 pub use tokenize::{DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse};
 pub use trace::{

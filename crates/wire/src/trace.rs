@@ -89,7 +89,7 @@ pub enum TraceBody {
         route: &'static str,
         /// Seed that was used.
         seed: u64,
-        /// `stop`, `length`, `cancelled` or the fault.
+        /// `stop`, `length`, `context_rotation_required`, `cancelled` or the fault.
         finish_reason: String,
         /// sha256 of the text of the choices, in order.
         answer_sha256: String,
@@ -97,6 +97,26 @@ pub enum TraceBody {
         tokens: TokenCounts,
         /// Times.
         latency_ms: Latency,
+    },
+    /// Part of a context was dropped, and the rest computed anew (G-16).
+    #[serde(rename = "cache.rotate")]
+    Rotate {
+        /// Route of the request.
+        route: &'static str,
+        /// Choice of the request, from 0.
+        choice: usize,
+        /// How.
+        policy: &'static str,
+        /// Tokens of the context before.
+        tokens_used: usize,
+        /// Tokens at which it was due; fewer than were used when an open JSON value put it off.
+        limit: usize,
+        /// Ranges of prompt and answer that the context is made of from then on.
+        kept_ranges: Vec<[usize; 2]>,
+        /// Ranges that left it.
+        dropped_ranges: Vec<[usize; 2]>,
+        /// Divergence from a fresh prefill; null: it is measured by `exrail probe cache`, never inline.
+        oracle_kl: Option<f64>,
     },
     /// A question was answered or refused.
     #[serde(rename = "answer.decide")]

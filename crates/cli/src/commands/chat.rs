@@ -161,7 +161,7 @@ fn stream(
     let mut answer = String::new();
     for event in &generation.events {
         let text = match event {
-            Event::Started { .. } => continue,
+            Event::Started { .. } | Event::Rotated(_) => continue,
             Event::Token(token) => token.text,
             Event::Tail(text) => text,
             Event::Finished(finished) => {

@@ -32,6 +32,13 @@ use crate::{
 
 static PACK: Dir<'_> = include_dir!("$CARGO_MANIFEST_DIR/../../packs/stability");
 
+/// The documents of the sample corpus, one after the other: some text for who brings none.
+pub(crate) fn sample_text() -> String {
+    let documents = PACK.get_dir("docs").into_iter().flat_map(Dir::files);
+    let texts = documents.filter_map(include_dir::File::contents_utf8);
+    texts.collect::<Vec<_>>().join("\n\n")
+}
+
 /// Run everything once: start the server, ingest the sample corpus, ask, verify, print the report.
 ///
 /// Exits 0 when the whole run completed, whatever the verdict, which is the last line of the

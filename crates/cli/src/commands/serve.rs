@@ -16,7 +16,7 @@ use tokio::{net::TcpListener, runtime::Runtime};
 use crate::{
     Ended,
     load::{AsItIs, Boot, CollectionSpec},
-    options::{Access, EncoderArgs, EngineArgs, Sources},
+    options::{Access, EncoderArgs, EngineArgs, RotateArgs, Sources},
     output::Output,
     paths,
 };
@@ -35,6 +35,8 @@ pub(crate) struct Serve {
     no_encoder: bool,
     #[command(flatten)]
     engine: EngineArgs,
+    #[command(flatten)]
+    rotate: RotateArgs,
     #[command(flatten)]
     encoder: EncoderArgs,
     #[command(flatten)]
@@ -121,11 +123,12 @@ impl Serve {
         board.run(Phase::Config, || anyhow::Ok(((), "frozen".into())))?;
         let keys = if state.has_keys() { "API keys" } else { "no API keys, loopback only" };
         board.run(Phase::Secrets, || anyhow::Ok(((), keys.into())))?;
+        let engine = EngineArgs { rotation: self.rotate.options(), ..self.engine.clone() };
         let services = Boot {
             board,
             output,
             sources: &self.sources,
-            engine: &self.engine.for_keys(state.n_keys()),
+            engine: &engine.for_keys(state.n_keys()),
             encoder: (!self.no_encoder).then_some(&self.encoder),
             collections: specs,
             prepare: &AsItIs,

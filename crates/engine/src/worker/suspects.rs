@@ -103,7 +103,11 @@ mod tests {
     fn token(event: Event) -> Option<u32> {
         match event {
             Event::Token(token) => Some(token.id),
-            Event::Started { .. } | Event::Tail(_) | Event::Finished(_) | Event::Failed(_) => None,
+            Event::Started { .. }
+            | Event::Rotated(_)
+            | Event::Tail(_)
+            | Event::Finished(_)
+            | Event::Failed(_) => None,
         }
     }
 

@@ -116,7 +116,7 @@ fn non_finite_logits_in_flight_fail_only_their_sequence() {
 
 fn non_finite_logits(request: fn(Vec<u32>, usize) -> GenerateRequest) {
     let (clean, own, token) = answers_with_a_token_of_their_own(request);
-    let engine = start_with(Faults { nan: Some(token), panic: None }, true, options());
+    let engine = start_with(Faults { nan: Some(token), panic: None, rot: None }, true, options());
     let generations: Vec<_> =
         (0..4).map(|n| engine.submit(request(prompt(n, 30), 24)).unwrap()).collect();
     let answers: Vec<_> = generations.iter().map(collect).collect();
@@ -133,7 +133,7 @@ fn non_finite_logits(request: fn(Vec<u32>, usize) -> GenerateRequest) {
 #[test]
 fn a_panic_in_flight_fails_its_sequence_behind_the_tokens_before() {
     let (clean, own, token) = answers_with_a_token_of_their_own(plain);
-    let engine = start_with(Faults { nan: None, panic: Some(token) }, true, options());
+    let engine = start_with(Faults { nan: None, panic: Some(token), rot: None }, true, options());
     let alone = generate(&engine, plain(prompt(0, 30), 24));
     assert_eq!(alone.ids(), clean[0][..=own], "the token that the panic follows was delivered");
     let fault = alone.fault();
@@ -155,8 +155,9 @@ fn a_panic_in_flight_fails_its_sequence_behind_the_tokens_before() {
     }
     assert_all_pages_return(&engine);
     let counters = engine.counters();
-    // Alone, together, and alone again.
-    assert_eq!((counters.panics, counters.state), (3, EngineState::Running));
+    // Alone, and together and alone again, unless the others came too late to be suspected.
+    assert!((2..=3).contains(&counters.panics), "{counters:?}");
+    assert_eq!(counters.state, EngineState::Running);
     assert_eq!(counters.failed, 2, "{counters:?}");
     assert_eq!(generate(&engine, plain(prompt(1, 30), 24)).ids(), clean[1]);
 }
@@ -357,7 +358,9 @@ proptest! {
                     match answer.finished().finish {
                         Finish::Length => prop_assert_eq!(answer.tokens.len(), max_tokens),
                         Finish::Cancelled => prop_assert!(answer.tokens.len() <= max_tokens),
-                        Finish::Stop | Finish::Degenerate => prop_assert!(false, "nothing stops these"),
+                        Finish::Stop | Finish::Degenerate | Finish::RotationRequired => {
+                            prop_assert!(false, "nothing stops these");
+                        }
                     }
                 }
                 Action::Cancel(_) | Action::Drop(_) | Action::Read(_) => {}

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::convert::Infallible;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -15,6 +16,8 @@ use exrail_kernels::{
 pub(crate) struct Faulty<B> {
     pub(crate) inner: B,
     pub(crate) faults: Faults,
+    /// Writes of the KV cache so far.
+    pub(crate) n_writes: Arc<AtomicUsize>,
     pub(crate) runs_ahead: bool,
     /// What it has built; `None`: it builds nothing.
     pub(crate) shapes: Option<Arc<Mutex<Shapes>>>,
@@ -36,6 +39,7 @@ impl<B> Faulty<B> {
         Faulty {
             inner,
             faults: Faults::default(),
+            n_writes: Arc::default(),
             runs_ahead: false,
             shapes: None,
             hang: None,
@@ -76,6 +80,8 @@ pub(crate) struct Faults {
     pub(crate) nan: Option<u32>,
     /// Embedding this token panics.
     pub(crate) panic: Option<u32>,
+    /// Behind so many writes of the KV cache the first page loses its first key.
+    pub(crate) rot: Option<usize>,
 }
 
 macro_rules! forward {
@@ -184,6 +190,21 @@ impl<B: Backend> Backend for Faulty<B> {
         self.inner.write(out, &values);
     }
 
+    fn kv_write(
+        &self,
+        pool: &mut B::KvPool,
+        layer: usize,
+        k: &B::Buffer,
+        v: &B::Buffer,
+        slots: &[KvSlot],
+    ) {
+        self.inner.kv_write(pool, layer, k, v, slots);
+        if self.faults.rot == Some(self.n_writes.fetch_add(1, Ordering::Relaxed)) {
+            let first = KvSlot { page: PageId(0), offset: 0 };
+            self.inner.kv_write(pool, layer, k, v, &[first]);
+        }
+    }
+
     forward! {
         write(&self, buffer: &mut B::Buffer, values: &[f32]);
         read(&self, buffer: &B::Buffer, values: &mut [f32]);
@@ -210,8 +231,6 @@ impl<B: Backend> Backend for Faulty<B> {
             out: &mut B::Buffer);
         rope(&self, x: &mut B::Buffer, n_heads: usize, head_dim: usize, positions: &[u32],
             rope: &Rope);
-        kv_write(&self, pool: &mut B::KvPool, layer: usize, k: &B::Buffer, v: &B::Buffer,
-            slots: &[KvSlot]);
         attention_full(&self, q: &B::Buffer, k: &B::Buffer, v: &B::Buffer, shape: AttentionShape,
             spans: &[Span], out: &mut B::Buffer);
         gather_rows(&self, x: &B::Buffer, width: usize, rows: &[u32], out: &mut B::Buffer);

@@ -9,5 +9,6 @@ mod faulty;
 mod fence;
 mod generation;
 mod prefixes;
+mod rotation;
 mod scheduling;
 mod support;

@@ -72,7 +72,9 @@ fn check(answer: &Answer, ask: Ask, cold: &mut Cold) -> Result<(), TestCaseError
     match finished.finish {
         Finish::Length => prop_assert_eq!(answer.ids(), expected),
         Finish::Cancelled => prop_assert!(expected.starts_with(&answer.ids())),
-        Finish::Stop | Finish::Degenerate => prop_assert!(false, "nothing stops these"),
+        Finish::Stop | Finish::Degenerate | Finish::RotationRequired => {
+            prop_assert!(false, "nothing stops these");
+        }
     }
     let cached = finished.usage.cached_tokens;
     let is_whole = cached.is_multiple_of(256) && cached < ask.request().prompt.len();

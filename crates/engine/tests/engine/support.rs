@@ -44,7 +44,7 @@ pub(crate) fn options() -> EngineOptions {
 }
 
 pub(crate) fn start(options: EngineOptions) -> EngineHandle {
-    start_with(Faults { nan: Some(NAN_TOKEN), panic: Some(PANIC_TOKEN) }, false, options)
+    start_with(Faults { nan: Some(NAN_TOKEN), panic: Some(PANIC_TOKEN), rot: None }, false, options)
 }
 
 /// On a backend with these faults, and perhaps one whose steps are asked for ahead.
@@ -134,7 +134,7 @@ pub(crate) fn collect(generation: &Generation) -> Answer {
     let mut answer = Answer::default();
     while let Ok(event) = generation.events.recv_timeout(Duration::from_secs(60)) {
         match event {
-            Event::Started { .. } => {}
+            Event::Started { .. } | Event::Rotated(_) => {}
             Event::Token(token) => answer.tokens.push(token),
             Event::Tail(tail) => answer.tail = tail,
             Event::Finished(finished) => answer.end = Some(Ok(finished)),

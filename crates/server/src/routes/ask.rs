@@ -379,6 +379,9 @@ fn refuse_with_grounding(request: &ChatRequest) -> Result<(), ApiError> {
     if request.stop.is_some() {
         return refuse("stop", "a grounded answer ends where its last checked sentence ends");
     }
+    if request.rotation.is_some() {
+        return refuse("rotation", "the evidence of a grounded answer is never dropped");
+    }
     if request.logprobs.unwrap_or(false) || request.top_logprobs.is_some() {
         return refuse("logprobs", "a grounded answer carries no log-probabilities");
     }
@@ -426,6 +429,7 @@ fn whole(header: Header, answer: AskResponse) -> ChatResponse {
             finish_reason: told.finish_reason.unwrap_or("stop"),
             exrail_finish_reason: told.exrail_finish_reason,
             logprobs: None,
+            rotations: Vec::new(),
         }],
         usage: answer.usage,
         system_fingerprint,

@@ -8,6 +8,7 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use exrail_engine::{GenerateRequest, LoopGuard, ModelFingerprint, Sampling};
+use exrail_text::PlacedPrompt;
 use exrail_wire::{
     AssistantMessage, ChatChoice, ChatChunk, ChatChunkChoice, ChatLogprobs, ChatRequest,
     ChatResponse, Delta, StreamOptions, TokenLogprob, TopLogprob,
@@ -22,7 +23,7 @@ use crate::{
     generation::{self, Choice, LogprobAt, Told},
     ids,
     relay::{self, Job, News, Wording},
-    sse,
+    rotation, sse,
     state::{Services, system_fingerprint},
     trace::TraceIdentity,
     translate::{self, Fields},
@@ -78,7 +79,9 @@ fn accept(
     let choices = translate::choices(request.n, state.limits.choices)?;
     let messages = translate::messages(request.messages)?;
     let sampling = translate::sampling(&fields.sampling, Sampling::default())?;
-    let prompt = translate::chat_prompt(&services.engine, &messages)?;
+    let PlacedPrompt { ids: prompt, places } =
+        translate::placed_prompt(&services.engine, &messages)?;
+    let rotation = rotation::of_chat(&services.engine, request.rotation, &messages, &places)?;
     let asked = one_limit(request.max_tokens, request.max_completion_tokens)?;
     let default = state.limits.default_max_tokens;
     let max_tokens = translate::max_tokens(&services.engine, asked, default, prompt.len());
@@ -95,6 +98,7 @@ fn accept(
         priority: fields.priority(),
         deadline: fields.deadline(received, &state.limits)?,
         loop_guard: fields.loop_guard(&state.limits).then(LoopGuard::default),
+        rotation,
     };
     let generations = generation::submit(&services.engine, &generate, choices)?;
     let header = header(services, "chatcmpl")?;
@@ -177,6 +181,7 @@ fn whole_answer(header: Header, choices: Vec<Choice>) -> ChatResponse {
             finish_reason: told.finish_reason.unwrap_or("stop"),
             exrail_finish_reason: told.exrail_finish_reason,
             logprobs: logprobs.map(|list| chat_logprobs(list)),
+            rotations: rotation::records(&choice.rotations),
             message: AssistantMessage { role: "assistant", content: choice.text, refusal: None },
         }
     });
@@ -221,6 +226,7 @@ pub(crate) fn piece(index: usize, delta: Delta) -> ChatChunkChoice {
         finish_reason: None,
         exrail_finish_reason: None,
         logprobs: None,
+        rotations: Vec::new(),
     }
 }
 
@@ -238,6 +244,7 @@ impl Wording for ChatWording {
     fn news(&self, news: &News<'_>) -> ChatChunk {
         let delta = Delta { role: None, content: Some(news.text.into()) };
         let mut piece = piece(news.index, delta);
+        piece.rotations = rotation::records(news.rotations);
         piece.logprobs = (!news.logprobs.is_empty()).then(|| chat_logprobs(news.logprobs));
         self.header.chunk(vec![piece])
     }

@@ -23,7 +23,7 @@ use crate::{
     extract::{Body, Ready},
     generation::{self, Choice, LogprobAt, Told},
     relay::{self, Job, News, Wording},
-    sse,
+    rotation, sse,
     state::Services,
     translate::{self, Fields},
 };
@@ -87,6 +87,7 @@ fn accept(
     }
     let echo = echo.then(|| prompts.iter().map(|ids| engine.tokenizer().decode(ids)).collect());
     let stop = translate::stops(request.stop);
+    let rotation = rotation::of_text(engine, request.rotation.as_ref())?;
     let mut generations = Vec::new();
     for prompt in prompts {
         let max_tokens =
@@ -103,6 +104,7 @@ fn accept(
             priority: fields.priority(),
             deadline,
             loop_guard: fields.loop_guard(&state.limits).then(LoopGuard::default),
+            rotation: rotation.clone(),
         };
         generations.extend(generation::submit(engine, &generate, per_prompt)?);
     }
@@ -160,6 +162,7 @@ impl TextWording {
                 finish_reason: told.finish_reason,
                 exrail_finish_reason: told.exrail_finish_reason,
                 logprobs: text_logprobs(&choice.logprobs),
+                rotations: rotation::records(&choice.rotations),
             }
         });
         self.response(wire.collect(), Some(self.usage(choices)))
@@ -188,7 +191,9 @@ impl Wording for TextWording {
     }
 
     fn news(&self, news: &News<'_>) -> CompletionResponse {
-        self.response(vec![piece(news.index, news.text, news.logprobs)], None)
+        let mut piece = piece(news.index, news.text, news.logprobs);
+        piece.rotations = rotation::records(news.rotations);
+        self.response(vec![piece], None)
     }
 
     fn closing(&self, choices: &[Choice]) -> Vec<CompletionResponse> {
@@ -209,8 +214,14 @@ impl Wording for TextWording {
 
 fn piece(index: usize, text: &str, logprobs: &[LogprobAt]) -> CompletionChoice {
     let logprobs = text_logprobs(logprobs);
-    let text = text.into();
-    CompletionChoice { index, text, finish_reason: None, exrail_finish_reason: None, logprobs }
+    CompletionChoice {
+        index,
+        text: text.into(),
+        finish_reason: None,
+        exrail_finish_reason: None,
+        logprobs,
+        rotations: Vec::new(),
+    }
 }
 
 fn text_logprobs(logprobs: &[LogprobAt]) -> Option<CompletionLogprobs> {

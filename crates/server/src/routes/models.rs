@@ -56,6 +56,11 @@ pub(crate) async fn config(
         "kv_bytes": facts.kv_bytes,
         "kv_audit_every": facts.options.kv_audit_every,
         "prefix_cache": facts.options.prefix_cache,
+        "rotation": {
+            "policy": facts.options.rotation.policy.name(),
+            "rotate_at": facts.options.rotation.rotate_at,
+            "window": facts.options.rotation.window,
+        },
         "collections": collections,
     }))
 }

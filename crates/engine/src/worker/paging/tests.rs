@@ -10,7 +10,7 @@ use crate::event::{Event, Finished, SequenceId};
 use crate::handle::{Command, EngineOptions};
 use crate::places::PlaceLimits;
 use crate::request::{GenerateRequest, Sampling};
-use crate::sequence::Job;
+use crate::sequence::{Job, Scoring};
 
 /// What a sequence said: its tokens, and its end if there was one.
 #[derive(Debug, Default)]
@@ -28,7 +28,7 @@ impl Said {
                     assert_eq!(self.cached.replace(cached_tokens), None, "it starts once");
                 }
                 Event::Token(token) => self.ids.push(token.id),
-                Event::Tail(_) => {}
+                Event::Rotated(_) | Event::Tail(_) => {}
                 Event::Finished(finished) => self.end = Some(Ok(finished)),
                 Event::Failed(fault) => self.end = Some(Err(fault)),
             }
@@ -202,7 +202,7 @@ fn warm_up_and_scores_leave_nothing_and_read_nothing() {
     let events = bench.send_as(request.clone(), Traffic::WarmUp);
     bench.finish();
     let (rows, received) = flume::unbounded();
-    let job = Job::Score { ids: request.prompt.clone(), rows };
+    let job = Job::Score { ids: request.prompt.clone(), scoring: Scoring::Chunks, rows };
     let submitted = std::time::Instant::now();
     bench.gauges.enter_queue(None, PlaceLimits::NONE).unwrap();
     let id = SequenceId(99);

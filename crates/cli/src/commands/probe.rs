@@ -1,0 +1,181 @@
+//! `exrail probe`.
+
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+use clap::{Args, Subcommand};
+use exrail_server::{BootBoard, oracle::EngineOracle};
+use exrail_text::Specials;
+use exrail_verify::{CacheFault, CacheReport, ProbeText, Verdict, cache_probe};
+use serde_json::{Value, json};
+
+use super::demo::sample_text;
+use crate::{
+    Ended,
+    load::{AsItIs, Boot},
+    options::{EngineArgs, Sources},
+    output::Output,
+};
+
+/// Tokens that are probed when nobody says how many: enough for drift and slow growth, and the prefills of the
+/// oracle, whose tokens grow with the square, still take seconds on a CPU.
+const DEFAULT_TOKENS: usize = 4096;
+
+/// Measure one part of a model by itself.
+#[derive(Debug, Args)]
+pub(crate) struct Probe {
+    #[command(subcommand)]
+    part: Part,
+}
+
+#[derive(Debug, Subcommand)]
+enum Part {
+    /// Compare a live KV cache with fresh prefills of the same tokens.
+    ///
+    /// Reads a text token by token, as an answer is, and every 256 tokens compares the next-token
+    /// distribution with that of a fresh prefill. Prints after how many tokens the cache drifted, or the
+    /// bound up to which it did not, and the loss by position: one that rises while the cache is right is a
+    /// context beyond the model's range, which no rotation cures. Exits 0 when the cache is right, 3 when
+    /// it is not or cannot be told.
+    #[command(after_help = "Examples:
+  exrail probe cache model.gguf                          4,096 tokens of the sample corpus
+  exrail probe cache model.gguf --text book.txt --tokens 16384")]
+    Cache(CacheProbe),
+}
+
+#[derive(Debug, Args)]
+struct CacheProbe {
+    /// Generator: a name of the registry, a GGUF file or a Hugging Face folder.
+    #[arg(value_name = "MODEL", conflicts_with = "model")]
+    probed: Option<String>,
+    /// One long document, UTF-8; the sample corpus when absent.
+    #[arg(long, value_name = "FILE")]
+    text: Option<PathBuf>,
+    /// Tokens to probe, at least 2,048 and at most the context; 4,096 when absent, or the context or the
+    /// text if that is shorter.
+    #[arg(long, value_name = "N")]
+    tokens: Option<usize>,
+    #[command(flatten)]
+    engine: EngineArgs,
+    #[command(flatten)]
+    sources: Sources,
+}
+
+impl Probe {
+    pub(crate) fn run(&self, output: &Output) -> Result<Ended> {
+        match &self.part {
+            Part::Cache(probe) => probe.run(*output),
+        }
+    }
+}
+
+impl CacheProbe {
+    fn run(&self, output: Output) -> Result<Ended> {
+        let text = match &self.text {
+            Some(file) => {
+                std::fs::read_to_string(file).with_context(|| format!("text {}", file.display()))?
+            }
+            None => sample_text(),
+        };
+        let mut engine = self.engine.clone();
+        if let Some(probed) = &self.probed {
+            engine.model.clone_from(probed);
+        }
+        let services = Boot {
+            board: &BootBoard::new(),
+            output,
+            sources: &self.sources,
+            engine: &engine,
+            encoder: None,
+            collections: Vec::new(),
+            prepare: &AsItIs,
+        }
+        .run()?;
+        let engine = &services.engine;
+        let (facts, tokenizer) = (engine.facts(), engine.tokenizer());
+        let ids = tokenizer.encode(&text, Specials::AsText)?;
+        let bos = tokenizer.bos().filter(|_| tokenizer.add_bos());
+        let there = ids.len() + usize::from(bos.is_some());
+        let n_tokens = self.tokens.unwrap_or(DEFAULT_TOKENS.min(facts.context).min(there));
+        let oracle = EngineOracle::new(engine);
+        let text = ProbeText { bos, ids: &ids };
+        let mut told = |n| tracing::info!("{n} of {n_tokens} tokens compared");
+        let report = cache_probe(&oracle, text, n_tokens, oracle.width(), &mut told)?;
+        output.value(&as_json(&report, &services.model_name, &facts.backend));
+        for line in lines(&report, &services.model_name, &facts.backend) {
+            output.line(line);
+        }
+        engine.shutdown();
+        Ok(match report.verdict {
+            Verdict::Pass => Ended::Done,
+            Verdict::Review | Verdict::Fail | Verdict::Inconclusive => Ended::NotPassed,
+        })
+    }
+}
+
+fn as_json(report: &CacheReport, model: &str, device: &str) -> Value {
+    json!({ "model": model, "device": device, "cache": report, "advice": advice(report) })
+}
+
+fn lines(report: &CacheReport, model: &str, device: &str) -> Vec<String> {
+    let CacheReport { tokens, tokens_until_drift, oracle_kl_max, limit, noise_p99, .. } = report;
+    let loss = |from: usize| {
+        let bins = &report.bins[from..];
+        #[expect(clippy::cast_precision_loss, reason = "a probe has few bins")]
+        let n = bins.len() as f64;
+        bins.iter().map(|bin| bin.nll).sum::<f64>() / n
+    };
+    let verdict = match report.verdict {
+        Verdict::Pass => "pass",
+        Verdict::Review => "review",
+        Verdict::Fail => "fail",
+        Verdict::Inconclusive => "inconclusive",
+    };
+    let mut lines = vec![
+        format!("model              {model}, {device}"),
+        format!("tokens             {tokens}, {} checkpoints", report.checkpoints.len()),
+        format!("until drift        {tokens_until_drift}"),
+        format!(
+            "oracle KL          at most {oracle_kl_max:.2e} nats; limit {limit:.2e}, noise p99 {noise_p99:.2e}"
+        ),
+        format!(
+            "loss by position   {:.3} nats in the second bin of 512 tokens, {:.3} in the last two; slope \
+             {:+.3} per 1,000 tokens",
+            report.bins[1].nll,
+            loss(report.bins.len() - 2),
+            report.nll_slope_per_1k
+        ),
+        format!(
+            "                   {:+.3} nats at the end against the same tokens in a short context",
+            report.nll_excess
+        ),
+        format!("page books         {} violations", report.violations),
+        format!("verdict            {verdict}"),
+    ];
+    lines.extend(advice(report).map(|advice| format!("                   {advice}")));
+    lines
+}
+
+/// What a fault means and what to do.
+fn advice(report: &CacheReport) -> Option<&'static str> {
+    Some(match report.fault? {
+        CacheFault::KvIntegrity => {
+            "the page books broke: run again, and if it stays, report it with this output"
+        }
+        CacheFault::Noise => {
+            "decode and prefill differ on the first page already: compare the kernels first (exrail probe \
+             cache --device cpu, or --batch-invariant)"
+        }
+        CacheFault::CacheDrift => {
+            "the live cache is not what a fresh prefill is: rotate below that many tokens, or use --kv f16; \
+             report it with this output"
+        }
+        CacheFault::LastCheckpoint => {
+            "the last checkpoint alone is over the limit: probe 512 tokens more"
+        }
+        CacheFault::ContextRange => {
+            "context-range fault: the loss rises although the cache is right. Rotation will not cure it; keep \
+             --max-context below that, or use a model that is trained for it"
+        }
+    })
+}
