@@ -14,6 +14,7 @@ use serde_json::{Value, json};
 struct Server {
     process: Child,
     url: String,
+    model: String,
 }
 
 impl Drop for Server {
@@ -38,12 +39,16 @@ impl Server {
         let events = lines.map(|line| serde_json::from_str::<Value>(&line.unwrap()).unwrap());
         let ready = events.into_iter().find(|event| event["event"] == "ready");
         let url = ready.expect("it gets ready")["url"].as_str().unwrap().to_owned();
-        Server { process, url }
+        let mut models = ureq::get(&format!("{url}/v1/models")).call().unwrap();
+        let models: Value = models.body_mut().read_json().unwrap();
+        let model = models["data"][0]["id"].as_str().unwrap().to_owned();
+        Server { process, url, model }
     }
 
     /// Prompt and answer in tokens.
     fn complete(&self, n_words: usize, beside: &Value) -> (u64, u64) {
-        let mut body = json!({ "prompt": "one ".repeat(n_words), "max_tokens": 24 });
+        let prompt = "one ".repeat(n_words);
+        let mut body = json!({ "model": self.model, "prompt": prompt, "max_tokens": 24 });
         body.as_object_mut().unwrap().extend(beside.as_object().unwrap().clone());
         let url = format!("{}/v1/completions", self.url);
         let mut response = ureq::post(&url).send_json(&body).unwrap();

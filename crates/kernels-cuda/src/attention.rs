@@ -194,7 +194,9 @@ impl Rows {
             let run = of_cluster.max(wide.step());
             return (wide, run, self.context().div_ceil(run));
         }
-        let is_many = |run: usize| n_keys * self.context().div_ceil(run) > 2 * n_multiprocessors;
+        // One row goes as its warm-up went; several take what suits their positions.
+        let seen = if self.n == 1 { self.context() } else { self.longest };
+        let is_many = |run: usize| n_keys * seen.div_ceil(run) > 2 * n_multiprocessors;
         let mut run = narrow.step();
         while run < GROUP_RUN && is_many(run) {
             run *= 2;
