@@ -72,6 +72,7 @@ mod tests {
         assert_eq!(run(&["\n\nUser:"], &[b"fine\n", b"\nUs"]), ("fine\n\nUs".into(), None));
     }
 
+    /// I1 of the field faults: an answer may end inside a character.
     #[test]
     fn a_character_over_four_tokens_comes_whole_and_a_cut_one_is_replaced() {
         let crab = "🦀".as_bytes();

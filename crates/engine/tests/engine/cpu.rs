@@ -15,6 +15,7 @@ fn start(activation: Activation, kv_dtype: KvDtype) -> EngineHandle {
     Engine::start(load(CpuBackend::new(cpu).unwrap()), options).unwrap()
 }
 
+/// C13 of the field faults: every request gets its own answer.
 #[test]
 fn batch_equals_alone_bit_for_bit() {
     // The CPU backend gives the same bits for a row whatever else is in the batch.

@@ -19,6 +19,7 @@ fn wait_started(generation: &Generation) {
 }
 
 /// H2, for logits that are no numbers.
+/// J3 of the field faults: a NaN ends its own request by name.
 #[test]
 fn non_finite_logits_fail_only_their_sequence() {
     let engine = start(options());
@@ -162,6 +163,7 @@ fn a_panic_in_flight_fails_its_sequence_behind_the_tokens_before() {
     assert_eq!(generate(&engine, plain(prompt(1, 30), 24)).ids(), clean[1]);
 }
 
+/// G1 of the field faults: callers hear of a device that fails, and no channel panics.
 #[test]
 fn an_engine_that_only_panics_stops_and_says_so() {
     let engine = start(options());

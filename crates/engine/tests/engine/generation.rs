@@ -132,6 +132,7 @@ fn the_device_draws_what_the_host_draws() {
     }
 }
 
+/// I3 of the field faults.
 #[test]
 fn a_stop_string_over_several_tokens_never_leaks() {
     let engine = start(options());
@@ -300,6 +301,7 @@ fn warm_up_measures_and_leaves_no_trace() {
     assert_eq!(totals, [0; 7]);
 }
 
+/// J3 of the field faults: padding of the output matrix gets no probability.
 #[test]
 fn rows_beyond_the_tokenizer_are_never_sampled() {
     use std::sync::Arc;

@@ -224,6 +224,7 @@ async fn text_completions_echo_count_and_stream() {
     assert_eq!(events(&answer.text).last(), Some(&"[DONE]"));
 }
 
+/// I6 of the field faults: they are there when they are asked for.
 #[tokio::test]
 async fn logprobs_of_a_token_are_those_of_the_model() {
     let server = warm(&[], None);
@@ -238,6 +239,26 @@ async fn logprobs_of_a_token_are_those_of_the_model() {
         assert_eq!(token["logprob"], top[0]["logprob"]);
         assert!(token["logprob"].as_f64().unwrap() <= 0.0);
     }
+}
+
+/// I5 of the field faults: one record a token, of the token that was drawn and not of the likeliest.
+#[tokio::test]
+async fn logprobs_are_of_the_tokens_that_were_drawn() {
+    let server = warm(&[], None);
+    let drawn = json!({"temperature": 2.0, "seed": 5, "max_tokens": 8});
+    let mut body = chat(&json!({"logprobs": true, "top_logprobs": 1}));
+    body.as_object_mut().unwrap().extend(drawn.as_object().unwrap().clone());
+    let answer = server.post("/v1/chat/completions", &body).await.json();
+    let choice = &answer["choices"][0];
+    let records = choice["logprobs"]["content"].as_array().unwrap();
+    assert_eq!(records.len() as u64, answer["usage"]["completion_tokens"].as_u64().unwrap());
+    let bytes = records.iter().flat_map(|record| record["bytes"].as_array().unwrap());
+    let bytes: Vec<u8> = bytes.map(|byte| u8::try_from(byte.as_u64().unwrap()).unwrap()).collect();
+    let said = choice["message"]["content"].as_str().unwrap();
+    assert_eq!(String::from_utf8_lossy(&bytes), said);
+    let of = |record: &serde_json::Value| record["logprob"].as_f64().unwrap();
+    let unlikely = |record: &&serde_json::Value| of(record) < of(&record["top_logprobs"][0]);
+    assert!(records.iter().filter(unlikely).count() > 3, "{records:?}");
 }
 
 #[tokio::test]

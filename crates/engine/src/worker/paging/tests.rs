@@ -128,6 +128,7 @@ fn assert_whole(bench: &mut Bench, quarantined: usize) {
     assert_eq!(counters.pages_free + quarantined, counters.pages_total, "{counters:?}");
 }
 
+/// C11 of the field faults: what a second request finds in the cache is its own prefix.
 #[test]
 fn a_warm_answer_is_the_cold_one() {
     for runs_ahead in [false, true] {
@@ -231,6 +232,7 @@ fn without_the_cache_nothing_is_kept() {
     assert_eq!((counters.pages_cached, counters.prefix_hits, counters.prefix_misses), (0, 0, 0));
 }
 
+/// C17 of the field faults: nobody learns of another tenant's prompt by a hit.
 #[test]
 fn tenants_share_nothing_and_without_that_rule_they_would() {
     let run = |faults: &[Fault]| {
