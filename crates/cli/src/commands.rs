@@ -9,6 +9,7 @@ pub(crate) mod embed;
 pub(crate) mod ingest;
 pub(crate) mod inspect;
 pub(crate) mod plan;
+pub(crate) mod preflight;
 pub(crate) mod probe;
 pub(crate) mod pull;
 pub(crate) mod quantize;

@@ -5,14 +5,16 @@
 
 mod commands;
 mod device;
+mod environment;
 mod load;
 mod memory;
 mod options;
 mod output;
 mod paths;
+mod preflight;
 mod progress;
 
-use std::process::ExitCode;
+use std::{ffi::OsString, process::ExitCode};
 
 use clap::{Parser, Subcommand};
 
@@ -35,6 +37,8 @@ struct Cli {
 enum Command {
     /// Serve the OpenAI-compatible API.
     Serve(commands::serve::Serve),
+    /// Start what `serve` starts, print each phase, and end; `--plan` only prints the phases.
+    Boot(commands::serve::BootCommand),
     /// Talk to a model on the terminal.
     Chat(commands::chat::Chat),
     /// Answer one question from a collection, with citations.
@@ -47,6 +51,8 @@ enum Command {
     Probe(commands::probe::Probe),
     /// Print sentence vectors.
     Embed(commands::embed::Embed),
+    /// Compare a model with a manifest before its weights are loaded.
+    Preflight(commands::preflight::Preflight),
     /// Download models by name.
     Pull(commands::pull::Pull),
     /// Print what a model file holds.
@@ -79,28 +85,12 @@ fn main() -> ExitCode {
     let output = Output::new(cli.json);
     tracing_subscriber::fmt()
         .with_env_filter(
-            tracing_subscriber::EnvFilter::try_from_env("EXRAIL_LOG")
+            tracing_subscriber::EnvFilter::try_from_env(environment::LOG)
                 .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn")),
         )
         .with_writer(std::io::stderr)
         .init();
-    let ended = match cli.command {
-        Command::Serve(command) => command.run(&output),
-        Command::Chat(command) => command.run(&output),
-        Command::Ask(command) => command.run(&output),
-        Command::Ingest(command) => command.run(&output),
-        Command::Verify(command) => command.run(&output),
-        Command::Probe(command) => command.run(&output),
-        Command::Embed(command) => command.run(&output),
-        Command::Pull(command) => command.run(&output),
-        Command::Inspect(command) => command.run(&output),
-        Command::Quantize(command) => command.run(&output),
-        Command::Bench(command) => command.run(&output),
-        Command::Plan(command) => command.run(&output),
-        Command::Devices(command) => command.run(&output),
-        Command::Demo(command) => command.run(&output),
-    };
-    match ended {
+    match run(cli.command, output) {
         Ok(Ended::Done) => ExitCode::SUCCESS,
         Ok(Ended::Incomplete) => ExitCode::FAILURE,
         Ok(Ended::NotPassed) => ExitCode::from(3),
@@ -108,5 +98,28 @@ fn main() -> ExitCode {
             output.error(&error);
             ExitCode::FAILURE
         }
+    }
+}
+
+fn run(command: Command, output: Output) -> anyhow::Result<Ended> {
+    let variables: Vec<_> = std::env::vars_os().map(|(name, _)| name).collect();
+    environment::refuse_typos(variables.iter().map(OsString::as_os_str))?;
+    match command {
+        Command::Serve(command) => command.run(&output),
+        Command::Boot(command) => command.run(&output),
+        Command::Chat(command) => command.run(&output),
+        Command::Ask(command) => command.run(&output),
+        Command::Ingest(command) => command.run(&output),
+        Command::Verify(command) => command.run(&output),
+        Command::Probe(command) => command.run(&output),
+        Command::Embed(command) => command.run(&output),
+        Command::Preflight(command) => command.run(&output),
+        Command::Pull(command) => command.run(&output),
+        Command::Inspect(command) => command.run(&output),
+        Command::Quantize(command) => command.run(&output),
+        Command::Bench(command) => command.run(&output),
+        Command::Plan(command) => command.run(&output),
+        Command::Devices(command) => command.run(&output),
+        Command::Demo(command) => command.run(&output),
     }
 }

@@ -12,7 +12,7 @@ use exrail_server::Keys;
 use exrail_tensor::IntGrid;
 use serde::Serialize;
 
-use crate::{device::DeviceOption, memory, progress::Bars};
+use crate::{device::DeviceOption, environment, memory, progress::Bars};
 
 /// The generator that is used when none is named.
 pub(crate) const DEFAULT_MODEL: &str = "smollm2-135m-instruct";
@@ -24,10 +24,10 @@ pub(crate) const DEFAULT_ENCODER: &str = "all-minilm-l6-v2";
 #[command(next_help_heading = "Models")]
 pub(crate) struct Sources {
     /// Registry file instead of the built-in one.
-    #[arg(long, value_name = "FILE", env = "EXRAIL_REGISTRY")]
+    #[arg(long, value_name = "FILE", env = environment::REGISTRY)]
     pub(crate) registry: Option<PathBuf>,
     /// Use cached models only; never download.
-    #[arg(long, env = "EXRAIL_OFFLINE")]
+    #[arg(long, env = environment::OFFLINE)]
     pub(crate) offline: bool,
 }
 
@@ -121,13 +121,13 @@ impl QuantOption {
 #[command(next_help_heading = "Engine")]
 pub(crate) struct EngineArgs {
     /// Generator: a name of the registry, a GGUF file or a Hugging Face folder.
-    #[arg(long, value_name = "NAME|PATH", default_value = DEFAULT_MODEL, env = "EXRAIL_MODEL")]
+    #[arg(long, value_name = "NAME|PATH", default_value = DEFAULT_MODEL, env = environment::MODEL)]
     pub(crate) model: String,
     /// Device of the generator: auto (the first GPU, or else the CPU), cpu or cuda:N.
-    #[arg(long, value_name = "DEVICE", default_value = "auto", env = "EXRAIL_DEVICE")]
+    #[arg(long, value_name = "DEVICE", default_value = "auto", env = environment::DEVICE)]
     pub(crate) device: DeviceOption,
     /// Threads of the CPU; one per physical core when absent.
-    #[arg(long, value_name = "N", env = "EXRAIL_THREADS")]
+    #[arg(long, value_name = "N", env = environment::THREADS)]
     pub(crate) threads: Option<usize>,
     /// Round the matrices of a 16-bit model to this width while it is loaded; the embedding and the
     /// head get 8 bits.
@@ -154,7 +154,7 @@ pub(crate) struct EngineArgs {
     pub(crate) max_context: Option<usize>,
     /// Memory of the device that may be used, such as 24GiB; what it says is free when absent. A model
     /// that takes more is refused before it is loaded, see `exrail plan`.
-    #[arg(long, value_name = "SIZE", value_parser = memory::parse, env = "EXRAIL_MEMORY")]
+    #[arg(long, value_name = "SIZE", value_parser = memory::parse, env = environment::MEMORY)]
     pub(crate) memory: Option<usize>,
     /// Compute every prompt in full, instead of sharing the pages of prompts that begin alike.
     #[arg(long)]
@@ -165,6 +165,10 @@ pub(crate) struct EngineArgs {
     /// Of the server's answers.
     #[arg(skip = EngineOptions::default().rotation)]
     pub(crate) rotation: RotationOptions,
+    /// What every deadline of the boot is multiplied by, for slow machines; see `exrail boot --plan`.
+    #[arg(long, value_name = "N", default_value_t = 1, env = environment::BOOT_PATIENCE,
+          value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub(crate) boot_patience: u32,
     /// Requests that may wait for a place; more are answered 503.
     #[arg(long, value_name = "N", default_value_t = 256)]
     pub(crate) queue_limit: usize,
@@ -246,7 +250,7 @@ pub(crate) struct EncoderArgs {
         long,
         value_name = "NAME|DIR",
         default_value = DEFAULT_ENCODER,
-        env = "EXRAIL_ENCODER"
+        env = environment::ENCODER
     )]
     pub(crate) encoder: String,
 }
@@ -256,7 +260,7 @@ pub(crate) struct EncoderArgs {
 #[command(next_help_heading = "Access")]
 pub(crate) struct Access {
     /// File with API keys, one a line; `#` begins a comment. Needed for a non-loopback address.
-    #[arg(long, value_name = "FILE", env = "EXRAIL_API_KEY_FILE")]
+    #[arg(long, value_name = "FILE", env = environment::API_KEY_FILE)]
     pub(crate) api_key_file: Option<PathBuf>,
 }
 

@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 /// `$EXRAIL_HOME`, else `$XDG_DATA_HOME/exrail`, else `$HOME/.local/share/exrail`.
 pub(crate) fn data() -> Result<PathBuf> {
     let set = |name| std::env::var_os(name).filter(|value| !value.is_empty());
-    set("EXRAIL_HOME")
+    set(exrail_hub::HOME_VARIABLE)
         .map(PathBuf::from)
         .or_else(|| set("XDG_DATA_HOME").map(|base| PathBuf::from(base).join("exrail")))
         .or_else(|| set("HOME").map(|home| PathBuf::from(home).join(".local/share/exrail")))

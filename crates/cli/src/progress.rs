@@ -5,6 +5,7 @@ use std::time::Duration;
 use exrail_model::LoadProgress;
 use exrail_quantize::QuantizeProgress;
 use exrail_retrieval::IngestProgress;
+use exrail_server::BootProgress;
 use exrail_verify::{Progress, Stage};
 use indicatif::{ProgressBar, ProgressStyle};
 
@@ -14,17 +15,27 @@ use crate::output::Output;
 pub(crate) struct Bars {
     output: Output,
     bar: Option<(String, ProgressBar)>,
+    /// Hears that a boot goes on.
+    boot: Option<BootProgress>,
 }
 
 impl Bars {
     pub(crate) fn new(output: Output) -> Self {
-        Self { output, bar: None }
+        Self { output, bar: None, boot: None }
+    }
+
+    /// The bars of a boot, which is told of everything that they show.
+    pub(crate) fn of_boot(output: Output, boot: BootProgress) -> Self {
+        Self { output, bar: None, boot: Some(boot) }
     }
 
     /// The bar of a stage; another stage's bar is finished first.
     fn stage(&mut self, name: &str, total: Option<u64>, template: &str) -> &ProgressBar {
         if self.bar.as_ref().is_none_or(|(current, _)| current != name) {
             self.clear();
+        }
+        if let Some(boot) = &self.boot {
+            boot.doing(name);
         }
         let (_, bar) = self.bar.get_or_insert_with(|| {
             let bar = match total {
@@ -77,6 +88,11 @@ impl Bars {
         self.stage("embed chunks", Some(total), COUNT).set_position(progress.embedded as u64);
     }
 
+    /// How many runs of the warm-up are done.
+    pub(crate) fn warm_up(&mut self, done: usize, total: usize) {
+        self.stage("warm up", Some(total as u64), COUNT).set_position(done as u64);
+    }
+
     /// How many of `total` runs are done.
     pub(crate) fn bench(&mut self, what: &str, done: usize, total: usize) {
         self.stage(what, Some(total as u64), COUNT).set_position(done as u64);
@@ -107,6 +123,9 @@ impl exrail_hub::Progress for Bars {
     }
 
     fn advance(&mut self, bytes: u64) {
+        if let Some(boot) = &self.boot {
+            boot.made();
+        }
         if let Some((_, bar)) = &self.bar {
             bar.inc(bytes);
         }

@@ -37,8 +37,22 @@ fn fails(output: &Output, parts: &[&str]) {
 fn every_command_explains_itself_and_wrong_usage_is_2() {
     let home = tempfile::tempdir().unwrap();
     let commands = [
-        "serve", "chat", "ask", "ingest", "verify", "probe", "embed", "pull", "inspect",
-        "quantize", "bench", "plan", "devices", "demo",
+        "serve",
+        "chat",
+        "ask",
+        "ingest",
+        "verify",
+        "probe",
+        "embed",
+        "pull",
+        "inspect",
+        "quantize",
+        "bench",
+        "plan",
+        "devices",
+        "demo",
+        "boot",
+        "preflight",
     ];
     for command in commands {
         let output = exrail(home.path(), &[command, "--help"]);
@@ -385,4 +399,149 @@ fn a_cache_is_probed_and_too_little_text_is_named() {
 
 fn last_line(output: &Output) -> String {
     text(&output.stdout).lines().last().unwrap_or_default().to_owned()
+}
+
+#[test]
+fn a_boot_plan_is_printed_in_order_and_starts_nothing() {
+    let home = tempfile::tempdir().unwrap();
+    let plan = |more: &[&str]| {
+        let arguments = [&["boot", "--plan", "--model", "nowhere.gguf"], more].concat();
+        let output = exrail(home.path(), &arguments);
+        assert!(output.status.success(), "{}", text(&output.stderr));
+        text(&output.stdout)
+    };
+    let json: serde_json::Value = serde_json::from_str(&plan(&["--json"])).unwrap();
+    let order = json["order"].as_array().unwrap();
+    let at = |phase: &str| order.iter().position(|node| node["phase"] == phase).unwrap();
+    for node in order {
+        for need in node["needs"].as_array().unwrap() {
+            assert!(at(need.as_str().unwrap()) < at(node["phase"].as_str().unwrap()), "{node}");
+        }
+        assert!(!node["probe"].as_str().unwrap().is_empty(), "{node}");
+    }
+    assert_eq!(order.last().unwrap()["phase"], "ready");
+    let table = plan(&[]);
+    assert!(table.contains("warmup     kv_pool"), "{table}");
+    assert!(!plan(&["--no-encoder"]).contains("encoder"));
+}
+
+#[test]
+fn a_boot_runs_the_phases_of_its_plan_and_ends() {
+    let home = tempfile::tempdir().unwrap();
+    let file = home.path().join("tiny.gguf");
+    std::fs::write(&file, tiny_llama(1, TinyLlama::default())).unwrap();
+    let arguments = ["boot", "--no-encoder", "--model", file.to_str().unwrap(), "--json"];
+    let names = |more: &str, list: &str| -> Vec<String> {
+        let output = exrail(home.path(), &[&arguments[..], &[more]].concat());
+        assert!(output.status.success(), "{}", text(&output.stderr));
+        let json: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+        let list = json[list].as_array().unwrap();
+        list.iter().map(|it| it["phase"].as_str().unwrap().to_owned()).collect()
+    };
+    let mut planned = names("--plan", "order");
+    assert_eq!(planned.pop().unwrap(), "ready", "nobody is served");
+    assert_eq!(names("--batch-invariant", "phases"), planned);
+    fails(&exrail(home.path(), &["boot", "--model", "nowhere.gguf"]), &["nowhere.gguf"]);
+    let open_to_all = ["boot", "--plan", "--host", "0.0.0.0"];
+    fails(&exrail(home.path(), &open_to_all), &["0.0.0.0", "pass --api-key-file FILE"]);
+}
+
+#[test]
+fn a_variable_that_is_nearly_one_of_ours_is_refused_without_its_value() {
+    let home = tempfile::tempdir().unwrap();
+    let run = |name: &str| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_exrail"));
+        command.args(["devices"]).env("EXRAIL_HOME", home.path()).env(name, "s3cret");
+        command.output().unwrap()
+    };
+    let output = run("EXRAIL_API_KEY_FIEL");
+    fails(&output, &["expected `EXRAIL_API_KEY_FILE`, found `EXRAIL_API_KEY_FIEL`", "unset it"]);
+    assert!(!text(&output.stderr).contains("s3cret"));
+    // The mutation: a name that the check does not know as near is read by nobody, and nothing says so.
+    assert!(run("EXRAIL_KEYS").status.success());
+}
+
+/// Writes the manifest of a tiny model; returns the paths of both.
+fn tiny_with_manifest(home: &Path) -> (String, String) {
+    let [model, manifest] = ["tiny.gguf", "model.manifest.json"].map(|name| home.join(name));
+    std::fs::write(&model, tiny_llama(1, TinyLlama::default())).unwrap();
+    let [model, manifest] = [model, manifest].map(|path| path.to_str().unwrap().to_owned());
+    let output = exrail(home, &["preflight", &model, "--write", &manifest]);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    (model, manifest)
+}
+
+#[test]
+fn a_model_that_is_not_what_its_manifest_declares_is_not_loaded() {
+    let home = tempfile::tempdir().unwrap();
+    let (model, manifest) = tiny_with_manifest(home.path());
+    let preflight = || exrail(home.path(), &["preflight", &model, "--manifest", &manifest]);
+    let boot = |more: &[&str]| {
+        let arguments =
+            ["boot", "--no-encoder", "--model", &model, "--manifest", &manifest, "--json"];
+        exrail(home.path(), &[&arguments[..], more].concat())
+    };
+    assert!(preflight().status.success());
+    let booted = text(&boot(&[]).stdout);
+    assert!(booted.contains("values agree"), "{booted}");
+
+    // The same sizes and tokens, and other weights (field fault G3: what the header says is not enough).
+    std::fs::write(&model, tiny_llama(2, TinyLlama::default())).unwrap();
+    let refused = preflight();
+    assert_eq!(refused.status.code(), Some(3));
+    let table = text(&refused.stdout);
+    assert!(table.contains("files.gguf.sha256") && table.contains("REFUSED"), "{table}");
+    for more in [&[][..], &["--force", "we know"]] {
+        fails(&boot(more), &["1 hard mismatches", "files.gguf.sha256", "nothing overrides it"]);
+    }
+    // The mutation: without a manifest it is served.
+    let arguments = ["boot", "--no-encoder", "--model", &model];
+    assert!(exrail(home.path(), &arguments).status.success());
+}
+
+#[test]
+fn a_soft_mismatch_is_refused_and_overlooked_with_a_reason() {
+    let home = tempfile::tempdir().unwrap();
+    let (model, manifest) = tiny_with_manifest(home.path());
+    let written = std::fs::read_to_string(&manifest).unwrap();
+    let build = concat!("exrail-", env!("CARGO_PKG_VERSION"));
+    std::fs::write(&manifest, written.replace(build, "exrail-0.0.0")).unwrap();
+    let boot = |more: &[&str]| {
+        let arguments = ["boot", "--no-encoder", "--model", &model, "--manifest", &manifest];
+        exrail(home.path(), &[&arguments[..], more].concat())
+    };
+    fails(
+        &boot(&[]),
+        &["1 soft mismatches", "soft.engine_build", "exrail-0.0.0", "--force REASON"],
+    );
+    let forced = boot(&["--force", "tested by hand"]);
+    assert!(forced.status.success(), "{forced:?}");
+    assert!(text(&forced.stdout).contains("1 soft mismatches overlooked: tested by hand"));
+    assert!(text(&forced.stderr).contains("tested by hand"), "it is logged");
+    for wrong in [&["--force", ""][..], &["--force"]] {
+        assert_eq!(boot(wrong).status.code(), Some(2));
+    }
+}
+
+/// Field fault A4: a phase that hangs for ever, here at a manifest that is a pipe nobody writes to. The process
+/// ends by itself and says which phase it was and who waited for it.
+#[test]
+fn a4_a_phase_that_hangs_is_named_and_ends_the_process() {
+    let home = tempfile::tempdir().unwrap();
+    let model = home.path().join("tiny.gguf");
+    std::fs::write(&model, tiny_llama(1, TinyLlama::default())).unwrap();
+    let pipe = home.path().join("manifest");
+    assert!(Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+    let since = std::time::Instant::now();
+    let (model, pipe) = (model.to_str().unwrap(), pipe.to_str().unwrap());
+    let arguments = ["boot", "--no-encoder", "--model", model, "--manifest", pipe];
+    let output = exrail(home.path(), &arguments);
+    let parts = [
+        "boot phase `preflight`: expected progress within 30 s",
+        "`weights` waits for preflight, device",
+        "`ready` waits for sentinel",
+        "--boot-patience",
+    ];
+    fails(&output, &parts);
+    assert!(since.elapsed() < std::time::Duration::from_secs(90), "{:?}", since.elapsed());
 }

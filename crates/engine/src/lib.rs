@@ -13,6 +13,7 @@
 //! - `rotation`: what becomes of an answer that outgrows its place in the cache; `open_json` says when it waits.
 //! - `sampler`, `distribution`, `philox`, `output`: from logits to text.
 //! - `plan`: what all of it takes on a device, before anything does.
+//! - `preflight`: what a manifest declares of a model, and what its files say.
 //! - `fingerprint`: the model's hash, known some time after the engine answers.
 //! - `warm_up`: the fence before the first user token; `fence`: what the device builds behind it.
 //! - `encoder`: the sentence encoder.
@@ -34,6 +35,7 @@ mod pace;
 mod philox;
 mod places;
 mod plan;
+mod preflight;
 mod queue;
 mod request;
 mod rotation;
@@ -61,6 +63,7 @@ pub use loops::LoopGuard;
 pub use plan::{
     Admission, Change, DoesNotFit, Fit, FormatBytes, Free, Mebibytes, MemoryPlan, Need,
 };
+pub use preflight::{Class, FEWEST_GOLDEN, Manifest, PreflightError, ROUND_TRIP, Row};
 pub use request::{
     GenerateRequest, MAX_LOGIT_BIAS, MAX_STOP_BYTES, MAX_STOP_STRINGS, MAX_TOP_LOGPROBS, Priority,
     Sampling,
@@ -69,4 +72,6 @@ pub use rotation::{
     DEFAULT_ROTATE_AT, DEFAULT_WINDOW, MAX_HELD_TOKENS, MAX_ROTATED_TOKENS, RotatePolicy, Rotated,
     Rotation, RotationOptions,
 };
-pub use warm_up::{BucketReport, Prompt, WarmUpError, WarmUpPlan, WarmUpReport, warm_up};
+pub use warm_up::{
+    BucketReport, Prompt, WarmUpError, WarmUpPlan, WarmUpReport, warm_up, warm_up_told,
+};

@@ -30,6 +30,9 @@ pub struct Resolved {
     pub name: String,
 }
 
+/// The environment variable that names the folder of models and data.
+pub const HOME_VARIABLE: &str = "EXRAIL_HOME";
+
 /// The folder that holds downloaded models.
 #[derive(Clone, Debug)]
 pub struct Cache {
@@ -43,7 +46,7 @@ impl Cache {
     /// None of the three is set.
     pub fn locate() -> Result<Self, HubError> {
         let set = |name| std::env::var_os(name).filter(|value| !value.is_empty());
-        let root = set("EXRAIL_HOME")
+        let root = set(HOME_VARIABLE)
             .map(PathBuf::from)
             .or_else(|| set("XDG_CACHE_HOME").map(|base| PathBuf::from(base).join("exrail")))
             .or_else(|| set("HOME").map(|home| PathBuf::from(home).join(".cache/exrail")))

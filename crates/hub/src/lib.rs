@@ -11,7 +11,7 @@ mod registry;
 mod source;
 mod split;
 
-pub use cache::{Cache, Fetch, Resolved};
+pub use cache::{Cache, Fetch, HOME_VARIABLE, Resolved};
 pub use error::HubError;
 pub use registry::{Kind, Model, ModelFile, Part, Registry, Source};
 

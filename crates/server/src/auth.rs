@@ -75,7 +75,8 @@ impl Keys {
     }
 
     /// How many there are.
-    pub(crate) fn len(&self) -> usize {
+    #[must_use]
+    pub fn len(&self) -> usize {
         self.hashes.len()
     }
 

@@ -97,6 +97,14 @@ pub enum ApiError {
     /// The chat template refused the messages.
     #[error("messages: the model's chat template refused them: {0}")]
     Template(String),
+    /// What the template made of the messages is no prompt to answer (G-12).
+    #[error("messages: prompt lint `{rule}`: {problem}")]
+    PromptLint {
+        /// The rule.
+        rule: &'static str,
+        /// Where, what was expected and what was found.
+        problem: String,
+    },
     /// The engine refused the request.
     #[error(transparent)]
     Submit(#[from] SubmitError),
@@ -188,6 +196,10 @@ impl ApiError {
                 told(StatusCode::NOT_IMPLEMENTED, INVALID, "not_available")
             }
             Self::Template(_) => param("template_refused", "messages"),
+            Self::PromptLint { .. } => Told {
+                status: StatusCode::UNPROCESSABLE_ENTITY,
+                ..param("prompt_lint", "messages")
+            },
             Self::Submit(error) => submit_told(error, told, param),
             Self::Sequence(SequenceFault::NumericFault { .. }) => {
                 told(StatusCode::INTERNAL_SERVER_ERROR, SERVER, "numeric_fault")

@@ -78,7 +78,10 @@ impl FromRequestParts<Arc<AppState>> for Ready {
             (BootState::Failed { phase, reason }, _) => {
                 Err(ApiError::BootFailed { phase: phase.name(), reason: reason.clone() })
             }
-            (BootState::Ready { .. } | BootState::Starting { .. }, _) => Err(ApiError::NotReady {
+            (
+                BootState::Ready { .. } | BootState::Starting { .. } | BootState::Retrying { .. },
+                _,
+            ) => Err(ApiError::NotReady {
                 phase: status.phase().name(),
                 retry_after_s: status.retry_after_s().unwrap_or(1),
             }),

@@ -24,7 +24,10 @@ mod trace;
 mod translate;
 
 pub use auth::{KeyError, Keys};
-pub use boot::{BootBoard, BootState, BootStatus, NotProved, Phase};
+pub use boot::{
+    BootBoard, BootFault, BootOwner, BootPlan, BootProgress, BootState, BootStatus, Deadline, Node,
+    NotProved, Pace, Phase, PhaseRecord, Retrieval,
+};
 pub use error::ApiError;
 pub use serve::{ServeError, bind, router, serve};
 pub use state::{AppState, ENGINE_BUILD, Limits, ServedEncoder, Services};

@@ -10,6 +10,8 @@ use std::{
     time::Duration,
 };
 
+use exrail_engine::{BucketReport, WarmUpReport};
+
 use crate::boot::{BootState, BootStatus};
 
 /// Upper bounds of the latency buckets, in seconds.
@@ -76,6 +78,7 @@ impl Metrics {
         &self,
         boot: &BootStatus,
         engine: Option<&exrail_engine::Counters>,
+        warm_up: Option<&WarmUpReport>,
     ) -> String {
         let mut text = Text::default();
         let ready = matches!(boot.state, BootState::Ready { .. });
@@ -105,6 +108,9 @@ impl Metrics {
         );
         if let Some(counters) = engine {
             engine_lines(&mut text, counters);
+        }
+        if let Some(report) = warm_up {
+            warm_up_lines(&mut text, report);
         }
         text.0
     }
@@ -169,6 +175,22 @@ fn engine_lines(text: &mut Text, counters: &exrail_engine::Counters) {
     if let Some(after_fence) = counters.built_after_fence {
         built_after_fence(text, &after_fence);
     }
+}
+
+/// How cold each warmed shape was, and what of it users would still have met (§3.1).
+fn warm_up_lines(text: &mut Text, report: &WarmUpReport) {
+    let mut ratios = |name: &str, help: &str, ratio: &dyn Fn(&BucketReport) -> f64| {
+        text.head(name, "gauge", help);
+        for bucket in &report.buckets {
+            let (sequences, prompt) = (bucket.n_sequences, bucket.n_prompt);
+            let labels = format!("sequences=\"{sequences}\",prompt_tokens=\"{prompt}\"");
+            text.line(&format!("{name}{{{labels}}}"), ratio(bucket));
+        }
+    };
+    let cold = "First token of the first run over a warm one, paid by the warm-up.";
+    ratios("exrail_cold_ratio", cold, &|bucket| bucket.cold_ratio);
+    let ready = "The same of the first run behind the warm-up fence: expected at most 1.5 (G-05).";
+    ratios("exrail_ready_ratio", ready, &|bucket| bucket.ready_ratio);
 }
 
 /// No line before the fence is closed: a zero would say that it holds.
@@ -237,7 +259,7 @@ mod tests {
         metrics.first_token.observe(Duration::from_millis(7));
         metrics.first_token.observe(Duration::from_secs(60));
         metrics.count_request("/v1/ask", 200);
-        let text = metrics.render(&BootBoard::new().status(), None);
+        let text = metrics.render(&BootBoard::new().status(), None, None);
         assert!(text.contains("seconds_bucket{le=\"0.005\"} 0\n"), "{text}");
         assert!(text.contains("seconds_bucket{le=\"0.01\"} 1\n"), "{text}");
         assert!(text.contains("seconds_bucket{le=\"+Inf\"} 2\n"), "{text}");

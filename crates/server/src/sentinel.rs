@@ -8,8 +8,13 @@ use thiserror::Error;
 
 use crate::{state::Services, translate};
 
-/// Tokens of the sentinel's generation (G-05 P).
-const TOKENS: usize = 10;
+/// Tokens of a generation before a server is ready (§3.1).
+pub const SERVED: usize = 64;
+/// The same before a command answers once (G-05 P).
+pub const ONCE: usize = 10;
+
+/// Generations: the first and the last one must be the same.
+const RUNS: usize = 3;
 
 /// The production path does not work.
 #[derive(Debug, Error)]
@@ -19,8 +24,22 @@ pub enum SentinelError {
     #[error("sentinel prompt: {0}")]
     Prompt(String),
     /// The generation failed.
-    #[error("sentinel generation: expected up to {TOKENS} tokens, found {0}")]
-    Generation(String),
+    #[error("sentinel generation: expected {expected} tokens, found {found}")]
+    Generation {
+        /// Tokens asked for.
+        expected: usize,
+        /// What came instead.
+        found: String,
+    },
+    /// The same request was answered in two ways.
+    #[error(
+        "sentinel: expected the greedy tokens of run 1 in run {RUNS}, found others from token {at} on; \
+         the first run computed something else than the later ones"
+    )]
+    Unstable {
+        /// Index of the first token that differs.
+        at: usize,
+    },
     /// A chunk of the index does not find itself.
     #[error("sentinel search in `{collection}`: expected chunk {snippet_id} among the first hits")]
     Search {
@@ -42,22 +61,36 @@ pub enum SentinelError {
     Refusal,
 }
 
-/// Runs the sentinel; returns a line for people.
+/// Runs the sentinel with generations of so many tokens, fewer where the context is shorter; returns a line
+/// for people.
 ///
 /// # Errors
 /// The first check that failed.
-pub fn run(services: &Services) -> Result<String, SentinelError> {
-    let generated = generate(&services.engine)?;
+pub fn run(services: &Services, n_tokens: usize) -> Result<String, SentinelError> {
+    let runs: Result<Vec<_>, _> = (0..RUNS).map(|_| generate(&services.engine, n_tokens)).collect();
+    let generated = unchanged(&runs?)?;
     refuse()?;
     for (name, asker) in &services.collections {
         search(name, asker.index())?;
     }
     let n_collections = services.collections.len();
-    Ok(format!("{generated} tokens, refusal exact, {n_collections} collections searched"))
+    Ok(format!(
+        "{generated} tokens, the same in run 1 and {RUNS}, refusal exact, {n_collections} collections searched"
+    ))
+}
+
+/// The number of tokens of the runs, of which the first and the last are the same.
+fn unchanged(runs: &[Vec<u32>]) -> Result<usize, SentinelError> {
+    let (Some(first), Some(last)) = (runs.first(), runs.last()) else { return Ok(0) };
+    if first == last {
+        return Ok(first.len());
+    }
+    let at = first.iter().zip(last).take_while(|(one, other)| one == other).count();
+    Err(SentinelError::Unstable { at })
 }
 
 /// Template, tokenizer, engine, detokenizer.
-fn generate(engine: &EngineHandle) -> Result<usize, SentinelError> {
+fn generate(engine: &EngineHandle, n_tokens: usize) -> Result<Vec<u32>, SentinelError> {
     let prompt = match engine.template() {
         Some(_) => {
             let hello = ChatMessage::new("user", "Say hello.");
@@ -69,20 +102,26 @@ fn generate(engine: &EngineHandle) -> Result<usize, SentinelError> {
             .encode("Hello", exrail_text::Specials::AsText)
             .map_err(|error| SentinelError::Prompt(error.to_string()))?,
     };
+    // A prompt without room for an answer is the engine's to refuse.
+    let expected = n_tokens.min(engine.max_new_tokens(prompt.len())).max(1);
     let request = GenerateRequest {
         sampling: Sampling::greedy(),
         stop_at_eos: false,
-        ..GenerateRequest::new(prompt, TOKENS)
+        ..GenerateRequest::new(prompt, expected)
     };
-    let failed = |what: &dyn std::fmt::Display| SentinelError::Generation(what.to_string());
+    let failed = |what: &dyn std::fmt::Display| SentinelError::Generation {
+        expected,
+        found: what.to_string(),
+    };
+    let mut ids = Vec::with_capacity(expected);
     let generation = engine.submit(request).map_err(|error| failed(&error))?;
     for event in &generation.events {
         match event {
-            Event::Started { .. } | Event::Token(_) | Event::Rotated(_) | Event::Tail(_) => {}
+            Event::Started { .. } | Event::Rotated(_) | Event::Tail(_) => {}
+            Event::Token(token) => ids.push(token.id),
             Event::Finished(finished) => {
-                let found = finished.usage.completion_tokens;
-                let whole = finished.finish == Finish::Length && found == TOKENS;
-                return if whole { Ok(found) } else { Err(failed(&found)) };
+                let whole = finished.finish == Finish::Length && ids.len() == expected;
+                return if whole { Ok(ids) } else { Err(failed(&ids.len())) };
             }
             Event::Failed(fault) => return Err(failed(&fault)),
         }
@@ -109,4 +148,18 @@ fn search(name: &str, index: &CollectionIndex) -> Result<(), SentinelError> {
         return Ok(());
     }
     Err(SentinelError::Search { collection: name.into(), snippet_id: chunk.snippet_id.clone() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_first_run_that_is_unlike_the_third_is_refused_with_its_token() {
+        let same = vec![5, 6, 7];
+        assert_eq!(unchanged(&[same.clone(), same.clone(), same.clone()]).unwrap(), 3);
+        let cold = vec![5, 9, 7];
+        let error = unchanged(&[cold, same.clone(), same]).unwrap_err();
+        assert!(matches!(error, SentinelError::Unstable { at: 1 }), "{error}");
+    }
 }

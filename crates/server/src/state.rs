@@ -6,18 +6,18 @@ use std::{
     time::Duration,
 };
 
-use exrail_engine::{EngineHandle, ModelFingerprint};
+use exrail_engine::{EngineHandle, ModelFingerprint, WarmUpReport};
 use exrail_kernels::KvDtype;
 use exrail_retrieval::Encode;
-use exrail_wire::{Pins, TRACE_SCHEMA_VERSION};
+use exrail_wire::{Pins, TRACE_SCHEMA_VERSION, TraceBody};
 
 use crate::{
     Keys,
-    boot::{BootBoard, NotProved},
+    boot::{BootBoard, NotProved, PhaseRecord},
     error::ApiError,
     observe::Metrics,
     pipeline::Asker,
-    trace::{TraceError, TraceLog},
+    trace::{TraceError, TraceIdentity, TraceLog},
 };
 
 /// Version of this program in fingerprints and traces.
@@ -71,6 +71,8 @@ pub struct Services {
     pub model_name: String,
     /// The generator.
     pub engine: EngineHandle,
+    /// What its warm-up measured, when it had one.
+    pub warm_up: Option<WarmUpReport>,
     /// The sentence encoder, when one is configured.
     pub encoder: Option<ServedEncoder>,
     /// Collections by name.
@@ -193,22 +195,30 @@ impl AppState {
         &self.traces
     }
 
-    /// Keys that are known.
-    #[must_use]
-    pub fn n_keys(&self) -> usize {
-        self.keys.len()
-    }
-
-    /// Whether keys are asked for.
-    #[must_use]
-    pub fn has_keys(&self) -> bool {
-        !self.keys.is_empty()
-    }
-
     /// The services, once they were handed over.
     #[must_use]
     pub fn services(&self) -> Option<&Arc<Services>> {
         self.services.get()
+    }
+
+    /// Writes a record of each boot phase that ended (G-14); waits for the model's hash, when one is loaded.
+    ///
+    /// # Errors
+    /// A record is not in the log.
+    pub async fn record_boot(&self) -> Result<(), TraceError> {
+        let pins = match self.services() {
+            Some(services) => services.pins().await?,
+            None => Pins::default(),
+        };
+        let millis = jiff::Timestamp::now().as_millisecond();
+        let identity =
+            TraceIdentity { trace_id: format!("boot-{millis}"), ..TraceIdentity::default() };
+        for PhaseRecord { phase, ok, detail, took } in self.board.status().phases {
+            let (phase, ms) = (phase.name().to_owned(), took.as_secs_f64() * 1e3);
+            let body = TraceBody::Boot { phase, ok, ms, detail };
+            self.traces.append(&identity, &pins, body).await?;
+        }
+        Ok(())
     }
 
     /// Hands the services over and opens the fence.

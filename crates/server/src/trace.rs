@@ -8,6 +8,7 @@ use std::{
     fs::{File, OpenOptions},
     io::{self, Seek, SeekFrom, Write},
     path::{Path, PathBuf},
+    sync::{Arc, OnceLock},
 };
 
 use exrail_engine::FingerprintError;
@@ -49,6 +50,8 @@ struct Append {
 #[derive(Clone, Debug)]
 pub struct TraceLog {
     appends: flume::Sender<Append>,
+    /// Why a mismatch of the preflight is overlooked, if one is.
+    forced: Arc<OnceLock<String>>,
 }
 
 /// Who and what a record belongs to.
@@ -80,7 +83,13 @@ impl TraceLog {
             .name("exrail-trace".into())
             .spawn(move || write_all(file, &queue))
             .map_err(open_error)?;
-        Ok(Self { appends })
+        Ok(Self { appends, forced: Arc::default() })
+    }
+
+    /// Writes into every record from here on why a mismatch of the preflight is overlooked (G-09). The
+    /// first reason stays.
+    pub fn stamp(&self, reason: &str) {
+        self.forced.get_or_init(|| reason.to_owned());
     }
 
     /// Appends a record and waits until the system has it.
@@ -147,6 +156,7 @@ impl TraceLog {
             agent_id: identity.agent_id.clone(),
             mem_rev: 0,
             mem_hash: None,
+            forced: self.forced.get().cloned(),
             pins: pins.clone(),
             body,
         };

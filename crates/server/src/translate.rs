@@ -4,7 +4,8 @@ use std::time::{Duration, Instant};
 
 use exrail_engine::{EngineHandle, GenerateRequest, Priority, Sampling};
 use exrail_text::{
-    ChatMessage, PlacedPrompt, Prompt, RenderOptions, encode_messages, encode_prompt,
+    ChatMessage, PlacedPrompt, Prompt, PromptError, RenderOptions, Tokenizer, encode_messages,
+    encode_prompt, lint_prompt,
 };
 use exrail_wire::{
     Content, ContentPart, ExtraFields, PriorityName, RequestMessage, SamplingFields, Stop, Unknown,
@@ -129,6 +130,31 @@ pub(crate) fn max_tokens(
     asked.unwrap_or_else(|| default.min(engine.max_new_tokens(prompt_tokens)).max(1))
 }
 
+/// Refuses a chat that leaves less room for an answer than is reserved (G-12), where the request does not
+/// say how much it needs. What does not fit into the context at all is the engine's to refuse.
+pub(crate) fn reserve_output(
+    engine: &EngineHandle,
+    asked: Option<usize>,
+    prompt_tokens: usize,
+) -> Result<(), ApiError> {
+    let context = engine.facts().context;
+    let reserved = RESERVE_OUTPUT.min(context / 4);
+    let room = engine.max_new_tokens(prompt_tokens);
+    if asked.is_some() || room == 0 || room >= reserved {
+        return Ok(());
+    }
+    let problem = format!(
+        "expected at most {} prompt tokens, which leaves {reserved} of {context} for the answer, found \
+         {prompt_tokens}; shorten the messages, or pass max_tokens up to {room}",
+        context - reserved
+    );
+    Err(ApiError::PromptLint { rule: "no_room", problem })
+}
+
+/// Tokens that are kept for the answer of a request without `max_tokens`, or a quarter of a short context
+/// (G-12 P).
+const RESERVE_OUTPUT: usize = 512;
+
 /// The roles that the server understands.
 const ROLES: [&str; 3] = ["system", "user", "assistant"];
 
@@ -179,10 +205,13 @@ fn content(index: usize, content: Content) -> Result<String, ApiError> {
 /// become control tokens.
 ///
 /// # Errors
-/// The model has no template, or the template refuses the messages.
+/// The model has no template, the template refuses the messages, or what it made of them does not pass the
+/// prompt lint (G-12).
 pub fn chat_prompt(engine: &EngineHandle, messages: &[ChatMessage]) -> Result<Vec<u32>, ApiError> {
-    encode_prompt(engine.tokenizer(), &rendered(engine, messages)?)
-        .map_err(|error| ApiError::Template(error.to_string()))
+    let (tokenizer, prompt) = (engine.tokenizer(), rendered(engine, messages)?);
+    let ids = encode_prompt(tokenizer, &prompt).map_err(not_encoded)?;
+    lint(tokenizer, &prompt, &ids)?;
+    Ok(ids)
 }
 
 fn rendered(engine: &EngineHandle, messages: &[ChatMessage]) -> Result<Prompt, ApiError> {
@@ -203,8 +232,29 @@ pub(crate) fn placed_prompt(
 ) -> Result<PlacedPrompt, ApiError> {
     let contents = messages.iter().map(|message| message.content.as_deref().unwrap_or_default());
     let contents: Vec<&str> = contents.collect();
-    encode_messages(engine.tokenizer(), &rendered(engine, messages)?, &contents)
-        .map_err(|error| ApiError::Template(error.to_string()))
+    let (tokenizer, prompt) = (engine.tokenizer(), rendered(engine, messages)?);
+    let placed = encode_messages(tokenizer, &prompt, &contents).map_err(not_encoded)?;
+    lint(tokenizer, &prompt, &placed.ids)?;
+    Ok(placed)
+}
+
+fn not_encoded(error: PromptError) -> ApiError {
+    let problem = error.to_string();
+    match error {
+        PromptError::UnprovenContent { .. } | PromptError::ControlInKey { .. } => {
+            ApiError::PromptLint { rule: "control_literal", problem }
+        }
+        PromptError::Tokenizer(_) | _ => ApiError::Template(problem),
+    }
+}
+
+fn lint(tokenizer: &Tokenizer, prompt: &Prompt, ids: &[u32]) -> Result<(), ApiError> {
+    match lint_prompt(tokenizer, prompt, ids) {
+        Some(found) => {
+            Err(ApiError::PromptLint { rule: found.rule.name(), problem: found.to_string() })
+        }
+        None => Ok(()),
+    }
 }
 
 /// One engine request per choice; they differ in their random sequence only.

@@ -20,6 +20,7 @@ mod from_gguf;
 mod from_json;
 mod json_file;
 mod json_spelling;
+mod lint;
 mod normaliser;
 mod pieces;
 mod pre_tokenizer;
@@ -43,6 +44,7 @@ pub use chat::{ChatMessage, RenderOptions, ToolCall};
 pub use detokenizer::Detokenizer;
 pub use error::TokenizerError;
 pub use from_json::TokenRoles;
+pub use lint::{LintFinding, LintRule, lint_prompt};
 pub use prompt::{
     PlacedPrompt, Prompt, PromptError, Segment, encode_completion, encode_messages, encode_prompt,
 };

@@ -96,6 +96,13 @@ impl Prompt {
         self.segments.iter().map(|segment| segment.text.as_str()).collect()
     }
 
+    /// Whether `text` stands in something that came from outside and may stand in trusted text: a key, or
+    /// a message whose place is not proven.
+    pub(crate) fn says(&self, text: &str) -> bool {
+        let has = |texts: &[String]| texts.iter().any(|it| it.contains(text));
+        has(&self.fixed) || (self.proof == Proof::None && has(&self.contents))
+    }
+
     /// Byte ranges of the untrusted segments in [`Prompt::text`], in order.
     fn untrusted(&self) -> Vec<Range<usize>> {
         let mut at = 0;

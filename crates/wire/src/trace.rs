@@ -49,6 +49,9 @@ pub struct TraceEnvelope {
     pub mem_rev: u64,
     /// Hash of a session's memory; null: this server keeps none.
     pub mem_hash: Option<String>,
+    /// Why a mismatch between the model's manifest and its surroundings is overlooked; absent when none is.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub forced: Option<String>,
     /// What the answer depends on.
     pub pins: Pins,
     /// What happened.
@@ -89,7 +92,7 @@ pub enum TraceBody {
         route: &'static str,
         /// Seed that was used.
         seed: u64,
-        /// `stop`, `length`, `context_rotation_required`, `cancelled` or the fault.
+        /// `stop`, `length`, `degenerate`, `context_rotation_required`, `cancelled` or the fault.
         finish_reason: String,
         /// sha256 of the text of the choices, in order.
         answer_sha256: String,

@@ -1,5 +1,7 @@
 //! `exrail ask`.
 
+use std::sync::Arc;
+
 use anyhow::Result;
 use clap::Args;
 use exrail_server::{
@@ -46,7 +48,11 @@ impl Ask {
         let spec = CollectionSpec::parse(&self.collection)?;
         let name = spec.name.clone();
         let services = Boot {
-            board: &BootBoard::new(),
+            board: &Arc::new(BootBoard::new()),
+            keys: None,
+            retries: 0,
+            declared: None,
+            traces: None,
             output: *output,
             sources: &self.sources,
             engine: &self.engine,

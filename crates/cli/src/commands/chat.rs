@@ -1,6 +1,9 @@
 //! `exrail chat`.
 
-use std::io::{BufRead, IsTerminal};
+use std::{
+    io::{BufRead, IsTerminal},
+    sync::Arc,
+};
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
@@ -50,7 +53,11 @@ pub(crate) struct Chat {
 impl Chat {
     pub(crate) fn run(&self, output: &Output) -> Result<Ended> {
         let services = Boot {
-            board: &BootBoard::new(),
+            board: &Arc::new(BootBoard::new()),
+            keys: None,
+            retries: 0,
+            declared: None,
+            traces: None,
             output: *output,
             sources: &self.sources,
             engine: &self.engine,

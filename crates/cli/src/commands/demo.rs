@@ -10,7 +10,7 @@ use std::{
 use anyhow::{Context, Result};
 use clap::Args;
 use exrail_retrieval::{ChunkOptions, Encode, read_folder};
-use exrail_server::{AppState, Phase, Services, TraceLog};
+use exrail_server::{AppState, Retrieval, Services, TraceLog};
 use exrail_verify::{CollectionIndex, GoldKind, GoldSet};
 use include_dir::{Dir, include_dir};
 use serde_json::{Value, json};
@@ -23,7 +23,7 @@ use super::{
 };
 use crate::{
     Ended,
-    load::{Boot, CollectionSpec, Prepare},
+    load::{Boot, CollectionSpec, Prepare, phases_json, print_phases},
     options::{Access, EncoderArgs, EngineArgs, Sources},
     output::Output,
     paths,
@@ -101,12 +101,13 @@ impl Demo {
         spec: &CollectionSpec,
         output: Output,
     ) -> Result<Arc<Services>> {
-        let board = state.board();
-        board.run(Phase::Config, || anyhow::Ok(((), "frozen".into())))?;
-        board.run(Phase::Secrets, || anyhow::Ok(((), "loopback".into())))?;
         let services = Boot {
-            board,
+            board: state.board(),
             output,
+            keys: Some("loopback"),
+            retries: 0,
+            declared: None,
+            traces: None,
             sources: &self.sources,
             engine: &self.engine,
             encoder: Some(&self.encoder),
@@ -126,6 +127,10 @@ struct Corpus<'a> {
 }
 
 impl Prepare for Corpus<'_> {
+    fn retrieval(&self) -> Retrieval {
+        Retrieval::Prepared
+    }
+
     fn corpus(&self, encoder: &dyn Encode, bars: &mut Bars) -> Result<String> {
         let documents = read_folder(&self.documents)?;
         let chunking = ChunkOptions::for_encoder(encoder);
@@ -169,19 +174,12 @@ fn write_dir(dir: &Dir<'_>, root: &Path) -> Result<()> {
 
 fn show_boot(state: &AppState, took: Duration, output: Output) {
     let status = state.board().status();
-    for record in &status.phases {
-        let ms = record.took.as_secs_f64() * 1e3;
-        output.line(format!("  {:10} {ms:8.0} ms  {}", record.phase.name(), record.detail));
-    }
+    print_phases(&status, output);
     output.line(format!("  {:10} {:8.0} ms  in all", "ready", took.as_secs_f64() * 1e3));
     output.value(&json!({
         "event": "ready",
         "seconds": took.as_secs_f64(),
-        "phases": status.phases.iter().map(|record| json!({
-            "phase": record.phase.name(),
-            "ms": record.took.as_secs_f64() * 1e3,
-            "detail": record.detail,
-        })).collect::<Vec<_>>(),
+        "phases": phases_json(&status),
     }));
 }
 

@@ -7,7 +7,7 @@ use exrail_kernels_cpu::{CpuBackend, CpuOptions};
 use serde_json::json;
 
 use crate::{
-    Ended, load,
+    Ended, environment, load,
     options::{EncoderArgs, Sources},
     output::Output,
     progress::Bars,
@@ -20,7 +20,7 @@ pub(crate) struct Embed {
     #[arg(required = true)]
     texts: Vec<String>,
     /// Threads; one per physical core when absent.
-    #[arg(long, value_name = "N", env = "EXRAIL_THREADS")]
+    #[arg(long, value_name = "N", env = environment::THREADS)]
     threads: Option<usize>,
     #[command(flatten)]
     encoder: EncoderArgs,

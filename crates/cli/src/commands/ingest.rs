@@ -12,7 +12,7 @@ use exrail_retrieval::{
 use serde_json::json;
 
 use crate::{
-    Ended,
+    Ended, environment,
     load::{self, CollectionSpec},
     options::{EncoderArgs, Sources},
     output::Output,
@@ -36,7 +36,7 @@ pub(crate) struct Ingest {
     #[arg(long, value_name = "TOKENS")]
     chunk_max: Option<usize>,
     /// Threads; one per physical core when absent.
-    #[arg(long, value_name = "N", env = "EXRAIL_THREADS")]
+    #[arg(long, value_name = "N", env = environment::THREADS)]
     threads: Option<usize>,
     #[command(flatten)]
     encoder: EncoderArgs,

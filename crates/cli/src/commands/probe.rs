@@ -1,6 +1,6 @@
 //! `exrail probe`.
 
-use std::path::PathBuf;
+use std::{path::PathBuf, sync::Arc};
 
 use anyhow::{Context, Result};
 use clap::{Args, Subcommand};
@@ -82,7 +82,11 @@ impl CacheProbe {
             engine.model.clone_from(probed);
         }
         let services = Boot {
-            board: &BootBoard::new(),
+            board: &Arc::new(BootBoard::new()),
+            keys: None,
+            retries: 0,
+            declared: None,
+            traces: None,
             output,
             sources: &self.sources,
             engine: &engine,

@@ -1,24 +1,25 @@
-//! `exrail serve`.
+//! `exrail serve`, and `exrail boot`, which starts the same and serves nobody.
 
 use std::{
     net::{IpAddr, SocketAddr},
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
 };
 
 use anyhow::{Context, Result};
 use clap::Args;
-use exrail_server::{AppState, Limits, Phase, TraceLog};
+use exrail_server::{AppState, BootBoard, BootPlan, Keys, Limits, TraceLog};
 use serde_json::json;
 use tokio::{net::TcpListener, runtime::Runtime};
 
 use crate::{
-    Ended,
-    load::{AsItIs, Boot, CollectionSpec},
+    Ended, environment,
+    load::{AsItIs, Boot, CollectionSpec, phases_json, print_phases},
     options::{Access, EncoderArgs, EngineArgs, RotateArgs, Sources},
     output::Output,
     paths,
+    preflight::Declared,
 };
 
 /// Serve the OpenAI-compatible API. `/livez` answers at once; everything else answers 503 with the
@@ -27,12 +28,24 @@ use crate::{
 pub(crate) struct Serve {
     #[command(flatten)]
     listen: Listen,
+    #[command(flatten)]
+    started: Started,
+}
+
+/// What a server starts.
+#[derive(Debug, Args)]
+pub(crate) struct Started {
     /// Collections to answer from: NAME, DIR or NAME=DIR; may be repeated.
     #[arg(long, value_name = "NAME=DIR")]
     collection: Vec<String>,
     /// Serve without an encoder: no embeddings, no collections.
     #[arg(long, conflicts_with = "collection")]
     no_encoder: bool,
+    /// Further attempts to start when no source delivers the model.
+    #[arg(long, value_name = "N", default_value_t = 3)]
+    boot_retries: u32,
+    #[command(flatten)]
+    declared: Declared,
     #[command(flatten)]
     engine: EngineArgs,
     #[command(flatten)]
@@ -45,18 +58,92 @@ pub(crate) struct Serve {
     sources: Sources,
 }
 
+impl Started {
+    /// The keys of a server, and what to say of them.
+    fn keys(&self) -> Result<(Keys, &'static str)> {
+        let keys = self.access.keys()?;
+        let told = if keys.is_empty() { "no API keys, loopback only" } else { "API keys" };
+        Ok((keys, told))
+    }
+
+    /// The engine of a server with so many keys.
+    fn engine(&self, n_keys: usize) -> EngineArgs {
+        let engine = EngineArgs { rotation: self.rotate.options(), ..self.engine.clone() };
+        engine.for_keys(n_keys)
+    }
+
+    fn boot<'a>(
+        &'a self,
+        engine: &'a EngineArgs,
+        board: &'a Arc<BootBoard>,
+        keys: &'static str,
+        traces: Option<&'a TraceLog>,
+        output: Output,
+    ) -> Result<Boot<'a>> {
+        let specs = self.collection.iter().map(|text| CollectionSpec::parse(text));
+        Ok(Boot {
+            board,
+            output,
+            keys: Some(keys),
+            retries: self.boot_retries,
+            declared: Some(&self.declared),
+            traces,
+            sources: &self.sources,
+            engine,
+            encoder: (!self.no_encoder).then_some(&self.encoder),
+            collections: specs.collect::<Result<Vec<_>>>()?,
+            prepare: &AsItIs,
+        })
+    }
+}
+
+/// Start everything that `serve` starts, print each phase, and end. Exit code 1 when a phase fails.
+#[derive(Debug, Args)]
+pub(crate) struct BootCommand {
+    /// Print the phases in their order, what each needs, its deadline and its probe; start nothing.
+    #[arg(long)]
+    plan: bool,
+    /// So that the command line of a server can be tried as it is; nothing listens.
+    #[command(flatten)]
+    listen: Listen,
+    #[command(flatten)]
+    started: Started,
+}
+
+impl BootCommand {
+    pub(crate) fn run(&self, output: &Output) -> Result<Ended> {
+        let board = Arc::new(BootBoard::new());
+        let (keys, told) = self.started.keys()?;
+        keys.allow_bind(self.listen.host)?;
+        let engine = self.started.engine(keys.len());
+        let boot = self.started.boot(&engine, &board, told, None, *output)?;
+        if self.plan {
+            let plan = boot.plan()?;
+            output.value(&plan.to_json());
+            output.line(plan.to_string().trim_end());
+            return Ok(Ended::Done);
+        }
+        let services = boot.run()?;
+        services.engine.shutdown();
+        let status = board.status();
+        output.value(&json!({ "phases": phases_json(&status) }));
+        print_phases(&status, *output);
+        Ok(Ended::Done)
+    }
+}
+
 /// Where to listen and what to write.
 #[derive(Clone, Debug, Args)]
 #[command(next_help_heading = "Server")]
 pub(crate) struct Listen {
     /// Address to listen on; a non-loopback one needs --api-key-file.
-    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1", env = "EXRAIL_HOST")]
+    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1", env = environment::HOST)]
     pub(crate) host: IpAddr,
     /// Port; 0 takes a free one.
-    #[arg(long, default_value_t = 8321, env = "EXRAIL_PORT")]
+    #[arg(long, default_value_t = 8321, env = environment::PORT)]
     pub(crate) port: u16,
     /// Trace log; traces/trace.jsonl in the data folder when absent.
-    #[arg(long, value_name = "FILE", env = "EXRAIL_TRACE_LOG")]
+    #[arg(long, value_name = "FILE", env = environment::TRACE_LOG)]
     pub(crate) trace_log: Option<PathBuf>,
     /// Milliseconds for the answer to a request that has no `deadline_ms` of its own; no limit when absent.
     #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u64).range(1..))]
@@ -74,11 +161,14 @@ pub(crate) struct Listen {
 impl Listen {
     /// The trace log, opened.
     pub(crate) fn traces(&self) -> Result<TraceLog> {
-        let path = match &self.trace_log {
-            Some(path) => path.clone(),
-            None => paths::data()?.join("traces/trace.jsonl"),
-        };
-        Ok(TraceLog::open(&path)?)
+        Ok(TraceLog::open(&self.trace_path()?)?)
+    }
+
+    fn trace_path(&self) -> Result<PathBuf> {
+        match &self.trace_log {
+            Some(path) => Ok(path.clone()),
+            None => Ok(paths::data()?.join("traces/trace.jsonl")),
+        }
     }
 
     /// What one request may ask for.
@@ -98,17 +188,27 @@ impl Listen {
 
 impl Serve {
     pub(crate) fn run(&self, output: &Output) -> Result<Ended> {
-        let specs = self.collection.iter().map(|text| CollectionSpec::parse(text));
-        let specs = specs.collect::<Result<Vec<_>>>()?;
+        let (keys, told) = self.started.keys()?;
         let runtime = runtime()?;
-        let limits = self.listen.limits();
-        let state = AppState::new(self.access.keys()?, self.listen.traces()?, limits);
+        let engine = self.started.engine(keys.len());
+        let state = AppState::new(keys, self.listen.traces()?, self.listen.limits());
+        let boot =
+            self.started.boot(&engine, state.board(), told, Some(state.traces()), *output)?;
+        persist(&boot.plan()?, &self.listen.trace_path()?.with_file_name("bootstrap.dag.json"))?;
         let listener = self.listen.bind(&runtime, &state)?;
         let address = listener.local_addr()?;
         output.note(format!("listening on http://{address}, starting"));
         output.value(&json!({ "event": "listening", "url": format!("http://{address}") }));
         let server = runtime.spawn(exrail_server::serve(Arc::clone(&state), listener, stopped()));
-        self.boot(&state, specs, *output)?;
+        let booted = boot.run().and_then(|services| Ok(state.open(services)?));
+        let record = record_boot(Arc::clone(&state));
+        if booted.is_ok() {
+            // It waits for the model's hash; users do not.
+            runtime.spawn(record);
+        } else {
+            runtime.block_on(record);
+        }
+        booted?;
         output.line(format!("ready: http://{address}"));
         output.value(&json!({ "event": "ready", "url": format!("http://{address}") }));
         runtime.block_on(server)??;
@@ -117,26 +217,21 @@ impl Serve {
         }
         Ok(Ended::Done)
     }
+}
 
-    fn boot(&self, state: &AppState, specs: Vec<CollectionSpec>, output: Output) -> Result<()> {
-        let board = state.board();
-        board.run(Phase::Config, || anyhow::Ok(((), "frozen".into())))?;
-        let keys = if state.has_keys() { "API keys" } else { "no API keys, loopback only" };
-        board.run(Phase::Secrets, || anyhow::Ok(((), keys.into())))?;
-        let engine = EngineArgs { rotation: self.rotate.options(), ..self.engine.clone() };
-        let services = Boot {
-            board,
-            output,
-            sources: &self.sources,
-            engine: &engine.for_keys(state.n_keys()),
-            encoder: (!self.no_encoder).then_some(&self.encoder),
-            collections: specs,
-            prepare: &AsItIs,
-        }
-        .run()?;
-        state.open(services)?;
-        Ok(())
+/// Leaves a record of the boot; one that cannot be written is no reason not to serve.
+async fn record_boot(state: Arc<AppState>) {
+    if let Err(error) = state.record_boot().await {
+        tracing::error!(%error, "the boot could not be traced");
     }
+}
+
+/// Writes the graph that a boot follows beside the trace log (G-02), whole or not at all.
+fn persist(plan: &BootPlan, path: &Path) -> Result<()> {
+    let partial = path.with_extension("partial");
+    let text = format!("{:#}\n", plan.to_json());
+    let written = std::fs::write(&partial, text).and_then(|()| std::fs::rename(&partial, path));
+    written.with_context(|| format!("file {}", path.display()))
 }
 
 /// The async runtime of a server: sockets only, so two threads are plenty.
@@ -160,5 +255,25 @@ pub(crate) async fn stopped() {
     tokio::select! {
         _ = tokio::signal::ctrl_c() => {}
         _ = terminate.recv() => {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use clap::CommandFactory;
+
+    #[test]
+    fn what_serve_accepts_boot_accepts_too() {
+        let mut program = crate::Cli::command();
+        program.build();
+        let options = |name: &str| -> BTreeSet<String> {
+            let command = program.find_subcommand(name).unwrap();
+            command.get_arguments().map(|argument| argument.get_id().to_string()).collect()
+        };
+        let (serve, boot) = (options("serve"), options("boot"));
+        assert!(serve.contains("rotate_at") && serve.contains("watchdog_s"), "{serve:?}");
+        assert_eq!(serve.difference(&boot).collect::<Vec<_>>(), Vec::<&String>::new());
     }
 }

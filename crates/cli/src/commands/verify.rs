@@ -1,11 +1,14 @@
 //! `exrail verify`.
 
-use std::path::{Path, PathBuf};
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use anyhow::{Context, Result};
 use clap::Args;
 use exrail_server::{
-    BootBoard, Services,
+    BootBoard, Retrieval, Services,
     pipeline::{ASK_K, ASK_MAX_TOKENS, EngineGenerate, ask_sampling},
 };
 use exrail_verify::{
@@ -69,7 +72,11 @@ impl Verify {
         let gold = GoldSet::read(&self.gold)?;
         let spec = CollectionSpec::parse(&self.collection)?;
         let services = Boot {
-            board: &BootBoard::new(),
+            board: &Arc::new(BootBoard::new()),
+            keys: None,
+            retries: 0,
+            declared: None,
+            traces: None,
             output: *output,
             sources: &self.sources,
             engine: &self.engine,
@@ -94,6 +101,10 @@ struct Calibrate<'a> {
 }
 
 impl Prepare for Calibrate<'_> {
+    fn retrieval(&self) -> Retrieval {
+        Retrieval::Prepared
+    }
+
     fn calibration(&self, index: &CollectionIndex, dir: &Path, bars: &mut Bars) -> Result<()> {
         ensure_calibration(index, dir, self.gold, self.anew, bars)
     }

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::convert::Infallible;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -25,6 +25,8 @@ pub(crate) struct Faulty<B> {
     pub(crate) hang: Option<(u32, flume::Receiver<Infallible>)>,
     /// Time that each step takes longer.
     pub(crate) delay: Duration,
+    /// While this is set each step takes [`SLOW`] longer.
+    pub(crate) slow: Arc<AtomicBool>,
     /// Time that each row takes longer.
     pub(crate) row_delay: Duration,
     /// The token that it finds, whatever is the most likely one.
@@ -44,12 +46,16 @@ impl<B> Faulty<B> {
             shapes: None,
             hang: None,
             delay: Duration::ZERO,
+            slow: Arc::default(),
             row_delay: Duration::ZERO,
             stuck_on: None,
             depends_on_the_batch: false,
         }
     }
 }
+
+/// What a step of a slow device takes longer: more than a busy machine makes of a tiny model's step.
+pub(crate) const SLOW: Duration = Duration::from_millis(300);
 
 /// What a device builds for every number of rows, and for every power of two of positions.
 #[derive(Debug, Default)]
@@ -162,7 +168,8 @@ impl<B: Backend> Backend for Faulty<B> {
     fn embed(&self, table: &B::Weight, ids: &[TokenId], scale: f32, out: &mut B::Buffer) {
         assert!(!ids.iter().any(|id| Some(id.0) == self.faults.panic), "injected panic");
         let n_rows = u32::try_from(ids.len()).unwrap();
-        std::thread::sleep(self.delay + self.row_delay * n_rows);
+        let slow = if self.slow.load(Ordering::Acquire) { SLOW } else { Duration::ZERO };
+        std::thread::sleep(self.delay + slow + self.row_delay * n_rows);
         if let Some((token, released)) = &self.hang
             && ids.iter().any(|id| id.0 == *token)
         {

@@ -1,9 +1,12 @@
 //! G-05: what a device builds behind the warm-up fence is seen, and what users bring is built before it.
 
-use exrail_engine::{EngineHandle, EngineOptions, Prompt, WarmUpPlan, warm_up};
+use std::sync::atomic::Ordering;
+
+use exrail_engine::{EngineHandle, EngineOptions, Prompt, WarmUpPlan, warm_up, warm_up_told};
 use exrail_kernels::DeviceCounters;
 
-use crate::support::{collect, options, plain, start, start_building};
+use crate::faulty::SLOW;
+use crate::support::{collect, options, plain, start, start_building, start_with_brake};
 
 /// Answers three requests of one token each at once, over enough steps for all to meet.
 fn three_at_once(engine: &EngineHandle) {
@@ -143,4 +146,38 @@ fn a_device_that_builds_nothing_is_warmed_in_short_and_stays_at_zero() {
     let engine = crate::support::start_with(crate::support::Faults::default(), false, options());
     assert!(warm_up(&engine, &plan).unwrap().built.is_zero());
     assert_eq!(engine.counters().built_after_fence, Some(DeviceCounters::default()));
+}
+
+/// Field fault A1: what is still cold behind the fence is measured, before a user meets it.
+#[test]
+fn a1_a_shape_that_is_cold_behind_the_fence_shows_in_the_ready_ratio() {
+    let (engine, brake) = start_with_brake(options());
+    let plan = WarmUpPlan {
+        decode_buckets: vec![1],
+        prefill_buckets: vec![],
+        ..WarmUpPlan::short(&engine)
+    };
+    let report = warm_up_told(&engine, &plan, &mut |done, total| {
+        // The last token is the one behind the fence.
+        assert_eq!(total, 31);
+        brake.store(done == total - 1, Ordering::Release);
+    });
+    let report = report.unwrap();
+    assert!(report.ready_ratio > plan.cold_ratio_max, "{report:?}");
+}
+
+/// The mutation: a measurement that ends at the fence says nothing of it, no counter grows, and the first
+/// user waits.
+#[test]
+fn mutation_without_the_run_behind_the_fence_the_first_user_measures_it() {
+    let (engine, brake) = start_with_brake(options());
+    let report = warm_up(&engine, &WarmUpPlan::short(&engine)).unwrap();
+    brake.store(true, Ordering::Release);
+    let generation = engine.submit(plain(vec![5], 1)).unwrap();
+    let collected = collect(&generation);
+    let first = collected.finished();
+    let waited = first.timings.queue_ms + first.timings.prefill_ms;
+    assert!(waited >= SLOW.as_secs_f64() * 1e3, "{waited}");
+    assert_eq!(engine.counters().built_after_fence, Some(DeviceCounters::default()));
+    assert!(report.buckets.iter().all(|bucket| bucket.first_token_ms.len() == 3));
 }

@@ -284,9 +284,13 @@ fn warm_up_measures_and_leaves_no_trace() {
     // Decode buckets 1, 2, 4, 8 and prefill buckets 1, 32 (the chunk), 64, 512.
     assert_eq!(report.buckets.len(), 8);
     let shapes = 2 * 10 * (plan.crowd.len() + plan.shapes.iter().map(Vec::len).sum::<usize>());
-    assert_eq!(report.n_tokens, 3 * 10 * (1 + 2 + 4 + 8 + 4) + shapes);
+    // Behind the fence each bucket runs once more, to its first token.
+    assert_eq!(report.n_tokens, (3 * 10 + 1) * (1 + 2 + 4 + 8 + 4) + shapes);
     assert!(report.is_stable);
     assert!(report.cold_ratio > 0.0);
+    let ready = report.buckets.iter().map(|bucket| bucket.ready_ratio);
+    assert_eq!(ready.fold(0.0, f64::max), report.ready_ratio);
+    assert!(report.buckets.iter().all(|bucket| bucket.ready_ratio > 0.0), "{report:?}");
     let counters = engine.counters();
     assert_eq!(counters.pages_free, counters.pages_total);
     let totals = [

@@ -1,5 +1,6 @@
 //! Tiny engines for tests: a seeded model on the reference backend, with faults on demand.
 
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -51,6 +52,13 @@ pub(crate) fn start(options: EngineOptions) -> EngineHandle {
 pub(crate) fn start_with(faults: Faults, runs_ahead: bool, options: EngineOptions) -> EngineHandle {
     let backend = Faulty { faults, runs_ahead, ..Faulty::new(Reference) };
     Engine::start(load(backend), options).unwrap()
+}
+
+/// On a backend without faults, and a switch that makes it slow.
+pub(crate) fn start_with_brake(options: EngineOptions) -> (EngineHandle, Arc<AtomicBool>) {
+    let backend = Faulty::new(Reference);
+    let brake = Arc::clone(&backend.slow);
+    (Engine::start(load(backend), options).unwrap(), brake)
 }
 
 /// On a backend without faults that builds graphs, and perhaps none behind the fence; and what it built.

@@ -83,6 +83,7 @@ fn accept(
         translate::placed_prompt(&services.engine, &messages)?;
     let rotation = rotation::of_chat(&services.engine, request.rotation, &messages, &places)?;
     let asked = one_limit(request.max_tokens, request.max_completion_tokens)?;
+    translate::reserve_output(&services.engine, asked, prompt.len())?;
     let default = state.limits.default_max_tokens;
     let max_tokens = translate::max_tokens(&services.engine, asked, default, prompt.len());
     let seed = sampling.seed;

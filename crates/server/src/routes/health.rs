@@ -9,11 +9,11 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use exrail_engine::{Counters, EngineState, FingerprintState};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::{
     AppState,
-    boot::{BootState, BootStatus},
+    boot::{BootState, BootStatus, Wait},
 };
 
 /// Alive: the process answers, the engine has not given up and, when there is work, it finishes steps. Not
@@ -59,6 +59,9 @@ pub(crate) async fn readyz(State(state): State<Arc<AppState>>) -> Response {
         "phase": status.phase().name(),
         "reason": reason(&status, trouble),
         "phases": phases,
+        "attempt": status.attempt,
+        "running": running(&status),
+        "waits": waits(&status),
     });
     let code = if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
     let mut response = (code, Json(body)).into_response();
@@ -66,6 +69,27 @@ pub(crate) async fn readyz(State(state): State<Arc<AppState>>) -> Response {
         response.headers_mut().insert(header::RETRY_AFTER, seconds.into());
     }
     response
+}
+
+/// How far the phase is that runs; null when none does.
+fn running(status: &BootStatus) -> Option<Value> {
+    let BootState::Starting { since, .. } = &status.state else { return None };
+    Some(json!({
+        "doing": status.doing,
+        "s": since.elapsed().as_secs_f64(),
+        "since_progress_s": status.quiet.as_secs_f64(),
+        "stalled": status.is_stalled(),
+        "heartbeats": status.heartbeats,
+    }))
+}
+
+/// Who waits for whom (G-04).
+fn waits(status: &BootStatus) -> Vec<Value> {
+    let wait = |wait: &Wait| {
+        let holders: Vec<_> = wait.holders.iter().map(|it| it.name()).collect();
+        json!({ "waiter": wait.waiter.name(), "holders": holders })
+    };
+    status.waits().iter().map(wait).collect()
 }
 
 /// Why services that were handed over do not answer, if they do not.
@@ -80,7 +104,9 @@ fn trouble(state: &AppState) -> Option<String> {
 
 fn reason(status: &BootStatus, trouble: Option<String>) -> Option<String> {
     match &status.state {
-        BootState::Failed { reason, .. } => Some(reason.clone()),
+        BootState::Failed { reason, .. } | BootState::Retrying { reason, .. } => {
+            Some(reason.clone())
+        }
         BootState::Ready { .. } => trouble,
         BootState::Starting { .. } => None,
     }
@@ -88,7 +114,9 @@ fn reason(status: &BootStatus, trouble: Option<String>) -> Option<String> {
 
 /// Prometheus.
 pub(crate) async fn metrics(State(state): State<Arc<AppState>>) -> Response {
-    let counters = state.services.get().map(|services| services.engine.counters());
-    let text = state.metrics.render(&state.board.status(), counters.as_ref());
+    let services = state.services.get();
+    let counters = services.map(|services| services.engine.counters());
+    let warm_up = services.and_then(|services| services.warm_up.as_ref());
+    let text = state.metrics.render(&state.board.status(), counters.as_ref(), warm_up);
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], text).into_response()
 }

@@ -22,7 +22,7 @@ use crate::{
 /// A step takes 2 ms and more, so that no answer ends before somebody hangs up.
 fn slow() -> Server {
     let backend = Faulty { delay: Duration::from_millis(2), ..Faulty::new(cpu()) };
-    warm_on(start(backend, None, EngineOptions::default()), &[], Limits::default())
+    warm_on(start(backend, EngineOptions::default(), |_| {}), &[], Limits::default())
 }
 
 async fn listen(server: &Server) -> SocketAddr {
@@ -123,7 +123,7 @@ async fn a_closed_connection_ends_the_sequence_on_every_route() {
 async fn a_closed_connection_leaves_the_queue() {
     let backend = Faulty { delay: Duration::from_millis(2), ..Faulty::new(cpu()) };
     let options = EngineOptions { max_sequences: 1, ..EngineOptions::default() };
-    let server = warm_on(start(backend, None, options), &[], Limits::default());
+    let server = warm_on(start(backend, options, |_| {}), &[], Limits::default());
     let address = listen(&server).await;
     let engine = server.state.services().unwrap().engine.clone();
     let request = GenerateRequest { stop_at_eos: false, ..GenerateRequest::new(vec![5], 1900) };

@@ -10,6 +10,7 @@ mod faulty;
 mod fence;
 mod fingerprint;
 mod hang_up;
+mod lint;
 mod rotation;
 mod scheduling;
 mod support;

@@ -88,7 +88,7 @@ async fn a_stream_that_becomes_late_ends_with_an_error_and_without_done() {
 #[tokio::test]
 async fn a_request_without_a_deadline_has_the_servers() {
     let limits = Limits { default_deadline: Some(Duration::from_millis(1)), ..Limits::default() };
-    let engine = start(cpu(), None, EngineOptions::default());
+    let engine = start(cpu(), EngineOptions::default(), |_| {});
     let server = warm_on(engine, &[], limits);
     assert_is_late(&server.post("/v1/chat/completions", &chat(&json!({}))).await);
     let patient = chat(&json!({"deadline_ms": 60_000, "max_tokens": 2}));
@@ -105,7 +105,7 @@ async fn full() -> (Server, [Generation; 2]) {
     };
     // No answer ends by itself meanwhile.
     let backend = Faulty { delay: Duration::from_millis(2), ..Faulty::new(cpu()) };
-    let engine = start(backend, None, options);
+    let engine = start(backend, options, |_| {});
     let server = warm_on(engine.clone(), &[KEY, OTHER_KEY], Limits::default());
     let running = submit(&engine, "key-1");
     wait(|| engine.counters().sequences_running == 1).await;

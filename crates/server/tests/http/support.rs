@@ -1,6 +1,6 @@
 //! A server over a tiny model.
 
-use std::{path::Path, sync::Arc};
+use std::{error::Error, path::Path, sync::Arc};
 
 use axum::{
     body::{Body, to_bytes},
@@ -8,8 +8,8 @@ use axum::{
 };
 use exrail_checkpoint::{Checkpoint, Gguf, sha256_hex};
 use exrail_engine::{
-    Engine, EngineHandle, EngineOptions, Identity, LoadOptions, ModelFingerprint, WarmUpPlan,
-    prepare_generator, warm_up,
+    Engine, EngineHandle, EngineOptions, Identity, LoadOptions, Loaded, ModelFingerprint,
+    WarmUpPlan, WarmUpReport, prepare_generator, warm_up,
 };
 use exrail_kernels::{Activation, Backend};
 use exrail_kernels_cpu::{CpuBackend, CpuOptions};
@@ -17,10 +17,11 @@ use exrail_retrieval::{
     ChunkOptions, Collection, Contract, Encode, read_folder, testing::FakeEncoder,
 };
 use exrail_server::{
-    AppState, Keys, Limits, Phase, ServedEncoder, Services, TraceLog, pipeline::Asker, router,
-    sentinel,
+    AppState, BootOwner, BootPlan, Keys, Limits, Node, Pace, Phase, ServedEncoder, Services,
+    TraceLog, pipeline::Asker, router, sentinel,
 };
 use exrail_testkit::{TinyLlama, tiny_llama};
+use exrail_text::ChatTemplate;
 use exrail_verify::{CollectionIndex, DeltaSGate};
 use serde_json::Value;
 use tempfile::TempDir;
@@ -54,7 +55,15 @@ impl Answer {
 
 /// An engine whose model has this fingerprint, or that of its bytes.
 fn engine(fingerprint: Option<ModelFingerprint>) -> EngineHandle {
-    start(cpu(), fingerprint, EngineOptions { max_sequences: 4, ..EngineOptions::default() })
+    start(cpu(), four(), |loaded| {
+        if let Some(fingerprint) = fingerprint {
+            loaded.model_sha256 = fingerprint;
+        }
+    })
+}
+
+fn four() -> EngineOptions {
+    EngineOptions { max_sequences: 4, ..EngineOptions::default() }
 }
 
 pub(crate) fn cpu() -> CpuBackend {
@@ -63,10 +72,11 @@ pub(crate) fn cpu() -> CpuBackend {
     CpuBackend::new(options).unwrap()
 }
 
+/// An engine of a model that was changed before it started.
 pub(crate) fn start<B: Backend>(
     backend: B,
-    fingerprint: Option<ModelFingerprint>,
     options: EngineOptions,
+    change: impl FnOnce(&mut Loaded<B>),
 ) -> EngineHandle {
     let bytes = tiny_llama(7, TinyLlama::default());
     let sha256 = sha256_hex(&bytes);
@@ -75,9 +85,7 @@ pub(crate) fn start<B: Backend>(
     let load = LoadOptions::default();
     let checkpoint = Checkpoint::Gguf(gguf);
     let mut loaded = prepare_generator(backend, &checkpoint, who, load, &mut |_| {}).unwrap();
-    if let Some(fingerprint) = fingerprint {
-        loaded.model_sha256 = fingerprint;
-    }
+    change(&mut loaded);
     Engine::start(loaded, options).unwrap()
 }
 
@@ -120,6 +128,7 @@ fn services_of(engine: EngineHandle, folder: &Path) -> Services {
     Services {
         model_name: MODEL.into(),
         engine,
+        warm_up: None,
         encoder: Some(ServedEncoder { name: "fake".into(), encoder }),
         collections: [("cabinets".to_owned(), asker)].into(),
         loaded_at: 0,
@@ -128,31 +137,44 @@ fn services_of(engine: EngineHandle, folder: &Path) -> Services {
 
 /// Boots with a real sentinel.
 pub(crate) fn warm(keys: &[&str], trace_log: Option<&str>) -> Server {
-    boot(cold(keys, trace_log), engine(None))
+    boot(cold(keys, trace_log), engine(None), None)
 }
 
 /// The same on another engine.
 pub(crate) fn warm_on(engine: EngineHandle, keys: &[&str], limits: Limits) -> Server {
-    boot(limited(keys, None, limits), engine)
+    boot(limited(keys, None, limits), engine, None)
 }
 
 /// The same with a real warm-up, so that the fence is closed.
 pub(crate) fn fenced() -> Server {
     let engine = engine(None);
-    warm_up(&engine, &WarmUpPlan::of(&engine)).unwrap();
-    boot(cold(&[], None), engine)
+    let report = warm_up(&engine, &WarmUpPlan::of(&engine)).unwrap();
+    boot(cold(&[], None), engine, Some(report))
 }
 
 /// The same with a model of this fingerprint, and no keys.
 pub(crate) fn warm_with(fingerprint: ModelFingerprint) -> Server {
-    boot(cold(&[], None), engine(Some(fingerprint)))
+    boot(cold(&[], None), engine(Some(fingerprint)), None)
 }
 
-fn boot(server: Server, engine: EngineHandle) -> Server {
-    let services = services_of(engine, server.folder.path());
-    let board = server.state.board();
-    board.run(Phase::WarmUp, || Ok::<_, std::io::Error>(((), String::new()))).unwrap();
-    board.run(Phase::Sentinel, || sentinel::run(&services).map(|detail| ((), detail))).unwrap();
+/// The same with a model whose chat template is this one.
+pub(crate) fn warm_speaking(template: &str) -> Server {
+    let template = ChatTemplate::compile(template, "<|im_start|>", "<|im_end|>").unwrap();
+    let engine = start(cpu(), four(), |loaded| loaded.template = Some(Arc::new(template)));
+    boot(cold(&[], None), engine, None)
+}
+
+fn boot(server: Server, engine: EngineHandle, warm_up: Option<WarmUpReport>) -> Server {
+    let services = Services { warm_up, ..services_of(engine, server.folder.path()) };
+    let owner = server.own();
+    pass(&owner, Phase::Weights);
+    pass(&owner, Phase::WarmUp);
+    let detail: Result<_, Box<dyn Error>> = owner.run(
+        Phase::Sentinel,
+        || Ok(sentinel::run(&services, sentinel::ONCE)?),
+        |detail| Ok(detail.clone()),
+    );
+    detail.unwrap();
     server.state.open(services).unwrap();
     server
 }
@@ -164,7 +186,25 @@ pub(crate) fn endless(server: &Server) -> Value {
     eos.map(|id| (id.to_string(), (-100).into())).collect::<serde_json::Map<_, _>>().into()
 }
 
+/// A phase that finds nothing wrong.
+pub(crate) fn pass(owner: &BootOwner, phase: Phase) {
+    let ended: Result<(), Box<dyn Error>> = owner.run(phase, || Ok(()), |()| Ok(String::new()));
+    ended.unwrap();
+}
+
 impl Server {
+    /// Takes the boot, of the phases that these tests look at.
+    pub(crate) fn own(&self) -> BootOwner {
+        let nodes = vec![
+            Node::new(Phase::Weights, &[], "loaded"),
+            Node::new(Phase::WarmUp, &[Phase::Weights], "tokens"),
+            Node::new(Phase::Sentinel, &[Phase::WarmUp], "answered"),
+            Node::new(Phase::Ready, &[Phase::Sentinel], "all of it"),
+        ];
+        let plan = BootPlan::new(nodes).unwrap();
+        self.state.board().own(plan, Pace::default(), |_| {}).unwrap()
+    }
+
     pub(crate) async fn send(&self, request: Request<Body>) -> Answer {
         let response = router(Arc::clone(&self.state)).oneshot(request).await.unwrap();
         let (parts, body) = response.into_parts();

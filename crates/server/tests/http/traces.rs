@@ -68,3 +68,16 @@ async fn a_request_that_is_turned_away_leaves_a_record_and_a_stranger_does_not()
     assert_eq!(lines[0]["agent_id"], "key-1");
     assert!(lines[0]["detail"].as_str().unwrap().contains("tools"));
 }
+
+#[tokio::test]
+async fn a_mismatch_that_is_overlooked_is_stamped_into_every_record() {
+    let server = warm(&[], None);
+    let body = json!({"model": MODEL, "prompt": "ab", "max_tokens": 2});
+    server.post("/v1/completions", &body).await;
+    server.state.traces().stamp("tested by hand");
+    server.post("/v1/completions", &body).await;
+    server.post("/v1/completions", &json!({"model": MODEL, "prompt": "ab", "tools": []})).await;
+    let stamps: Vec<_> = server.trace_lines().iter().map(|line| line["forced"].clone()).collect();
+    let reason = json!("tested by hand");
+    assert_eq!(stamps, [json!(null), reason.clone(), reason]);
+}

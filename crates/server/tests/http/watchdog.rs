@@ -22,7 +22,7 @@ const HANG: u32 = 7;
 fn hanging(watchdog: Duration) -> (Server, flume::Sender<Infallible>) {
     let (release, released) = flume::bounded(0);
     let backend = Faulty { hang: Some((HANG, released)), ..Faulty::new(cpu()) };
-    let engine = start(backend, None, EngineOptions::default());
+    let engine = start(backend, EngineOptions::default(), |_| {});
     (warm_on(engine, &[], Limits { watchdog, ..Limits::default() }), release)
 }
 

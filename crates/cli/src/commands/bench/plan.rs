@@ -10,6 +10,7 @@ use serde::Serialize;
 
 use crate::{
     device::DeviceOption,
+    environment,
     options::{ActivationOption, KvOption},
 };
 
@@ -33,10 +34,10 @@ pub(super) struct Workload {
     #[arg(long, value_name = "N", default_value = "5")]
     repeat: NonZeroUsize,
     /// Device: auto (the first GPU, or else the CPU), cpu or cuda:N.
-    #[arg(long, value_name = "DEVICE", default_value = "auto", env = "EXRAIL_DEVICE")]
+    #[arg(long, value_name = "DEVICE", default_value = "auto", env = environment::DEVICE)]
     device: DeviceOption,
     /// Threads of the CPU; one per physical core when absent.
-    #[arg(long, value_name = "N", env = "EXRAIL_THREADS")]
+    #[arg(long, value_name = "N", env = environment::THREADS)]
     threads: Option<NonZeroUsize>,
     /// Rows of a prefill step at most.
     #[arg(long, value_name = "N", default_value = "512")]
