@@ -93,7 +93,8 @@ impl WarmUpPlan {
         }
     }
 
-    /// The buckets of G-05, cut to what the engine can run, and the shapes of [`shapes`].
+    /// The buckets of G-05, cut to what the engine can run; every number of sequences up to 16, and one
+    /// sequence behind every power of two of positions; and what takes the most memory.
     #[must_use]
     pub fn full(handle: &EngineHandle) -> WarmUpPlan {
         let facts = handle.facts();
