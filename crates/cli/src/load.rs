@@ -187,10 +187,12 @@ impl Attempt<'_, '_> {
         };
         let bytes = model_bytes(&model.path);
         let sentinel = || {
-            self.owner.progress().of_bytes(bytes);
+            let progress = self.owner.progress();
+            progress.of_bytes(bytes);
+            progress.doing("answering a request");
             // A command that answers once is not kept waiting as long as a server.
             let n_tokens = if self.boot.keys.is_some() { sentinel::SERVED } else { sentinel::ONCE };
-            Ok(sentinel::run(&services, n_tokens)?)
+            Ok(sentinel::run(&services, n_tokens, &mut || progress.made())?)
         };
         self.phase(Phase::Sentinel, sentinel, |detail| Ok(detail.clone()))?;
         Ok(services)

@@ -62,12 +62,17 @@ pub enum SentinelError {
 }
 
 /// Runs the sentinel with generations of so many tokens, fewer where the context is shorter; returns a line
-/// for people.
+/// for people. `told` hears of every token, so that a slow model is not taken for one that hangs.
 ///
 /// # Errors
 /// The first check that failed.
-pub fn run(services: &Services, n_tokens: usize) -> Result<String, SentinelError> {
-    let runs: Result<Vec<_>, _> = (0..RUNS).map(|_| generate(&services.engine, n_tokens)).collect();
+pub fn run(
+    services: &Services,
+    n_tokens: usize,
+    told: &mut dyn FnMut(),
+) -> Result<String, SentinelError> {
+    let runs = (0..RUNS).map(|_| generate(&services.engine, n_tokens, told));
+    let runs: Result<Vec<_>, _> = runs.collect();
     let generated = unchanged(&runs?)?;
     refuse()?;
     for (name, asker) in &services.collections {
@@ -90,7 +95,11 @@ fn unchanged(runs: &[Vec<u32>]) -> Result<usize, SentinelError> {
 }
 
 /// Template, tokenizer, engine, detokenizer.
-fn generate(engine: &EngineHandle, n_tokens: usize) -> Result<Vec<u32>, SentinelError> {
+fn generate(
+    engine: &EngineHandle,
+    n_tokens: usize,
+    told: &mut dyn FnMut(),
+) -> Result<Vec<u32>, SentinelError> {
     let prompt = match engine.template() {
         Some(_) => {
             let hello = ChatMessage::new("user", "Say hello.");
@@ -118,7 +127,10 @@ fn generate(engine: &EngineHandle, n_tokens: usize) -> Result<Vec<u32>, Sentinel
     for event in &generation.events {
         match event {
             Event::Started { .. } | Event::Rotated(_) | Event::Tail(_) => {}
-            Event::Token(token) => ids.push(token.id),
+            Event::Token(token) => {
+                ids.push(token.id);
+                told();
+            }
             Event::Finished(finished) => {
                 let whole = finished.finish == Finish::Length && ids.len() == expected;
                 return if whole { Ok(ids) } else { Err(failed(&ids.len())) };

@@ -1,7 +1,7 @@
 //! G-01, G-05: nothing is answered before real tokens were generated.
 
 use axum::http::{Method, StatusCode, header};
-use exrail_server::Phase;
+use exrail_server::{Phase, sentinel};
 use serde_json::json;
 
 use crate::support::{MODEL, cold, fenced, pass, services, warm};
@@ -169,4 +169,14 @@ async fn metrics_tell_what_was_built_and_what_of_it_behind_the_fence() {
     assert!(metrics.contains("exrail_device_allocs_total 0\n"), "{metrics}");
     assert!(!metrics.contains("exrail_built_after_fence"), "{metrics}");
     assert!(!metrics.contains("exrail_ready_ratio"), "{metrics}");
+}
+
+/// A4 of the field faults, its other side: a slow model is not taken for one that hangs.
+#[tokio::test]
+async fn the_sentinel_tells_of_every_token() {
+    let server = warm(&[], None);
+    let services = server.state.services().unwrap();
+    let mut n_told = 0;
+    sentinel::run(services, sentinel::ONCE, &mut || n_told += 1).unwrap();
+    assert_eq!(n_told, 3 * sentinel::ONCE);
 }

@@ -171,7 +171,7 @@ fn boot(server: Server, engine: EngineHandle, warm_up: Option<WarmUpReport>) -> 
     pass(&owner, Phase::WarmUp);
     let detail: Result<_, Box<dyn Error>> = owner.run(
         Phase::Sentinel,
-        || Ok(sentinel::run(&services, sentinel::ONCE)?),
+        || Ok(sentinel::run(&services, sentinel::ONCE, &mut || {})?),
         |detail| Ok(detail.clone()),
     );
     detail.unwrap();
