@@ -80,7 +80,21 @@ fn options(engine: &EngineHandle, fields: &RotationFields) -> Result<RotationOpt
             return Err(bad("policy", format!("expected off, reprefill or stop, found `{found}`")));
         }
     };
-    Ok(RotationOptions { policy, rotate_at: fields.rotate_at, window: fields.window })
+    let RotationFields { rotate_at, window, .. } = *fields;
+    // A field that the policy does not read would be passed over in silence.
+    let idle = match policy {
+        RotatePolicy::Off if rotate_at.is_some() => Some(("rotate_at", "reprefill or stop")),
+        RotatePolicy::Off | RotatePolicy::Stop if window.is_some() => Some(("window", "reprefill")),
+        RotatePolicy::Off
+        | RotatePolicy::Stop
+        | RotatePolicy::Reprefill
+        | RotatePolicy::SinkWindow => None,
+    };
+    if let Some((field, expected)) = idle {
+        let problem = format!("expected policy {expected} beside it, found {}", policy.name());
+        return Err(bad(field, problem));
+    }
+    Ok(RotationOptions { policy, rotate_at, window })
 }
 
 fn bad(field: &str, problem: String) -> ApiError {

@@ -208,3 +208,18 @@ async fn c5_every_integer_is_refused_or_honoured() {
     let answer = server.post("/v1/chat/completions", &grounded).await;
     assert!(answer.text.contains("evidence of a grounded answer"), "{}", answer.text);
 }
+
+#[tokio::test]
+async fn a_field_that_the_policy_does_not_read_is_refused() {
+    let server = warm(&[], None);
+    for (policy, field, expected) in [
+        ("off", "rotate_at", "expected policy reprefill or stop beside it, found off"),
+        ("off", "window", "expected policy reprefill beside it, found off"),
+        ("stop", "window", "expected policy reprefill beside it, found stop"),
+    ] {
+        let body = chat(&server, "system", &json!({"rotation": {"policy": policy, field: 160}}));
+        let answer = server.post("/v1/chat/completions", &body).await;
+        assert_eq!(answer.status, 400, "{policy} {field}: {}", answer.text);
+        assert!(answer.text.contains(expected), "{policy} {field}: {}", answer.text);
+    }
+}
