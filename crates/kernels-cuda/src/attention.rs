@@ -205,6 +205,19 @@ impl Rows {
     }
 }
 
+/// Runs of all keys of all rows that [`Rows::runs`] gives at most where it chooses by how busy the card is: two a
+/// multiprocessor of the positions seen, of which a context has at most twice as many.
+const fn most_runs(n_multiprocessors: usize) -> usize {
+    4 * n_multiprocessors
+}
+
+/// Where the results of runs are kept, and of how many rows at once. More rows or positions never take less memory,
+/// and any take `least`: few rows may have more runs than many, and behind the warm-up nothing may grow.
+fn parts(stream: &Stream, n_rows: usize, row_bytes: usize, least: usize) -> (Address, usize) {
+    let bytes = (n_rows * row_bytes).min(PARTS_BYTES).max(row_bytes).max(least);
+    (stream.work("runs of attention", bytes), (PARTS_BYTES / row_bytes).clamp(1, n_rows))
+}
+
 /// What every kernel takes first: queries, the pool, the layer, the table of pages, and the shape.
 type Common = (Address, crate::kv::Pages, u32, Address, Shape);
 
@@ -220,10 +233,10 @@ fn attend_in_groups(
         (shape.head_dim as usize, shape.n_heads as usize, shape.n_kv_heads as usize);
     let (group, run, cluster) = rows.runs(shape, stream, options);
     let n_runs = rows.context().div_ceil(run);
-    let row_bytes = 4 * n_heads * n_runs * (head_dim + PART_BESIDES);
-    let rows_at_once = (PARTS_BYTES / row_bytes).clamp(1, rows.n);
-    let parts = stream.work("runs of attention", rows_at_once * row_bytes);
-    let n_done = stream.counters(rows_at_once * n_kv_heads);
+    let head_bytes = 4 * (n_heads / n_kv_heads) * (head_dim + PART_BESIDES);
+    let least = most_runs(stream.machine().n_multiprocessors) * head_bytes;
+    let (parts, rows_at_once) = parts(stream, rows.n, n_kv_heads * n_runs * head_bytes, least);
+    let n_done = stream.counters(rows.n * n_kv_heads);
     let in_ring = stream.machine().depth * 2 * GROUP_POSITIONS * (head_dim + 8) * 2;
     let of_heads = (n_heads / n_kv_heads) * head_dim * 4;
     // What the blocks of a cluster send each other lies behind.
@@ -328,9 +341,8 @@ fn attend_in_runs(
     // A power of two, so that a growing context seldom changes the grid.
     let n_runs = rows.longest.div_ceil(RUN).next_power_of_two();
     let row_bytes = 4 * shape.n_heads as usize * n_runs * (head_dim + 2);
-    let rows_at_once = (PARTS_BYTES / row_bytes).clamp(1, rows.n);
-    let parts = stream.work("runs of attention", rows_at_once * row_bytes);
-    let n_done = stream.counters(rows_at_once * shape.n_heads as usize);
+    let (parts, rows_at_once) = parts(stream, rows.n, row_bytes, 0);
+    let n_done = stream.counters(rows.n * shape.n_heads as usize);
     let lanes = (head_dim / VECTOR).next_power_of_two();
     let kernel = format!("attention_run_{dtype}_{lanes}");
     for first in (0..rows.n).step_by(rows_at_once) {

@@ -260,6 +260,7 @@ impl Stream {
 
     /// Zeroed memory.
     fn zeroed(&self, bytes: usize, what: &str) -> Result<CudaSlice<u8>, KernelError> {
+        tracing::debug!(what, bytes, "memory of the device");
         // An empty allocation has no address.
         self.allocate(bytes.max(16)).map_err(|_| KernelError::OutOfMemory {
             what: what.to_owned(),
