@@ -143,6 +143,7 @@ fn wrong_options_end_before_anything_is_measured() {
         (["--kv", "q4"], 2, "--kv"),
         (["--gpu", "1"], 2, "--gpu"),
         (["--prompt", "9,9"], 1, "found 9 twice"),
+        (["--guards", "--depth=9"], 2, "--depth"),
     ] {
         let output = bench(home.path(), &arguments);
         let message = text(&output.stderr);
@@ -184,6 +185,36 @@ fn the_table_names_every_test() {
         "first token: ",
         "3 sequences: ",
     ] {
+        assert!(told.contains(part), "expected `{part}` in: {told}");
+    }
+}
+
+#[test]
+fn what_guards_cost_is_measured_in_pairs() {
+    let home = tempfile::tempdir().unwrap();
+    let file = tiny(home.path(), "tiny.gguf", 2048);
+    let file = file.to_str().unwrap();
+    let small = ["--guards", "--prompt", "8,300", "--gen", "5", "--batch", "1,3", "--repeat", "2"];
+    let output = bench(home.path(), &[&small[..], &["--json", file]].concat());
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    let json: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let model = &json["models"][0];
+    let (first, decode) = (&model["first_token"], model["decode"].as_array().unwrap());
+    assert_eq!((&first[0]["prompt"], &first[1]["prompt"]), (&8.into(), &300.into()));
+    for test in first.as_array().unwrap() {
+        assert_eq!(test["added_ms"]["samples"].as_array().unwrap().len(), 2, "{test}");
+        assert!(test["unguarded_ms"].as_f64().unwrap() > 0.0, "{test}");
+    }
+    let named =
+        |test: &Value| (test["batch"].as_u64().unwrap(), test["sampled"].as_bool().unwrap());
+    let tests: Vec<_> = decode.iter().map(named).collect();
+    assert_eq!(tests, [(1, false), (1, true), (3, false), (3, true)]);
+    for test in decode {
+        assert!(test["unguarded_tokens_per_s"].as_f64().unwrap() > 0.0, "{test}");
+        assert!(test["share_taken"]["median"].as_f64().unwrap() < 1.0, "{test}");
+    }
+    let told = text(&bench(home.path(), &[&small[..], &[file]].concat()).stdout);
+    for part in ["first token of 300 ", "limit 5 ms", "decode x3 sampled ", "limit -2 %"] {
         assert!(told.contains(part), "expected `{part}` in: {told}");
     }
 }

@@ -54,6 +54,9 @@ pub struct EngineOptions {
     /// Steps between two audits of the whole page pool, at least 1. The pages of the batch are checked
     /// before every step, whatever this says.
     pub kv_audit_every: u64,
+    /// Whether the pages of the batch are checked before every step, all pages are audited, and what the device
+    /// builds is compared with its fence. `false` measures what that costs; whoever answers others keeps it.
+    pub guards: bool,
     /// Numbers for what the rotation of a request leaves open. The policy is each request's own; this one is
     /// for who makes requests.
     pub rotation: RotationOptions,
@@ -72,6 +75,7 @@ impl Default for EngineOptions {
             tenant_queue_limit: None,
             prefix_cache: true,
             kv_audit_every: if cfg!(debug_assertions) { 1 } else { 1024 },
+            guards: true,
             rotation: RotationOptions {
                 policy: RotatePolicy::Reprefill,
                 ..RotationOptions::default()

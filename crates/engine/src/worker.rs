@@ -163,8 +163,10 @@ impl<B: Backend> Worker<B> {
         if !self.running.is_empty() || self.flight.is_some() {
             self.step();
             self.rotate_due();
-            self.watch_fence();
-            if self.n_steps.is_multiple_of(self.options.kv_audit_every) {
+            if self.options.guards {
+                self.watch_fence();
+            }
+            if self.options.guards && self.n_steps.is_multiple_of(self.options.kv_audit_every) {
                 self.audit();
             }
         } else if !self.waiting.is_empty() || !self.suspended.is_empty() {

@@ -12,7 +12,10 @@ use clap::ValueEnum;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use serde_json::Value;
 
-use super::{Part, first_token, first_token::FirstToken, plan::Plan, speed, speed::Speed};
+use super::{
+    Part, first_token, first_token::FirstToken, guards, guards::Guards, plan::Plan, speed,
+    speed::Speed,
+};
 use crate::{output::Output, progress::Bars};
 
 /// What a child says.
@@ -36,6 +39,7 @@ pub(super) fn answer(part: Part, plan: &Plan, path: &Path) -> Result<Value> {
     match part {
         Part::FirstToken => to_value(first_token::run(plan, path, since)),
         Part::Speed => to_value(speed::run(plan, path, &mut bars)),
+        Part::Guards => to_value(guards::run(plan, path, &mut bars)),
     }
 }
 
@@ -71,6 +75,14 @@ pub(super) fn first_token(plan: &Plan, path: &Path) -> Result<TimedFirstToken> {
 /// What the child could not do, or how it died.
 pub(super) fn speed(plan: &Plan, path: &Path) -> Result<Speed> {
     run(Part::Speed, plan, path)
+}
+
+/// The parent's end of [`Part::Guards`].
+///
+/// # Errors
+/// What the child could not do, or how it died.
+pub(super) fn guards(plan: &Plan, path: &Path) -> Result<Guards> {
+    run(Part::Guards, plan, path)
 }
 
 fn run<T: DeserializeOwned>(part: Part, plan: &Plan, path: &Path) -> Result<T> {

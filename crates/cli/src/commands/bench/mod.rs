@@ -3,10 +3,12 @@
 //! This process only plans and tells. Every model is measured in processes of its own ([`child`]):
 //! `repeat` that load it and give one token ([`first_token`]), and one for speed ([`speed`]), so
 //! that neither memory nor caches of one measurement reach the next, and a model that cannot be
-//! loaded ends nothing but its own row. Neither server nor sampling is measured.
+//! loaded ends nothing but its own row. Neither server nor sampling is measured, but for what guards
+//! cost ([`guards`]), which an engine has to run for.
 
 mod child;
 mod first_token;
+mod guards;
 mod plan;
 mod process;
 mod record;
@@ -24,7 +26,7 @@ use serde_json::json;
 
 use self::{
     plan::{Plan, Workload},
-    record::{FirstTokens, Measured, ModelRecord, Spread},
+    record::{FirstTokens, GuardsCost, Measured, ModelRecord, Spread},
     weights::Weights,
 };
 use crate::{
@@ -46,7 +48,9 @@ use crate::{
   exrail bench a.gguf b.gguf --threads 8           two files, 8 threads
   exrail bench a.gguf --prompt 128,512,2048        prefill of three lengths
   exrail bench a.gguf --depth 0,1000 --batch 1,8   decode at 4 combinations
-  exrail bench a.gguf --json > a.json              everything, with every sample")]
+  exrail bench a.gguf --json > a.json              everything, with every sample
+  exrail bench a.gguf --guards --batch 1,8 --repeat 30
+                                                   what the inline guards cost")]
 pub(crate) struct Bench {
     /// Generators: names of the registry or GGUF files. The default model when absent.
     #[arg(value_name = "MODEL")]
@@ -55,6 +59,9 @@ pub(crate) struct Bench {
     workload: Workload,
     #[command(flatten)]
     sources: Sources,
+    /// Measure instead what the inline guards cost: answers with all of them and without any, in turns.
+    #[arg(long, conflicts_with = "depth")]
+    guards: bool,
     /// What a child process of this command does.
     #[arg(long, value_enum, hide = true)]
     part: Option<Part>,
@@ -68,6 +75,8 @@ enum Part {
     FirstToken,
     /// Load, then prefill and decode.
     Speed,
+    /// Load twice, then answer with and without guards.
+    Guards,
 }
 
 impl Bench {
@@ -101,12 +110,20 @@ impl Bench {
 
     /// Measures one model and prints its table, or the reason why it cannot be measured.
     fn model(&self, name: &str, plan: &Plan, bars: &mut Bars, output: Output) -> ModelRecord {
-        let measured = self.measure(name, plan, bars);
+        let measured = if self.guards {
+            self.measure_guards(name, plan, bars).map(ModelRecord::Guards)
+        } else {
+            self.measure(name, plan, bars).map(Box::new).map(ModelRecord::Measured)
+        };
         bars.clear();
         match measured {
-            Ok(measured) => {
-                table::print(output, plan, &measured);
-                ModelRecord::Measured(Box::new(measured))
+            Ok(record) => {
+                match &record {
+                    ModelRecord::Measured(measured) => table::print(output, plan, measured),
+                    ModelRecord::Guards(cost) => table::print_guards(output, cost),
+                    ModelRecord::Refused { .. } => {}
+                }
+                record
             }
             Err(error) => {
                 let model = process::last_part(name);
@@ -116,6 +133,13 @@ impl Bench {
                 ModelRecord::Refused { model, refused }
             }
         }
+    }
+
+    fn measure_guards(&self, name: &str, plan: &Plan, bars: &mut Bars) -> Result<GuardsCost> {
+        let path = self.sources.resolve(name, Kind::Generator, bars)?.path;
+        bars.clear();
+        let shown = process::last_part(&path.to_string_lossy());
+        GuardsCost::new(shown, child::guards(plan, &path)?)
     }
 
     fn measure(&self, name: &str, plan: &Plan, bars: &mut Bars) -> Result<Measured> {

@@ -6,6 +6,7 @@ use serde::Serialize;
 
 use super::{
     first_token::FirstToken,
+    guards::{self, Guards},
     process::Resident,
     speed::{Rates, Speed, StepOutput},
     weights::Weights,
@@ -17,6 +18,8 @@ use super::{
 pub(super) enum ModelRecord {
     /// It ran.
     Measured(Box<Measured>),
+    /// Only what guards cost was asked for.
+    Guards(GuardsCost),
     /// It cannot be measured.
     Refused {
         /// The file's name, or the name as given.
@@ -55,6 +58,76 @@ pub(super) struct Measured {
     pub(super) memory: Memory,
     /// Memory with the sequences of the decode tests.
     pub(super) memory_at_speed: Memory,
+}
+
+/// What the inline guards cost, each number of pairs that were measured in turns.
+#[derive(Clone, Debug, Serialize)]
+pub(super) struct GuardsCost {
+    /// The file's name.
+    pub(super) model: String,
+    /// Device, threads and instruction set.
+    pub(super) kernels: String,
+    /// Prompts.
+    pub(super) first_token: Vec<FirstTokenCost>,
+    /// Answers.
+    pub(super) decode: Vec<DecodeCost>,
+}
+
+/// What guards add to the first token.
+#[derive(Clone, Debug, Serialize)]
+pub(super) struct FirstTokenCost {
+    /// Tokens of the prompt.
+    pub(super) prompt: usize,
+    /// Milliseconds without guards, the median.
+    pub(super) unguarded_ms: f64,
+    /// Milliseconds that guards add.
+    pub(super) added_ms: Spread,
+    /// Whether the median is within the limit.
+    pub(super) within_limit: bool,
+}
+
+/// Which share of decode guards take.
+#[derive(Clone, Debug, Serialize)]
+pub(super) struct DecodeCost {
+    /// Sequences at once.
+    pub(super) batch: usize,
+    /// Whether tokens are drawn.
+    pub(super) sampled: bool,
+    /// Tokens of all sequences a second without guards, the median.
+    pub(super) unguarded_tokens_per_s: f64,
+    /// Share of them that guards take.
+    pub(super) share_taken: Spread,
+    /// Whether the median is within the limit.
+    pub(super) within_limit: bool,
+}
+
+impl GuardsCost {
+    /// # Errors
+    /// Nothing was measured, or a sample is not finite.
+    pub(super) fn new(model: String, guards: Guards) -> Result<Self> {
+        let first_token = guards.first_token_ms.iter().map(|test| {
+            let added_ms = test.turns.added()?;
+            let within_limit = added_ms.median <= guards::FIRST_TOKEN_LIMIT_MS;
+            let unguarded_ms = test.turns.without()?;
+            Ok(FirstTokenCost { prompt: test.prompt, unguarded_ms, added_ms, within_limit })
+        });
+        let decode = guards.decode.iter().map(|test| {
+            let share_taken = test.turns.share_taken()?;
+            Ok(DecodeCost {
+                batch: test.batch,
+                sampled: test.sampled,
+                unguarded_tokens_per_s: test.turns.without()?,
+                within_limit: share_taken.median <= guards::DECODE_LIMIT,
+                share_taken,
+            })
+        });
+        Ok(Self {
+            model,
+            first_token: first_token.collect::<Result<_>>()?,
+            decode: decode.collect::<Result<_>>()?,
+            kernels: guards.kernels,
+        })
+    }
 }
 
 /// Median, smallest and largest of some samples.

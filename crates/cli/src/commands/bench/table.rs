@@ -1,8 +1,9 @@
 //! A model's results for people.
 
 use super::{
+    guards,
     plan::Plan,
-    record::{DecodeRecord, Measured, Memory, PrefillRecord, Spread},
+    record::{DecodeRecord, GuardsCost, Measured, Memory, PrefillRecord, Spread},
     speed::StepOutput,
 };
 use crate::output::Output;
@@ -47,6 +48,42 @@ pub(super) fn print(output: Output, plan: &Plan, measured: &Measured) {
     let sequences = if n == 1 { "1 sequence".to_owned() } else { format!("{n} sequences") };
     output.line(format!("  memory, {sequences}: {}", memory(&measured.memory_at_speed)));
     output.line("");
+}
+
+/// What guards cost, with the limits.
+pub(super) fn print_guards(output: Output, cost: &GuardsCost) {
+    output.line(&cost.model);
+    output.line(format!("  {}; with all inline guards and without any, in turns", cost.kernels));
+    for test in &cost.first_token {
+        let Spread { median, min, max, .. } = &test.added_ms;
+        output.line(format!(
+            "  {:26} {:9.1} ms     {median:+8.2} ms ({min:+.2} to {max:+.2}), limit {} ms{}",
+            format!("first token of {}", test.prompt),
+            test.unguarded_ms,
+            guards::FIRST_TOKEN_LIMIT_MS,
+            exceeded(test.within_limit)
+        ));
+    }
+    for test in &cost.decode {
+        let percent = |share: f64| -100.0 * share;
+        let Spread { median, min, max, .. } = &test.share_taken;
+        let kind = if test.sampled { "sampled" } else { "greedy" };
+        output.line(format!(
+            "  {:26} {:9.1} tok/s  {:+8.2} %  ({:+.2} to {:+.2}), limit {} %{}",
+            format!("decode x{} {kind}", test.batch),
+            test.unguarded_tokens_per_s,
+            percent(*median),
+            percent(*max),
+            percent(*min),
+            percent(guards::DECODE_LIMIT),
+            exceeded(test.within_limit)
+        ));
+    }
+    output.line("");
+}
+
+fn exceeded(within_limit: bool) -> &'static str {
+    if within_limit { "" } else { ": exceeded" }
 }
 
 /// What the mode leaves of the speed without it, test by test.

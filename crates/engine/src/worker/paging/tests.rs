@@ -295,9 +295,7 @@ fn long(n_shared: u32, n: u32) -> GenerateRequest {
 /// A bench where `a` has said three tokens.
 fn with_a(guards: bool, runs_ahead: bool) -> (Bench, Said, flume::Receiver<Event>) {
     let mut bench = bench(4, runs_ahead);
-    if !guards {
-        bench.worker.cache.switch_guards_off();
-    }
+    bench.worker.options.guards = guards;
     let events = bench.send(long(280, 1));
     let mut said = Said::default();
     turn_until(&mut bench, &mut said, &events, 3);
@@ -417,9 +415,7 @@ fn a_page_that_is_reused_early_under_its_old_generation_is_caught() {
 /// What `a` and `b` say when a page of `a` can be found before all of it is written.
 fn shared_early(guards: bool) -> (Bench, Said, Said) {
     let mut bench = bench(4, false);
-    if !guards {
-        bench.worker.cache.switch_guards_off();
-    }
+    bench.worker.options.guards = guards;
     let a_events = bench.send(long(280, 1));
     bench.turn(); // 64 positions
     let a = &bench.worker.running[0];
