@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use exrail_kernels::{
     Activation, AttentionShape, AttentionSpan, Backend, DeviceCounters, Draws, GateActivation,
-    HeadRows, KernelError, KvShape, KvSlot, Largest, NormKind, Normed, PageId, Places, Rope, Span,
-    TokenId, WeightView,
+    HeadRows, KernelError, KvMove, KvShape, KvSlot, Largest, NormKind, Normed, PageId, Places,
+    Rope, Span, TokenId, WeightView,
 };
 
 use crate::found::{CudaFound, Slots};
