@@ -184,6 +184,10 @@ impl Backend for CudaBackend {
         pool.copy_page(&self.stream, from, to);
     }
 
+    fn kv_move(&self, pool: &mut CudaKvPool, layer: usize, moves: &[KvMove], rope: Option<&Rope>) {
+        pool.move_slots(&self.stream, layer, moves, rope);
+    }
+
     fn embed(&self, table: &CudaWeight, ids: &[TokenId], scale: f32, out: &mut CudaBuffer) {
         rows::embed(&self.stream, table, ids, scale, out);
     }
