@@ -80,7 +80,7 @@ pub(crate) enum RotateOption {
     Off,
     /// It goes on from what is pinned and the last tokens.
     Reprefill,
-    /// The first and last tokens stay in the cache; not available in this version.
+    /// It goes on from what is pinned, the first and the last tokens, which stay in the cache as they are.
     SinkWindow,
     /// It ends with the reason context_rotation_required.
     Stop,
@@ -232,12 +232,16 @@ pub(crate) struct RotateArgs {
     /// Last tokens that a rotation keeps; 4,096 when absent, at most half of --rotate-at.
     #[arg(long, value_name = "N")]
     rotate_window: Option<usize>,
+    /// First tokens that the policy `sink_window` keeps beside them; 4 when absent.
+    #[arg(long, visible_alias = "sink", value_name = "N")]
+    rotate_sink: Option<usize>,
 }
 
 impl RotateArgs {
     pub(crate) fn options(self) -> RotationOptions {
         let policy = self.rotate.policy();
-        RotationOptions { policy, rotate_at: self.rotate_at, window: self.rotate_window }
+        let RotateArgs { rotate_at, rotate_window: window, rotate_sink: sink, .. } = self;
+        RotationOptions { policy, rotate_at, window, sink }
     }
 }
 

@@ -466,14 +466,12 @@ pub(crate) fn sizes(config: &DecoderConfig, options: EngineOptions) -> Result<Si
 }
 
 fn check_rotation(rotation: RotationOptions, context: usize) -> Result<(), EngineError> {
-    if rotation.policy == RotatePolicy::SinkWindow {
-        let expected = "reprefill, stop or off: it is not available in this version".to_owned();
-        let found = rotation.policy.name().to_owned();
-        return Err(EngineError::BadOption { field: "rotation.policy", expected, found });
-    }
     let rotate_at = rotation.rotate_at.unwrap_or(context);
     within("rotation.rotate_at", rotate_at, 2, context)?;
-    within("rotation.window", rotation.window.unwrap_or(1), 1, (rotate_at * 3 / 4).max(1))
+    let most = (rotate_at * 3 / 4).max(1);
+    within("rotation.window", rotation.window.unwrap_or(1), 1, most)?;
+    let beside = most.saturating_sub(rotation.window.unwrap_or(0));
+    within("rotation.sink", rotation.sink.unwrap_or(1), 1, beside.max(1))
 }
 
 /// What is true of an engine with these options.

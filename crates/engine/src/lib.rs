@@ -69,8 +69,8 @@ pub use request::{
     Sampling,
 };
 pub use rotation::{
-    DEFAULT_ROTATE_AT, DEFAULT_WINDOW, MAX_HELD_TOKENS, MAX_ROTATED_TOKENS, RotatePolicy, Rotated,
-    Rotation, RotationOptions,
+    DEFAULT_ROTATE_AT, DEFAULT_SINK, DEFAULT_WINDOW, MAX_HELD_TOKENS, MAX_ROTATED_TOKENS,
+    RotatePolicy, Rotated, Rotation, RotationOptions,
 };
 pub use warm_up::{
     BucketReport, Prompt, WarmUpError, WarmUpPlan, WarmUpReport, warm_up, warm_up_told,

@@ -7,6 +7,11 @@
 //! its counts and its random numbers, the text and its stop strings, the caller's channel. Penalties see the
 //! whole history.
 //!
+//! `sink_window` keeps the first `sink` tokens as well (Xiao et al. 2023, arXiv:2309.17453, §3.2), and keeps
+//! keys and values as they are: they move to the front of the sequence's pages, and keys turn to their new
+//! positions. No prefill is needed, and what is kept still encodes what was dropped; so that nobody else may
+//! read it, and no fresh sequence gives the same.
+//!
 //! Ranges are counted over the history, which is prompt and answer from the prompt's first token, however
 //! often it was rotated. A rotation loses what it drops; it is no cure for a model that fails beyond its
 //! trained range (§1.6.3).
@@ -20,6 +25,8 @@ use crate::open_json::OpenJson;
 pub const DEFAULT_ROTATE_AT: usize = 8192;
 /// Largest window that nobody asked for.
 pub const DEFAULT_WINDOW: usize = 4096;
+/// First tokens that `sink_window` keeps when nobody says how many.
+pub const DEFAULT_SINK: usize = 4;
 /// Most tokens by which an open JSON value puts a rotation off.
 pub const MAX_HELD_TOKENS: usize = 512;
 /// Most tokens of an answer that may rotate; others end with their context.
@@ -33,7 +40,7 @@ pub enum RotatePolicy {
     Off,
     /// Its context is built anew from the pinned ranges and the last tokens.
     Reprefill,
-    /// The first and the last tokens stay in the cache and are renumbered there. Not available yet.
+    /// The first tokens, the pinned ranges and the last tokens stay in the cache and are renumbered there.
     SinkWindow,
     /// The answer ends.
     Stop,
@@ -66,6 +73,9 @@ pub struct RotationOptions {
     /// or else nearly every token would be a prefill. `None` of a request: the engine's, as far as the pinned
     /// ones leave room. `None` of an engine: 4096, at most half of `rotate_at`.
     pub window: Option<usize>,
+    /// First tokens of prompt and answer that are kept, at least 1; of [`RotatePolicy::SinkWindow`] alone,
+    /// where they count as pinned. `None` of a request: the engine's. `None` of an engine: 4.
+    pub sink: Option<usize>,
 }
 
 /// Rotation of one request.
@@ -100,14 +110,25 @@ pub struct Rotated {
 /// What a request's rotation comes to, with nothing left open.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct RotationPlan {
-    ends: bool,
+    way: Way,
     rotate_at: usize,
     window: usize,
     /// Tokens by which it may be put off.
     hold: usize,
     waits_for_json: bool,
-    /// In order, disjoint, not empty.
+    /// In order, disjoint, not empty; the sinks among them.
     pinned: Vec<Range<usize>>,
+}
+
+/// What becomes of a sequence whose context is full.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Way {
+    /// It ends.
+    End,
+    /// It is computed anew from what is kept.
+    Anew,
+    /// What is kept moves inside its pages.
+    InPlace,
 }
 
 /// What a request asks of its place in the cache.
@@ -149,36 +170,43 @@ impl RotationPlan {
     ) -> Result<Option<RotationPlan>, SubmitError> {
         let pinned = pinned(rotation, lengths)?;
         let options = rotation.options;
-        if let Some(window) = options.window.filter(|&window| window == 0) {
-            return Err(bad("rotation.window", "at least 1", window));
-        }
-        let ends = match options.policy {
-            RotatePolicy::Off => return Ok(None),
-            RotatePolicy::SinkWindow => {
-                let expected = "reprefill, stop or off: it is not available in this version";
-                return Err(bad("rotation.policy", expected, "sink_window"));
+        for (field, asked) in [("rotation.window", options.window), ("rotation.sink", options.sink)]
+        {
+            if asked == Some(0) {
+                return Err(bad(field, "at least 1", 0));
             }
-            RotatePolicy::Reprefill => false,
-            RotatePolicy::Stop => true,
+        }
+        let way = match options.policy {
+            RotatePolicy::Off => return Ok(None),
+            RotatePolicy::SinkWindow => Way::InPlace,
+            RotatePolicy::Reprefill => Way::Anew,
+            RotatePolicy::Stop => Way::End,
         };
         let Some(rotate_at) = rotate_at(options, lengths)? else { return Ok(None) };
         let Lengths { prompt, max_tokens, context, .. } = lengths;
         let never = max_tokens <= rotate_at - prompt;
-        if never && options.window.is_none() {
+        if never && options.window.is_none() && options.sink.is_none() {
             return Ok(None);
         }
         let n_pinned = pinned.iter().map(ExactSizeIterator::len).sum();
-        let window =
-            if ends { Some(0) } else { window(options.window, n_pinned, rotate_at, lengths)? };
+        let window = match way {
+            Way::End => Some(0),
+            Way::Anew | Way::InPlace => window(options.window, n_pinned, rotate_at, lengths)?,
+        };
         // What was asked for is checked, needed or not.
         let Some(window) = window.filter(|_| !never) else { return Ok(None) };
         if max_tokens > MAX_ROTATED_TOKENS {
             let limit = MAX_ROTATED_TOKENS;
             return Err(SubmitError::TooManyTokens { prompt_tokens: prompt, max_tokens, limit });
         }
-        let waits_for_json = rotation.waits_for_json && !ends;
+        let waits_for_json = rotation.waits_for_json && way != Way::End;
         let hold = if waits_for_json { MAX_HELD_TOKENS.min(context - rotate_at) } else { 0 };
-        Ok(Some(RotationPlan { ends, rotate_at, window, hold, waits_for_json, pinned }))
+        Ok(Some(RotationPlan { way, rotate_at, window, hold, waits_for_json, pinned }))
+    }
+
+    /// Whether it writes pages that it has filled: they must be its own.
+    pub(crate) fn is_in_place(&self) -> bool {
+        self.way == Way::InPlace
     }
 
     /// Positions of the cache that it needs.
@@ -233,7 +261,7 @@ fn bad(field: &'static str, expected: &'static str, found: impl ToString) -> Sub
     SubmitError::BadOption { field, expected, found: found.to_string() }
 }
 
-/// The pinned ranges in order, disjoint, with the BOS.
+/// The pinned ranges in order, disjoint, with the BOS and the sinks.
 fn pinned(rotation: &Rotation, lengths: Lengths) -> Result<Vec<Range<usize>>, SubmitError> {
     for range in &rotation.pinned {
         if range.start >= range.end || range.end > lengths.prompt {
@@ -243,7 +271,9 @@ fn pinned(rotation: &Rotation, lengths: Lengths) -> Result<Vec<Range<usize>>, Su
         }
     }
     let bos = lengths.has_bos.then_some(0..1);
-    Ok(union(rotation.pinned.iter().cloned().chain(bos).collect()))
+    let sink = rotation.options.sink.or(lengths.usual.sink).unwrap_or(DEFAULT_SINK);
+    let sinks = (rotation.options.policy == RotatePolicy::SinkWindow).then_some(0..sink);
+    Ok(union(rotation.pinned.iter().cloned().chain(bos).chain(sinks).collect()))
 }
 
 /// The same elements, in order and disjoint.
@@ -277,6 +307,21 @@ fn split(all: &[Range<usize>], part: &[Range<usize>]) -> [Vec<Range<usize>>; 2] 
     [inside, outside]
 }
 
+/// The positions of `kept` in a context that is made of `context`. Each range of the one lies in one of the
+/// other, as those of [`split`] do.
+fn positions(context: &[Range<usize>], kept: &[Range<usize>]) -> Vec<Range<usize>> {
+    let mut positions = Vec::with_capacity(kept.len());
+    let mut first = 0;
+    for whole in context {
+        let inside = kept.iter().filter(|part| whole.start <= part.start && part.end <= whole.end);
+        let place =
+            |part: &Range<usize>| first + part.start - whole.start..first + part.end - whole.start;
+        positions.extend(inside.map(place));
+        first += whole.len();
+    }
+    positions
+}
+
 /// Whether it is time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Due {
@@ -284,6 +329,14 @@ pub(crate) enum Due {
     Now,
     /// The answer is to end instead.
     End,
+}
+
+/// What a rotation kept of a context.
+#[derive(Debug)]
+pub(crate) struct Kept {
+    pub(crate) rotated: Rotated,
+    /// Positions that they had, in order.
+    pub(crate) positions: Vec<Range<usize>>,
 }
 
 /// The rotation of an admitted sequence.
@@ -321,6 +374,11 @@ impl Rotating {
         }
     }
 
+    /// See [`RotationPlan::is_in_place`].
+    pub(crate) fn is_in_place(&self) -> bool {
+        self.plan.is_in_place()
+    }
+
     /// Whether a context of so many tokens may not become longer.
     pub(crate) fn is_full(&self, n_tokens: usize) -> bool {
         n_tokens >= self.plan.rotate_at
@@ -328,10 +386,10 @@ impl Rotating {
 
     /// Whether a context of so many tokens is to be rotated.
     pub(crate) fn due(&self, n_tokens: usize) -> Due {
-        let RotationPlan { ends, rotate_at, hold, .. } = self.plan;
+        let RotationPlan { way, rotate_at, hold, .. } = self.plan;
         match (self.is_full(n_tokens), self.json.is_open()) {
             (false, _) => Due::No,
-            (true, _) if ends => Due::End,
+            (true, _) if way == Way::End => Due::End,
             (true, false) => Due::Now,
             (true, true) if n_tokens < rotate_at + hold => Due::No,
             (true, true) => Due::End,
@@ -339,7 +397,7 @@ impl Rotating {
     }
 
     /// Makes `tokens`, the context, what is kept of it.
-    pub(crate) fn rotate(&mut self, tokens: &mut Vec<u32>) -> Rotated {
+    pub(crate) fn rotate(&mut self, tokens: &mut Vec<u32>) -> Kept {
         if self.history.is_empty() {
             self.history.clone_from(tokens);
         }
@@ -347,12 +405,18 @@ impl Rotating {
         let part = union(self.plan.pinned.iter().cloned().chain([tail]).collect());
         let [kept, dropped] = split(&self.context, &part);
         let tokens_before = tokens.len();
+        let positions = positions(&self.context, &kept);
         tokens.clear();
         tokens.extend(kept.iter().flat_map(|range| &self.history[range.clone()]));
         self.context.clone_from(&kept);
-        let policy = RotatePolicy::Reprefill;
+        let policy = match self.plan.way {
+            Way::InPlace => RotatePolicy::SinkWindow,
+            Way::Anew => RotatePolicy::Reprefill,
+            Way::End => RotatePolicy::Stop,
+        };
         let (rotate_at, tokens_after) = (self.plan.rotate_at, tokens.len());
-        Rotated { policy, dropped, kept, rotate_at, tokens_before, tokens_after }
+        let rotated = Rotated { policy, dropped, kept, rotate_at, tokens_before, tokens_after };
+        Kept { rotated, positions }
     }
 }
 
@@ -383,7 +447,7 @@ mod tests {
     use super::*;
 
     const NONE: RotationOptions =
-        RotationOptions { policy: RotatePolicy::Off, rotate_at: None, window: None };
+        RotationOptions { policy: RotatePolicy::Off, rotate_at: None, window: None, sink: None };
     const LENGTHS: Lengths =
         Lengths { prompt: 100, max_tokens: 5000, has_bos: false, context: 2048, usual: NONE };
 
@@ -477,8 +541,15 @@ mod tests {
             let message = refused(|_| {}, Lengths { max_tokens, ..LENGTHS });
             assert!(message.contains("131072"), "{message}");
         }
-        let message = refused(|r| r.options.policy = RotatePolicy::SinkWindow, LENGTHS);
-        assert!(message.contains("sink_window"), "{message}");
+        for sink in [0, 1153, usize::MAX] {
+            let change = |r: &mut Rotation| {
+                r.options.policy = RotatePolicy::SinkWindow;
+                r.options.sink = Some(sink);
+            };
+            let message = refused(change, LENGTHS);
+            let field = if sink == 0 { "rotation.sink" } else { "rotation.window" };
+            assert!(message.contains(field), "{sink}: {message}");
+        }
     }
 
     #[test]
@@ -496,7 +567,7 @@ mod tests {
     fn rotating(window: usize, pinned: Vec<Range<usize>>, n_prompt: usize) -> Rotating {
         let (rotate_at, hold) = (n_prompt + 10, 5);
         let plan =
-            RotationPlan { ends: false, rotate_at, window, hold, waits_for_json: true, pinned };
+            RotationPlan { way: Way::Anew, rotate_at, window, hold, waits_for_json: true, pinned };
         Rotating::new(plan, n_prompt)
     }
 
@@ -510,7 +581,7 @@ mod tests {
             rotating.push(id, b"x");
         }
         assert_eq!(rotating.due(tokens.len()), Due::Now);
-        let first = rotating.rotate(&mut tokens);
+        let first = rotating.rotate(&mut tokens).rotated;
         assert_eq!(tokens, [0, 1, 5, 16, 17, 18, 19]);
         assert_eq!(first.dropped, [2..5, 6..16]);
         assert_eq!(first.kept, [0..2, 5..6, 16..20]);
@@ -520,7 +591,7 @@ mod tests {
             rotating.push(id, b"x");
         }
         assert_eq!(rotating.history(&tokens), (0..33).collect::<Vec<u32>>());
-        let second = rotating.rotate(&mut tokens);
+        let second = rotating.rotate(&mut tokens).rotated;
         assert_eq!(tokens, [0, 1, 5, 29, 30, 31, 32]);
         assert_eq!(second.dropped, [Range { start: 16, end: 29 }]);
     }
@@ -562,11 +633,13 @@ mod tests {
                     rotating.push(id, b"x");
                 }
                 let before = tokens.clone();
-                let told = rotating.rotate(&mut tokens);
+                let Kept { rotated: told, positions } = rotating.rotate(&mut tokens);
                 let flat = |ranges: &[Range<usize>]| -> Vec<u32> {
                     ranges.iter().cloned().flatten().map(|at| u32::try_from(at).unwrap()).collect()
                 };
                 prop_assert_eq!(&flat(&told.kept), &tokens);
+                let at_positions = positions.iter().cloned().flatten().map(|at| before[at]);
+                prop_assert_eq!(&at_positions.collect::<Vec<u32>>(), &tokens);
                 let mut all = [flat(&told.kept), flat(&told.dropped)].concat();
                 all.sort_unstable();
                 prop_assert_eq!(&all, &before);

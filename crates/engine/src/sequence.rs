@@ -6,9 +6,10 @@
 //! whose pages were withdrawn is suspended: it owns nothing, knows all its tokens, and is computed anew. So is
 //! one that was rotated, from what is left of its tokens.
 
+use std::ops::Range;
 use std::time::Instant;
 
-use exrail_kernels::{Draw, Largest, PAGE_TOKENS, PageId};
+use exrail_kernels::{Draw, KvMove, KvSlot, Largest, PAGE_TOKENS, PageId};
 use exrail_text::Tokenizer;
 
 use crate::cache::{Admitted, Namespace, PageRef, TableView};
@@ -22,7 +23,7 @@ use crate::loops::LoopMonitor;
 use crate::output::AnswerText;
 use crate::queue::Queued;
 use crate::request::{GenerateRequest, Priority};
-use crate::rotation::{Due, Rotating, RotationPlan};
+use crate::rotation::{Due, Kept, Rotating, RotationPlan};
 use crate::sampler::{Sampler, SamplerScratch};
 use crate::scheduler::{Demand, LogitRows};
 
@@ -138,6 +139,16 @@ impl Waiting {
         }
     }
 
+    /// Whether its pages must be its own, since it will write those that it has filled.
+    pub(crate) fn owns_its_pages(&self) -> bool {
+        match &self.job {
+            Job::Generate { rotation, .. } => {
+                rotation.as_ref().is_some_and(RotationPlan::is_in_place)
+            }
+            Job::Score { .. } => false,
+        }
+    }
+
     /// Tells the caller that the sequence ends before it started.
     pub(crate) fn end(self, ending: Ending) {
         match self.job {
@@ -230,9 +241,10 @@ pub(crate) struct Running {
     pub(crate) fed: usize,
     /// Positions that it may fill.
     positions: usize,
-    /// Whose prefixes it reads and adds to; `None`: nobody's.
+    /// Whose prefixes it reads and adds to; `None`: nobody's, as of pages that hold what no prefill of their
+    /// tokens gives.
     pub(crate) namespace: Option<Namespace>,
-    /// Pages at the front that were shared or offered.
+    /// Pages at the front that were shared or offered, or will be at the end.
     n_shared: usize,
     /// Prompt tokens that were cached when it was admitted.
     cached_tokens: usize,
@@ -387,6 +399,21 @@ impl Running {
         TableView { tokens: &self.tokens, pages: &self.pages, n_fed: self.fed }
     }
 
+    /// Whether it will write pages that it has filled, so that they are its own until it ends.
+    pub(crate) fn owns_its_pages(&self) -> bool {
+        match &self.purpose {
+            Purpose::Generate(generating) => {
+                generating.rotation.as_deref().is_some_and(Rotating::is_in_place)
+            }
+            Purpose::Score { .. } => false,
+        }
+    }
+
+    /// Pages that were shared, or may be: those that [`Running::newly_full`] has counted.
+    pub(crate) fn n_full(&self) -> usize {
+        self.n_shared
+    }
+
     /// Right behind an accepted token: pages that became whole since the last call. The row of that
     /// token was computed from all positions before it, and its logits were finite.
     pub(crate) fn newly_full(&mut self) -> Option<usize> {
@@ -494,17 +521,45 @@ impl Running {
         }
     }
 
-    /// Drops tokens, tells the caller, and is to be computed anew from what is left. What is no part of the
-    /// cache stays as it is.
-    pub(crate) fn rotate(&mut self) {
-        let Purpose::Generate(generating) = &mut self.purpose else { return };
-        let Some(rotation) = &mut generating.rotation else { return };
-        let rotated = rotation.rotate(&mut self.tokens);
+    /// Drops tokens and tells the caller; returns the positions of what is left. What is no part of the cache
+    /// stays as it is.
+    fn drop_tokens(&mut self) -> Vec<Range<usize>> {
+        let Purpose::Generate(generating) = &mut self.purpose else { return Vec::new() };
+        let Some(rotation) = &mut generating.rotation else { return Vec::new() };
+        let Kept { rotated, positions } = rotation.rotate(&mut self.tokens);
         drop(generating.events.send(Event::Rotated(rotated)));
-        self.fed = 0;
-        self.n_shared = 0;
         // What is read again is nobody's prompt.
         self.prompt_tokens = 0;
+        positions
+    }
+
+    /// Drops tokens, and is to be computed anew from what is left.
+    pub(crate) fn rotate_anew(&mut self) {
+        self.drop_tokens();
+        self.fed = 0;
+        self.n_shared = 0;
+    }
+
+    /// Drops tokens, and says how keys and values of what is left move to the front. They were computed
+    /// beside what is dropped and still encode it, so that from here on nobody reads them for their tokens.
+    pub(crate) fn rotate_in_place(&mut self) -> Vec<KvMove> {
+        let n_fed = self.fed;
+        let kept = self.drop_tokens();
+        let slot = |position: usize| KvSlot {
+            page: self.page_table[position / PAGE_TOKENS],
+            offset: u32::try_from(position % PAGE_TOKENS).expect("pages are small"),
+        };
+        let cached = kept.into_iter().flatten().filter(|&from| from < n_fed);
+        let moves: Vec<(usize, usize)> = cached.enumerate().collect();
+        self.fed = moves.len();
+        self.namespace = None;
+        let moved = moves.into_iter().filter(|(to, from)| to != from);
+        moved
+            .map(|(to, from)| {
+                let back = i32::try_from(from - to).expect("a context is far below 2^31");
+                KvMove { from: slot(from), to: slot(to), distance: -back }
+            })
+            .collect()
     }
 
     /// Takes one row; `Some` when the sequence ends with it.

@@ -262,6 +262,9 @@ impl<B: Backend> Worker<B> {
     fn retire(&mut self, at: usize, ending: Ending) {
         // Which of its pages had a part in a fault is unknown.
         let found_by_nobody = if ending.is_sound() { self.running[at].pages.len() } else { 0 };
+        if ending.is_sound() {
+            self.share_at_the_end(at);
+        }
         let sequence = self.take_out(at, Some(found_by_nobody));
         self.finish(sequence, ending);
     }
@@ -341,8 +344,8 @@ mod tests {
     use crate::sequence::Job;
 
     /// A worker whose turns the test drives by hand.
-    pub(super) struct Bench {
-        pub(super) worker: Worker<Reference>,
+    pub(super) struct Bench<B: Backend = Reference> {
+        pub(super) worker: Worker<B>,
         pub(super) commands: flume::Sender<Command>,
         pub(super) gauges: Arc<Gauges>,
         n_submitted: u64,
@@ -360,16 +363,15 @@ mod tests {
         }
 
         pub(super) fn with(options: EngineOptions) -> Bench {
-            let gguf = Gguf::parse(tiny_llama(7, TinyLlama::default())).unwrap();
-            let checkpoint = Checkpoint::Gguf(gguf);
+            Bench::of_model(TinyLlama::default(), options)
+        }
+
+        pub(super) fn of_model(model: TinyLlama, options: EngineOptions) -> Bench {
+            let checkpoint = Checkpoint::Gguf(Gguf::parse(tiny_llama(7, model)).unwrap());
             let who = Identity { name: "tiny".to_owned(), sha256: String::new() };
             let load = LoadOptions::default();
             let loaded = prepare_generator(Reference, &checkpoint, who, load, &mut |_| {}).unwrap();
-            let facts = resolve(&loaded, options).unwrap();
-            let gauges = Arc::new(Gauges::new(facts.kv_pages));
-            let (commands, receiver) = flume::unbounded();
-            let worker = Worker::new(loaded, &facts, receiver, Arc::clone(&gauges)).unwrap();
-            Bench { worker, commands, gauges, n_submitted: 0, context: facts.context }
+            Bench::of(loaded, options)
         }
 
         /// A greedy request that runs to `max_tokens`.
@@ -378,6 +380,16 @@ mod tests {
             request.sampling = Sampling::greedy();
             request.stop_at_eos = false;
             request
+        }
+    }
+
+    impl<B: Backend> Bench<B> {
+        pub(super) fn of(loaded: Loaded<B>, options: EngineOptions) -> Bench<B> {
+            let facts = resolve(&loaded, options).unwrap();
+            let gauges = Arc::new(Gauges::new(facts.kv_pages));
+            let (commands, receiver) = flume::unbounded();
+            let worker = Worker::new(loaded, &facts, receiver, Arc::clone(&gauges)).unwrap();
+            Bench { worker, commands, gauges, n_submitted: 0, context: facts.context }
         }
 
         pub(super) fn submit(

@@ -4,7 +4,7 @@ use crate::activation::QuantBlock;
 use crate::affinity;
 use crate::attention;
 use crate::footprint::CpuFootprint;
-use crate::kv::CpuKvPool;
+use crate::kv::{CpuKvPool, Turns};
 use crate::linear::{Engine, Epilogue, Product};
 use crate::memory::{Arena, Floats, release_code, release_free_pages};
 use crate::pool::Pool;
@@ -12,7 +12,7 @@ use crate::processor::{Isa, Processor};
 use crate::rows::{Add, Norm, NormInPlace, RopeTable, Rotate, ScaleAndCap};
 use crate::weight::CpuWeight;
 use exrail_kernels::{
-    Activation, AttentionShape, AttentionSpan, Backend, Draws, GateActivation, KernelError,
+    Activation, AttentionShape, AttentionSpan, Backend, Draws, GateActivation, KernelError, KvMove,
     KvShape, KvSlot, Largest, NormKind, PageId, Rope, Span, TokenId, WeightShape, WeightView,
 };
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -234,6 +234,11 @@ impl Backend for CpuBackend {
 
     fn kv_copy_page(&self, pool: &mut CpuKvPool, from: PageId, to: PageId) {
         pool.copy_page(from, to);
+    }
+
+    fn kv_move(&self, pool: &mut CpuKvPool, layer: usize, moves: &[KvMove], rope: Option<&Rope>) {
+        let turns = Turns::new(rope, moves, pool.shape().head_dim);
+        pool.move_slots(&self.shared.pool, layer, moves, &turns);
     }
 
     fn embed(&self, table: &CpuWeight, ids: &[TokenId], scale: f32, out: &mut CpuBuffer) {

@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use exrail_kernels::{
     Activation, AttentionShape, AttentionSpan, Backend, DeviceCounters, Draws, GateActivation,
-    HeadRows, KernelError, KvShape, KvSlot, Largest, NormKind, Normed, PageId, Places, Rope, Span,
-    TokenId, WeightView,
+    HeadRows, KernelError, KvMove, KvShape, KvSlot, Largest, NormKind, Normed, PageId, Places,
+    Rope, Span, TokenId, WeightView,
 };
 
 use crate::found::{CudaFound, Slots};
@@ -182,6 +182,10 @@ impl Backend for CudaBackend {
 
     fn kv_copy_page(&self, pool: &mut CudaKvPool, from: PageId, to: PageId) {
         pool.copy_page(&self.stream, from, to);
+    }
+
+    fn kv_move(&self, pool: &mut CudaKvPool, layer: usize, moves: &[KvMove], rope: Option<&Rope>) {
+        pool.move_slots(&self.stream, layer, moves, rope);
     }
 
     fn embed(&self, table: &CudaWeight, ids: &[TokenId], scale: f32, out: &mut CudaBuffer) {

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use cudarc::driver::DeviceRepr;
 use exrail_kernels::{
-    HeadRows, KernelError, KvDtype, KvShape, KvSlot, PAGE_TOKENS, PageId, RopeStyle,
+    HeadRows, KernelError, KvDtype, KvMove, KvShape, KvSlot, PAGE_TOKENS, PageId, Rope, RopeStyle,
 };
 
 use crate::CudaBuffer;
@@ -14,6 +14,7 @@ use crate::footprint::{entries_of_page, entry_bytes};
 use crate::fresh::Fresh;
 use crate::linear::Placement;
 use crate::memory::{bytes_of_u32, narrow};
+use crate::moves::{Uploads, launches};
 use crate::rows::Rotation;
 use crate::stream::{Address, Grid, Memory, Stream};
 
@@ -136,6 +137,38 @@ impl CudaKvPool {
         stream.launch("kv_write", grid, &[&pages, &layer, &k, &v, &at, &n]);
     }
 
+    /// See [`exrail_kernels::Backend::kv_move`].
+    pub(crate) fn move_slots(
+        &mut self,
+        stream: &Stream,
+        layer: usize,
+        moves: &[KvMove],
+        rope: Option<&Rope>,
+    ) {
+        const WARPS: usize = 4;
+        let KvShape { n_kv_heads, head_dim, n_layers, .. } = self.shape;
+        assert!(layer < n_layers, "layer {layer} of {n_layers}");
+        for launch in launches(moves) {
+            let list = stream.list();
+            for KvMove { from, to, .. } in launch {
+                self.check_slot(*from);
+                self.check_slot(*to);
+                self.fresh.note(list, to.page.0 as usize, to.offset);
+            }
+            let Uploads { moves, turns } = Uploads::new(launch, rope);
+            let rotation = Rotation::from_table(stream.upload(&turns), rope, head_dim);
+            let at = stream.upload(&moves);
+            let (pages, layer, n) = (self.pages(), narrow(layer), narrow(launch.len()));
+            let grid = Grid {
+                blocks: ((launch.len() * n_kv_heads * 2).div_ceil(WARPS), 1),
+                threads: 32 * WARPS,
+                ..Grid::one(4 * WARPS * head_dim)
+            };
+            stream.launch("kv_move", grid, &[&pages, &rotation, &layer, &at, &n]);
+            stream.hand_over();
+        }
+    }
+
     /// Where products leave the heads of a step themselves: in floats, with pairs that are neighbours and
     /// without a norm.
     pub(crate) fn placement(
@@ -202,12 +235,16 @@ impl CudaKvPool {
         let list = stream.list();
         assert!(layer < self.shape.n_layers, "layer {layer} of {}", self.shape.n_layers);
         for slot in slots {
-            self.check_page(slot.page);
-            assert!((slot.offset as usize) < PAGE_TOKENS, "offset {}", slot.offset);
+            self.check_slot(*slot);
             self.fresh.note(list, slot.page.0 as usize, slot.offset);
         }
         let each = slots.iter().flat_map(|slot| [slot.page.0 as usize, slot.offset as usize]);
         stream.upload(&bytes_of_u32(each))
+    }
+
+    fn check_slot(&self, slot: KvSlot) {
+        self.check_page(slot.page);
+        assert!((slot.offset as usize) < PAGE_TOKENS, "offset {}", slot.offset);
     }
 
     pub(crate) fn check_page(&self, page: PageId) {

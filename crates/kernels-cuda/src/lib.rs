@@ -37,6 +37,8 @@ mod linear;
 mod loader;
 #[cfg(feature = "cuda")]
 mod memory;
+#[cfg(feature = "cuda")]
+mod moves;
 mod planes;
 #[cfg(feature = "cuda")]
 mod probe;

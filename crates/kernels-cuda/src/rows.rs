@@ -139,11 +139,24 @@ impl Rotation {
                 [&at, &frequencies, &turns, &n, &pairs, &magnitude];
             stream.launch("rope_turns", grid, &arguments);
         }
+        Rotation::from_table(turns, Some(rope), head_dim)
+    }
+
+    /// With the cosines and sines at `turns`.
+    ///
+    /// # Panics
+    /// When the pairs do not fit a head.
+    pub(crate) fn from_table(turns: Address, rope: Option<&Rope>, head_dim: usize) -> Rotation {
+        let Some(rope) = rope else {
+            return Rotation::NONE;
+        };
+        let n_pairs = rope.inverse_frequencies.len();
+        assert!(2 * n_pairs <= head_dim, "{n_pairs} pairs do not fit a head of {head_dim}");
         let interleaved = match rope.style {
             RopeStyle::Interleaved => 1,
             RopeStyle::Halves => 0,
         };
-        Rotation { turns, n_pairs: pairs, interleaved }
+        Rotation { turns, n_pairs: narrow(n_pairs), interleaved }
     }
 }
 

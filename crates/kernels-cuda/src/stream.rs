@@ -578,7 +578,7 @@ fn names(file: &str) -> Vec<String> {
         "draw" => plain(&["draw_weigh", "draw_pick"]),
         "flash" => crate::attention::tile_names().collect(),
         "group" => crate::attention::group_names().collect(),
-        "kv" => plain(&["kv_write"]),
+        "kv" => plain(&["kv_write", "kv_move"]),
         "matmul" => {
             let mut names: Vec<String> = plain(&["halve"]);
             for (_, suffix) in blocks() {

@@ -217,6 +217,17 @@ pub struct KvSlot {
     pub offset: u32,
 }
 
+/// One position of a sequence that goes to another place of the pool.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KvMove {
+    /// Where its key and value are.
+    pub from: KvSlot,
+    /// Where they go; it may be the same.
+    pub to: KvSlot,
+    /// Its new position less the one that its key was rotated at.
+    pub distance: i32,
+}
+
 /// A run of rows of one sequence in a causal attention call.
 ///
 /// Row `first_row + i` sits at position `first_position + i` and sees positions
@@ -530,6 +541,15 @@ pub trait Backend: Send + Sync + 'static {
     fn kv_pool(&self, shape: KvShape) -> Result<Self::KvPool, KernelError>;
     /// Copies page `from` over page `to`, all layers.
     fn kv_copy_page(&self, pool: &mut Self::KvPool, from: PageId, to: PageId);
+    /// Moves keys and values of one layer between places of the pool, one after the other: a move reads what
+    /// those before it left. `rope` is the one that the keys were rotated with.
+    ///
+    /// On its way a key turns by its distance, without the magnitude, which it has, and is rounded again
+    /// as [`KvDtype`] says: what was written at p and moved by d is what would have been written at p + d,
+    /// but for one more rounding. Int8 keys are turned as they are read, so that each turn moves an element by
+    /// max|x| / 254 more. Values, and keys that turn by nothing (distance 0, or no rope), keep their bits.
+    /// Panics when a place is not in the pool, or the pairs do not fit a head.
+    fn kv_move(&self, pool: &mut Self::KvPool, layer: usize, moves: &[KvMove], rope: Option<&Rope>);
 
     /// `out[t] = scale * table[ids[t]]`, dequantised; out `(T, C)`.
     fn embed(&self, table: &Self::Weight, ids: &[TokenId], scale: f32, out: &mut Self::Buffer);

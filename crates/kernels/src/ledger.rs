@@ -5,7 +5,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::{
     AttentionShape, AttentionSpan, Backend, Draws, Extent, Footprint, GateActivation, KernelError,
-    KvShape, KvSlot, Largest, NormKind, PageId, Rope, Span, TokenId, WeightShape, WeightView,
+    KvMove, KvShape, KvSlot, Largest, NormKind, PageId, Rope, Span, TokenId, WeightShape,
+    WeightView,
 };
 
 /// A matrix that would be on the device.
@@ -129,6 +130,7 @@ impl Backend for Ledger {
         draw(x: &mut usize, width: usize, draws: Draws<'_>);
         read(buffer: &usize, values: &mut [f32]);
         kv_copy_page(pool: &mut (), from: PageId, to: PageId);
+        kv_move(pool: &mut (), layer: usize, moves: &[KvMove], rope: Option<&Rope>);
         embed(table: &(usize, usize), ids: &[TokenId], scale: f32, out: &mut usize);
         norm(kind: NormKind, x: &usize, n_rows: usize, weight: &usize, eps: f32, out: &mut usize);
         norm_in_place(kind: NormKind, x: &mut usize, n_rows: usize, weight: &usize, eps: f32);

@@ -12,8 +12,8 @@ pub mod reference;
 
 pub use backend::{
     Activation, AttentionShape, AttentionSpan, Backend, DeviceCounters, GateActivation, HeadNorms,
-    HeadRows, InputRounding, KernelError, KvDtype, KvShape, KvSlot, Largest, NormKind, Normed,
-    PAGE_TOKENS, PageId, Places, Rope, RopeStyle, Span, TokenId, WeightView, int8_scale,
+    HeadRows, InputRounding, KernelError, KvDtype, KvMove, KvShape, KvSlot, Largest, NormKind,
+    Normed, PAGE_TOKENS, PageId, Places, Rope, RopeStyle, Span, TokenId, WeightView, int8_scale,
 };
 pub use draw::{Draw, DrawScratch, Draws, all_finite, argmax, exp_nonpositive, maximum};
 pub use footprint::{Extent, Footprint, Reserve, WeightShape};

@@ -6,8 +6,8 @@ use exrail_kernels::conformance::{ConformanceError, run};
 use exrail_kernels::reference::{Reference, ReferenceKvPool, ReferenceWeight};
 use exrail_kernels::{
     Activation, AttentionShape, AttentionSpan, Backend, Draw, Draws, GateActivation, HeadRows,
-    KernelError, KvDtype, KvShape, KvSlot, Largest, NormKind, Normed, PAGE_TOKENS, PageId, Places,
-    Rope, RopeStyle, Span, TokenId, WeightView,
+    KernelError, KvDtype, KvMove, KvShape, KvSlot, Largest, NormKind, Normed, PAGE_TOKENS, PageId,
+    Places, Rope, RopeStyle, Span, TokenId, WeightView,
 };
 
 /// What is wrong with a [`Faulty`] backend.
@@ -72,6 +72,13 @@ enum Fault {
     WindowOneShorter,
     WrongGroup,
     CopiesNothing,
+    MovesNothing,
+    MovesOneLess,
+    MovesUnturned,
+    MovesTurnedTheOtherWay,
+    MovesTheLastFirst,
+    MovesLayerZero,
+    MovesRoundAgain,
     JoinsSpans,
     GathersFirst,
     AddsOneLess,
@@ -83,7 +90,7 @@ enum Fault {
     RoundsActivations,
 }
 
-const FAULTS: [Fault; 65] = [
+const FAULTS: [Fault; 72] = [
     Fault::EmbedsFoundUnscaled,
     Fault::FindsOneRowLess,
     Fault::KeepsOneAnswer,
@@ -142,6 +149,13 @@ const FAULTS: [Fault; 65] = [
     Fault::WindowOneShorter,
     Fault::WrongGroup,
     Fault::CopiesNothing,
+    Fault::MovesNothing,
+    Fault::MovesOneLess,
+    Fault::MovesUnturned,
+    Fault::MovesTurnedTheOtherWay,
+    Fault::MovesTheLastFirst,
+    Fault::MovesLayerZero,
+    Fault::MovesRoundAgain,
     Fault::JoinsSpans,
     Fault::GathersFirst,
     Fault::AddsOneLess,
@@ -225,6 +239,13 @@ fn every_fault_is_caught_at_its_operation() {
             | Fault::WindowOneShorter
             | Fault::WrongGroup
             | Fault::CopiesNothing => "attention F32",
+            Fault::MovesNothing
+            | Fault::MovesOneLess
+            | Fault::MovesUnturned
+            | Fault::MovesTurnedTheOtherWay
+            | Fault::MovesTheLastFirst
+            | Fault::MovesRoundAgain
+            | Fault::MovesLayerZero => "kv_move F32",
             Fault::JoinsSpans => "attention_full",
             Fault::GathersFirst => "gather_rows",
             Fault::AddsOneLess => "add",
@@ -347,6 +368,41 @@ impl Backend for Faulty {
         if !self.is(Fault::CopiesNothing) {
             Reference.kv_copy_page(pool, from, to);
         }
+    }
+
+    fn kv_move(
+        &self,
+        pool: &mut ReferenceKvPool,
+        layer: usize,
+        moves: &[KvMove],
+        rope: Option<&Rope>,
+    ) {
+        let layer = if self.is(Fault::MovesLayerZero) { 0 } else { layer };
+        let mut moves = moves.to_vec();
+        if self.is(Fault::MovesTheLastFirst) {
+            moves.reverse();
+        }
+        if self.is(Fault::MovesTurnedTheOtherWay) {
+            moves.iter_mut().for_each(|one| one.distance = -one.distance);
+        }
+        if self.is(Fault::MovesRoundAgain) {
+            // Off and on again: whoever turns by nothing turns all the same.
+            for KvMove { from, to, distance } in &mut moves {
+                if *distance == 0 {
+                    let away = [KvMove { from: *from, to: *to, distance: 1 }];
+                    Reference.kv_move(pool, layer, &away, rope);
+                    (*from, *distance) = (*to, -1);
+                }
+            }
+        }
+        if self.is(Fault::MovesNothing) {
+            moves.clear();
+        }
+        if self.is(Fault::MovesOneLess) {
+            moves.pop();
+        }
+        let rope = rope.filter(|_| !self.is(Fault::MovesUnturned));
+        Reference.kv_move(pool, layer, &moves, rope);
     }
 
     fn embed(&self, table: &ReferenceWeight, ids: &[TokenId], scale: f32, out: &mut Vec<f32>) {

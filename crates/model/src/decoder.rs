@@ -7,7 +7,7 @@ mod block;
 use exrail_checkpoint::{BlockNorms, DecoderConfig, NormKind, QkNorm, Tensors};
 use exrail_kernels::{
     AttentionShape, AttentionSpan, Backend, Draw, Draws, HeadNorms, HeadRows, InputRounding,
-    KvDtype, KvShape, Normed, Places, Rope, TokenId,
+    KvDtype, KvMove, KvShape, Normed, Places, Rope, TokenId,
 };
 
 pub use block::{Block, embed_tokens};
@@ -101,6 +101,19 @@ impl<B: Backend> Decoder<B> {
     #[must_use]
     pub fn kv_shape(&self, n_pages: usize, dtype: KvDtype) -> KvShape {
         kv_shape(&self.config, n_pages, dtype)
+    }
+
+    /// Moves keys and values of all layers between places of the pool, one after the other, and turns each key
+    /// by its distance as its layer's rotation says. Every rotation here is by an angle that grows in
+    /// proportion to the position, at frequencies that are fixed when the model is loaded, so that a key can
+    /// always be turned; see [`Backend::kv_move`] for what that costs in precision.
+    ///
+    /// # Panics
+    /// When `pool` is not of [`Decoder::kv_shape`], or does not have a place.
+    pub fn move_cached(&self, backend: &B, pool: &mut B::KvPool, moves: &[KvMove]) {
+        for (layer_idx, layer) in self.config.layers.iter().enumerate() {
+            backend.kv_move(pool, layer_idx, moves, layer.rope.map(|rope| &self.ropes[rope]));
+        }
     }
 
     /// Activations for steps of up to `max_rows` rows, `max_logit_rows` of them with logits.

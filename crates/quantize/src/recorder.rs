@@ -4,8 +4,8 @@ use std::collections::{HashMap, HashSet};
 use std::sync::{Mutex, PoisonError};
 
 use exrail_kernels::{
-    AttentionShape, AttentionSpan, Backend, Draws, GateActivation, KernelError, KvShape, KvSlot,
-    Largest, NormKind, PageId, Rope, Span, TokenId, WeightView,
+    AttentionShape, AttentionSpan, Backend, Draws, GateActivation, KernelError, KvMove, KvShape,
+    KvSlot, Largest, NormKind, PageId, Rope, Span, TokenId, WeightView,
 };
 
 use crate::Hessian;
@@ -101,6 +101,16 @@ impl<B: Backend> Backend for Recorder<B> {
 
     fn kv_copy_page(&self, pool: &mut Self::KvPool, from: PageId, to: PageId) {
         self.inner.kv_copy_page(pool, from, to);
+    }
+
+    fn kv_move(
+        &self,
+        pool: &mut Self::KvPool,
+        layer: usize,
+        moves: &[KvMove],
+        rope: Option<&Rope>,
+    ) {
+        self.inner.kv_move(pool, layer, moves, rope);
     }
 
     fn embed(&self, table: &Self::Weight, ids: &[TokenId], scale: f32, out: &mut Self::Buffer) {

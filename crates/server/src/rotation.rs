@@ -41,7 +41,7 @@ pub(crate) fn of_chat(
         Ok(pinned) => Ok(Rotation { options, pinned, waits_for_json: true }),
         // Rather an answer that must fit than one that may lose what is pinned.
         Err(_) if !is_asked => Ok(Rotation::default()),
-        Err(at) if options.policy == RotatePolicy::Reprefill => {
+        Err(at) if keeps_pins(options.policy) => {
             let problem = format!(
                 "the chat template changes message {at}, which is pinned, so that its place is not known; \
                  expected policy stop or off"
@@ -77,24 +77,31 @@ fn options(engine: &EngineHandle, fields: &RotationFields) -> Result<RotationOpt
         Some("sink_window") => RotatePolicy::SinkWindow,
         Some("stop") => RotatePolicy::Stop,
         Some(found) => {
-            return Err(bad("policy", format!("expected off, reprefill or stop, found `{found}`")));
+            let expected = "off, reprefill, sink_window or stop";
+            return Err(bad("policy", format!("expected {expected}, found `{found}`")));
         }
     };
-    let RotationFields { rotate_at, window, .. } = *fields;
+    let RotationFields { rotate_at, window, sink, .. } = *fields;
     // A field that the policy does not read would be passed over in silence.
-    let idle = match policy {
-        RotatePolicy::Off if rotate_at.is_some() => Some(("rotate_at", "reprefill or stop")),
-        RotatePolicy::Off | RotatePolicy::Stop if window.is_some() => Some(("window", "reprefill")),
-        RotatePolicy::Off
-        | RotatePolicy::Stop
-        | RotatePolicy::Reprefill
-        | RotatePolicy::SinkWindow => None,
-    };
-    if let Some((field, expected)) = idle {
+    let is_off = policy == RotatePolicy::Off;
+    let idle = [
+        (rotate_at.is_some() && is_off, "rotate_at", "reprefill, sink_window or stop"),
+        (window.is_some() && !keeps_pins(policy), "window", "reprefill or sink_window"),
+        (sink.is_some() && policy != RotatePolicy::SinkWindow, "sink", "sink_window"),
+    ];
+    if let Some((_, field, expected)) = idle.into_iter().find(|(is_idle, _, _)| *is_idle) {
         let problem = format!("expected policy {expected} beside it, found {}", policy.name());
         return Err(bad(field, problem));
     }
-    Ok(RotationOptions { policy, rotate_at, window })
+    Ok(RotationOptions { policy, rotate_at, window, sink })
+}
+
+/// Whether it goes on with what is pinned.
+fn keeps_pins(policy: RotatePolicy) -> bool {
+    match policy {
+        RotatePolicy::Reprefill | RotatePolicy::SinkWindow => true,
+        RotatePolicy::Off | RotatePolicy::Stop => false,
+    }
 }
 
 fn bad(field: &str, problem: String) -> ApiError {
@@ -125,6 +132,10 @@ pub(crate) fn traced(route: &'static str, choices: &[Choice]) -> Vec<TraceBody> 
         kept_ranges: pairs(&rotated.kept),
         dropped_ranges: pairs(&rotated.dropped),
         oracle_kl: None,
+        oracle: match rotated.policy {
+            RotatePolicy::SinkWindow => "not_applicable",
+            RotatePolicy::Reprefill | RotatePolicy::Stop | RotatePolicy::Off => "not_available",
+        },
     };
     let of_choice = |(index, choice): (usize, &Choice)| {
         choice.rotations.iter().map(|at| body(index, &at.rotated)).collect::<Vec<_>>()

@@ -14,6 +14,8 @@ pub struct RotationFields {
     pub rotate_at: Option<usize>,
     /// Last tokens that are kept.
     pub window: Option<usize>,
+    /// First tokens that are kept, of `sink_window` alone.
+    pub sink: Option<usize>,
     /// Of a chat: messages that are never dropped, counted from 0. System messages never are.
     pub pin_messages: Option<Vec<usize>>,
     /// Of a text completion: ranges of the prompt's tokens that are never dropped, from and to, the latter

@@ -118,8 +118,11 @@ pub enum TraceBody {
         kept_ranges: Vec<[usize; 2]>,
         /// Ranges that left it.
         dropped_ranges: Vec<[usize; 2]>,
-        /// Divergence from a fresh prefill; null: it is measured by `exrail probe cache`, never inline.
+        /// Divergence from a fresh prefill; null, and `oracle` says why.
         oracle_kl: Option<f64>,
+        /// `not_available`: it is measured by `exrail probe cache`, never inline. `not_applicable`: no fresh
+        /// prefill gives what the cache holds from here on.
+        oracle: &'static str,
     },
     /// A question was answered or refused.
     #[serde(rename = "answer.decide")]

@@ -67,15 +67,36 @@ impl KvCache {
             if expected != found {
                 return Err(PageFault::References { page, expected, found });
             }
-            if at < first_written {
-                continue;
+            if at >= first_written {
+                self.check_own(*entry)?;
             }
-            if found != 1 {
-                return Err(PageFault::Alias { page, references: found });
-            }
-            if self.prefixes.holds(*entry) {
-                return Err(PageFault::Shared { page });
-            }
+        }
+        Ok(())
+    }
+
+    /// Before pages are written over that a sequence has filled: they are as
+    /// [`KvCache::check_tables`] wants those that a step writes.
+    ///
+    /// # Errors
+    /// The first page that is of another life, in another table, or can be found by others.
+    pub(crate) fn check_owned(&self, pages: &[PageRef]) -> Result<(), PageFault> {
+        if self.switchboard.guards_are_off() {
+            return Ok(());
+        }
+        pages.iter().try_for_each(|entry| {
+            self.pages.check(*entry)?;
+            self.check_own(*entry)
+        })
+    }
+
+    /// One table has the page, and nobody can find it.
+    fn check_own(&self, entry: PageRef) -> Result<(), PageFault> {
+        let (page, references) = (entry.page.0, self.pages.references(entry.page));
+        if references != 1 {
+            return Err(PageFault::Alias { page, references });
+        }
+        if self.prefixes.holds(entry) {
+            return Err(PageFault::Shared { page });
         }
         Ok(())
     }
@@ -122,7 +143,8 @@ mod tests {
         let tokens: Vec<u32> = (0..300).collect();
         let namespace = namespace();
         let tables = [(); 2].map(|()| {
-            let wanted = Wanted { n_pages: 2, tokens: &tokens, namespace: Some(&namespace) };
+            let wanted =
+                Wanted { n_pages: 2, tokens: &tokens, namespace: Some(&namespace), own: false };
             let admitted = cache.admit(&wanted).unwrap().unwrap();
             cache.share(&namespace, &tokens, &admitted.pages, 1);
             admitted.pages

@@ -11,7 +11,8 @@
 //! tenant), and by the hash of that chain; the hash finds candidates, the comparison of the tokens
 //! decides. The page that holds a prompt's last token is always computed, for its logits are needed. A
 //! sequence writes only pages that it alone holds and that nobody can find, so that there is nothing to
-//! copy on write.
+//! copy on write. One that will write pages which it has filled (rotation in place) gets copies of what is
+//! known, and makes its own pages known when it ends, unless it has written them since.
 //!
 //! # A page's life
 //! `free → held (n ≥ 1) → free`, or, when its content can be found, `held → kept → held` again, or
@@ -55,6 +56,8 @@ pub(crate) struct Wanted<'a> {
     pub(crate) tokens: &'a [u32],
     /// Whose prefixes it may read; `None` reads none.
     pub(crate) namespace: Option<&'a Namespace>,
+    /// Whether the whole table must be the sequence's own: what is known it gets as copies.
+    pub(crate) own: bool,
 }
 
 /// A table for one sequence.
@@ -68,6 +71,9 @@ pub(crate) struct Admitted {
     pub(crate) n_missed: usize,
     /// Kept pages that were given up for it.
     pub(crate) n_evicted: usize,
+    /// Pages to be copied, from and to, before anything else is asked of the device: those at the front of
+    /// an own table whose content is known.
+    pub(crate) copies: Vec<(PageId, PageId)>,
 }
 
 impl KvCache {
@@ -110,6 +116,9 @@ impl KvCache {
     /// # Errors
     /// A prefix names a page of another life. Nothing was handed out.
     pub(crate) fn admit(&mut self, wanted: &Wanted<'_>) -> Result<Option<Admitted>, PageFault> {
+        if wanted.own {
+            return self.admit_own(wanted);
+        }
         let most = wanted.namespace.map_or(0, |_| shareable(wanted.tokens.len()));
         if self.available() + most < wanted.n_pages {
             return Ok(None);
@@ -135,7 +144,38 @@ impl KvCache {
         let new = self.pages.allocate(n_new, &self.switchboard);
         let n_cached = found.len();
         let pages = [found, new.unwrap_or_default()].concat();
-        Ok(Some(Admitted { pages, n_cached, n_missed: most - n_cached, n_evicted }))
+        let n_missed = most - n_cached;
+        Ok(Some(Admitted { pages, n_cached, n_missed, n_evicted, copies: Vec::new() }))
+    }
+
+    /// A table of new pages, the first of which are copies of the longest known prefix. Where there is no
+    /// room for both, the prefix is computed again: whoever waited for it would wait for ever.
+    fn admit_own(&mut self, wanted: &Wanted<'_>) -> Result<Option<Admitted>, PageFault> {
+        let n_pages = wanted.n_pages;
+        if self.available() < n_pages {
+            return Ok(None);
+        }
+        let most = wanted.namespace.map_or(0, |_| shareable(wanted.tokens.len()));
+        let mut found = wanted.namespace.map_or_else(Vec::new, |namespace| {
+            self.prefixes.find(namespace, wanted.tokens, most, &self.switchboard)
+        });
+        let n_kept = found.iter().filter(|entry| self.pages.is_kept(entry.page)).count();
+        if self.available() - n_kept < n_pages {
+            found.clear();
+        }
+        for entry in &found {
+            self.pages.check_life(*entry)?;
+        }
+        // Held while room is made, or else they could be what is given up.
+        for entry in &found {
+            self.pages.retain(*entry, &self.switchboard)?;
+        }
+        let n_evicted = self.make_room(n_pages);
+        let pages = self.pages.allocate(n_pages, &self.switchboard).unwrap_or_default();
+        self.release(&found);
+        let copies = found.iter().zip(&pages).map(|(from, to)| (from.page, to.page)).collect();
+        let n_cached = found.len();
+        Ok(Some(Admitted { pages, n_cached, n_missed: most - n_cached, n_evicted, copies }))
     }
 
     /// Gives back a table, its end first, so that of one prefix the beginning stays longest. Entries of

@@ -61,7 +61,8 @@ impl<B: Backend> Worker<B> {
         let n_pages = head.positions().div_ceil(PAGE_TOKENS);
         let namespace = namespace(head, &self.options, &self.pins);
         let tokens = head.prefix().map_or(&[][..], |(tokens, _)| tokens);
-        let wanted = Wanted { n_pages, tokens, namespace: namespace.as_ref() };
+        let own = head.owns_its_pages();
+        let wanted = Wanted { n_pages, tokens, namespace: namespace.as_ref(), own };
         let traffic = head.traffic;
         let admitted = self.cache.admit(&wanted);
         let fault = self.never_fits(n_pages);
@@ -79,6 +80,7 @@ impl<B: Backend> Worker<B> {
             }
             (Ok(Some(admitted)), _) => {
                 self.count_prefix(traffic, &admitted);
+                self.copy_pages(&admitted);
                 if let Some(head) = self.waiting.pop_front() {
                     self.running.push(Running::admit(head, admitted, namespace));
                     self.publish();
@@ -96,7 +98,8 @@ impl<B: Backend> Worker<B> {
         let Some(head) = self.suspended.front() else { return Head::Stays };
         let n_pages = head.n_pages();
         let namespace = head.namespace.as_ref();
-        let admitted = self.cache.admit(&Wanted { n_pages, tokens: &head.tokens, namespace });
+        let (tokens, own) = (&head.tokens[..], head.owns_its_pages());
+        let admitted = self.cache.admit(&Wanted { n_pages, tokens, namespace, own });
         let fault = self.never_fits(n_pages);
         match (admitted, fault) {
             (Err(fault), _) => self.contain(fault),
@@ -105,6 +108,7 @@ impl<B: Backend> Worker<B> {
                 self.end_suspended(0, Ending::Fault(SequenceFault::KvIntegrity(fault)));
             }
             (Ok(Some(admitted)), _) => {
+                self.copy_pages(&admitted);
                 if let Some(mut head) = self.suspended.pop_front() {
                     head.take(admitted);
                     self.running.push(head);
@@ -113,6 +117,13 @@ impl<B: Backend> Worker<B> {
             }
         }
         Head::Left
+    }
+
+    /// The device runs this before whatever it is asked for next, which may write what is copied from.
+    fn copy_pages(&mut self, admitted: &Admitted) {
+        for &(from, to) in &admitted.copies {
+            self.loaded.backend.kv_copy_page(&mut self.pool, from, to);
+        }
     }
 
     /// Why a sequence can have so many pages never.
@@ -133,8 +144,21 @@ impl<B: Backend> Worker<B> {
         let sequence = &mut self.running[at];
         let is_sound = !matches!(ending, Some(Ending::Fault(_)));
         let Some(namespace) = sequence.namespace.clone().filter(|_| is_sound) else { return };
-        if let Some(n_full) = sequence.newly_full() {
+        if let Some(n_full) = sequence.newly_full()
+            && !sequence.owns_its_pages()
+        {
             self.cache.share(&namespace, &sequence.tokens, &sequence.pages, n_full);
+        }
+    }
+
+    /// What [`Worker::share_full_pages`] put off while the sequence might have written its pages again.
+    pub(super) fn share_at_the_end(&mut self, at: usize) {
+        let sequence = &self.running[at];
+        if !sequence.owns_its_pages() {
+            return;
+        }
+        if let Some(namespace) = &sequence.namespace {
+            self.cache.share(namespace, &sequence.tokens, &sequence.pages, sequence.n_full());
         }
     }
 
@@ -162,7 +186,7 @@ impl<B: Backend> Worker<B> {
         }
     }
 
-    fn contain(&mut self, fault: PageFault) {
+    pub(super) fn contain(&mut self, fault: PageFault) {
         tracing::error!(%fault, "KV integrity: the page is withdrawn and its sequences computed anew");
         self.gauges.count(Traffic::User, Total::KvFaults, 1);
         match fault.page() {

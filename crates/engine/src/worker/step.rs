@@ -308,7 +308,7 @@ fn row_index(row: usize) -> u32 {
     u32::try_from(row).expect("a batch has at most prefill_chunk + max_sequences rows")
 }
 
-fn panic_message(panic: &(dyn std::any::Any + Send)) -> String {
+pub(super) fn panic_message(panic: &(dyn std::any::Any + Send)) -> String {
     if let Some(message) = panic.downcast_ref::<&str>() {
         return (*message).to_owned();
     }
@@ -360,7 +360,7 @@ mod tests {
         bench
     }
 
-    impl Bench {
+    impl<B: Backend> Bench<B> {
         pub(in crate::worker) fn is_idle(&self) -> bool {
             let worker = &self.worker;
             worker.n_admitted() == 0 && worker.waiting.is_empty() && worker.flight.is_none()

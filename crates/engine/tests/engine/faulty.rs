@@ -8,7 +8,8 @@ use std::time::Duration;
 
 use exrail_kernels::{
     AttentionShape, AttentionSpan, Backend, DeviceCounters, Draws, GateActivation, KernelError,
-    KvShape, KvSlot, Largest, NormKind, PAGE_TOKENS, PageId, Rope, Span, TokenId, WeightView,
+    KvMove, KvShape, KvSlot, Largest, NormKind, PAGE_TOKENS, PageId, Rope, Span, TokenId,
+    WeightView,
 };
 
 /// A backend that computes what the inner one does and fails on some tokens.
@@ -216,6 +217,7 @@ impl<B: Backend> Backend for Faulty<B> {
         write(&self, buffer: &mut B::Buffer, values: &[f32]);
         read(&self, buffer: &B::Buffer, values: &mut [f32]);
         kv_copy_page(&self, pool: &mut B::KvPool, from: PageId, to: PageId);
+        kv_move(&self, pool: &mut B::KvPool, layer: usize, moves: &[KvMove], rope: Option<&Rope>);
         norm(&self, kind: NormKind, x: &B::Buffer, n_rows: usize, weight: &B::Buffer, eps: f32,
             out: &mut B::Buffer);
         norm_in_place(&self, kind: NormKind, x: &mut B::Buffer, n_rows: usize, weight: &B::Buffer,

@@ -23,7 +23,8 @@ fn cpu(kv_dtype: KvDtype) -> EngineHandle {
 
 fn rotating(mut request: GenerateRequest, rotate_at: usize, window: usize) -> GenerateRequest {
     let policy = RotatePolicy::Reprefill;
-    let options = RotationOptions { policy, rotate_at: Some(rotate_at), window: Some(window) };
+    let (rotate_at, window) = (Some(rotate_at), Some(window));
+    let options = RotationOptions { policy, rotate_at, window, sink: None };
     let pinned = std::iter::once(0..30).collect();
     request.rotation = Rotation { options, pinned, waits_for_json: false };
     request
@@ -125,10 +126,7 @@ fn c5_c8_what_cannot_be_rotated_is_refused_at_once() {
 #[test]
 fn c4_an_engine_refuses_a_rotation_that_it_cannot_do() {
     for (rotation, field) in [
-        (
-            RotationOptions { policy: RotatePolicy::SinkWindow, ..RotationOptions::default() },
-            "rotation.policy",
-        ),
+        (RotationOptions { sink: Some(0), ..RotationOptions::default() }, "rotation.sink"),
         (
             RotationOptions { rotate_at: Some(4097), ..RotationOptions::default() },
             "rotation.rotate_at",

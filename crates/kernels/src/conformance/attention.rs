@@ -50,13 +50,14 @@ const MASKS: [(Option<f32>, Option<usize>); 7] = [
 const NO_PAGE: PageId = PageId(u32::MAX);
 
 /// The pools of one case.
-struct Pools<P> {
-    tested: P,
-    reference: ReferenceKvPool,
-    magnitudes: ReferenceKvPool, // the same keys, |v|
-    key_norm: f64,
-    highest_value: f64,
-    dtype: KvDtype,
+pub(super) struct Pools<P> {
+    pub(super) tested: P,
+    pub(super) reference: ReferenceKvPool,
+    pub(super) magnitudes: ReferenceKvPool, // the same keys, |v|
+    pub(super) key_norm: f64,
+    pub(super) key_error: f64, // length by which a key may differ from the reference's
+    pub(super) highest_value: f64,
+    pub(super) dtype: KvDtype,
 }
 
 impl<B: Backend> Suite<'_, B> {
@@ -140,7 +141,8 @@ impl<B: Backend> Suite<'_, B> {
         Ok(())
     }
 
-    fn attend(
+    /// Compares attention to the tested pool with that to the reference.
+    pub(super) fn attend(
         &self,
         case: &str,
         pools: &Pools<B::KvPool>,
@@ -162,7 +164,8 @@ impl<B: Backend> Suite<'_, B> {
         let n_seen = spans.iter().map(|s| s.first_position + s.n_rows).max().unwrap_or(0);
         let halves = self.activation == Activation::Int8 && pools.dtype != KvDtype::F32;
         let norms = (norm(&q, shape.head_dim), pools.key_norm);
-        let relative = relative_bound(shape, n_seen, norms, halves);
+        let other_keys = f64::from(shape.scale) * norms.0 * pools.key_error;
+        let relative = relative_bound(shape, n_seen, norms, halves) + 2.0 * other_keys.exp_m1();
         let vanished = match halves {
             true => n_seen as f64 * pools.highest_value / 16_777_216.0,
             false => 0.0,
@@ -183,6 +186,7 @@ impl<B: Backend> Suite<'_, B> {
             reference: accepted(case, Reference.kv_pool(shape))?,
             magnitudes: accepted(case, Reference.kv_pool(shape))?,
             key_norm: 0.0,
+            key_error: 0.0,
             highest_value: 0.0,
             dtype: shape.dtype,
         };
@@ -298,7 +302,7 @@ fn relative_bound(
 }
 
 /// The largest Euclidean norm of a head.
-fn norm(x: &[f32], head_dim: usize) -> f64 {
+pub(super) fn norm(x: &[f32], head_dim: usize) -> f64 {
     x.chunks_exact(head_dim)
         .map(|head| head.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>().sqrt())
         .fold(0.0, f64::max)

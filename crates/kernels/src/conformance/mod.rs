@@ -15,6 +15,7 @@ mod draw;
 mod fused;
 mod linear;
 mod memory;
+mod moves;
 mod norm;
 mod random;
 mod rope;
@@ -129,6 +130,7 @@ pub fn run<B: Backend>(backend: &B, activation: Activation) -> Result<(), Confor
     suite.linear()?;
     suite.attention()?;
     suite.attention_full()?;
+    suite.moves()?;
     suite.fused()?;
     suite.draws() // the longest
 }

@@ -91,7 +91,7 @@ impl<B: Backend> Suite<'_, B> {
 }
 
 /// Frequencies `base^(-i / pairs)`.
-fn rope(style: RopeStyle, n_pairs: usize, base: f32, magnitude: f32) -> Rope {
+pub(super) fn rope(style: RopeStyle, n_pairs: usize, base: f32, magnitude: f32) -> Rope {
     let inverse_frequencies =
         (0..n_pairs).map(|i| base.powf(-(i as f32) / n_pairs as f32)).collect();
     Rope { inverse_frequencies, style, magnitude }

@@ -2,8 +2,8 @@
 
 use half::f16;
 
-use super::zeroed;
-use crate::{KernelError, KvDtype, KvShape, KvSlot, PAGE_TOKENS, PageId, int8_scale};
+use super::{rope, zeroed};
+use crate::{KernelError, KvDtype, KvMove, KvShape, KvSlot, PAGE_TOKENS, PageId, Rope, int8_scale};
 
 /// Keys and values of all pages, `(page, layer, offset, K * D)` each, held as f32. They are rounded
 /// when they are written: in a pool of [`KvDtype::F16`] each value to half precision (to nearest,
@@ -50,6 +50,23 @@ impl ReferenceKvPool {
                 let (k, v) = (&k[from..from + head_dim], &v[from..from + head_dim]);
                 store(self.shape.dtype, k, &mut self.keys[to..to + head_dim]);
                 store(self.shape.dtype, v, &mut self.values[to..to + head_dim]);
+            }
+        }
+    }
+
+    /// See [`crate::Backend::kv_move`].
+    pub(super) fn move_slots(&mut self, layer: usize, moves: &[KvMove], rope: Option<&Rope>) {
+        let (width, head_dim) = (self.row_len(), self.shape.head_dim);
+        for &KvMove { from, to, distance } in moves {
+            let from = self.row_start(layer, from.page, from.offset as usize);
+            let to = self.row_start(layer, to.page, to.offset as usize);
+            self.keys.copy_within(from..from + width, to);
+            self.values.copy_within(from..from + width, to);
+            let Some(rope) = rope.filter(|_| distance != 0) else { continue };
+            for key in self.keys[to..to + width].chunks_exact_mut(head_dim) {
+                let mut turned = key.to_vec();
+                rope::turn(&mut turned, f64::from(distance), rope, 1.0);
+                store(self.shape.dtype, &turned, key);
             }
         }
     }

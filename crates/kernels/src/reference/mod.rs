@@ -19,8 +19,8 @@ use exrail_tensor::{DType, dequantize};
 pub use kv::ReferenceKvPool;
 
 use crate::{
-    AttentionShape, AttentionSpan, Backend, Draws, GateActivation, KernelError, KvShape, KvSlot,
-    Largest, NormKind, PageId, Rope, Span, TokenId, WeightView,
+    AttentionShape, AttentionSpan, Backend, Draws, GateActivation, KernelError, KvMove, KvShape,
+    KvSlot, Largest, NormKind, PageId, Rope, Span, TokenId, WeightView,
 };
 
 /// The scalar backend.
@@ -90,6 +90,16 @@ impl Backend for Reference {
 
     fn kv_copy_page(&self, pool: &mut Self::KvPool, from: PageId, to: PageId) {
         pool.copy_page(from, to);
+    }
+
+    fn kv_move(
+        &self,
+        pool: &mut Self::KvPool,
+        layer: usize,
+        moves: &[KvMove],
+        rope: Option<&Rope>,
+    ) {
+        pool.move_slots(layer, moves, rope);
     }
 
     fn embed(&self, table: &Self::Weight, ids: &[TokenId], scale: f32, out: &mut Self::Buffer) {

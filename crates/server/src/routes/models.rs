@@ -60,6 +60,7 @@ pub(crate) async fn config(
             "policy": facts.options.rotation.policy.name(),
             "rotate_at": facts.options.rotation.rotate_at,
             "window": facts.options.rotation.window,
+            "sink": facts.options.rotation.sink,
         },
         "collections": collections,
     }))

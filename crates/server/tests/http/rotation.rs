@@ -70,6 +70,7 @@ async fn the_answer_says_what_was_dropped_and_the_system_message_is_not() {
     assert_eq!(traced["kept_ranges"], first["kept"]);
     assert_eq!(traced["dropped_ranges"], first["dropped"]);
     assert!(traced["oracle_kl"].is_null());
+    assert_eq!(traced["oracle"], "not_available");
     assert_eq!(lines.last().unwrap()["event"], "infer.run");
     assert_eq!(lines.last().unwrap()["trace_id"], traced["trace_id"]);
     let metrics = server.get("/metrics").await.text;
@@ -77,6 +78,31 @@ async fn the_answer_says_what_was_dropped_and_the_system_message_is_not() {
     assert!(metrics.contains(&line), "{metrics}");
     let config = server.get("/v1/exrail/config").await.json();
     assert_eq!(config["rotation"]["policy"], "reprefill");
+}
+
+/// The system message, the sinks and the last tokens stay in the cache, and the client hears what did not.
+#[tokio::test]
+async fn an_answer_that_is_rotated_in_place_says_what_was_dropped() {
+    let server = warm(&[], None);
+    let in_place = json!({"rotation":
+        {"policy": "sink_window", "rotate_at": 160, "window": 40, "sink": 3}});
+    let choice = first_choice(&server, &chat(&server, "system", &in_place)).await;
+    assert_eq!(choice["finish_reason"], "length");
+    let rotations = choice["rotations"].as_array().unwrap();
+    assert!(rotations.len() >= 2, "{choice}");
+    let n_system = n_first(&server, "system");
+    assert_eq!(rotations[0]["kept"], json!([[0, n_system], [120, 160]]));
+    assert_eq!(rotations[0]["dropped"], json!([[n_system, 120]]));
+    assert_eq!(rotations[0]["policy"], "sink_window");
+    let traced = &server.trace_lines()[0];
+    assert_eq!(
+        (&traced["event"], &traced["policy"]),
+        (&json!("cache.rotate"), &json!("sink_window"))
+    );
+    assert_eq!(traced["oracle"], "not_applicable", "no prefill gives the same");
+    // Without a pinned message the sinks are what stays in front.
+    let unpinned = first_choice(&server, &chat(&server, "user", &in_place)).await;
+    assert_eq!(unpinned["rotations"][0]["kept"], json!([[0, 3], [120, 160]]));
 }
 
 /// Mutation: the same message in a role that is not pinned is lost, and the client reads another answer.
@@ -177,6 +203,7 @@ async fn c5_every_integer_is_refused_or_honoured() {
         for (field, value) in [
             ("rotate_at", number.clone()),
             ("window", number.clone()),
+            ("sink", number.clone()),
             ("pin_messages", json!([number])),
             ("pin_tokens", json!([[number, number]])),
             ("policy", number.clone()),
@@ -193,13 +220,13 @@ async fn c5_every_integer_is_refused_or_honoured() {
             }
         }
     }
-    for (field, value) in [("n_discard", json!(5)), ("policy", json!("sink_window"))] {
+    for (field, value) in [("n_discard", json!(5)), ("policy", json!("shift"))] {
         let extra = json!({"rotation": {field: value}});
         let answer = server.post("/v1/chat/completions", &chat(&server, "system", &extra)).await;
         assert_eq!(answer.status, StatusCode::BAD_REQUEST, "{field}");
         assert!(answer.text.contains(&format!("rotation.{field}")), "{}", answer.text);
     }
-    for null in ["rotate_at", "window", "pin_messages", "pin_tokens", "policy"] {
+    for null in ["rotate_at", "window", "sink", "pin_messages", "pin_tokens", "policy"] {
         let extra = json!({"rotation": {null: null}, "max_tokens": 4});
         first_choice(&server, &chat(&server, "system", &extra)).await;
     }
@@ -213,9 +240,11 @@ async fn c5_every_integer_is_refused_or_honoured() {
 async fn a_field_that_the_policy_does_not_read_is_refused() {
     let server = warm(&[], None);
     for (policy, field, expected) in [
-        ("off", "rotate_at", "expected policy reprefill or stop beside it, found off"),
-        ("off", "window", "expected policy reprefill beside it, found off"),
-        ("stop", "window", "expected policy reprefill beside it, found stop"),
+        ("off", "rotate_at", "expected policy reprefill, sink_window or stop beside it, found off"),
+        ("off", "window", "expected policy reprefill or sink_window beside it, found off"),
+        ("stop", "window", "expected policy reprefill or sink_window beside it, found stop"),
+        ("stop", "sink", "expected policy sink_window beside it, found stop"),
+        ("reprefill", "sink", "expected policy sink_window beside it, found reprefill"),
     ] {
         let body = chat(&server, "system", &json!({"rotation": {"policy": policy, field: 160}}));
         let answer = server.post("/v1/chat/completions", &body).await;

@@ -5,6 +5,7 @@ use std::ops::Range;
 use std::time::Instant;
 
 use exrail_kernels::KvDtype;
+use exrail_testkit::TinyLlama;
 use proptest::prelude::*;
 
 use super::super::tests::Bench;
@@ -19,16 +20,16 @@ use crate::sequence::{Job, Scoring, Traffic, Waiting};
 
 /// The answer in the parts that its rotations make of it.
 #[derive(Debug, Default, PartialEq)]
-struct Said {
-    ids: Vec<u32>,
+pub(super) struct Said {
+    pub(super) ids: Vec<u32>,
     text: String,
     /// Each with the tokens of the answer before it.
-    rotations: Vec<(usize, Rotated)>,
-    end: Option<Finished>,
+    pub(super) rotations: Vec<(usize, Rotated)>,
+    pub(super) end: Option<Finished>,
 }
 
 impl Said {
-    fn of(events: &flume::Receiver<Event>) -> Said {
+    pub(super) fn of(events: &flume::Receiver<Event>) -> Said {
         let mut said = Said::default();
         for event in events.drain() {
             match event {
@@ -46,36 +47,42 @@ impl Said {
         said
     }
 
-    fn finish(&self) -> Option<Finish> {
+    pub(super) fn finish(&self) -> Option<Finish> {
         self.end.as_ref().map(|end| end.finish)
     }
 }
 
-fn bench(kv_pages: usize, runs_ahead: bool) -> Bench {
-    let mut bench = Bench::with(EngineOptions {
+pub(super) fn bench(kv_pages: usize, runs_ahead: bool) -> Bench {
+    bench_of(TinyLlama::default(), kv_pages, runs_ahead)
+}
+
+pub(super) fn bench_of(model: TinyLlama, kv_pages: usize, runs_ahead: bool) -> Bench {
+    let options = EngineOptions {
         max_sequences: 4,
         kv_pages: Some(kv_pages),
         prefill_chunk: 64,
         kv_dtype: KvDtype::F32,
         ..EngineOptions::default()
-    });
+    };
+    let mut bench = Bench::of_model(model, options);
     bench.worker.runs_ahead = runs_ahead;
     bench
 }
 
 /// Ordinary tokens, different for each `n`.
-fn tokens(n: u32, len: u32) -> Vec<u32> {
+pub(super) fn tokens(n: u32, len: u32) -> Vec<u32> {
     (0..len).map(|i| 3 + (n * 37 + i * 11 + i * i) % 250).collect()
 }
 
-fn rotation(rotate_at: usize, window: usize, pinned: Range<usize>) -> Rotation {
+pub(super) fn rotation(rotate_at: usize, window: usize, pinned: Range<usize>) -> Rotation {
     let policy = RotatePolicy::Reprefill;
-    let options = RotationOptions { policy, rotate_at: Some(rotate_at), window: Some(window) };
+    let (rotate_at, window) = (Some(rotate_at), Some(window));
+    let options = RotationOptions { policy, rotate_at, window, sink: None };
     Rotation { options, pinned: vec![pinned], waits_for_json: false }
 }
 
 /// Nearly at random, so that tokens tell contexts apart, to `max_tokens`.
-fn request(n_prompt: u32, max_tokens: usize, rotation: Rotation) -> GenerateRequest {
+pub(super) fn request(n_prompt: u32, max_tokens: usize, rotation: Rotation) -> GenerateRequest {
     let mut request = GenerateRequest::new(tokens(n_prompt, n_prompt), max_tokens);
     request.sampling = Sampling { temperature: 2.0, seed: 5, ..Sampling::default() };
     request.stop_at_eos = false;
@@ -83,7 +90,7 @@ fn request(n_prompt: u32, max_tokens: usize, rotation: Rotation) -> GenerateRequ
     request
 }
 
-fn run(bench: &mut Bench, request: &GenerateRequest) -> Said {
+pub(super) fn run(bench: &mut Bench, request: &GenerateRequest) -> Said {
     let events = bench.send(request.clone());
     bench.finish();
     Said::of(&events)
@@ -351,6 +358,7 @@ fn keys_of_other_positions_would_reach_the_user() {
             n_pages: sequence.n_pages(),
             tokens: &sequence.tokens,
             namespace: None,
+            own: false,
         });
         sequence.take(table.unwrap().unwrap());
         // The pages are the same, with the keys and values of what was there before.
