@@ -530,6 +530,13 @@ pub trait Backend: Send + Sync + 'static {
     fn kv_pool(&self, shape: KvShape) -> Result<Self::KvPool, KernelError>;
     /// Copies page `from` over page `to`, all layers.
     fn kv_copy_page(&self, pool: &mut Self::KvPool, from: PageId, to: PageId);
+    /// Bytes of one page as [`Backend::kv_read_page`] gives it.
+    fn kv_page_bytes(&self, pool: &Self::KvPool) -> usize;
+    /// Copies a page out, all layers, with the scales of [`KvDtype::Int8`]; `bytes` are
+    /// [`Backend::kv_page_bytes`]. Their order is this device's own, and means nothing to another one.
+    fn kv_read_page(&self, pool: &Self::KvPool, page: PageId, bytes: &mut [u8]);
+    /// Puts a page back that [`Backend::kv_read_page`] gave, over whatever `page` holds.
+    fn kv_write_page(&self, pool: &mut Self::KvPool, page: PageId, bytes: &[u8]);
 
     /// `out[t] = scale * table[ids[t]]`, dequantised; out `(T, C)`.
     fn embed(&self, table: &Self::Weight, ids: &[TokenId], scale: f32, out: &mut Self::Buffer);

@@ -72,6 +72,11 @@ enum Fault {
     WindowOneShorter,
     WrongGroup,
     CopiesNothing,
+    ReadsNothingOfAPage,
+    ReadsAnotherPage,
+    WritesNoPage,
+    WritesBesideThePage,
+    WritesHalfAPage,
     JoinsSpans,
     GathersFirst,
     AddsOneLess,
@@ -83,7 +88,7 @@ enum Fault {
     RoundsActivations,
 }
 
-const FAULTS: [Fault; 65] = [
+const FAULTS: [Fault; 70] = [
     Fault::EmbedsFoundUnscaled,
     Fault::FindsOneRowLess,
     Fault::KeepsOneAnswer,
@@ -142,6 +147,11 @@ const FAULTS: [Fault; 65] = [
     Fault::WindowOneShorter,
     Fault::WrongGroup,
     Fault::CopiesNothing,
+    Fault::ReadsNothingOfAPage,
+    Fault::ReadsAnotherPage,
+    Fault::WritesNoPage,
+    Fault::WritesBesideThePage,
+    Fault::WritesHalfAPage,
     Fault::JoinsSpans,
     Fault::GathersFirst,
     Fault::AddsOneLess,
@@ -224,7 +234,12 @@ fn every_fault_is_caught_at_its_operation() {
             | Fault::WindowOneLonger
             | Fault::WindowOneShorter
             | Fault::WrongGroup
-            | Fault::CopiesNothing => "attention F32",
+            | Fault::CopiesNothing
+            | Fault::ReadsNothingOfAPage
+            | Fault::ReadsAnotherPage
+            | Fault::WritesNoPage
+            | Fault::WritesBesideThePage
+            | Fault::WritesHalfAPage => "attention F32",
             Fault::JoinsSpans => "attention_full",
             Fault::GathersFirst => "gather_rows",
             Fault::AddsOneLess => "add",
@@ -347,6 +362,34 @@ impl Backend for Faulty {
         if !self.is(Fault::CopiesNothing) {
             Reference.kv_copy_page(pool, from, to);
         }
+    }
+
+    fn kv_page_bytes(&self, pool: &ReferenceKvPool) -> usize {
+        Reference.kv_page_bytes(pool)
+    }
+
+    fn kv_read_page(&self, pool: &ReferenceKvPool, page: PageId, bytes: &mut [u8]) {
+        if self.is(Fault::ReadsNothingOfAPage) {
+            return bytes.fill(0);
+        }
+        let other = u32::from(self.is(Fault::ReadsAnotherPage) && page.0 == 8);
+        Reference.kv_read_page(pool, PageId(page.0 - other), bytes);
+    }
+
+    fn kv_write_page(&self, pool: &mut ReferenceKvPool, page: PageId, bytes: &[u8]) {
+        if self.is(Fault::WritesNoPage) {
+            return;
+        }
+        let mut written = bytes.to_vec();
+        if self.is(Fault::WritesHalfAPage) {
+            Reference.kv_read_page(pool, page, &mut written);
+            let half = bytes.len() / 2;
+            written[..half].copy_from_slice(&bytes[..half]);
+        }
+        if self.is(Fault::WritesBesideThePage) {
+            Reference.kv_write_page(pool, PageId(page.0 - 1), bytes);
+        }
+        Reference.kv_write_page(pool, page, &written);
     }
 
     fn embed(&self, table: &ReferenceWeight, ids: &[TokenId], scale: f32, out: &mut Vec<f32>) {

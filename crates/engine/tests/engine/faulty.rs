@@ -165,6 +165,10 @@ impl<B: Backend> Backend for Faulty<B> {
         self.inner.kv_pool(shape)
     }
 
+    fn kv_page_bytes(&self, pool: &B::KvPool) -> usize {
+        self.inner.kv_page_bytes(pool)
+    }
+
     fn embed(&self, table: &B::Weight, ids: &[TokenId], scale: f32, out: &mut B::Buffer) {
         assert!(!ids.iter().any(|id| Some(id.0) == self.faults.panic), "injected panic");
         let n_rows = u32::try_from(ids.len()).unwrap();
@@ -216,6 +220,8 @@ impl<B: Backend> Backend for Faulty<B> {
         write(&self, buffer: &mut B::Buffer, values: &[f32]);
         read(&self, buffer: &B::Buffer, values: &mut [f32]);
         kv_copy_page(&self, pool: &mut B::KvPool, from: PageId, to: PageId);
+        kv_read_page(&self, pool: &B::KvPool, page: PageId, bytes: &mut [u8]);
+        kv_write_page(&self, pool: &mut B::KvPool, page: PageId, bytes: &[u8]);
         norm(&self, kind: NormKind, x: &B::Buffer, n_rows: usize, weight: &B::Buffer, eps: f32,
             out: &mut B::Buffer);
         norm_in_place(&self, kind: NormKind, x: &mut B::Buffer, n_rows: usize, weight: &B::Buffer,
