@@ -74,8 +74,8 @@ impl CpuKvPool {
 
     /// Copies all layers of a page.
     pub(crate) fn copy_page(&mut self, from: PageId, to: PageId) {
-        let to = self.page(to).start;
-        self.bytes.copy_within(self.page(from), to);
+        let (from, to) = (self.page(from), self.page(to));
+        self.bytes.copy_within(from, to.start);
     }
 
     /// Copies all layers of a page out.

@@ -47,7 +47,7 @@ impl<B: Backend> Worker<B> {
     }
 
     /// Once the hash of the model's files is known, it pins what is computed from then on.
-    fn name_the_model(&mut self) {
+    pub(super) fn name_the_model(&mut self) {
         if self.pins.model_sha256.is_some() {
             return;
         }
@@ -162,7 +162,7 @@ impl<B: Backend> Worker<B> {
         }
     }
 
-    fn contain(&mut self, fault: PageFault) {
+    pub(super) fn contain(&mut self, fault: PageFault) {
         tracing::error!(%fault, "KV integrity: the page is withdrawn and its sequences computed anew");
         self.gauges.count(Traffic::User, Total::KvFaults, 1);
         match fault.page() {

@@ -33,6 +33,8 @@ pub(crate) struct Faulty<B> {
     pub(crate) stuck_on: Option<u32>,
     /// Whether what it computes depends on the number of rows beside.
     pub(crate) depends_on_the_batch: bool,
+    /// Whether the pages of a new pool hold no numbers.
+    pub(crate) poisons_pages: bool,
 }
 
 impl<B> Faulty<B> {
@@ -50,6 +52,7 @@ impl<B> Faulty<B> {
             row_delay: Duration::ZERO,
             stuck_on: None,
             depends_on_the_batch: false,
+            poisons_pages: false,
         }
     }
 }
@@ -162,7 +165,15 @@ impl<B: Backend> Backend for Faulty<B> {
         self.inner.buffer(len)
     }
     fn kv_pool(&self, shape: KvShape) -> Result<B::KvPool, KernelError> {
-        self.inner.kv_pool(shape)
+        let mut pool = self.inner.kv_pool(shape)?;
+        if self.poisons_pages {
+            // All bits set are no number in any float.
+            let poison = vec![0xff; self.inner.kv_page_bytes(&pool)];
+            for page in 0..u32::try_from(shape.n_pages).unwrap() {
+                self.inner.kv_write_page(&mut pool, PageId(page), &poison);
+            }
+        }
+        Ok(pool)
     }
 
     fn kv_page_bytes(&self, pool: &B::KvPool) -> usize {
