@@ -4,11 +4,11 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
-use exrail_engine::{EngineOptions, LoadOptions, RotatePolicy, RotationOptions};
+use exrail_engine::{EngineOptions, LoadOptions, RotatePolicy, RotationOptions, SessionStore};
 use exrail_hub::{Cache, Fetch, Kind, Registry, Resolved};
 use exrail_kernels::{Activation, KvDtype};
 use exrail_kernels_cpu::CpuOptions;
-use exrail_server::Keys;
+use exrail_server::{Keys, SessionKeeper};
 use exrail_tensor::IntGrid;
 use serde::Serialize;
 
@@ -242,6 +242,28 @@ impl RotateArgs {
         let policy = self.rotate.policy();
         let RotateArgs { rotate_at, rotate_window: window, rotate_sink: sink, .. } = self;
         RotationOptions { policy, rotate_at, window, sink }
+    }
+}
+
+/// Conversations whose keys and values outlive the server.
+#[derive(Clone, Debug, Args)]
+#[command(next_help_heading = "Sessions")]
+pub(crate) struct SessionArgs {
+    /// Folder of saved sessions; none are kept when absent, since they hold what was said.
+    #[arg(long, value_name = "DIR")]
+    session_dir: Option<PathBuf>,
+    /// MiB of all saved sessions; the longest unused go first.
+    #[arg(long, value_name = "MIB", default_value_t = 4096, requires = "session_dir",
+          value_parser = clap::value_parser!(u64).range(1..=1 << 40))]
+    session_mib: u64,
+}
+
+impl SessionArgs {
+    /// The owner of the folder, if there is one.
+    pub(crate) fn keeper(&self) -> Result<Option<SessionKeeper>> {
+        let Some(folder) = &self.session_dir else { return Ok(None) };
+        let store = SessionStore::open(folder, self.session_mib << 20)?;
+        Ok(Some(SessionKeeper::start(store).context("thread of the sessions")?))
     }
 }
 

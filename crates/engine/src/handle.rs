@@ -21,6 +21,7 @@ use crate::queue::Queued;
 use crate::request::GenerateRequest;
 use crate::rotation::{Lengths, RotatePolicy, RotationOptions, RotationPlan};
 use crate::sequence::{Job, Scoring, Traffic, Waiting};
+use crate::session::PageCommand;
 use crate::worker::Worker;
 
 /// Bytes of KV cache that the default page count stays within, one full context at least.
@@ -120,6 +121,8 @@ pub(crate) enum Command {
     OpenFence,
     /// It is to build nothing from here on; answered when that holds.
     CloseFence(flume::Sender<DeviceCounters>),
+    /// Of sessions, which read and fill the cache.
+    Pages(PageCommand),
     Shutdown,
 }
 
@@ -132,6 +135,7 @@ impl Command {
             Command::Cancel(_)
             | Command::OpenFence
             | Command::CloseFence(_)
+            | Command::Pages(_)
             | Command::Shutdown => Vec::new(),
         }
     }
@@ -332,6 +336,11 @@ impl EngineHandle {
         let (sender, built) = flume::bounded(1);
         self.commands.send(Command::CloseFence(sender)).ok()?;
         built.recv().ok()
+    }
+
+    /// Hands over what takes no place in the queue.
+    pub(crate) fn command(&self, command: Command) -> Result<(), SubmitError> {
+        self.commands.send(command).map_err(|_| SubmitError::Stopped)
     }
 
     /// What does not change.

@@ -10,6 +10,7 @@
 //! - `scheduler`, `sequence`: which rows run, and what a sequence is. `scheduler` says why nothing can
 //!   wedge.
 //! - `cache`: who owns which KV page, and which prefixes are shared.
+//! - `session`: pages that are saved to disk and restored.
 //! - `rotation`: what becomes of an answer that outgrows its place in the cache; `open_json` says when it waits.
 //! - `sampler`, `distribution`, `philox`, `output`: from logits to text.
 //! - `plan`: what all of it takes on a device, before anything does.
@@ -42,6 +43,7 @@ mod rotation;
 mod sampler;
 mod scheduler;
 mod sequence;
+mod session;
 mod warm_up;
 mod worker;
 
@@ -72,6 +74,7 @@ pub use rotation::{
     DEFAULT_ROTATE_AT, DEFAULT_SINK, DEFAULT_WINDOW, MAX_HELD_TOKENS, MAX_ROTATED_TOKENS,
     RotatePolicy, Rotated, Rotation, RotationOptions,
 };
+pub use session::{Listed, SessionError, SessionName, SessionOwner, SessionSize, SessionStore};
 pub use warm_up::{
     BucketReport, Prompt, WarmUpError, WarmUpPlan, WarmUpReport, warm_up, warm_up_told,
 };

@@ -15,6 +15,7 @@
 mod deadlines;
 mod paging;
 mod rotate;
+mod sessions;
 mod step;
 mod suspects;
 
@@ -207,6 +208,7 @@ impl<B: Backend> Worker<B> {
                     self.watch_fence();
                 }
                 Command::CloseFence(sender) => self.close_fence(&sender),
+                Command::Pages(command) => self.page_command(command),
                 Command::Shutdown => return Turn::End(EngineState::Stopped),
             }
             next = self.commands.try_recv().ok();

@@ -241,6 +241,18 @@ impl Backend for CpuBackend {
         pool.move_slots(&self.shared.pool, layer, moves, &turns);
     }
 
+    fn kv_page_bytes(&self, pool: &CpuKvPool) -> usize {
+        pool.page_bytes()
+    }
+
+    fn kv_read_page(&self, pool: &CpuKvPool, page: PageId, bytes: &mut [u8]) {
+        pool.read_page(page, bytes);
+    }
+
+    fn kv_write_page(&self, pool: &mut CpuKvPool, page: PageId, bytes: &[u8]) {
+        pool.write_page(page, bytes);
+    }
+
     fn embed(&self, table: &CpuWeight, ids: &[TokenId], scale: f32, out: &mut CpuBuffer) {
         let width = table.columns();
         self.rows(&mut out.0[..ids.len() * width], width, &|first, rows| {

@@ -7,6 +7,7 @@
 #![expect(unsafe_code, reason = "threads write disjoint heads of one pool")]
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 
 use crate::disjoint::Parts;
 use crate::memory::Bytes;
@@ -62,11 +63,33 @@ impl CpuKvPool {
         &self.shape
     }
 
+    /// Bytes of all layers of a page.
+    pub(crate) fn page_bytes(&self) -> usize {
+        self.shape.n_layers * self.shape.n_kv_heads * head_bytes(&self.shape)
+    }
+
+    /// Where a page is.
+    fn page(&self, page: PageId) -> Range<usize> {
+        let len = self.page_bytes();
+        let start = page.0 as usize * len;
+        start..start + len
+    }
+
     /// Copies all layers of a page.
     pub(crate) fn copy_page(&mut self, from: PageId, to: PageId) {
-        let len = self.shape.n_layers * self.shape.n_kv_heads * head_bytes(&self.shape);
-        let from = from.0 as usize * len;
-        self.bytes.copy_within(from..from + len, to.0 as usize * len);
+        let (from, to) = (self.page(from), self.page(to));
+        self.bytes.copy_within(from, to.start);
+    }
+
+    /// Copies all layers of a page out.
+    pub(crate) fn read_page(&self, page: PageId, bytes: &mut [u8]) {
+        bytes.copy_from_slice(&self.bytes[self.page(page)]);
+    }
+
+    /// Copies all layers of a page in.
+    pub(crate) fn write_page(&mut self, page: PageId, bytes: &[u8]) {
+        let range = self.page(page);
+        self.bytes[range].copy_from_slice(bytes);
     }
 
     /// One head of one layer of one page.

@@ -188,6 +188,18 @@ impl Backend for CudaBackend {
         pool.move_slots(&self.stream, layer, moves, rope);
     }
 
+    fn kv_page_bytes(&self, pool: &CudaKvPool) -> usize {
+        pool.page_bytes()
+    }
+
+    fn kv_read_page(&self, pool: &CudaKvPool, page: PageId, bytes: &mut [u8]) {
+        pool.read_page(page, bytes);
+    }
+
+    fn kv_write_page(&self, pool: &mut CudaKvPool, page: PageId, bytes: &[u8]) {
+        pool.write_page(page, bytes);
+    }
+
     fn embed(&self, table: &CudaWeight, ids: &[TokenId], scale: f32, out: &mut CudaBuffer) {
         rows::embed(&self.stream, table, ids, scale, out);
     }

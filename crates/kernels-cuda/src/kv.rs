@@ -107,17 +107,47 @@ impl CudaKvPool {
         if from == to {
             return;
         }
-        let n_entries = entries_of_page(&self.shape).expect("the pool has more");
-        let (element_bytes, scale_bytes) = entry_bytes(&self.shape);
+        let (elements, scales) = self.part_bytes();
         let copy = |memory: &Memory, bytes: usize| {
             let Address(start) = memory.address();
             let page = |page: PageId| Address(start + page.0 as u64 * bytes as u64);
             stream.copy(page(from), page(to), bytes);
         };
-        copy(&self.elements, n_entries * element_bytes);
-        if scale_bytes > 0 {
-            copy(&self.scales, n_entries * scale_bytes);
+        copy(&self.elements, elements);
+        if scales > 0 {
+            copy(&self.scales, scales);
         }
+    }
+
+    /// Bytes of a page's elements, and of its scales.
+    fn part_bytes(&self) -> (usize, usize) {
+        let n_entries = entries_of_page(&self.shape).expect("the pool has more");
+        let (element_bytes, scale_bytes) = entry_bytes(&self.shape);
+        (n_entries * element_bytes, n_entries * scale_bytes)
+    }
+
+    /// See [`exrail_kernels::Backend::kv_page_bytes`].
+    pub(crate) fn page_bytes(&self) -> usize {
+        let (elements, scales) = self.part_bytes();
+        elements + scales
+    }
+
+    /// See [`exrail_kernels::Backend::kv_read_page`]: the elements, then the scales.
+    pub(crate) fn read_page(&self, page: PageId, bytes: &mut [u8]) {
+        self.check_page(page);
+        assert_eq!(bytes.len(), self.page_bytes(), "bytes of a page");
+        let (elements, scales) = bytes.split_at_mut(self.part_bytes().0);
+        self.elements.read_at(page.0 as usize * elements.len(), elements);
+        self.scales.read_at(page.0 as usize * scales.len(), scales);
+    }
+
+    /// See [`exrail_kernels::Backend::kv_write_page`].
+    pub(crate) fn write_page(&mut self, page: PageId, bytes: &[u8]) {
+        self.check_page(page);
+        assert_eq!(bytes.len(), self.page_bytes(), "bytes of a page");
+        let (elements, scales) = bytes.split_at(self.part_bytes().0);
+        self.elements.write_at(page.0 as usize * elements.len(), elements);
+        self.scales.write_at(page.0 as usize * scales.len(), scales);
     }
 
     /// See [`exrail_kernels::Backend::kv_write`].

@@ -123,14 +123,24 @@ impl Memory {
 
     /// Copies to the head of the memory. `bytes` may be changed as soon as this returns.
     pub(crate) fn write(&mut self, bytes: &[u8]) {
+        self.write_at(0, bytes);
+    }
+
+    /// [`Memory::write`] behind the first `offset` bytes.
+    pub(crate) fn write_at(&mut self, offset: usize, bytes: &[u8]) {
         let slice = self.slice.as_mut().expect("it goes when this is dropped");
-        self.stream.write(slice, bytes);
+        self.stream.write(slice, offset, bytes);
     }
 
     /// Copies the head of the memory out, when everything before has run.
     pub(crate) fn read(&self, bytes: &mut [u8]) {
+        self.read_at(0, bytes);
+    }
+
+    /// [`Memory::read`] behind the first `offset` bytes.
+    pub(crate) fn read_at(&self, offset: usize, bytes: &mut [u8]) {
         let slice = self.slice.as_ref().expect("it goes when this is dropped");
-        self.stream.read(slice, bytes);
+        self.stream.read(slice, offset, bytes);
     }
 }
 
@@ -279,13 +289,14 @@ impl Stream {
         Address(memory.device_ptr(&self.stream).0)
     }
 
-    fn write(&self, memory: &mut CudaSlice<u8>, bytes: &[u8]) {
-        assert!(bytes.len() <= memory.len(), "{} bytes into {}", bytes.len(), memory.len());
+    fn write(&self, memory: &mut CudaSlice<u8>, offset: usize, bytes: &[u8]) {
+        let room = memory.len().saturating_sub(offset);
+        assert!(bytes.len() <= room, "{} bytes into {room}", bytes.len());
         if bytes.is_empty() {
             return;
         }
         self.flush();
-        let to = memory.device_ptr_mut(&self.stream).0;
+        let to = memory.device_ptr_mut(&self.stream).0 + offset as u64;
         // SAFETY: `memory` has room, and the driver has taken pageable bytes when this returns.
         let copied = unsafe { result::memcpy_htod_async(to, bytes, self.stream.cu_stream()) };
         self.expect(copied, "copying to the device");
@@ -347,13 +358,14 @@ impl Stream {
         self.shared().follows = true;
     }
 
-    fn read(&self, memory: &CudaSlice<u8>, bytes: &mut [u8]) {
-        assert!(bytes.len() <= memory.len(), "{} bytes out of {}", bytes.len(), memory.len());
+    fn read(&self, memory: &CudaSlice<u8>, offset: usize, bytes: &mut [u8]) {
+        let held = memory.len().saturating_sub(offset);
+        assert!(bytes.len() <= held, "{} bytes out of {held}", bytes.len());
         if bytes.is_empty() {
             return;
         }
         self.flush();
-        let from = memory.device_ptr(&self.stream).0;
+        let from = memory.device_ptr(&self.stream).0 + offset as u64;
         // SAFETY: `memory` has the bytes, and the stream is waited for before they are used.
         let copied = unsafe { result::memcpy_dtoh_async(bytes, from, self.stream.cu_stream()) };
         self.expect(copied, "copying from the device");

@@ -550,6 +550,13 @@ pub trait Backend: Send + Sync + 'static {
     /// max|x| / 254 more. Values, and keys that turn by nothing (distance 0, or no rope), keep their bits.
     /// Panics when a place is not in the pool, or the pairs do not fit a head.
     fn kv_move(&self, pool: &mut Self::KvPool, layer: usize, moves: &[KvMove], rope: Option<&Rope>);
+    /// Bytes of one page as [`Backend::kv_read_page`] gives it.
+    fn kv_page_bytes(&self, pool: &Self::KvPool) -> usize;
+    /// Copies a page out, all layers, with the scales of [`KvDtype::Int8`]; `bytes` are
+    /// [`Backend::kv_page_bytes`]. Their order is this device's own, and means nothing to another one.
+    fn kv_read_page(&self, pool: &Self::KvPool, page: PageId, bytes: &mut [u8]);
+    /// Puts a page back that [`Backend::kv_read_page`] gave, over whatever `page` holds.
+    fn kv_write_page(&self, pool: &mut Self::KvPool, page: PageId, bytes: &[u8]);
 
     /// `out[t] = scale * table[ids[t]]`, dequantised; out `(T, C)`.
     fn embed(&self, table: &Self::Weight, ids: &[TokenId], scale: f32, out: &mut Self::Buffer);

@@ -125,12 +125,18 @@ impl Backend for Ledger {
         unreachable!("a ledger never finds the largest of anything");
     }
 
+    fn kv_page_bytes(&self, (): &()) -> usize {
+        unreachable!("a ledger has no pages");
+    }
+
     nothing_to_compute_with! {
         largest(x: &usize, n_rows: usize, width: usize, limit: usize);
         draw(x: &mut usize, width: usize, draws: Draws<'_>);
         read(buffer: &usize, values: &mut [f32]);
         kv_copy_page(pool: &mut (), from: PageId, to: PageId);
         kv_move(pool: &mut (), layer: usize, moves: &[KvMove], rope: Option<&Rope>);
+        kv_read_page(pool: &(), page: PageId, bytes: &mut [u8]);
+        kv_write_page(pool: &mut (), page: PageId, bytes: &[u8]);
         embed(table: &(usize, usize), ids: &[TokenId], scale: f32, out: &mut usize);
         norm(kind: NormKind, x: &usize, n_rows: usize, weight: &usize, eps: f32, out: &mut usize);
         norm_in_place(kind: NormKind, x: &mut usize, n_rows: usize, weight: &usize, eps: f32);

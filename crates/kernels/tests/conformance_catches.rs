@@ -79,6 +79,11 @@ enum Fault {
     MovesTheLastFirst,
     MovesLayerZero,
     MovesRoundAgain,
+    ReadsNothingOfAPage,
+    ReadsAnotherPage,
+    WritesNoPage,
+    WritesBesideThePage,
+    WritesHalfAPage,
     JoinsSpans,
     GathersFirst,
     AddsOneLess,
@@ -90,7 +95,7 @@ enum Fault {
     RoundsActivations,
 }
 
-const FAULTS: [Fault; 72] = [
+const FAULTS: [Fault; 77] = [
     Fault::EmbedsFoundUnscaled,
     Fault::FindsOneRowLess,
     Fault::KeepsOneAnswer,
@@ -156,6 +161,11 @@ const FAULTS: [Fault; 72] = [
     Fault::MovesTheLastFirst,
     Fault::MovesLayerZero,
     Fault::MovesRoundAgain,
+    Fault::ReadsNothingOfAPage,
+    Fault::ReadsAnotherPage,
+    Fault::WritesNoPage,
+    Fault::WritesBesideThePage,
+    Fault::WritesHalfAPage,
     Fault::JoinsSpans,
     Fault::GathersFirst,
     Fault::AddsOneLess,
@@ -238,7 +248,12 @@ fn every_fault_is_caught_at_its_operation() {
             | Fault::WindowOneLonger
             | Fault::WindowOneShorter
             | Fault::WrongGroup
-            | Fault::CopiesNothing => "attention F32",
+            | Fault::CopiesNothing
+            | Fault::ReadsNothingOfAPage
+            | Fault::ReadsAnotherPage
+            | Fault::WritesNoPage
+            | Fault::WritesBesideThePage
+            | Fault::WritesHalfAPage => "attention F32",
             Fault::MovesNothing
             | Fault::MovesOneLess
             | Fault::MovesUnturned
@@ -403,6 +418,34 @@ impl Backend for Faulty {
         }
         let rope = rope.filter(|_| !self.is(Fault::MovesUnturned));
         Reference.kv_move(pool, layer, &moves, rope);
+    }
+
+    fn kv_page_bytes(&self, pool: &ReferenceKvPool) -> usize {
+        Reference.kv_page_bytes(pool)
+    }
+
+    fn kv_read_page(&self, pool: &ReferenceKvPool, page: PageId, bytes: &mut [u8]) {
+        if self.is(Fault::ReadsNothingOfAPage) {
+            return bytes.fill(0);
+        }
+        let other = u32::from(self.is(Fault::ReadsAnotherPage) && page.0 == 8);
+        Reference.kv_read_page(pool, PageId(page.0 - other), bytes);
+    }
+
+    fn kv_write_page(&self, pool: &mut ReferenceKvPool, page: PageId, bytes: &[u8]) {
+        if self.is(Fault::WritesNoPage) {
+            return;
+        }
+        let mut written = bytes.to_vec();
+        if self.is(Fault::WritesHalfAPage) {
+            Reference.kv_read_page(pool, page, &mut written);
+            let half = bytes.len() / 2;
+            written[..half].copy_from_slice(&bytes[..half]);
+        }
+        if self.is(Fault::WritesBesideThePage) {
+            Reference.kv_write_page(pool, PageId(page.0 - 1), bytes);
+        }
+        Reference.kv_write_page(pool, page, &written);
     }
 
     fn embed(&self, table: &ReferenceWeight, ids: &[TokenId], scale: f32, out: &mut Vec<f32>) {

@@ -113,6 +113,18 @@ impl<B: Backend> Backend for Recorder<B> {
         self.inner.kv_move(pool, layer, moves, rope);
     }
 
+    fn kv_page_bytes(&self, pool: &Self::KvPool) -> usize {
+        self.inner.kv_page_bytes(pool)
+    }
+
+    fn kv_read_page(&self, pool: &Self::KvPool, page: PageId, bytes: &mut [u8]) {
+        self.inner.kv_read_page(pool, page, bytes);
+    }
+
+    fn kv_write_page(&self, pool: &mut Self::KvPool, page: PageId, bytes: &[u8]) {
+        self.inner.kv_write_page(pool, page, bytes);
+    }
+
     fn embed(&self, table: &Self::Weight, ids: &[TokenId], scale: f32, out: &mut Self::Buffer) {
         self.inner.embed(&table.inner, ids, scale, out);
     }

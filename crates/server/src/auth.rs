@@ -50,6 +50,11 @@ pub enum KeyError {
     },
 }
 
+/// The folder of what is kept for a key beyond this process. It follows from the key and not from its place in
+/// the file, which may be another one at the next start, and says nothing of the key.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct KeyFolder(pub(crate) String);
+
 /// Who asked; the label goes into traces, never the key.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Caller(pub Option<String>);
@@ -98,9 +103,9 @@ impl Keys {
     }
 
     /// The label of the caller, or a refusal. Compares against every key in constant time.
-    fn identify(&self, presented: Option<&str>) -> Option<Caller> {
+    fn identify(&self, presented: Option<&str>) -> Option<(Caller, KeyFolder)> {
         if self.is_empty() {
-            return Some(Caller(None));
+            return Some((Caller(None), KeyFolder("default".to_owned())));
         }
         let presented: [u8; 32] = Sha256::digest(presented?).into();
         let mut found = None;
@@ -109,7 +114,13 @@ impl Keys {
                 found = Some(index);
             }
         }
-        found.map(|index| Caller(Some(format!("key-{}", index + 1))))
+        found.map(|index| (Caller(Some(format!("key-{}", index + 1))), self.folder(index)))
+    }
+
+    fn folder(&self, index: usize) -> KeyFolder {
+        let digest =
+            Sha256::new().chain_update("exrail sessions of ").chain_update(self.hashes[index]);
+        KeyFolder(digest.finalize()[..16].iter().map(|byte| format!("{byte:02x}")).collect())
     }
 }
 
@@ -119,12 +130,13 @@ pub(crate) async fn guard(
     mut request: Request,
     next: Next,
 ) -> Result<Response, ApiError> {
-    let caller = admit(&state.keys, &request)?;
+    let (caller, folder) = admit(&state.keys, &request)?;
     request.extensions_mut().insert(caller);
+    request.extensions_mut().insert(folder);
     Ok(next.run(request).await)
 }
 
-fn admit(keys: &Keys, request: &Request) -> Result<Caller, ApiError> {
+fn admit(keys: &Keys, request: &Request) -> Result<(Caller, KeyFolder), ApiError> {
     let text = |name| request.headers().get(name).and_then(|value| value.to_str().ok());
     // Without keys the loopback address is the only fence, and a page in the user's browser can
     // point a name of its own at it.
@@ -159,7 +171,20 @@ mod tests {
         let keys = Keys::new([KEY]).unwrap();
         assert_eq!(keys.identify(None), None);
         assert_eq!(keys.identify(Some("0123456789abcdeg")), None);
-        assert_eq!(keys.identify(Some(KEY)), Some(Caller(Some("key-1".into()))));
+        let (caller, folder) = keys.identify(Some(KEY)).unwrap();
+        assert_eq!(caller, Caller(Some("key-1".into())));
+        assert!(!folder.0.contains(KEY) && folder.0.len() == 32, "{folder:?}");
+    }
+
+    #[test]
+    fn the_folder_of_a_key_does_not_depend_on_its_place() {
+        let other = "another-key-of-16";
+        let folder = |keys: &[&str], key| {
+            let keys = Keys::new(keys.iter().copied()).unwrap();
+            keys.identify(Some(key)).unwrap().1
+        };
+        assert_eq!(folder(&[KEY, other], KEY), folder(&[other, KEY], KEY));
+        assert_ne!(folder(&[KEY, other], KEY), folder(&[KEY, other], other));
     }
 
     #[test]

@@ -5,7 +5,7 @@ use axum::{
     http::{HeaderName, HeaderValue, StatusCode, header},
     response::{IntoResponse, Response},
 };
-use exrail_engine::{SequenceFault, SubmitError};
+use exrail_engine::{SequenceFault, SessionError, SubmitError};
 use exrail_wire::{ErrorBody, ErrorDetail, FieldError};
 use thiserror::Error;
 
@@ -126,6 +126,9 @@ pub enum ApiError {
     /// The encoder failed.
     #[error("encoder: {0}")]
     Encode(String),
+    /// A session was not saved, found or restored.
+    #[error(transparent)]
+    Session(#[from] SessionError),
     /// The trace could not be written, so nothing may be released (G-14).
     #[error("{0}; the answer is withheld")]
     Trace(#[from] TraceError),
@@ -217,6 +220,7 @@ impl ApiError {
             Self::HungUp => told(client_closed_request(), INVALID, "client_gone"),
             Self::Search(_) => told(StatusCode::INTERNAL_SERVER_ERROR, SERVER, "search_failed"),
             Self::Encode(_) => told(StatusCode::BAD_REQUEST, INVALID, "encode_failed"),
+            Self::Session(error) => session_told(error, told, param),
             Self::Trace(_) => told(StatusCode::SERVICE_UNAVAILABLE, SERVER, "trace_unavailable"),
             Self::NoRoute { .. } => told(StatusCode::NOT_FOUND, INVALID, "no_such_route"),
             Self::Internal(_) => told(StatusCode::INTERNAL_SERVER_ERROR, SERVER, "internal"),
@@ -252,6 +256,41 @@ impl ApiError {
 
 fn client_closed_request() -> StatusCode {
     StatusCode::from_u16(499).unwrap_or(StatusCode::BAD_REQUEST)
+}
+
+fn session_told(
+    error: &SessionError,
+    told: impl Fn(StatusCode, &'static str, &'static str) -> Told,
+    param: impl Fn(&'static str, &str) -> Told,
+) -> Told {
+    let conflict = |code| told(StatusCode::CONFLICT, INVALID, code);
+    match error {
+        SessionError::Name { .. } => param("invalid_value", "name"),
+        SessionError::NotFound { .. } => told(StatusCode::NOT_FOUND, INVALID, "session_not_found"),
+        SessionError::NoPrefixCache => told(StatusCode::NOT_IMPLEMENTED, INVALID, "not_available"),
+        SessionError::NothingCached { .. } => conflict("session_not_cached"),
+        SessionError::Lost => conflict("session_lost"),
+        SessionError::Pin { .. } => conflict("session_pin_mismatch"),
+        SessionError::Version { .. } => conflict("session_version"),
+        SessionError::NotASession
+        | SessionError::Length { .. }
+        | SessionError::Header { .. }
+        | SessionError::Owner { .. }
+        | SessionError::Page { .. }
+        | SessionError::Digest => conflict("session_damaged"),
+        SessionError::TooLarge { .. } => {
+            told(StatusCode::PAYLOAD_TOO_LARGE, INVALID, "session_too_large")
+        }
+        SessionError::NoRoom { .. } => {
+            told(StatusCode::SERVICE_UNAVAILABLE, SERVER, "session_no_room")
+        }
+        SessionError::Unnamed => told(StatusCode::SERVICE_UNAVAILABLE, SERVER, "not_ready"),
+        SessionError::Stopped => told(StatusCode::SERVICE_UNAVAILABLE, SERVER, "engine_stopped"),
+        // `SessionError` is open: what is left is the machine's.
+        SessionError::InUse { .. } | SessionError::Io { .. } | _ => {
+            told(StatusCode::INTERNAL_SERVER_ERROR, SERVER, "session_failed")
+        }
+    }
 }
 
 fn submit_told(

@@ -18,6 +18,7 @@ mod rotation;
 mod routes;
 pub mod sentinel;
 mod serve;
+mod sessions;
 mod sse;
 mod state;
 mod trace;
@@ -30,6 +31,7 @@ pub use boot::{
 };
 pub use error::ApiError;
 pub use serve::{ServeError, bind, router, serve};
+pub use sessions::SessionKeeper;
 pub use state::{AppState, ENGINE_BUILD, Limits, ServedEncoder, Services};
 pub use trace::{TraceError, TraceIdentity, TraceLog};
 pub use translate::chat_prompt;

@@ -7,7 +7,7 @@ use axum::{
     extract::{MatchedPath, Request, State},
     middleware::{self, Next},
     response::{IntoResponse, Response},
-    routing::{get, post},
+    routing::{get, post, put},
 };
 use thiserror::Error;
 use tokio::net::TcpListener;
@@ -104,6 +104,12 @@ fn guarded() -> Router<Arc<AppState>> {
         .route("/v1/detokenize", post(routes::tokenize::detokenize))
         .route("/v1/ask", post(routes::ask::ask))
         .route("/v1/exrail/config", get(routes::models::config))
+        .route("/v1/exrail/sessions", get(routes::sessions::list))
+        .route(
+            "/v1/exrail/sessions/{name}",
+            put(routes::sessions::save).delete(routes::sessions::remove),
+        )
+        .route("/v1/exrail/sessions/{name}/restore", post(routes::sessions::restore))
         .route("/metrics", get(routes::health::metrics))
         .fallback(no_route)
         .method_not_allowed_fallback(no_route)

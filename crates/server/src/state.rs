@@ -17,6 +17,7 @@ use crate::{
     error::ApiError,
     observe::Metrics,
     pipeline::Asker,
+    sessions::SessionKeeper,
     trace::{TraceError, TraceIdentity, TraceLog},
 };
 
@@ -167,6 +168,8 @@ pub struct AppState {
     pub(crate) traces: TraceLog,
     pub(crate) metrics: Metrics,
     pub(crate) limits: Limits,
+    /// Unset: nothing is kept on disk.
+    pub(crate) sessions: OnceLock<SessionKeeper>,
 }
 
 impl AppState {
@@ -180,7 +183,13 @@ impl AppState {
             traces,
             metrics: Metrics::default(),
             limits,
+            sessions: OnceLock::new(),
         })
+    }
+
+    /// Keeps sessions with this owner. The first one stays.
+    pub fn keep_sessions(&self, keeper: SessionKeeper) {
+        self.sessions.get_or_init(|| keeper);
     }
 
     /// The boot board.

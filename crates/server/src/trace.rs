@@ -2,11 +2,12 @@
 //!
 //! One thread owns the file. A record that could not be written whole is cut off again, so that a
 //! full disk leaves a valid log, and its answer is withheld. Lines are flushed to the system, not
-//! fsynced: a killed process loses nothing, a power cut may lose the last second.
+//! fsynced: a killed process loses nothing that it acknowledged, a power cut may lose the last second. What
+//! a kill leaves of a line is cut off when the log is opened next.
 
 use std::{
-    fs::{File, OpenOptions},
-    io::{self, Seek, SeekFrom, Write},
+    fs::{File, OpenOptions, TryLockError},
+    io::{self, Read, Seek, SeekFrom, Write},
     path::{Path, PathBuf},
     sync::{Arc, OnceLock},
 };
@@ -77,7 +78,9 @@ impl TraceLog {
         if let Some(folder) = path.parent() {
             std::fs::create_dir_all(folder).map_err(open_error)?;
         }
-        let file = OpenOptions::new().create(true).append(true).open(path).map_err(open_error)?;
+        let file = OpenOptions::new().create(true).read(true).append(true).open(path);
+        let mut file = file.map_err(open_error)?;
+        take_over(&mut file).map_err(open_error)?;
         let (appends, queue) = flume::unbounded::<Append>();
         std::thread::Builder::new()
             .name("exrail-trace".into())
@@ -169,6 +172,46 @@ impl TraceLog {
     }
 }
 
+/// Cuts off what a killed writer left of its last line, unless another writer is alive: what looks torn may be
+/// what it is writing. The lock that says so goes with the file.
+fn take_over(file: &mut File) -> io::Result<()> {
+    match file.try_lock() {
+        Err(TryLockError::WouldBlock) => {}
+        // Where the system has no locks, one writer is what there is.
+        Ok(()) | Err(TryLockError::Error(_)) => mend(file)?,
+    }
+    file.unlock().ok();
+    file.lock_shared().ok();
+    Ok(())
+}
+
+/// Cuts the file behind its last line break. What follows was acknowledged to nobody, and the next record
+/// would become a part of it.
+fn mend(file: &mut File) -> io::Result<()> {
+    const CHUNK_BYTES: u64 = 4096;
+    let mut end = file.seek(SeekFrom::End(0))?;
+    let len_bytes = end;
+    while end > 0 {
+        let start = end.saturating_sub(CHUNK_BYTES);
+        let mut chunk = Vec::new();
+        file.seek(SeekFrom::Start(start))?;
+        file.take(end - start).read_to_end(&mut chunk)?;
+        if let Some(at) = chunk.iter().rposition(|&byte| byte == b'\n') {
+            end = start + at as u64 + 1;
+            break;
+        }
+        end = start;
+    }
+    if end < len_bytes {
+        tracing::warn!(
+            bytes = len_bytes - end,
+            "trace log: a line that was never finished is cut off"
+        );
+        file.set_len(end)?;
+    }
+    Ok(())
+}
+
 fn write_all(mut file: File, queue: &flume::Receiver<Append>) {
     for append in queue {
         let result = append_line(&mut file, append.line.as_bytes());
@@ -257,5 +300,55 @@ mod tests {
             .map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap()["guard"].clone())
             .collect();
         assert_eq!(guards, ["one", "two"]);
+    }
+
+    fn record(log: &TraceLog, guard: &str) {
+        let body = TraceBody::Guard { guard: guard.into(), detail: String::new() };
+        log.append_blocking(&TraceIdentity::default(), &Pins::default(), body).unwrap();
+    }
+
+    fn guards(text: &str) -> Vec<Option<serde_json::Value>> {
+        let guard =
+            |line| Some(serde_json::from_str::<serde_json::Value>(line).ok()?["guard"].clone());
+        text.lines().map(guard).collect()
+    }
+
+    /// As a kill leaves it, with lines that end anywhere.
+    #[test]
+    fn a_torn_line_is_cut_off_and_what_was_acknowledged_stays() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("log.jsonl");
+        for torn in ["{", "{\"guard\":\"never finished", &"x".repeat(10_000)] {
+            std::fs::write(&path, format!("{{\"guard\":\"one\"}}\n{torn}")).unwrap();
+            record(&TraceLog::open(&path).unwrap(), "two");
+            let found = guards(&std::fs::read_to_string(&path).unwrap());
+            assert_eq!(found, [Some("one".into()), Some("two".into())]);
+        }
+        std::fs::write(&path, "torn from the first byte on").unwrap();
+        record(&TraceLog::open(&path).unwrap(), "two");
+        assert_eq!(guards(&std::fs::read_to_string(&path).unwrap()), [Some("two".into())]);
+    }
+
+    /// The mutation: a log that is opened as it is. The acknowledged record is a part of the torn line, and
+    /// nobody reads it any more.
+    #[test]
+    fn mutation_without_the_cut_an_acknowledged_record_is_lost() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("log.jsonl");
+        std::fs::write(&path, "{\"guard\":\"one\"}\n{\"gua").unwrap();
+        let mut file = OpenOptions::new().append(true).open(&path).unwrap();
+        append_line(&mut file, b"{\"guard\":\"two\"}\n").unwrap();
+        assert_eq!(guards(&std::fs::read_to_string(&path).unwrap()), [Some("one".into()), None]);
+    }
+
+    #[test]
+    fn the_line_of_a_writer_that_is_alive_is_not_cut() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("log.jsonl");
+        let alive = TraceLog::open(&path).unwrap();
+        std::fs::write(&path, "half a line").unwrap();
+        let second = TraceLog::open(&path).unwrap();
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "half a line");
+        drop((alive, second));
     }
 }

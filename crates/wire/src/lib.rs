@@ -13,6 +13,7 @@ mod extra;
 mod models;
 mod rotation;
 mod sampling;
+mod sessions;
 pub mod sse;
 mod tokenize;
 mod trace;
@@ -34,6 +35,7 @@ pub use extra::{ExtraFields, PriorityName};
 pub use models::{ModelCard, ModelList};
 pub use rotation::{RotationFields, RotationRecord};
 pub use sampling::{FieldError, SamplingFields, Stop, Usage, UsageDetails};
+pub use sessions::{SessionCard, SessionDeleted, SessionList, SessionRequest, SessionResponse};
 pub use tokenize::{DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse};
 pub use trace::{
     AnswerMetrics, AnswerRecord, Latency, Pins, QueryRecord, RetrievedItem, SegmentRecord,

@@ -16,7 +16,7 @@ use tokio::{net::TcpListener, runtime::Runtime};
 use crate::{
     Ended, environment,
     load::{AsItIs, Boot, CollectionSpec, phases_json, print_phases},
-    options::{Access, EncoderArgs, EngineArgs, RotateArgs, Sources},
+    options::{Access, EncoderArgs, EngineArgs, RotateArgs, SessionArgs, Sources},
     output::Output,
     paths,
     preflight::Declared,
@@ -50,6 +50,8 @@ pub(crate) struct Started {
     engine: EngineArgs,
     #[command(flatten)]
     rotate: RotateArgs,
+    #[command(flatten)]
+    sessions: SessionArgs,
     #[command(flatten)]
     encoder: EncoderArgs,
     #[command(flatten)]
@@ -192,6 +194,9 @@ impl Serve {
         let runtime = runtime()?;
         let engine = self.started.engine(keys.len());
         let state = AppState::new(keys, self.listen.traces()?, self.listen.limits());
+        if let Some(keeper) = self.started.sessions.keeper()? {
+            state.keep_sessions(keeper);
+        }
         let boot =
             self.started.boot(&engine, state.board(), told, Some(state.traces()), *output)?;
         persist(&boot.plan()?, &self.listen.trace_path()?.with_file_name("bootstrap.dag.json"))?;

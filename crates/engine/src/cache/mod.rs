@@ -36,6 +36,7 @@ use self::prefixes::Prefixes;
 #[cfg(test)]
 pub(crate) use self::switchboard::Fault;
 use self::switchboard::Switchboard;
+use crate::session::Placed;
 
 /// Pages of the pool and what they hold.
 #[derive(Debug)]
@@ -176,6 +177,39 @@ impl KvCache {
         let copies = found.iter().zip(&pages).map(|(from, to)| (from.page, to.page)).collect();
         let n_cached = found.len();
         Ok(Some(Admitted { pages, n_cached, n_missed: most - n_cached, n_evicted, copies }))
+    }
+
+    /// The pages of the longest known prefix of these tokens, all whole pages of them at most.
+    pub(crate) fn find(&self, namespace: &Namespace, tokens: &[u32]) -> Vec<PageRef> {
+        self.prefixes.find(namespace, tokens, tokens.len() / PAGE_TOKENS, &self.switchboard)
+    }
+
+    /// Makes the last page of these tokens known, whole pages whose others are known; `write` fills it.
+    ///
+    /// # Errors
+    /// A prefix names a page of another life. Nothing was written.
+    pub(crate) fn place(
+        &mut self,
+        namespace: &Namespace,
+        tokens: &[u32],
+        write: impl FnOnce(PageId),
+    ) -> Result<Placed, PageFault> {
+        let n_pages = tokens.len() / PAGE_TOKENS;
+        if self.find(namespace, tokens).len() == n_pages {
+            return Ok(Placed::Known);
+        }
+        let wanted = Wanted { n_pages, tokens, namespace: Some(namespace) };
+        let Some(Admitted { pages, n_cached, .. }) = self.admit(&wanted)? else {
+            return Ok(Placed::NoRoom);
+        };
+        let follows = n_cached + 1 == n_pages;
+        if let Some(last) = pages.last().filter(|_| follows) {
+            write(last.page);
+            self.share(namespace, tokens, &pages, n_pages);
+        }
+        // A table of its own, so that of the whole prefix the beginning stays longest.
+        self.release(&pages);
+        Ok(if follows { Placed::Known } else { Placed::Lost })
     }
 
     /// Gives back a table, its end first, so that of one prefix the beginning stays longest. Entries of

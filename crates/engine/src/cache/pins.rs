@@ -3,6 +3,7 @@
 use std::hash::{Hash, Hasher};
 use std::sync::Arc;
 
+use exrail_checkpoint::sha256_hex;
 use exrail_kernels::{Backend, KvDtype};
 
 use crate::load::Loaded;
@@ -36,6 +37,22 @@ impl Pins {
             config: format!("{:?}", loaded.config),
             build: env!("CARGO_PKG_VERSION"),
         }
+    }
+
+    /// Each with its name, for files that outlive this process; `None` while the model has no name.
+    pub(crate) fn named(&self) -> Option<Vec<(String, String)>> {
+        let Pins { model_sha256, formats: (weights, kv), backend, tokenizer, config, build } = self;
+        let pins = [
+            ("model_sha256", model_sha256.clone()?),
+            ("weights", weights.clone()),
+            ("kv_dtype", format!("{kv:?}")),
+            ("device", backend.clone()),
+            ("tokenizer", tokenizer.clone()),
+            // In full it is a page of text that nobody compares by eye.
+            ("architecture", sha256_hex(config.as_bytes())),
+            ("build", (*build).to_owned()),
+        ];
+        Some(pins.map(|(name, value)| (name.to_owned(), value)).to_vec())
     }
 }
 

@@ -47,7 +47,7 @@ impl<B: Backend> Worker<B> {
     }
 
     /// Once the hash of the model's files is known, it pins what is computed from then on.
-    fn name_the_model(&mut self) {
+    pub(super) fn name_the_model(&mut self) {
         if self.pins.model_sha256.is_some() {
             return;
         }

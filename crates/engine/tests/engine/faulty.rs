@@ -34,6 +34,8 @@ pub(crate) struct Faulty<B> {
     pub(crate) stuck_on: Option<u32>,
     /// Whether what it computes depends on the number of rows beside.
     pub(crate) depends_on_the_batch: bool,
+    /// Whether the pages of a new pool hold no numbers.
+    pub(crate) poisons_pages: bool,
 }
 
 impl<B> Faulty<B> {
@@ -51,6 +53,7 @@ impl<B> Faulty<B> {
             row_delay: Duration::ZERO,
             stuck_on: None,
             depends_on_the_batch: false,
+            poisons_pages: false,
         }
     }
 }
@@ -163,7 +166,19 @@ impl<B: Backend> Backend for Faulty<B> {
         self.inner.buffer(len)
     }
     fn kv_pool(&self, shape: KvShape) -> Result<B::KvPool, KernelError> {
-        self.inner.kv_pool(shape)
+        let mut pool = self.inner.kv_pool(shape)?;
+        if self.poisons_pages {
+            // All bits set are no number in any float.
+            let poison = vec![0xff; self.inner.kv_page_bytes(&pool)];
+            for page in 0..u32::try_from(shape.n_pages).unwrap() {
+                self.inner.kv_write_page(&mut pool, PageId(page), &poison);
+            }
+        }
+        Ok(pool)
+    }
+
+    fn kv_page_bytes(&self, pool: &B::KvPool) -> usize {
+        self.inner.kv_page_bytes(pool)
     }
 
     fn embed(&self, table: &B::Weight, ids: &[TokenId], scale: f32, out: &mut B::Buffer) {
@@ -218,6 +233,8 @@ impl<B: Backend> Backend for Faulty<B> {
         read(&self, buffer: &B::Buffer, values: &mut [f32]);
         kv_copy_page(&self, pool: &mut B::KvPool, from: PageId, to: PageId);
         kv_move(&self, pool: &mut B::KvPool, layer: usize, moves: &[KvMove], rope: Option<&Rope>);
+        kv_read_page(&self, pool: &B::KvPool, page: PageId, bytes: &mut [u8]);
+        kv_write_page(&self, pool: &mut B::KvPool, page: PageId, bytes: &[u8]);
         norm(&self, kind: NormKind, x: &B::Buffer, n_rows: usize, weight: &B::Buffer, eps: f32,
             out: &mut B::Buffer);
         norm_in_place(&self, kind: NormKind, x: &mut B::Buffer, n_rows: usize, weight: &B::Buffer,

@@ -11,4 +11,5 @@ mod generation;
 mod prefixes;
 mod rotation;
 mod scheduling;
+mod sessions;
 mod support;

@@ -138,7 +138,47 @@ impl<B: Backend> Suite<'_, B> {
             let case = format!("{case}, layer {layer} after kv_copy_page");
             self.attend(&case, &pools, layer, shape, &[span], &q)?;
         }
+        self.moved_pages(&case, &mut pools, shape)
+    }
+
+    /// A sequence whose pages leave the pool, are written over there and come back to other places reads
+    /// what it read before, and no byte of other pages has changed.
+    fn moved_pages(
+        &mut self,
+        case: &str,
+        pools: &mut Pools<B::KvPool>,
+        shape: AttentionShape,
+    ) -> Result<(), ConformanceError> {
+        let (left, back) = ([PageId(1), PageId(8)], [PageId(5), PageId(2)]);
+        let left_bytes = left.map(|page| self.page(&pools.tested, page));
+        let others: Vec<PageId> =
+            (0..N_PAGES as u32).map(PageId).filter(|page| !back.contains(page)).collect();
+        let before: Vec<_> = others.iter().map(|&page| self.page(&pools.tested, page)).collect();
+        for ((from, to), bytes) in left.into_iter().zip(back).zip(&left_bytes) {
+            self.backend.kv_write_page(&mut pools.tested, to, bytes);
+            Reference.kv_copy_page(&mut pools.reference, from, to);
+            Reference.kv_copy_page(&mut pools.magnitudes, from, to);
+        }
+        for (page, bytes) in back.iter().zip(&left_bytes).chain(others.iter().zip(&before)) {
+            if self.page(&pools.tested, *page) != *bytes {
+                let (case, device) = (case.to_owned(), self.backend.name());
+                return Err(ConformanceError::Page { case, page: page.0, device });
+            }
+        }
+        let (_, first_position, n_rows) = SEQUENCES[2];
+        let span = AttentionSpan { first_row: 0, n_rows, first_position, pages: &back };
+        let q = self.random.normals(n_rows * shape.n_heads * shape.head_dim, 0.0, 1.0);
+        for layer in 0..N_LAYERS {
+            let case = format!("{case}, layer {layer} after kv_write_page");
+            self.attend(&case, pools, layer, shape, &[span], &q)?;
+        }
         Ok(())
+    }
+
+    fn page(&self, pool: &B::KvPool, page: PageId) -> Vec<u8> {
+        let mut bytes = vec![0xaa; self.backend.kv_page_bytes(pool)];
+        self.backend.kv_read_page(pool, page, &mut bytes);
+        bytes
     }
 
     /// Compares attention to the tested pool with that to the reference.

@@ -86,6 +86,16 @@ pub enum ConformanceError {
         /// Backend name.
         device: String,
     },
+    /// A page of the cache was read or written, and holds something else now.
+    #[error("{case}: page {page}: expected the bytes that it had, found others ({device})")]
+    Page {
+        /// Cache format and sizes.
+        case: String,
+        /// The page.
+        page: u32,
+        /// Backend name.
+        device: String,
+    },
     /// A prepared weight does not report the shape that it was made with.
     #[error("{case}: expected shape {expected:?}, found {found:?} ({device})")]
     Shape {

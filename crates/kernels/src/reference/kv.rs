@@ -32,9 +32,41 @@ impl ReferenceKvPool {
         self.shape
     }
 
+    /// Keys of a page, and as many values.
+    fn page_len(&self) -> usize {
+        self.shape.n_layers * PAGE_TOKENS * self.row_len()
+    }
+
+    /// See [`crate::Backend::kv_page_bytes`].
+    pub(super) fn page_bytes(&self) -> usize {
+        2 * size_of::<f32>() * self.page_len()
+    }
+
+    /// See [`crate::Backend::kv_read_page`]: the keys, then the values.
+    pub(super) fn read_page(&self, page: PageId, bytes: &mut [u8]) {
+        assert_eq!(bytes.len(), self.page_bytes(), "bytes of a page");
+        let start = self.row_start(0, page, 0);
+        let range = start..start + self.page_len();
+        let floats = self.keys[range.clone()].iter().chain(&self.values[range]);
+        for (bytes, x) in bytes.as_chunks_mut::<4>().0.iter_mut().zip(floats) {
+            *bytes = x.to_le_bytes();
+        }
+    }
+
+    /// See [`crate::Backend::kv_write_page`].
+    pub(super) fn write_page(&mut self, page: PageId, bytes: &[u8]) {
+        assert_eq!(bytes.len(), self.page_bytes(), "bytes of a page");
+        let start = self.row_start(0, page, 0);
+        let range = start..start + self.page_len();
+        let floats = self.keys[range.clone()].iter_mut().chain(&mut self.values[range]);
+        for (x, bytes) in floats.zip(bytes.as_chunks::<4>().0) {
+            *x = f32::from_le_bytes(*bytes);
+        }
+    }
+
     /// See [`crate::Backend::kv_copy_page`].
     pub(super) fn copy_page(&mut self, from: PageId, to: PageId) {
-        let len = self.shape.n_layers * PAGE_TOKENS * self.row_len();
+        let len = self.page_len();
         let (from, to) = (from.0 as usize * len, to.0 as usize * len);
         self.keys.copy_within(from..from + len, to);
         self.values.copy_within(from..from + len, to);

@@ -102,6 +102,18 @@ impl Backend for Reference {
         pool.move_slots(layer, moves, rope);
     }
 
+    fn kv_page_bytes(&self, pool: &Self::KvPool) -> usize {
+        pool.page_bytes()
+    }
+
+    fn kv_read_page(&self, pool: &Self::KvPool, page: PageId, bytes: &mut [u8]) {
+        pool.read_page(page, bytes);
+    }
+
+    fn kv_write_page(&self, pool: &mut Self::KvPool, page: PageId, bytes: &[u8]) {
+        pool.write_page(page, bytes);
+    }
+
     fn embed(&self, table: &Self::Weight, ids: &[TokenId], scale: f32, out: &mut Self::Buffer) {
         rows::embed(table, ids, scale, out);
     }

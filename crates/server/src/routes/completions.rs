@@ -114,7 +114,7 @@ fn accept(
     Ok((job, TextWording { header, per_prompt, echo, include_usage }))
 }
 
-fn prompts(services: &Services, prompt: Prompt) -> Result<Vec<Vec<u32>>, ApiError> {
+pub(crate) fn prompts(services: &Services, prompt: Prompt) -> Result<Vec<Vec<u32>>, ApiError> {
     let tokenizer = services.engine.tokenizer();
     let encode = |text: String| {
         let ids = tokenizer.encode(&text, Specials::Parse);

@@ -6,4 +6,5 @@ pub(crate) mod completions;
 pub(crate) mod embeddings;
 pub(crate) mod health;
 pub(crate) mod models;
+pub(crate) mod sessions;
 pub(crate) mod tokenize;

@@ -13,6 +13,7 @@ mod hang_up;
 mod lint;
 mod rotation;
 mod scheduling;
+mod sessions;
 mod support;
 mod traces;
 mod watchdog;
