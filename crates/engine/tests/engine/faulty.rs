@@ -33,6 +33,21 @@ pub(crate) struct Faulty<B> {
     pub(crate) stuck_on: Option<u32>,
     /// Whether what it computes depends on the number of rows beside.
     pub(crate) depends_on_the_batch: bool,
+    /// Weights, buffers and pools that it was asked for so far.
+    pub(crate) n_allocated: Arc<AtomicUsize>,
+    /// Ends late and says when.
+    pub(crate) end: Option<Arc<LateEnd>>,
+}
+
+/// Takes a while to be dropped, and says so only then.
+#[derive(Debug)]
+pub(crate) struct LateEnd(pub(crate) Arc<AtomicBool>);
+
+impl Drop for LateEnd {
+    fn drop(&mut self) {
+        std::thread::sleep(Duration::from_millis(200));
+        self.0.store(true, Ordering::Release);
+    }
 }
 
 impl<B> Faulty<B> {
@@ -50,7 +65,13 @@ impl<B> Faulty<B> {
             row_delay: Duration::ZERO,
             stuck_on: None,
             depends_on_the_batch: false,
+            n_allocated: Arc::default(),
+            end: None,
         }
+    }
+
+    fn count_allocation(&self) {
+        self.n_allocated.fetch_add(1, Ordering::Relaxed);
     }
 }
 
@@ -153,15 +174,18 @@ impl<B: Backend> Backend for Faulty<B> {
         found
     }
     fn weight(&self, view: &WeightView<'_>) -> Result<B::Weight, KernelError> {
+        self.count_allocation();
         self.inner.weight(view)
     }
     fn weight_shape(&self, weight: &B::Weight) -> (usize, usize) {
         self.inner.weight_shape(weight)
     }
     fn buffer(&self, len: usize) -> Result<B::Buffer, KernelError> {
+        self.count_allocation();
         self.inner.buffer(len)
     }
     fn kv_pool(&self, shape: KvShape) -> Result<B::KvPool, KernelError> {
+        self.count_allocation();
         self.inner.kv_pool(shape)
     }
 
