@@ -30,6 +30,6 @@ pub use boot::{
 };
 pub use error::ApiError;
 pub use serve::{ServeError, bind, router, serve};
-pub use state::{AppState, ENGINE_BUILD, Limits, ServedEncoder, Services};
+pub use state::{AppState, ENGINE_BUILD, Limits, ServedEncoder, Services, Shelf};
 pub use trace::{TraceError, TraceIdentity, TraceLog};
 pub use translate::chat_prompt;

@@ -16,7 +16,7 @@ use crate::{
     boot::{BootBoard, NotProved, PhaseRecord},
     error::ApiError,
     observe::Metrics,
-    pipeline::Asker,
+    pipeline::{Asker, Grounds},
     trace::{TraceError, TraceIdentity, TraceLog},
 };
 
@@ -79,6 +79,52 @@ pub struct Services {
     pub collections: BTreeMap<String, Arc<Asker>>,
     /// Seconds since 1970 at which they were loaded.
     pub loaded_at: i64,
+}
+
+/// What stays when a generator goes: the encoder, and collections by name.
+#[derive(Clone, Default)]
+pub struct Shelf {
+    encoder: Option<ServedEncoder>,
+    collections: BTreeMap<String, Arc<Grounds>>,
+}
+
+impl Shelf {
+    /// Of services whose generator may go.
+    #[must_use]
+    pub fn of(services: &Services) -> Self {
+        let grounds =
+            |(name, asker): (&String, &Arc<Asker>)| (name.clone(), Arc::clone(asker.grounds()));
+        let collections = services.collections.iter().map(grounds).collect();
+        Self { encoder: services.encoder.clone(), collections }
+    }
+
+    /// The encoder, when one is configured.
+    #[must_use]
+    pub fn encoder(&self) -> Option<&ServedEncoder> {
+        self.encoder.as_ref()
+    }
+
+    /// Collections by name.
+    #[must_use]
+    pub fn collections(&self) -> &BTreeMap<String, Arc<Grounds>> {
+        &self.collections
+    }
+
+    /// The same with a generator that was loaded just now.
+    #[must_use]
+    pub fn services(
+        &self,
+        model_name: String,
+        engine: EngineHandle,
+        warm_up: Option<WarmUpReport>,
+    ) -> Services {
+        let asker = |(name, grounds): (&String, &Arc<Grounds>)| {
+            (name.clone(), Arc::new(Asker::on(engine.clone(), Arc::clone(grounds))))
+        };
+        let collections = self.collections.iter().map(asker).collect();
+        let (encoder, loaded_at) = (self.encoder.clone(), jiff::Timestamp::now().as_second());
+        Services { model_name, engine, warm_up, encoder, collections, loaded_at }
+    }
 }
 
 impl Services {

@@ -38,7 +38,7 @@ pub(crate) async fn config(
 ) -> Json<Value> {
     let facts = services.engine.facts();
     let collections: Vec<_> =
-        services.collections.iter().map(|(name, asker)| asker.describe(name)).collect();
+        services.collections.iter().map(|(name, asker)| asker.grounds().describe(name)).collect();
     Json(json!({
         "engine_build": crate::ENGINE_BUILD,
         "device": facts.backend,
