@@ -20,6 +20,7 @@ pub mod sentinel;
 mod serve;
 mod sse;
 mod state;
+pub mod swap;
 mod trace;
 mod translate;
 
@@ -31,5 +32,6 @@ pub use boot::{
 pub use error::ApiError;
 pub use serve::{ServeError, bind, router, serve};
 pub use state::{AppState, ENGINE_BUILD, Limits, ServedEncoder, Services, Shelf};
+pub use swap::{Fleet, LoadCall, Loader, NotVacated, SwapLimits};
 pub use trace::{TraceError, TraceIdentity, TraceLog};
 pub use translate::chat_prompt;

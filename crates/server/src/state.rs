@@ -17,6 +17,7 @@ use crate::{
     error::ApiError,
     observe::Metrics,
     pipeline::{Asker, Grounds},
+    swap::{Fleet, Models},
     trace::{TraceError, TraceIdentity, TraceLog},
 };
 
@@ -128,15 +129,6 @@ impl Shelf {
 }
 
 impl Services {
-    /// Refuses a model name that is not the generator's.
-    pub(crate) fn expect_generator(&self, found: &str) -> Result<(), ApiError> {
-        let name = &self.model_name;
-        if found == name {
-            return Ok(());
-        }
-        Err(ApiError::UnknownModel { found: found.into(), known: format!("`{name}`") })
-    }
-
     /// The collection of that name, or the only one.
     pub(crate) fn collection(&self, name: Option<&str>) -> Result<&Arc<Asker>, ApiError> {
         let known = || {
@@ -208,7 +200,7 @@ pub(crate) fn kv_name(dtype: KvDtype) -> &'static str {
 /// The state of one server.
 pub struct AppState {
     pub(crate) board: Arc<BootBoard>,
-    pub(crate) services: OnceLock<Arc<Services>>,
+    pub(crate) models: OnceLock<Models>,
     pub(crate) keys: Keys,
     pub(crate) traces: TraceLog,
     pub(crate) metrics: Metrics,
@@ -221,7 +213,7 @@ impl AppState {
     pub fn new(keys: Keys, traces: TraceLog, limits: Limits) -> Arc<Self> {
         Arc::new(Self {
             board: Arc::new(BootBoard::new()),
-            services: OnceLock::new(),
+            models: OnceLock::new(),
             keys,
             traces,
             metrics: Metrics::default(),
@@ -241,10 +233,16 @@ impl AppState {
         &self.traces
     }
 
-    /// The services, once they were handed over.
+    /// The generators, once the first one was handed over.
     #[must_use]
-    pub fn services(&self) -> Option<&Arc<Services>> {
-        self.services.get()
+    pub fn models(&self) -> Option<&Models> {
+        self.models.get()
+    }
+
+    /// The services of the generator that is loaded, if one is.
+    #[must_use]
+    pub fn services(&self) -> Option<Arc<Services>> {
+        self.models()?.lineup().loaded.clone()
     }
 
     /// Writes a record of each boot phase that ended (G-14); waits for the model's hash, when one is loaded.
@@ -272,7 +270,18 @@ impl AppState {
     /// # Errors
     /// The boot has not proved that they work, or services were handed over before.
     pub fn open(&self, services: Services) -> Result<Arc<Services>, NotProved> {
-        let services = Arc::clone(self.services.get_or_init(|| Arc::new(services)));
+        self.open_fleet(services, Fleet::of_one())
+    }
+
+    /// The same with further generators, which are loaded in place of this one when they are asked for.
+    ///
+    /// # Errors
+    /// As [`AppState::open`].
+    pub fn open_fleet(&self, services: Services, fleet: Fleet) -> Result<Arc<Services>, NotProved> {
+        let services = Arc::new(services);
+        let took = self.board.status().took();
+        let start = || Models::start(Arc::clone(&services), took, fleet, self.traces.clone());
+        self.models.get_or_init(start);
         self.board.ready()?;
         Ok(services)
     }

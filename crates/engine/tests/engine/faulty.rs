@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::convert::Infallible;
+use std::fmt::Debug;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -35,19 +36,9 @@ pub(crate) struct Faulty<B> {
     pub(crate) depends_on_the_batch: bool,
     /// Weights, buffers and pools that it was asked for so far.
     pub(crate) n_allocated: Arc<AtomicUsize>,
-    /// Ends late and says when.
-    pub(crate) end: Option<Arc<LateEnd>>,
-}
-
-/// Takes a while to be dropped, and says so only then.
-#[derive(Debug)]
-pub(crate) struct LateEnd(pub(crate) Arc<AtomicBool>);
-
-impl Drop for LateEnd {
-    fn drop(&mut self) {
-        std::thread::sleep(Duration::from_millis(200));
-        self.0.store(true, Ordering::Release);
-    }
+    /// Dropped when the last of what uses the backend is.
+    #[expect(dead_code, reason = "it is there to be dropped")]
+    pub(crate) end: Option<Arc<dyn Debug + Send + Sync>>,
 }
 
 impl<B> Faulty<B> {

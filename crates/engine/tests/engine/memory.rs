@@ -7,7 +7,7 @@ use std::time::Duration;
 use exrail_engine::{Engine, EngineHandle};
 use exrail_kernels::reference::Reference;
 
-use crate::faulty::{Faulty, LateEnd};
+use crate::faulty::Faulty;
 use crate::support::{assert_all_pages_return, generate, load, options, plain, prompt};
 
 /// A short answer to a prompt that nobody had before.
@@ -44,12 +44,23 @@ fn mutation_g2_a_cache_for_each_call_shows_in_the_allocations() {
     assert!(counts.is_sorted_by(|one, next| one < next), "{counts:?}");
 }
 
+/// Takes a while to be dropped, and says so only then.
+#[derive(Debug)]
+struct LateEnd(Arc<AtomicBool>);
+
+impl Drop for LateEnd {
+    fn drop(&mut self) {
+        std::thread::sleep(Duration::from_millis(200));
+        self.0.store(true, Ordering::Release);
+    }
+}
+
 /// Field fault F11: what comes next is loaded into the place of what has ended.
 #[test]
 fn shutdown_returns_when_the_memory_is_given_back_and_not_before() {
     let given_back = Arc::new(AtomicBool::new(false));
-    let end = Some(Arc::new(LateEnd(Arc::clone(&given_back))));
-    let backend = Faulty { end, ..Faulty::new(Reference) };
+    let end = Arc::new(LateEnd(Arc::clone(&given_back)));
+    let backend = Faulty { end: Some(end), ..Faulty::new(Reference) };
     let engine = Engine::start(load(backend), options()).unwrap();
     ask(&engine, 1);
     engine.shutdown();

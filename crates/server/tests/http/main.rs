@@ -14,5 +14,6 @@ mod lint;
 mod rotation;
 mod scheduling;
 mod support;
+mod swap;
 mod traces;
 mod watchdog;
