@@ -35,6 +35,7 @@ use crate::{
     paths,
     preflight::Declared,
     progress::Bars,
+    swap::InPlaceOf,
 };
 
 /// A collection to open.
@@ -76,6 +77,8 @@ pub(crate) struct Boot<'a> {
     pub(crate) encoder: Option<&'a EncoderArgs>,
     pub(crate) collections: Vec<CollectionSpec>,
     pub(crate) prepare: &'a dyn Prepare,
+    /// Who has the place on the device; none where it is free.
+    pub(crate) in_place_of: Option<InPlaceOf<'a>>,
 }
 
 /// What a command does between the phases.
@@ -168,6 +171,9 @@ impl Attempt<'_, '_> {
             self.phase(Phase::Secrets, || Ok(()), |()| Ok(keys.into()))?;
         }
         let (model, encoder) = self.preflight(&mut bars)?;
+        if let Some(former) = &self.boot.in_place_of {
+            former.take_place(self.boot, &model, &self.owner.progress())?;
+        }
         let device = self.device()?;
         let (engine, warm_up) =
             device.run(Generator { attempt: self, model: &model, bars: &mut bars })?;
@@ -177,13 +183,16 @@ impl Attempt<'_, '_> {
             None => BTreeMap::new(),
         };
         bars.clear();
-        let services = Services {
-            model_name: model.name,
-            engine,
-            warm_up: Some(warm_up),
-            encoder,
-            collections,
-            loaded_at: jiff::Timestamp::now().as_second(),
+        let services = match &self.boot.in_place_of {
+            Some(former) => former.call.shelf.services(model.name, engine, Some(warm_up)),
+            None => Services {
+                model_name: model.name,
+                engine,
+                warm_up: Some(warm_up),
+                encoder,
+                collections,
+                loaded_at: jiff::Timestamp::now().as_second(),
+            },
         };
         let bytes = model_bytes(&model.path);
         let sentinel = || {

@@ -13,6 +13,7 @@ mod output;
 mod paths;
 mod preflight;
 mod progress;
+mod swap;
 
 use std::{ffi::OsString, process::ExitCode};
 

@@ -1,6 +1,6 @@
 //! Options that several commands share.
 
-use std::path::PathBuf;
+use std::{path::PathBuf, time::Duration};
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
@@ -8,7 +8,7 @@ use exrail_engine::{EngineOptions, LoadOptions, RotatePolicy, RotationOptions, S
 use exrail_hub::{Cache, Fetch, Kind, Registry, Resolved};
 use exrail_kernels::{Activation, KvDtype};
 use exrail_kernels_cpu::CpuOptions;
-use exrail_server::{Keys, SessionKeeper};
+use exrail_server::{Keys, SessionKeeper, SwapLimits};
 use exrail_tensor::IntGrid;
 use serde::Serialize;
 
@@ -41,6 +41,11 @@ impl Sources {
 
     pub(crate) fn fetch(&self) -> Fetch {
         if self.offline { Fetch::Never } else { Fetch::IfMissing }
+    }
+
+    /// The generator that a name or path stands for, which need not be here yet.
+    pub(crate) fn expected(&self, name: &str) -> Result<Resolved> {
+        Ok(Cache::locate()?.expected(&self.registry()?, name, Kind::Generator)?)
     }
 
     /// A name or path to something that can be loaded.
@@ -264,6 +269,40 @@ impl SessionArgs {
         let Some(folder) = &self.session_dir else { return Ok(None) };
         let store = SessionStore::open(folder, self.session_mib << 20)?;
         Ok(Some(SessionKeeper::start(store).context("thread of the sessions")?))
+    }
+}
+
+/// Further generators, of which one at a time is loaded.
+#[derive(Clone, Debug, Args)]
+#[command(next_help_heading = "Models")]
+pub(crate) struct SwapArgs {
+    /// Further generator, loaded in place of the loaded one when a request's `model` names it; may be
+    /// repeated. The options under Engine hold for all of them.
+    #[arg(long, value_name = "NAME|PATH")]
+    pub(crate) also: Vec<String>,
+    /// Unload the generator after so many seconds without a request; the next request loads it again. Never
+    /// when absent.
+    #[arg(long, value_name = "S", value_parser = clap::value_parser!(u64).range(1..))]
+    idle_unload: Option<u64>,
+    /// Seconds that a generator with work keeps its turn while another one is asked for.
+    #[arg(long, value_name = "S", default_value_t = 10)]
+    swap_turn_s: u64,
+    /// Seconds that running requests get when their generator has to go; then they fail.
+    #[arg(long, value_name = "S", default_value_t = 60)]
+    swap_drain_s: u64,
+}
+
+impl SwapArgs {
+    /// With the places of the engine's queue.
+    pub(crate) fn limits(&self, engine: &EngineArgs) -> SwapLimits {
+        SwapLimits {
+            waiting: engine.queue_limit,
+            tenant_waiting: engine.tenant_queue_limit.unwrap_or(engine.queue_limit),
+            turn: Duration::from_secs(self.swap_turn_s),
+            drain: Duration::from_secs(self.swap_drain_s),
+            idle_unload: self.idle_unload.map(Duration::from_secs),
+            ..SwapLimits::default()
+        }
     }
 }
 

@@ -362,12 +362,23 @@ impl EngineHandle {
     }
 
     /// Fails every sequence with [`SequenceFault::Stopped`] and waits for the thread to end, which
-    /// takes at most the step in progress.
+    /// takes at most the step in progress. Weights and KV pool are given back then.
     pub fn shutdown(&self) {
         drop(self.commands.send(Command::Shutdown)); // already stopped is fine
         match self.shared.stopped.recv() {
             Ok(never) => match never {},
             Err(flume::RecvError::Disconnected) => {}
+        }
+    }
+
+    /// [`EngineHandle::shutdown`] that waits no longer than this. False: a step hangs, and holds the memory.
+    #[must_use]
+    pub fn shutdown_within(&self, limit: Duration) -> bool {
+        drop(self.commands.send(Command::Shutdown)); // already stopped is fine
+        match self.shared.stopped.recv_timeout(limit) {
+            Ok(never) => match never {},
+            Err(flume::RecvTimeoutError::Disconnected) => true,
+            Err(flume::RecvTimeoutError::Timeout) => false,
         }
     }
 

@@ -130,7 +130,8 @@ impl<B: Backend> Worker<B> {
         })
     }
 
-    /// Runs until shutdown. `alive` is dropped when the thread is done, whichever way.
+    /// Runs until shutdown. `alive` is dropped when the thread is done and its memory is given back, whichever
+    /// way.
     pub(crate) fn run(mut self, alive: flume::Sender<Infallible>) {
         let state = loop {
             // A panic outside the guarded parts is a bug of this file; it must still reach every
@@ -142,7 +143,16 @@ impl<B: Backend> Worker<B> {
             }
         };
         self.stop(state);
+        self.give_back();
         drop(alive);
+    }
+
+    /// Drops everything that it holds on the device; the next model may need that place.
+    fn give_back(self) {
+        let Loaded { backend, decoder, tokenizer, template, .. } = self.loaded;
+        drop((self.pool, self.scratch, decoder));
+        drop((self.cache, tokenizer, template));
+        backend.release_unused();
     }
 
     /// State first, then the channel: see `EngineHandle::enqueue`.

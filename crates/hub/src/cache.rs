@@ -39,6 +39,34 @@ pub struct Cache {
     root: PathBuf,
 }
 
+/// What a name stands for.
+enum Found<'a> {
+    Path(Resolved),
+    Listed(&'a Model),
+}
+
+/// A path wins when it exists.
+fn found<'a>(registry: &'a Registry, name: &str, kind: Kind) -> Result<Found<'a>, HubError> {
+    let path = Path::new(name);
+    if path.exists() {
+        let stem = path.file_stem().map_or_else(|| name.into(), |stem| stem.to_string_lossy());
+        // The parts of a split file are one model.
+        let split = path.file_name().and_then(|file| file.to_str()).and_then(SplitFile::of);
+        let name = split.map_or_else(|| stem.into_owned(), |file| file.model.to_owned());
+        return Ok(Found::Path(Resolved { path: path.into(), name }));
+    }
+    let Some(model) = registry.model(name) else {
+        let known = registry.models().iter().map(|model| model.name.as_str());
+        let known = known.collect::<Vec<_>>().join(", ");
+        return Err(HubError::UnknownModel { name: name.into(), known });
+    };
+    if model.kind != kind {
+        let (expected, found) = (kind, model.kind);
+        return Err(HubError::WrongKind { name: name.into(), expected, found });
+    }
+    Ok(Found::Listed(model))
+}
+
 impl Cache {
     /// `$EXRAIL_HOME`, else `$XDG_CACHE_HOME/exrail`, else `$HOME/.cache/exrail`.
     ///
@@ -80,26 +108,38 @@ impl Cache {
         fetch: Fetch,
         progress: &mut dyn Progress,
     ) -> Result<Resolved, HubError> {
-        let path = Path::new(name);
-        if path.exists() {
-            let stem = path.file_stem().map_or_else(|| name.into(), |stem| stem.to_string_lossy());
-            // The parts of a split file are one model.
-            let split = path.file_name().and_then(|file| file.to_str()).and_then(SplitFile::of);
-            let name = split.map_or_else(|| stem.into_owned(), |file| file.model.to_owned());
-            return Ok(Resolved { path: path.into(), name });
-        }
-        let Some(model) = registry.model(name) else {
-            let known = registry.models().iter().map(|model| model.name.as_str());
-            let known = known.collect::<Vec<_>>().join(", ");
-            return Err(HubError::UnknownModel { name: name.into(), known });
+        let model = match found(registry, name, kind)? {
+            Found::Path(resolved) => return Ok(resolved),
+            Found::Listed(model) => model,
         };
-        if model.kind != kind {
-            let (expected, found) = (kind, model.kind);
-            return Err(HubError::WrongKind { name: name.into(), expected, found });
-        }
-        let folder = self.pull(model, fetch, progress)?;
+        self.pull(model, fetch, progress)?;
+        Ok(self.placed(model))
+    }
+
+    /// What [`Cache::resolve`] will give. Whether the files are there and right is not looked at.
+    ///
+    /// # Errors
+    /// An unknown name, or the wrong kind.
+    pub fn expected(
+        &self,
+        registry: &Registry,
+        name: &str,
+        kind: Kind,
+    ) -> Result<Resolved, HubError> {
+        Ok(match found(registry, name, kind)? {
+            Found::Path(resolved) => resolved,
+            Found::Listed(model) => self.placed(model),
+        })
+    }
+
+    fn placed(&self, model: &Model) -> Resolved {
+        let folder = self.folder(model);
         let path = model.load.as_ref().map_or_else(|| folder.clone(), |load| folder.join(load));
-        Ok(Resolved { path, name: model.name.clone() })
+        Resolved { path, name: model.name.clone() }
+    }
+
+    fn folder(&self, model: &Model) -> PathBuf {
+        self.root.join("models").join(&model.name)
     }
 
     /// Makes sure that every file of `model` is in the cache and right; returns its folder.
@@ -112,7 +152,7 @@ impl Cache {
         fetch: Fetch,
         progress: &mut dyn Progress,
     ) -> Result<PathBuf, HubError> {
-        let folder = self.root.join("models").join(&model.name);
+        let folder = self.folder(model);
         match self.verify(model, &folder, progress) {
             Ok(()) => return Ok(folder),
             Err(HubError::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {}

@@ -78,6 +78,54 @@ pub enum ApiError {
         /// What there is.
         known: String,
     },
+    /// Too many requests wait for models already.
+    #[error(
+        "model `{model}`: expected fewer than {limit} requests waiting for a model to be loaded; ask again after \
+         {retry_after_s} s"
+    )]
+    ModelBusy {
+        /// What was asked.
+        model: String,
+        /// Limit of waiting requests.
+        limit: usize,
+        /// Seconds in which the model should answer, from what loads have taken.
+        retry_after_s: u64,
+    },
+    /// The model could not be loaded.
+    #[error("model `{model}` could not be loaded: {reason}; tried again after {retry_after_s} s")]
+    LoadFailed {
+        /// What was asked.
+        model: String,
+        /// Why.
+        reason: String,
+        /// Seconds until it is tried again.
+        retry_after_s: u64,
+    },
+    /// The deadline passed before the model was loaded.
+    #[error("deadline: passed after {waited_s:.1} s of waiting until model `{model}` is loaded")]
+    ModelLate {
+        /// What was asked.
+        model: String,
+        /// Seconds that were waited.
+        waited_s: f64,
+    },
+    /// The model had to go before the answer had ended.
+    #[error(
+        "model `{model}` was unloaded for another one {limit_s} s after its last new request, before this answer \
+         had ended; ask again, or start the server with a longer --swap-drain-s"
+    )]
+    SwappedOut {
+        /// What answered.
+        model: String,
+        /// Seconds that requests get.
+        limit_s: u64,
+    },
+    /// No model can be loaded any more.
+    #[error("models: {reason}")]
+    ModelStuck {
+        /// Why.
+        reason: String,
+    },
     /// No such collection.
     #[error("collection `{found}`: expected one of {known}")]
     UnknownCollection {
@@ -176,6 +224,21 @@ impl ApiError {
                 told(StatusCode::UNAUTHORIZED, "authentication_error", "invalid_api_key")
             }
             Self::ForeignHost { .. } => told(StatusCode::FORBIDDEN, INVALID, "foreign_host"),
+            Self::ModelBusy { retry_after_s, .. } => Told {
+                retry_after_s: Some(*retry_after_s),
+                ..told(StatusCode::SERVICE_UNAVAILABLE, SERVER, "model_busy")
+            },
+            Self::LoadFailed { retry_after_s, .. } => Told {
+                retry_after_s: Some(*retry_after_s),
+                ..told(StatusCode::SERVICE_UNAVAILABLE, SERVER, "model_load_failed")
+            },
+            Self::ModelLate { .. } => {
+                told(StatusCode::GATEWAY_TIMEOUT, "timeout_error", "deadline_exceeded")
+            }
+            Self::SwappedOut { .. } => {
+                told(StatusCode::SERVICE_UNAVAILABLE, SERVER, "model_swapped_out")
+            }
+            Self::ModelStuck { .. } => told(StatusCode::SERVICE_UNAVAILABLE, SERVER, "model_stuck"),
             Self::NotReady { retry_after_s, .. } => Told {
                 retry_after_s: Some(*retry_after_s),
                 ..told(StatusCode::SERVICE_UNAVAILABLE, SERVER, "not_ready")

@@ -1,6 +1,6 @@
 //! Request bodies: parsed with the path of the field at fault, refused when a field is unknown.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use axum::{
     body::to_bytes,
@@ -10,7 +10,13 @@ use axum::{
 use exrail_wire::Unknown;
 use serde::de::DeserializeOwned;
 
-use crate::{AppState, boot::BootState, error::ApiError, state::Services};
+use crate::{
+    AppState,
+    boot::BootState,
+    error::ApiError,
+    state::Services,
+    swap::{Asking, Models, Pass},
+};
 
 /// A JSON body.
 pub(crate) struct Body<T>(pub(crate) T);
@@ -65,16 +71,48 @@ pub(crate) fn refuse_unknown(prefix: &str, unknown: &Unknown) -> Result<(), ApiE
     Err(ApiError::UnsupportedField { field: format!("{prefix}{name}"), why })
 }
 
-/// The services, which exist only behind the warm-up fence.
-pub(crate) struct Ready(pub(crate) Arc<Services>);
+/// The way to what answers, which exists only behind the warm-up fence.
+pub(crate) struct Ready {
+    pub(crate) models: Models,
+    answerer: Answerer,
+}
+
+/// Who answers a request, for the record of its failure; empty as long as nobody does.
+#[derive(Clone, Default)]
+pub(crate) struct Answerer(Arc<OnceLock<Arc<Services>>>);
+
+impl Answerer {
+    pub(crate) fn services(&self) -> Option<Arc<Services>> {
+        self.0.get().cloned()
+    }
+}
+
+impl Ready {
+    /// A pass to the generator of that name, the first one when absent; waits until it is loaded.
+    pub(crate) async fn generator(
+        &self,
+        model: Option<&str>,
+        asking: &Asking,
+    ) -> Result<Pass, ApiError> {
+        let pass = self.models.pass(model, asking).await?;
+        self.answerer.0.get_or_init(|| Arc::clone(pass.services()));
+        Ok(pass)
+    }
+}
 
 impl FromRequestParts<Arc<AppState>> for Ready {
     type Rejection = ApiError;
 
-    async fn from_request_parts(_: &mut Parts, state: &Arc<AppState>) -> Result<Self, ApiError> {
+    async fn from_request_parts(
+        parts: &mut Parts,
+        state: &Arc<AppState>,
+    ) -> Result<Self, ApiError> {
         let status = state.board.status();
-        match (&status.state, state.services.get()) {
-            (BootState::Ready { .. }, Some(services)) => Ok(Self(Arc::clone(services))),
+        match (&status.state, state.models()) {
+            (BootState::Ready { .. }, Some(models)) => {
+                let answerer = parts.extensions.get::<Answerer>().cloned().unwrap_or_default();
+                Ok(Self { models: models.clone(), answerer })
+            }
             (BootState::Failed { phase, reason }, _) => {
                 Err(ApiError::BootFailed { phase: phase.name(), reason: reason.clone() })
             }

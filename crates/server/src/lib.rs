@@ -21,6 +21,7 @@ mod serve;
 mod sessions;
 mod sse;
 mod state;
+pub mod swap;
 mod trace;
 mod translate;
 
@@ -32,6 +33,7 @@ pub use boot::{
 pub use error::ApiError;
 pub use serve::{ServeError, bind, router, serve};
 pub use sessions::SessionKeeper;
-pub use state::{AppState, ENGINE_BUILD, Limits, ServedEncoder, Services};
+pub use state::{AppState, ENGINE_BUILD, Limits, ServedEncoder, Services, Shelf};
+pub use swap::{Fleet, LoadCall, Loader, NotVacated, SwapLimits};
 pub use trace::{TraceError, TraceIdentity, TraceLog};
 pub use translate::chat_prompt;

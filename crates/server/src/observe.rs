@@ -12,7 +12,10 @@ use std::{
 
 use exrail_engine::{BucketReport, WarmUpReport};
 
-use crate::boot::{BootState, BootStatus};
+use crate::{
+    boot::{BootState, BootStatus},
+    swap::{Lineup, ModelState, ModelStatus},
+};
 
 /// Upper bounds of the latency buckets, in seconds.
 const BUCKETS_S: [f64; 10] = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0];
@@ -74,12 +77,7 @@ impl Metrics {
         *guards.entry(guard.into()).or_default() += 1;
     }
 
-    pub(crate) fn render(
-        &self,
-        boot: &BootStatus,
-        engine: Option<&exrail_engine::Counters>,
-        warm_up: Option<&WarmUpReport>,
-    ) -> String {
+    pub(crate) fn render(&self, boot: &BootStatus, lineup: Option<&Lineup>) -> String {
         let mut text = Text::default();
         let ready = matches!(boot.state, BootState::Ready { .. });
         text.head("exrail_ready", "gauge", "1 when requests are served.");
@@ -106,14 +104,62 @@ impl Metrics {
             "exrail_time_to_first_token_seconds",
             "Request received to first token.",
         );
-        if let Some(counters) = engine {
-            engine_lines(&mut text, counters);
-        }
-        if let Some(report) = warm_up {
+        let Some(lineup) = lineup else { return text.0 };
+        model_lines(&mut text, lineup);
+        let Some(services) = &lineup.loaded else { return text.0 };
+        engine_lines(&mut text, &services.engine.counters());
+        if let Some(report) = &services.warm_up {
             warm_up_lines(&mut text, report);
         }
         text.0
     }
+}
+
+/// The generators; what follows is of the one that is loaded, and begins anew with each.
+fn model_lines(text: &mut Text, lineup: &Lineup) {
+    let mut of_each = |name: &str, kind, help, value: &dyn Fn(&ModelStatus) -> Option<f64>| {
+        let name = format!("exrail_model_{name}");
+        text.head(&name, kind, help);
+        for status in &lineup.models {
+            if let Some(value) = value(status) {
+                text.line(&format!("{name}{{model=\"{}\"}}", label(&status.name)), value);
+            }
+        }
+    };
+    let loads = "Loads of the model, the first one included.";
+    of_each("loads_total", "counter", loads, &|it| Some(it.loads as f64));
+    let failures = "Loads of the model that failed.";
+    of_each("load_failures_total", "counter", failures, &|it| Some(it.failures as f64));
+    let last = "Time of the model's last load, the wait for its place included.";
+    of_each("load_seconds", "gauge", last, &|it| it.load_time.map(|time| time.as_secs_f64()));
+    let running = "Requests that use the model.";
+    of_each("requests_running", "gauge", running, &|it| Some(it.running as f64));
+    let waiting = "Requests that wait until the model is loaded.";
+    of_each("requests_waiting", "gauge", waiting, &|it| Some(it.waiting as f64));
+    text.head("exrail_model_state", "gauge", "1 for the state that the model is in.");
+    for status in &lineup.models {
+        for state in ModelState::ALL {
+            let labels = format!("model=\"{}\",state=\"{}\"", label(&status.name), state.name());
+            let name = format!("exrail_model_state{{{labels}}}");
+            text.line(&name, u8::from(status.state == state));
+        }
+    }
+    let totals = lineup.totals;
+    let mut total = |name: &str, help: &str, value: f64| {
+        let name = format!("exrail_model_{name}_total");
+        text.head(&name, "counter", help);
+        text.line(&name, value);
+    };
+    total("swaps", "Models that gave their place to another.", totals.swaps as f64);
+    total("idle_unloads", "Models unloaded because nobody asked.", totals.idle_unloads as f64);
+    total("cut_requests", "Requests that outlasted their model.", totals.cut as f64);
+    total("refused_requests", "Requests that were not let wait.", totals.refused as f64);
+    total("load_seconds", "Time of all loads.", totals.load_time.as_secs_f64());
+}
+
+/// A name as the value of a label.
+fn label(name: &str) -> String {
+    name.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n")
 }
 
 fn engine_lines(text: &mut Text, counters: &exrail_engine::Counters) {
@@ -259,7 +305,7 @@ mod tests {
         metrics.first_token.observe(Duration::from_millis(7));
         metrics.first_token.observe(Duration::from_secs(60));
         metrics.count_request("/v1/ask", 200);
-        let text = metrics.render(&BootBoard::new().status(), None, None);
+        let text = metrics.render(&BootBoard::new().status(), None);
         assert!(text.contains("seconds_bucket{le=\"0.005\"} 0\n"), "{text}");
         assert!(text.contains("seconds_bucket{le=\"0.01\"} 1\n"), "{text}");
         assert!(text.contains("seconds_bucket{le=\"+Inf\"} 2\n"), "{text}");

@@ -3,7 +3,7 @@
 //!
 //! Everything here blocks; the routes call it on a blocking thread.
 
-use std::{cell::Cell, convert::Infallible, time::Instant};
+use std::{cell::Cell, convert::Infallible, sync::Arc, time::Instant};
 
 use exrail_engine::{
     EngineHandle, Event, Finish, Finished, GenerateRequest, Generation, LoopGuard, Priority,
@@ -220,9 +220,8 @@ fn generated(text: String, finished: &Finished) -> Result<Generated, GenerateErr
     })
 }
 
-/// Answers questions from one collection.
-pub struct Asker {
-    engine: EngineHandle,
+/// What questions to one collection need besides a generator. It stays when the generator goes.
+pub struct Grounds {
     index: CollectionIndex,
     gate: DeltaSGate,
     gate_note: String,
@@ -230,7 +229,13 @@ pub struct Asker {
     /// Keys the fences: unguessable from outside, the same for the same question, so that asking
     /// twice is a repeat.
     fence_secret: u64,
-    /// Of this collection's answers since the server started.
+}
+
+/// Answers questions from one collection.
+pub struct Asker {
+    engine: EngineHandle,
+    grounds: Arc<Grounds>,
+    /// Of this collection's answers since the generator was loaded.
     entropy: EntropyBaseline,
 }
 
@@ -300,14 +305,25 @@ impl Asker {
         gate_note: String,
     ) -> Result<Self, ApiError> {
         let (policy, fence_secret) = (AskPolicy::default(), ids::seed()?);
-        let entropy = EntropyBaseline::default();
-        Ok(Self { engine, index, gate, gate_note, policy, fence_secret, entropy })
+        Ok(Self::on(engine, Arc::new(Grounds { index, gate, gate_note, policy, fence_secret })))
+    }
+
+    /// The same collection for another generator.
+    #[must_use]
+    pub fn on(engine: EngineHandle, grounds: Arc<Grounds>) -> Self {
+        Self { engine, grounds, entropy: EntropyBaseline::default() }
+    }
+
+    /// What stays when the generator goes.
+    #[must_use]
+    pub fn grounds(&self) -> &Arc<Grounds> {
+        &self.grounds
     }
 
     /// The index.
     #[must_use]
     pub fn index(&self) -> &CollectionIndex {
-        &self.index
+        &self.grounds.index
     }
 
     /// Answers a question, or refuses with the exact token.
@@ -320,18 +336,18 @@ impl Asker {
             return Err(ApiError::BadField { field: "k".into(), problem });
         }
         let asked = Instant::now();
-        let mut policy = self.policy.clone();
+        let Grounds { index, gate, fence_secret, .. } = &*self.grounds;
+        let mut policy = self.grounds.policy.clone();
         policy.search.k = call.k;
-        let found = retrieve(&self.index, question, &policy)
+        let found = retrieve(index, question, &policy)
             .map_err(|error| ApiError::Search(error.to_string()))?;
         let retrieve_ms = ms_since(asked);
-        let nonce = Nonce::derive(&[&self.fence_secret.to_le_bytes(), question.as_bytes()]);
+        let nonce = Nonce::derive(&[&fence_secret.to_le_bytes(), question.as_bytes()]);
         let seed = call.sampling.seed;
         let generator = EngineGenerate::new(&self.engine, call.sampling.clone(), call.max_tokens)
             .for_call(call, self.entropy.nats());
-        let outcome =
-            answer_over(&generator, question, &found, &self.gate, (&policy, &nonce, seed))
-                .map_err(ask_error)?;
+        let outcome = answer_over(&generator, question, &found, gate, (&policy, &nonce, seed))
+            .map_err(ask_error)?;
         let (total_ms, measured) = (ms_since(asked), generator.last());
         let has_ended = outcome.reply.as_ref().is_some_and(|reply| reply.end == GeneratedEnd::Stop);
         if let Some(nats) = measured.and_then(|m| m.entropy_mean).filter(|_| has_ended) {
@@ -343,7 +359,7 @@ impl Asker {
     /// Calibrated ΔS of one hit, where there is a calibration.
     pub(crate) fn calibrated(&self, hit: &Hit) -> Option<f64> {
         let raw = (1.0 - f64::from(hit.cosine)).clamp(0.0, 2.0);
-        match &self.gate {
+        match &self.grounds.gate {
             DeltaSGate::Calibrated(calibration) | DeltaSGate::ReportOnly(calibration) => {
                 Some(calibration.map(raw))
             }
@@ -357,12 +373,14 @@ impl Asker {
     /// The hash failed.
     pub fn pins(&self) -> Result<Pins, TraceError> {
         Ok(Pins {
-            encoder_fp: Some(self.index.encoder_fp().into()),
-            index_hash: Some(self.index.index_hash().into()),
+            encoder_fp: Some(self.index().encoder_fp().into()),
+            index_hash: Some(self.index().index_hash().into()),
             ..state::pins(&self.engine)?
         })
     }
+}
 
+impl Grounds {
     /// The collection for people: sizes, hashes, the state of its gate.
     #[must_use]
     pub fn describe(&self, name: &str) -> Value {

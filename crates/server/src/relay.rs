@@ -15,6 +15,7 @@ use crate::{
     rotation,
     sse::{EventSink, Gone},
     state::Services,
+    swap::Pass,
     trace::{TraceError, TraceIdentity},
 };
 
@@ -50,18 +51,18 @@ pub(crate) trait Wording: Send + Sync + 'static {
 /// Waits for all choices and writes the trace, also when nobody waits for them any more.
 pub(crate) async fn whole(
     state: Arc<AppState>,
-    services: Arc<Services>,
+    pass: Pass,
     job: Job,
 ) -> Result<Vec<Choice>, ApiError> {
     // Dropped with this future, as soon as the client has gone.
     let (_waits, hung_up) = flume::bounded(0);
-    let task = tokio::spawn(gather(state, services, job, hung_up));
+    let task = tokio::spawn(gather(state, pass, job, hung_up));
     task.await.map_err(|_| ApiError::Internal("answer task"))?
 }
 
 async fn gather(
     state: Arc<AppState>,
-    services: Arc<Services>,
+    pass: Pass,
     mut job: Job,
     hung_up: flume::Receiver<Infallible>,
 ) -> Result<Vec<Choice>, ApiError> {
@@ -69,7 +70,9 @@ async fn gather(
     let mut choices = vec![Choice::default(); generations.len()];
     let first_token = || state.metrics.first_token.observe(job.received.elapsed());
     let gathered = tokio::select! {
-        gathered = generation::collect(generations, &mut choices, first_token) => gathered,
+        gathered = generation::collect(generations, &mut choices, first_token) => {
+            gathered.map_err(|error| pass.explain(error))
+        }
         _ = hung_up.recv_async() => Err(ApiError::HungUp),
     };
     let mut record = generation::trace_body(job.route, job.seed, &choices);
@@ -82,7 +85,7 @@ async fn gather(
         (Ok(()), _) => {}
     }
     let rotated = rotation::traced(job.route, &choices);
-    append(&state, &services, &job.identity, rotated, record).await?;
+    append(&state, &pass, &job.identity, rotated, record).await?;
     gathered.map(|()| choices)
 }
 
@@ -110,6 +113,15 @@ enum Cut {
     Failed(ApiError),
 }
 
+impl Cut {
+    fn explained(self, pass: &Pass) -> Self {
+        match self {
+            Self::Gone => Self::Gone,
+            Self::Failed(error) => Self::Failed(pass.explain(error)),
+        }
+    }
+}
+
 impl From<Gone> for Cut {
     fn from(_: Gone) -> Self {
         Self::Gone
@@ -119,7 +131,7 @@ impl From<Gone> for Cut {
 /// Sends tokens as they come. The end is told only after the trace is written.
 pub(crate) async fn stream(
     state: Arc<AppState>,
-    services: Arc<Services>,
+    pass: Pass,
     mut job: Job,
     wording: impl Wording,
     sink: EventSink,
@@ -127,6 +139,7 @@ pub(crate) async fn stream(
     let generations = std::mem::take(&mut job.generations);
     let mut choices = vec![Choice::default(); generations.len()];
     let streamed = pass_on(&state, &job, generations, &mut choices, &wording, &sink).await;
+    let streamed = streamed.map_err(|cut| cut.explained(&pass));
     let mut record = generation::trace_body(job.route, job.seed, &choices);
     if let TraceBody::Infer { finish_reason, .. } = &mut record {
         match &streamed {
@@ -136,7 +149,7 @@ pub(crate) async fn stream(
         }
     }
     let rotated = rotation::traced(job.route, &choices);
-    let traced = append(&state, &services, &job.identity, rotated, record);
+    let traced = append(&state, &pass, &job.identity, rotated, record);
     let traced = sink.alive_while(traced).await;
     match (streamed, traced) {
         (Ok(()), Ok(())) => drop(close(&choices, &wording, &sink).await),

@@ -18,7 +18,9 @@ use crate::{
     AppState, KeyError, TraceIdentity, auth,
     auth::Caller,
     error::{ApiError, Failure},
+    extract::Answerer,
     ids, routes,
+    state::Services,
     trace::TraceError,
 };
 
@@ -126,9 +128,11 @@ async fn no_route(request: Request) -> ApiError {
 /// that strangers cannot fill the log.
 async fn trace_failure(
     State(state): State<Arc<AppState>>,
-    request: Request,
+    mut request: Request,
     next: Next,
 ) -> Response {
+    let answerer = Answerer::default();
+    request.extensions_mut().insert(answerer.clone());
     let caller = request.extensions().get::<Caller>().cloned();
     let response = next.run(request).await;
     let Some(failure) = response.extensions().get::<Failure>().cloned() else { return response };
@@ -138,11 +142,13 @@ async fn trace_failure(
     let identity = TraceIdentity { trace_id, request_id, session_id: None, agent_id };
     state.metrics.count_guard(failure.code);
     let body = TraceBody::Guard { guard: failure.code.into(), detail: failure.message };
-    let is_hashed = state
-        .services()
+    // Who was to answer, or else who could have.
+    let services = answerer.services().or_else(|| state.services());
+    let is_hashed = services
+        .as_ref()
         .is_none_or(|services| services.engine.facts().model_sha256.ended().is_disconnected());
     let written = async move {
-        if let Err(error) = append_failure(&state, &identity, body).await {
+        if let Err(error) = append_failure(&state, services, &identity, body).await {
             // Nothing is released by this response, so the failure may still be told.
             tracing::error!(%error, "a failed request could not be traced");
         }
@@ -158,10 +164,11 @@ async fn trace_failure(
 
 async fn append_failure(
     state: &AppState,
+    services: Option<Arc<Services>>,
     identity: &TraceIdentity,
     body: TraceBody,
 ) -> Result<(), TraceError> {
-    let pins = match state.services() {
+    let pins = match services {
         Some(services) => services.pins().await?,
         None => Pins::default(),
     };

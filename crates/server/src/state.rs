@@ -16,8 +16,9 @@ use crate::{
     boot::{BootBoard, NotProved, PhaseRecord},
     error::ApiError,
     observe::Metrics,
-    pipeline::Asker,
+    pipeline::{Asker, Grounds},
     sessions::SessionKeeper,
+    swap::{Fleet, Models},
     trace::{TraceError, TraceIdentity, TraceLog},
 };
 
@@ -82,16 +83,53 @@ pub struct Services {
     pub loaded_at: i64,
 }
 
-impl Services {
-    /// Refuses a model name that is not the generator's.
-    pub(crate) fn expect_generator(&self, found: &str) -> Result<(), ApiError> {
-        let name = &self.model_name;
-        if found == name {
-            return Ok(());
-        }
-        Err(ApiError::UnknownModel { found: found.into(), known: format!("`{name}`") })
+/// What stays when a generator goes: the encoder, and collections by name.
+#[derive(Clone, Default)]
+pub struct Shelf {
+    encoder: Option<ServedEncoder>,
+    collections: BTreeMap<String, Arc<Grounds>>,
+}
+
+impl Shelf {
+    /// Of services whose generator may go.
+    #[must_use]
+    pub fn of(services: &Services) -> Self {
+        let grounds =
+            |(name, asker): (&String, &Arc<Asker>)| (name.clone(), Arc::clone(asker.grounds()));
+        let collections = services.collections.iter().map(grounds).collect();
+        Self { encoder: services.encoder.clone(), collections }
     }
 
+    /// The encoder, when one is configured.
+    #[must_use]
+    pub fn encoder(&self) -> Option<&ServedEncoder> {
+        self.encoder.as_ref()
+    }
+
+    /// Collections by name.
+    #[must_use]
+    pub fn collections(&self) -> &BTreeMap<String, Arc<Grounds>> {
+        &self.collections
+    }
+
+    /// The same with a generator that was loaded just now.
+    #[must_use]
+    pub fn services(
+        &self,
+        model_name: String,
+        engine: EngineHandle,
+        warm_up: Option<WarmUpReport>,
+    ) -> Services {
+        let asker = |(name, grounds): (&String, &Arc<Grounds>)| {
+            (name.clone(), Arc::new(Asker::on(engine.clone(), Arc::clone(grounds))))
+        };
+        let collections = self.collections.iter().map(asker).collect();
+        let (encoder, loaded_at) = (self.encoder.clone(), jiff::Timestamp::now().as_second());
+        Services { model_name, engine, warm_up, encoder, collections, loaded_at }
+    }
+}
+
+impl Services {
     /// The collection of that name, or the only one.
     pub(crate) fn collection(&self, name: Option<&str>) -> Result<&Arc<Asker>, ApiError> {
         let known = || {
@@ -163,7 +201,7 @@ pub(crate) fn kv_name(dtype: KvDtype) -> &'static str {
 /// The state of one server.
 pub struct AppState {
     pub(crate) board: Arc<BootBoard>,
-    pub(crate) services: OnceLock<Arc<Services>>,
+    pub(crate) models: OnceLock<Models>,
     pub(crate) keys: Keys,
     pub(crate) traces: TraceLog,
     pub(crate) metrics: Metrics,
@@ -178,7 +216,7 @@ impl AppState {
     pub fn new(keys: Keys, traces: TraceLog, limits: Limits) -> Arc<Self> {
         Arc::new(Self {
             board: Arc::new(BootBoard::new()),
-            services: OnceLock::new(),
+            models: OnceLock::new(),
             keys,
             traces,
             metrics: Metrics::default(),
@@ -204,10 +242,16 @@ impl AppState {
         &self.traces
     }
 
-    /// The services, once they were handed over.
+    /// The generators, once the first one was handed over.
     #[must_use]
-    pub fn services(&self) -> Option<&Arc<Services>> {
-        self.services.get()
+    pub fn models(&self) -> Option<&Models> {
+        self.models.get()
+    }
+
+    /// The services of the generator that is loaded, if one is.
+    #[must_use]
+    pub fn services(&self) -> Option<Arc<Services>> {
+        self.models()?.lineup().loaded.clone()
     }
 
     /// Writes a record of each boot phase that ended (G-14); waits for the model's hash, when one is loaded.
@@ -235,7 +279,18 @@ impl AppState {
     /// # Errors
     /// The boot has not proved that they work, or services were handed over before.
     pub fn open(&self, services: Services) -> Result<Arc<Services>, NotProved> {
-        let services = Arc::clone(self.services.get_or_init(|| Arc::new(services)));
+        self.open_fleet(services, Fleet::of_one())
+    }
+
+    /// The same with further generators, which are loaded in place of this one when they are asked for.
+    ///
+    /// # Errors
+    /// As [`AppState::open`].
+    pub fn open_fleet(&self, services: Services, fleet: Fleet) -> Result<Arc<Services>, NotProved> {
+        let services = Arc::new(services);
+        let took = self.board.status().took();
+        let start = || Models::start(Arc::clone(&services), took, fleet, self.traces.clone());
+        self.models.get_or_init(start);
         self.board.ready()?;
         Ok(services)
     }

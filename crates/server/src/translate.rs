@@ -11,7 +11,7 @@ use exrail_wire::{
     Content, ContentPart, ExtraFields, PriorityName, RequestMessage, SamplingFields, Stop, Unknown,
 };
 
-use crate::{Limits, error::ApiError, extract::refuse_unknown, ids};
+use crate::{Limits, auth::Caller, error::ApiError, extract::refuse_unknown, ids, swap::Asking};
 
 /// The fields that every route which generates has.
 #[derive(Clone, Debug, Default)]
@@ -42,12 +42,19 @@ impl Fields {
         self.extra.loop_guard.unwrap_or(limits.loop_guard)
     }
 
-    /// When the answer to a request received then must be there.
-    pub(crate) fn deadline(
+    /// A request of that caller that came then.
+    pub(crate) fn arrival(
         &self,
         received: Instant,
+        caller: &Caller,
         limits: &Limits,
-    ) -> Result<Option<Instant>, ApiError> {
+    ) -> Result<Arrival, ApiError> {
+        let deadline = self.deadline(received, limits)?;
+        Ok(Arrival { received, asking: Asking { tenant: caller.0.clone(), deadline } })
+    }
+
+    /// When the answer to a request received then must be there.
+    fn deadline(&self, received: Instant, limits: &Limits) -> Result<Option<Instant>, ApiError> {
         let Some(ms) = self.extra.deadline_ms else {
             return Ok(limits.default_deadline.map(|deadline| received + deadline));
         };
@@ -57,6 +64,12 @@ impl Fields {
         }
         Ok(Some(received + Duration::from_millis(ms)))
     }
+}
+
+/// When a request came, from whom, and until when it may take.
+pub(crate) struct Arrival {
+    pub(crate) received: Instant,
+    pub(crate) asking: Asking,
 }
 
 /// A day: longer than any answer, and far from where clocks overflow.

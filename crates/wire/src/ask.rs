@@ -21,6 +21,8 @@ pub struct Grounding {
 pub struct AskRequest {
     /// The question.
     pub question: String,
+    /// A generator's name; the server's first one when absent.
+    pub model: Option<String>,
     /// The collection; the server's only one when absent.
     pub collection: Option<String>,
     /// Snippets to put into the prompt.

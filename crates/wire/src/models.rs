@@ -18,7 +18,7 @@ pub struct ModelCard {
     pub id: String,
     /// Always `model`.
     pub object: &'static str,
-    /// Seconds since 1970 at which it was loaded.
+    /// Seconds since 1970 at which it was loaded; 0 while it is not.
     pub created: i64,
     /// Always `exrail`.
     pub owned_by: &'static str,

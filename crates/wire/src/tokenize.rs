@@ -7,7 +7,7 @@ use crate::Unknown;
 /// Text to token ids.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 pub struct TokenizeRequest {
-    /// A generator's name; the server's generator when absent.
+    /// A generator's name; the server's first one when absent.
     pub model: Option<String>,
     /// The text.
     pub text: String,
@@ -30,7 +30,7 @@ pub struct TokenizeResponse {
 /// Token ids to text.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 pub struct DetokenizeRequest {
-    /// A generator's name; the server's generator when absent.
+    /// A generator's name; the server's first one when absent.
     pub model: Option<String>,
     /// Token ids.
     pub tokens: Vec<u32>,

@@ -147,6 +147,30 @@ pub enum TraceBody {
         /// What it found.
         detail: String,
     },
+    /// A generator was loaded in place of another one, or could not be.
+    #[serde(rename = "model.load")]
+    Load {
+        /// Its name in requests.
+        model: String,
+        /// Whether it answers.
+        ok: bool,
+        /// Milliseconds from the first request for it, the wait for its place included.
+        ms: f64,
+        /// Why it does not.
+        problem: Option<String>,
+    },
+    /// A generator gave its memory back.
+    #[serde(rename = "model.unload")]
+    Unload {
+        /// Its name in requests.
+        model: String,
+        /// False: a step of it hangs, and holds the memory.
+        ok: bool,
+        /// Milliseconds it took.
+        ms: f64,
+        /// `swap` or `idle`.
+        reason: &'static str,
+    },
     /// A probe ran.
     #[serde(rename = "probe.run")]
     Probe {

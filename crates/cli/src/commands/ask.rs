@@ -59,6 +59,7 @@ impl Ask {
             encoder: Some(&self.encoder),
             collections: vec![spec],
             prepare: &AsItIs,
+            in_place_of: None,
         }
         .run()?;
         let mut sampling = ask_sampling();

@@ -64,6 +64,7 @@ impl Chat {
             encoder: None,
             collections: Vec::new(),
             prepare: &AsItIs,
+            in_place_of: None,
         }
         .run()?;
         let mut messages: Vec<ChatMessage> = self.opening();

@@ -113,6 +113,7 @@ impl Demo {
             encoder: Some(&self.encoder),
             collections: vec![spec.clone()],
             prepare: &Corpus { documents: pack.join("docs"), gold, spec },
+            in_place_of: None,
         }
         .run()?;
         Ok(state.open(services)?)

@@ -93,6 +93,7 @@ impl CacheProbe {
             encoder: None,
             collections: Vec::new(),
             prepare: &AsItIs,
+            in_place_of: None,
         }
         .run()?;
         let engine = &services.engine;

@@ -9,17 +9,18 @@ use std::{
 
 use anyhow::{Context, Result};
 use clap::Args;
-use exrail_server::{AppState, BootBoard, BootPlan, Keys, Limits, TraceLog};
+use exrail_server::{AppState, BootBoard, BootPlan, Fleet, Keys, Limits, TraceLog};
 use serde_json::json;
 use tokio::{net::TcpListener, runtime::Runtime};
 
 use crate::{
     Ended, environment,
     load::{AsItIs, Boot, CollectionSpec, phases_json, print_phases},
-    options::{Access, EncoderArgs, EngineArgs, RotateArgs, SessionArgs, Sources},
+    options::{Access, EncoderArgs, EngineArgs, RotateArgs, SessionArgs, Sources, SwapArgs},
     output::Output,
     paths,
     preflight::Declared,
+    swap::{self, Reloader},
 };
 
 /// Serve the OpenAI-compatible API. `/livez` answers at once; everything else answers 503 with the
@@ -58,9 +59,30 @@ pub(crate) struct Started {
     access: Access,
     #[command(flatten)]
     sources: Sources,
+    #[command(flatten)]
+    swap: SwapArgs,
 }
 
 impl Started {
+    /// The generators of a server with these engine options.
+    fn fleet(&self, engine: &EngineArgs, traces: &TraceLog, output: Output) -> Result<Fleet> {
+        let given: Vec<_> =
+            std::iter::once(&engine.model).chain(&self.swap.also).cloned().collect();
+        let generators = swap::named(&self.sources, given)?;
+        let names = generators.iter().map(|(name, _)| name.clone()).collect();
+        let loader = Reloader {
+            generators,
+            engine: engine.clone(),
+            sources: self.sources.clone(),
+            declared: self.declared.clone(),
+            retries: self.boot_retries,
+            traces: traces.clone(),
+            output,
+        };
+        let limits = self.swap.limits(engine);
+        Ok(Fleet { names, loader: Some(Arc::new(loader)), limits })
+    }
+
     /// The keys of a server, and what to say of them.
     fn keys(&self) -> Result<(Keys, &'static str)> {
         let keys = self.access.keys()?;
@@ -95,6 +117,7 @@ impl Started {
             encoder: (!self.no_encoder).then_some(&self.encoder),
             collections: specs.collect::<Result<Vec<_>>>()?,
             prepare: &AsItIs,
+            in_place_of: None,
         })
     }
 }
@@ -125,6 +148,7 @@ impl BootCommand {
             output.line(plan.to_string().trim_end());
             return Ok(Ended::Done);
         }
+        swap::named(&self.started.sources, self.started.swap.also.clone())?;
         let services = boot.run()?;
         services.engine.shutdown();
         let status = board.status();
@@ -199,13 +223,14 @@ impl Serve {
         }
         let boot =
             self.started.boot(&engine, state.board(), told, Some(state.traces()), *output)?;
+        let fleet = self.started.fleet(&engine, state.traces(), *output)?;
         persist(&boot.plan()?, &self.listen.trace_path()?.with_file_name("bootstrap.dag.json"))?;
         let listener = self.listen.bind(&runtime, &state)?;
         let address = listener.local_addr()?;
         output.note(format!("listening on http://{address}, starting"));
         output.value(&json!({ "event": "listening", "url": format!("http://{address}") }));
         let server = runtime.spawn(exrail_server::serve(Arc::clone(&state), listener, stopped()));
-        let booted = boot.run().and_then(|services| Ok(state.open(services)?));
+        let booted = boot.run().and_then(|services| Ok(state.open_fleet(services, fleet)?));
         let record = record_boot(Arc::clone(&state));
         if booted.is_ok() {
             // It waits for the model's hash; users do not.
@@ -217,8 +242,8 @@ impl Serve {
         output.line(format!("ready: http://{address}"));
         output.value(&json!({ "event": "ready", "url": format!("http://{address}") }));
         runtime.block_on(server)??;
-        if let Some(services) = state.services() {
-            services.engine.shutdown();
+        if let Some(models) = state.models() {
+            models.stop();
         }
         Ok(Ended::Done)
     }

@@ -83,6 +83,7 @@ impl Verify {
             encoder: Some(&self.encoder),
             collections: vec![spec.clone()],
             prepare: &Calibrate { gold: &gold, anew: self.calibrate },
+            in_place_of: None,
         }
         .run()?;
         let report = measure(&services, &spec, &gold, self.sample, *output)?;

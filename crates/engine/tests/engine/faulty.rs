@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::convert::Infallible;
+use std::fmt::Debug;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -36,6 +37,11 @@ pub(crate) struct Faulty<B> {
     pub(crate) depends_on_the_batch: bool,
     /// Whether the pages of a new pool hold no numbers.
     pub(crate) poisons_pages: bool,
+    /// Weights, buffers and pools that it was asked for so far.
+    pub(crate) n_allocated: Arc<AtomicUsize>,
+    /// Dropped when the last of what uses the backend is.
+    #[expect(dead_code, reason = "it is there to be dropped")]
+    pub(crate) end: Option<Arc<dyn Debug + Send + Sync>>,
 }
 
 impl<B> Faulty<B> {
@@ -54,7 +60,13 @@ impl<B> Faulty<B> {
             stuck_on: None,
             depends_on_the_batch: false,
             poisons_pages: false,
+            n_allocated: Arc::default(),
+            end: None,
         }
+    }
+
+    fn count_allocation(&self) {
+        self.n_allocated.fetch_add(1, Ordering::Relaxed);
     }
 }
 
@@ -157,15 +169,18 @@ impl<B: Backend> Backend for Faulty<B> {
         found
     }
     fn weight(&self, view: &WeightView<'_>) -> Result<B::Weight, KernelError> {
+        self.count_allocation();
         self.inner.weight(view)
     }
     fn weight_shape(&self, weight: &B::Weight) -> (usize, usize) {
         self.inner.weight_shape(weight)
     }
     fn buffer(&self, len: usize) -> Result<B::Buffer, KernelError> {
+        self.count_allocation();
         self.inner.buffer(len)
     }
     fn kv_pool(&self, shape: KvShape) -> Result<B::KvPool, KernelError> {
+        self.count_allocation();
         let mut pool = self.inner.kv_pool(shape)?;
         if self.poisons_pages {
             // All bits set are no number in any float.

@@ -8,6 +8,7 @@ mod faults;
 mod faulty;
 mod fence;
 mod generation;
+mod memory;
 mod prefixes;
 mod rotation;
 mod scheduling;

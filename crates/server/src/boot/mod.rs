@@ -114,6 +114,17 @@ impl BootStatus {
         matches!(self.state, BootState::Ready { .. })
     }
 
+    /// Since the boot began; of one that is ready, what it took.
+    #[must_use]
+    pub fn took(&self) -> Duration {
+        match self.state {
+            BootState::Ready { took } => took,
+            BootState::Starting { .. } | BootState::Retrying { .. } | BootState::Failed { .. } => {
+                self.started.elapsed()
+            }
+        }
+    }
+
     /// The phase to show.
     #[must_use]
     pub fn phase(&self) -> Phase {

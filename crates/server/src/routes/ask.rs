@@ -30,8 +30,9 @@ use crate::{
     pipeline::{ASK_K, ASK_MAX_TOKENS, AskCall, Asked, Asker, ask_sampling},
     sse::{self, EventSink, Gone},
     state::Services,
+    swap::{Asking, Pass},
     trace::TraceIdentity,
-    translate::{self, Fields},
+    translate::{self, Arrival, Fields},
 };
 
 /// Longest question in bytes.
@@ -40,6 +41,7 @@ const MAX_QUESTION_BYTES: usize = 8 << 10;
 /// A question that was accepted.
 struct Question {
     asker: Arc<Asker>,
+    pass: Pass,
     collection: String,
     text: String,
     call: AskCall,
@@ -49,21 +51,20 @@ struct Question {
 pub(crate) async fn ask(
     State(state): State<Arc<AppState>>,
     Extension(caller): Extension<Caller>,
-    Ready(services): Ready,
+    ready: Ready,
     Body(mut request): Body<AskRequest>,
 ) -> Result<Json<AskResponse>, ApiError> {
     let (received, fields) = (Instant::now(), Fields::take(&mut request.unknown)?);
-    let asker = Arc::clone(services.collection(request.collection.as_deref())?);
-    let header = chat::header(&services, "ask")?;
+    let Arrival { asking, .. } = fields.arrival(received, &caller, &state.limits)?;
+    let pass = ready.generator(request.model.as_deref(), &asking).await?;
+    let header = chat::header(&pass, "ask")?;
     let question = Question {
-        collection: collection_name(&services, request.collection),
-        asker,
+        collection: collection_name(&pass, request.collection.clone()),
+        asker: Arc::clone(pass.collection(request.collection.as_deref())?),
         text: question_text("question", request.question)?,
-        call: AskCall {
-            deadline: fields.deadline(received, &state.limits)?,
-            ..call(&state, &caller, &fields, request.k, request.max_tokens)?
-        },
-        identity: chat::identity(&header, &caller, None)?,
+        call: call(&state, &asking, &fields, request.k, request.max_tokens)?,
+        identity: chat::identity(&header, asking.tenant, None)?,
+        pass,
     };
     Ok(Json(decide(state, question).await?))
 }
@@ -85,7 +86,7 @@ fn question_text(field: &str, text: String) -> Result<String, ApiError> {
 
 fn call(
     state: &AppState,
-    caller: &Caller,
+    asking: &Asking,
     fields: &Fields,
     k: Option<usize>,
     max_tokens: Option<usize>,
@@ -100,9 +101,9 @@ fn call(
         k: k.unwrap_or(ASK_K),
         max_tokens: max_tokens.unwrap_or(ASK_MAX_TOKENS),
         sampling: translate::sampling(&seeded, defaults)?,
-        tenant: caller.0.clone(),
+        tenant: asking.tenant.clone(),
         priority: fields.priority(),
-        deadline: None,
+        deadline: asking.deadline,
         hung_up: None,
         loop_guard: fields.loop_guard(&state.limits),
     })
@@ -115,6 +116,7 @@ async fn decide(state: Arc<AppState>, mut question: Question) -> Result<AskRespo
     question.call.hung_up = Some(hung_up);
     let blocking = tokio::task::spawn_blocking(move || {
         let asked = question.asker.ask(&question.text, &question.call);
+        let asked = asked.map_err(|error| question.pass.explain(error));
         if let Err(error @ ApiError::HungUp) = &asked {
             let body = TraceBody::Guard { guard: error.code().into(), detail: error.to_string() };
             state.traces.append_blocking(&question.identity, &question.asker.pins()?, body)?;
@@ -337,12 +339,12 @@ fn segments(segments: &[Segment], evidence: &[Hit]) -> Vec<SegmentRecord> {
 /// A chat request with `"exrail": {"collection": …}`.
 pub(crate) async fn grounded_chat(
     state: Arc<AppState>,
-    caller: Caller,
-    services: Arc<Services>,
+    pass: Pass,
     mut request: ChatRequest,
-    fields: Fields,
+    fields: &Fields,
+    arrival: Arrival,
 ) -> Result<Response, ApiError> {
-    let received = Instant::now();
+    let Arrival { asking, .. } = arrival;
     let Some(grounding) = request.exrail.take() else {
         return Err(ApiError::Internal("a grounded request without grounding"));
     };
@@ -350,16 +352,14 @@ pub(crate) async fn grounded_chat(
     refuse_with_grounding(&request)?;
     let include_usage = chat::include_usage(request.stream, request.stream_options)?;
     let limit = chat::one_limit(request.max_tokens, request.max_completion_tokens)?;
-    let header = chat::header(&services, "chatcmpl")?;
+    let header = chat::header(&pass, "chatcmpl")?;
     let question = Question {
-        asker: Arc::clone(services.collection(Some(&grounding.collection))?),
+        asker: Arc::clone(pass.collection(Some(&grounding.collection))?),
         collection: grounding.collection,
         text: question_text("messages[0].content", single_question(request.messages)?)?,
-        call: AskCall {
-            deadline: fields.deadline(received, &state.limits)?,
-            ..call(&state, &caller, &fields, grounding.k, limit)?
-        },
-        identity: chat::identity(&header, &caller, request.user)?,
+        call: call(&state, &asking, fields, grounding.k, limit)?,
+        identity: chat::identity(&header, asking.tenant, request.user)?,
+        pass,
     };
     if request.stream.unwrap_or(false) {
         let (sink, response) = sse::channel();

@@ -26,7 +26,7 @@ use crate::{
     rotation, sse,
     state::{Services, system_fingerprint},
     trace::TraceIdentity,
-    translate::{self, Fields},
+    translate::{self, Arrival, Fields},
 };
 
 /// What all responses of one request share.
@@ -48,33 +48,36 @@ struct ChatWording {
 pub(crate) async fn complete(
     State(state): State<Arc<AppState>>,
     Extension(caller): Extension<Caller>,
-    Ready(services): Ready,
+    ready: Ready,
     Body(mut request): Body<ChatRequest>,
 ) -> Result<Response, ApiError> {
+    let received = Instant::now();
     let fields = Fields::take(&mut request.unknown)?;
-    services.expect_generator(&request.model)?;
+    let arrival = fields.arrival(received, &caller, &state.limits)?;
+    let pass = ready.generator(Some(&request.model), &arrival.asking).await?;
     if request.exrail.is_some() {
-        return ask::grounded_chat(state, caller, services, request, fields).await;
+        return ask::grounded_chat(state, pass, request, &fields, arrival).await;
     }
     let stream = request.stream.unwrap_or(false);
-    let (job, wording) = accept(&state, &caller, &services, request, &fields)?;
+    let accepted = accept(&state, &pass, request, &fields, arrival);
+    let (job, wording) = accepted.map_err(|error| pass.explain(error))?;
     if stream {
         let (sink, response) = sse::channel();
-        tokio::spawn(relay::stream(state, services, job, wording, sink));
+        tokio::spawn(relay::stream(state, pass, job, wording, sink));
         return Ok(response);
     }
-    let choices = relay::whole(state, services, job).await?;
+    let choices = relay::whole(state, pass, job).await?;
     Ok(Json(whole_answer(wording.header, choices)).into_response())
 }
 
 fn accept(
     state: &AppState,
-    caller: &Caller,
     services: &Services,
     request: ChatRequest,
     fields: &Fields,
+    arrival: Arrival,
 ) -> Result<(Job, ChatWording), ApiError> {
-    let received = Instant::now();
+    let Arrival { received, asking } = arrival;
     let include_usage = include_usage(request.stream, request.stream_options)?;
     let choices = translate::choices(request.n, state.limits.choices)?;
     let messages = translate::messages(request.messages)?;
@@ -95,15 +98,15 @@ fn accept(
         logprobs: logprobs(request.logprobs, request.top_logprobs)?,
         entropy: false,
         stop_at_eos: true,
-        tenant: caller.0.clone(),
+        tenant: asking.tenant.clone(),
         priority: fields.priority(),
-        deadline: fields.deadline(received, &state.limits)?,
+        deadline: asking.deadline,
         loop_guard: fields.loop_guard(&state.limits).then(LoopGuard::default),
         rotation,
     };
     let generations = generation::submit(&services.engine, &generate, choices)?;
     let header = header(services, "chatcmpl")?;
-    let identity = identity(&header, caller, request.user)?;
+    let identity = identity(&header, asking.tenant, request.user)?;
     let route = "/v1/chat/completions";
     let job = Job { route, generations, seed, identity, received };
     Ok((job, ChatWording { header, include_usage }))
@@ -122,14 +125,14 @@ pub(crate) fn header(services: &Services, prefix: &str) -> Result<Header, ApiErr
 /// Who a response's trace belongs to.
 pub(crate) fn identity(
     header: &Header,
-    caller: &Caller,
+    agent: Option<String>,
     user: Option<String>,
 ) -> Result<TraceIdentity, ApiError> {
     Ok(TraceIdentity {
         trace_id: ids::name("trace")?,
         request_id: header.id.clone(),
         session_id: user,
-        agent_id: caller.0.clone(),
+        agent_id: agent,
     })
 }
 

@@ -25,7 +25,7 @@ use crate::{
     relay::{self, Job, News, Wording},
     rotation, sse,
     state::Services,
-    translate::{self, Fields},
+    translate::{self, Arrival, Fields},
 };
 
 const ROUTE: &str = "/v1/completions";
@@ -43,30 +43,33 @@ struct TextWording {
 pub(crate) async fn complete(
     State(state): State<Arc<AppState>>,
     Extension(caller): Extension<Caller>,
-    Ready(services): Ready,
+    ready: Ready,
     Body(mut request): Body<CompletionRequest>,
 ) -> Result<Response, ApiError> {
+    let received = Instant::now();
     let fields = Fields::take(&mut request.unknown)?;
-    services.expect_generator(&request.model)?;
+    let arrival = fields.arrival(received, &caller, &state.limits)?;
+    let pass = ready.generator(Some(&request.model), &arrival.asking).await?;
     let stream = request.stream.unwrap_or(false);
-    let (job, wording) = accept(&state, &caller, &services, request, &fields)?;
+    let accepted = accept(&state, &pass, request, &fields, arrival);
+    let (job, wording) = accepted.map_err(|error| pass.explain(error))?;
     if stream {
         let (sink, response) = sse::channel();
-        tokio::spawn(relay::stream(state, services, job, wording, sink));
+        tokio::spawn(relay::stream(state, pass, job, wording, sink));
         return Ok(response);
     }
-    let choices = relay::whole(state, services, job).await?;
+    let choices = relay::whole(state, pass, job).await?;
     Ok(Json(wording.whole(&choices)).into_response())
 }
 
 fn accept(
     state: &AppState,
-    caller: &Caller,
     services: &Services,
     request: CompletionRequest,
     fields: &Fields,
+    arrival: Arrival,
 ) -> Result<(Job, TextWording), ApiError> {
-    let received = Instant::now();
+    let Arrival { received, asking } = arrival;
     let include_usage = chat::include_usage(request.stream, request.stream_options)?;
     let engine = &services.engine;
     let prompts = prompts(services, request.prompt)?;
@@ -76,7 +79,6 @@ fn accept(
     }
     let per_prompt = translate::choices(request.n, limit / prompts.len())?;
     let sampling = translate::sampling(&fields.sampling, Sampling::default())?;
-    let deadline = fields.deadline(received, &state.limits)?;
     let seed = sampling.seed;
     let echo = request.echo.unwrap_or(false);
     if echo && request.logprobs.is_some() {
@@ -100,16 +102,16 @@ fn accept(
             logprobs: request.logprobs,
             entropy: false,
             stop_at_eos: true,
-            tenant: caller.0.clone(),
+            tenant: asking.tenant.clone(),
             priority: fields.priority(),
-            deadline,
+            deadline: asking.deadline,
             loop_guard: fields.loop_guard(&state.limits).then(LoopGuard::default),
             rotation: rotation.clone(),
         };
         generations.extend(generation::submit(engine, &generate, per_prompt)?);
     }
     let header = chat::header(services, "cmpl")?;
-    let identity = chat::identity(&header, caller, request.user)?;
+    let identity = chat::identity(&header, asking.tenant, request.user)?;
     let job = Job { route: ROUTE, generations, seed, identity, received };
     Ok((job, TextWording { header, per_prompt, echo, include_usage }))
 }

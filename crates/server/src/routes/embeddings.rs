@@ -14,11 +14,11 @@ use crate::{
 
 pub(crate) async fn embed(
     State(state): State<Arc<AppState>>,
-    Ready(services): Ready,
+    ready: Ready,
     Body(request): Body<EmbeddingRequest>,
 ) -> Result<Json<EmbeddingResponse>, ApiError> {
     refuse_unknown("", &request.unknown)?;
-    let Some(served) = services.encoder.clone() else {
+    let Some(served) = ready.models.shelf().encoder().cloned() else {
         return Err(ApiError::NotAvailable {
             what: "embeddings",
             why: "it was started without an encoder; start it with --encoder",

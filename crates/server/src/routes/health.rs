@@ -14,17 +14,27 @@ use serde_json::{Value, json};
 use crate::{
     AppState,
     boot::{BootState, BootStatus, Wait},
+    swap::{ModelStatus, Models},
 };
 
 /// Alive: the process answers, the engine has not given up and, when there is work, it finishes steps. Not
 /// alive is what only a restart cures.
 pub(crate) async fn livez(State(state): State<Arc<AppState>>) -> Response {
-    let counters = state.services.get().map(|services| services.engine.counters());
+    if is_stuck(&state) {
+        let body = json!({ "status": "stuck" });
+        return (StatusCode::SERVICE_UNAVAILABLE, Json(body)).into_response();
+    }
+    let counters = state.services().map(|services| services.engine.counters());
     let (status, text) = match counters.map(|counters| dead(&counters, state.limits.watchdog)) {
         Some(Some(reason)) => (StatusCode::SERVICE_UNAVAILABLE, reason),
         Some(None) | None => (StatusCode::OK, "alive"),
     };
     (status, Json(json!({ "status": text }))).into_response()
+}
+
+/// Whether an engine that was to go hangs and holds its memory.
+fn is_stuck(state: &AppState) -> bool {
+    state.models().is_some_and(|models| models.lineup().stuck.is_some())
 }
 
 /// Why an engine is not alive, if it is not.
@@ -62,6 +72,7 @@ pub(crate) async fn readyz(State(state): State<Arc<AppState>>) -> Response {
         "attempt": status.attempt,
         "running": running(&status),
         "waits": waits(&status),
+        "models": state.models().map(|models| models.lineup().models.iter().map(model).collect::<Vec<_>>()),
     });
     let code = if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
     let mut response = (code, Json(body)).into_response();
@@ -69,6 +80,20 @@ pub(crate) async fn readyz(State(state): State<Arc<AppState>>) -> Response {
         response.headers_mut().insert(header::RETRY_AFTER, seconds.into());
     }
     response
+}
+
+/// What a model is doing, and how far its load is.
+fn model(status: &ModelStatus) -> Value {
+    let load = status.board.as_ref().map(|board| board.status());
+    json!({
+        "model": &*status.name,
+        "state": status.state.name(),
+        "reason": status.reason.as_deref(),
+        "running": status.running,
+        "waiting": status.waiting,
+        "phase": load.as_ref().map(|load| load.phase().name()),
+        "load": load.as_ref().and_then(running),
+    })
 }
 
 /// How far the phase is that runs; null when none does.
@@ -95,7 +120,9 @@ fn waits(status: &BootStatus) -> Vec<Value> {
 /// Why services that were handed over do not answer, if they do not.
 fn trouble(state: &AppState) -> Option<String> {
     const IDLE: &str = "the engine makes no progress";
-    let Some(services) = state.services.get() else { return Some(IDLE.into()) };
+    let Some(models) = state.models() else { return Some(IDLE.into()) };
+    let lineup = models.lineup();
+    let Some(services) = &lineup.loaded else { return lineup.trouble() };
     if let FingerprintState::Failed(error) = services.engine.facts().model_sha256.state() {
         return Some(error.to_string());
     }
@@ -114,9 +141,7 @@ fn reason(status: &BootStatus, trouble: Option<String>) -> Option<String> {
 
 /// Prometheus.
 pub(crate) async fn metrics(State(state): State<Arc<AppState>>) -> Response {
-    let services = state.services.get();
-    let counters = services.map(|services| services.engine.counters());
-    let warm_up = services.and_then(|services| services.warm_up.as_ref());
-    let text = state.metrics.render(&state.board.status(), counters.as_ref(), warm_up);
+    let lineup = state.models().map(Models::lineup);
+    let text = state.metrics.render(&state.board.status(), lineup.as_deref());
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], text).into_response()
 }

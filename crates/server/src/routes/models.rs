@@ -6,7 +6,7 @@ use axum::{
     Json,
     extract::{Path, State},
 };
-use exrail_engine::{FingerprintState, ModelFingerprint};
+use exrail_engine::{EngineOptions, FingerprintState, ModelFingerprint};
 use exrail_wire::{ModelCard, ModelList};
 use serde_json::{Value, json};
 
@@ -15,53 +15,64 @@ use crate::{
     error::ApiError,
     extract::Ready,
     state::{Services, kv_name},
+    swap::{ModelStatus, Models},
 };
 
-pub(crate) async fn list(Ready(services): Ready) -> Json<ModelList> {
-    Json(ModelList { object: "list", data: cards(&services) })
+pub(crate) async fn list(ready: Ready) -> Json<ModelList> {
+    Json(ModelList { object: "list", data: cards(&ready.models) })
 }
 
 pub(crate) async fn one(
-    Ready(services): Ready,
+    ready: Ready,
     Path(model): Path<String>,
 ) -> Result<Json<ModelCard>, ApiError> {
-    let cards = cards(&services);
+    let cards = cards(&ready.models);
     let known = cards.iter().map(|card| format!("`{}`", card.id)).collect::<Vec<_>>().join(", ");
     let card = cards.into_iter().find(|card| card.id == model);
     card.map(Json).ok_or(ApiError::UnknownModel { found: model, known })
 }
 
-/// What the server honours, read back.
-pub(crate) async fn config(
-    State(state): State<Arc<AppState>>,
-    Ready(services): Ready,
-) -> Json<Value> {
-    let facts = services.engine.facts();
+/// What the server honours, read back; what belongs to a generator is that of the loaded one, and null where
+/// none is.
+pub(crate) async fn config(State(state): State<Arc<AppState>>, ready: Ready) -> Json<Value> {
+    let (lineup, shelf) = (ready.models.lineup(), ready.models.shelf());
+    let loaded = lineup.loaded.as_deref();
+    let facts = loaded.map(|services| services.engine.facts());
+    let options = facts.map(|facts| facts.options);
     let collections: Vec<_> =
-        services.collections.iter().map(|(name, asker)| asker.describe(name)).collect();
+        shelf.collections().iter().map(|(name, grounds)| grounds.describe(name)).collect();
+    let swap = ready.models.limits();
     Json(json!({
         "engine_build": crate::ENGINE_BUILD,
-        "device": facts.backend,
-        "context": facts.context,
-        "max_sequences": facts.options.max_sequences,
-        "prefill_chunk": facts.options.prefill_chunk,
-        "queue_limit": facts.options.queue_limit,
-        "tenant_queue_limit": facts.options.tenant_queue_limit,
+        "model": loaded.map(|services| &services.model_name),
+        "device": facts.map(|facts| &facts.backend),
+        "context": facts.map(|facts| facts.context),
+        "max_sequences": options.map(|options| options.max_sequences),
+        "prefill_chunk": options.map(|options| options.prefill_chunk),
+        "queue_limit": options.map(|options| options.queue_limit),
+        "tenant_queue_limit": options.and_then(|options| options.tenant_queue_limit),
         "default_deadline_ms": state.limits.default_deadline.map(|deadline| deadline.as_millis()),
         "watchdog_s": state.limits.watchdog.as_secs(),
-        "step_target_ms": facts.options.step_target.map(|target| target.as_millis()),
+        "step_target_ms": options.and_then(|it| it.step_target).map(|target| target.as_millis()),
         "loop_guard": state.limits.loop_guard,
-        "kv_dtype": kv_name(facts.kv_dtype),
-        "kv_pages": facts.kv_pages,
-        "kv_bytes": facts.kv_bytes,
-        "kv_audit_every": facts.options.kv_audit_every,
-        "prefix_cache": facts.options.prefix_cache,
+        "kv_dtype": facts.map(|facts| kv_name(facts.kv_dtype)),
+        "kv_pages": facts.map(|facts| facts.kv_pages),
+        "kv_bytes": facts.map(|facts| facts.kv_bytes),
+        "kv_audit_every": options.map(|options| options.kv_audit_every),
+        "prefix_cache": options.map(|options| options.prefix_cache),
         "sessions": state.sessions.get().is_some(),
-        "rotation": {
-            "policy": facts.options.rotation.policy.name(),
-            "rotate_at": facts.options.rotation.rotate_at,
-            "window": facts.options.rotation.window,
-            "sink": facts.options.rotation.sink,
+        "rotation": options.map(|EngineOptions { rotation, .. }| json!({
+            "policy": rotation.policy.name(),
+            "rotate_at": rotation.rotate_at,
+            "window": rotation.window,
+            "sink": rotation.sink,
+        })),
+        "swap": {
+            "turn_s": swap.turn.as_secs_f64(),
+            "linger_s": swap.linger.as_secs_f64(),
+            "drain_s": swap.drain.as_secs_f64(),
+            "cool_down_s": swap.cool_down.as_secs_f64(),
+            "idle_unload_s": swap.idle_unload.map(|idle| idle.as_secs_f64()),
         },
         "collections": collections,
     }))
@@ -80,26 +91,14 @@ fn sha256_status(model: &ModelFingerprint) -> Value {
     }
 }
 
-fn cards(services: &Services) -> Vec<ModelCard> {
-    let facts = services.engine.facts();
-    let card = |id: &str, exrail: Value| ModelCard {
-        id: id.into(),
-        object: "model",
-        created: services.loaded_at,
-        owned_by: "exrail",
-        exrail,
-    };
-    let generator = json!({
-        "kind": "generator",
-        "title": facts.model_name,
-        "sha256": facts.model_sha256.get(),
-        "sha256_status": sha256_status(&facts.model_sha256),
-        "quant": facts.quant,
-        "context": facts.context,
-        "tok_fp": services.engine.tokenizer().fingerprint(),
+fn cards(models: &Models) -> Vec<ModelCard> {
+    let lineup = models.lineup();
+    let generators = lineup.models.iter().map(|status| {
+        let loaded = lineup.loaded.as_deref();
+        generator(status, loaded.filter(|services| *services.model_name == *status.name))
     });
-    let mut cards = vec![card(&services.model_name, generator)];
-    if let Some(served) = &services.encoder {
+    let mut cards: Vec<_> = generators.collect();
+    if let Some(served) = models.shelf().encoder() {
         let facts = served.encoder.facts();
         let exrail = json!({
             "kind": "encoder",
@@ -107,7 +106,31 @@ fn cards(services: &Services) -> Vec<ModelCard> {
             "max_tokens": facts.max_tokens,
             "encoder_fp": served.encoder.fingerprint(),
         });
-        cards.push(card(&served.name, exrail));
+        cards.push(card(&served.name, models.started_at(), exrail));
     }
     cards
+}
+
+/// A generator: its state, and what is known of it while it is loaded.
+fn generator(status: &ModelStatus, loaded: Option<&Services>) -> ModelCard {
+    let mut exrail = json!({
+        "kind": "generator",
+        "state": status.state.name(),
+        "reason": status.reason.as_deref(),
+        "sha256": null,
+        "sha256_status": { "status": "not_loaded" },
+    });
+    let Some(services) = loaded else { return card(&status.name, 0, exrail) };
+    let facts = services.engine.facts();
+    exrail["title"] = json!(facts.model_name);
+    exrail["sha256"] = json!(facts.model_sha256.get());
+    exrail["sha256_status"] = sha256_status(&facts.model_sha256);
+    exrail["quant"] = json!(facts.quant);
+    exrail["context"] = json!(facts.context);
+    exrail["tok_fp"] = json!(services.engine.tokenizer().fingerprint());
+    card(&status.name, services.loaded_at, exrail)
+}
+
+fn card(id: &str, created: i64, exrail: Value) -> ModelCard {
+    ModelCard { id: id.into(), object: "model", created, owned_by: "exrail", exrail }
 }

@@ -1,29 +1,36 @@
 //! `/v1/tokenize` and `/v1/detokenize`.
 
-use axum::Json;
+use axum::{Extension, Json};
 use exrail_text::Specials;
 use exrail_wire::{DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse};
 
 use crate::{
+    auth::Caller,
     error::ApiError,
     extract::{Body, Ready, refuse_unknown},
-    state::Services,
+    swap::{Asking, Pass},
 };
 
-fn expect_model(services: &Services, model: Option<&str>) -> Result<(), ApiError> {
-    model.map_or(Ok(()), |model| services.expect_generator(model))
+/// A pass to the generator whose tokenizer is asked for.
+async fn pass(
+    ready: &Ready,
+    Caller(tenant): Caller,
+    model: Option<&str>,
+) -> Result<Pass, ApiError> {
+    ready.generator(model, &Asking { tenant, deadline: None }).await
 }
 
 pub(crate) async fn tokenize(
-    Ready(services): Ready,
+    Extension(caller): Extension<Caller>,
+    ready: Ready,
     Body(request): Body<TokenizeRequest>,
 ) -> Result<Json<TokenizeResponse>, ApiError> {
     refuse_unknown("", &request.unknown)?;
-    expect_model(&services, request.model.as_deref())?;
+    let pass = pass(&ready, caller, request.model.as_deref()).await?;
     let specials =
         if request.parse_special.unwrap_or(false) { Specials::Parse } else { Specials::AsText };
     let tokens =
-        services.engine.tokenizer().encode(&request.text, specials).map_err(|error| {
+        pass.engine.tokenizer().encode(&request.text, specials).map_err(|error| {
             ApiError::BadField { field: "text".into(), problem: error.to_string() }
         })?;
     let count = tokens.len();
@@ -31,12 +38,13 @@ pub(crate) async fn tokenize(
 }
 
 pub(crate) async fn detokenize(
-    Ready(services): Ready,
+    Extension(caller): Extension<Caller>,
+    ready: Ready,
     Body(request): Body<DetokenizeRequest>,
 ) -> Result<Json<DetokenizeResponse>, ApiError> {
     refuse_unknown("", &request.unknown)?;
-    expect_model(&services, request.model.as_deref())?;
-    let tokenizer = services.engine.tokenizer();
+    let pass = pass(&ready, caller, request.model.as_deref()).await?;
+    let tokenizer = pass.engine.tokenizer();
     let limit = tokenizer.vocab_len();
     if let Some(found) = request.tokens.iter().find(|&&id| id as usize >= limit) {
         return Err(ApiError::BadField {

@@ -177,6 +177,6 @@ async fn the_sentinel_tells_of_every_token() {
     let server = warm(&[], None);
     let services = server.state.services().unwrap();
     let mut n_told = 0;
-    sentinel::run(services, sentinel::ONCE, &mut || n_told += 1).unwrap();
+    sentinel::run(&services, sentinel::ONCE, &mut || n_told += 1).unwrap();
     assert_eq!(n_told, 3 * sentinel::ONCE);
 }

@@ -44,10 +44,10 @@ async fn a_variable_that_the_template_left_is_422_with_rule_and_line() {
     let traced = server.trace_lines();
     assert_eq!(traced.last().unwrap()["guard"], "prompt_lint");
     // Prompts of the terminal, of questions and of the sentinel, where nobody asks for places of messages.
-    let engine = &server.state.services().unwrap().engine;
+    let engine = server.state.services().unwrap().engine.clone();
     let messages = [ChatMessage::new("system", "Be kind."), ChatMessage::new("user", "hi")];
-    chat_prompt(engine, &messages[1..]).unwrap();
-    let refused = chat_prompt(engine, &messages).unwrap_err();
+    chat_prompt(&engine, &messages[1..]).unwrap();
+    let refused = chat_prompt(&engine, &messages).unwrap_err();
     assert!(refused.to_string().contains("leftover_marker"), "{refused}");
 }
 

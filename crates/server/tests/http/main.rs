@@ -15,5 +15,6 @@ mod rotation;
 mod scheduling;
 mod sessions;
 mod support;
+mod swap;
 mod traces;
 mod watchdog;

@@ -62,7 +62,7 @@ fn engine(fingerprint: Option<ModelFingerprint>) -> EngineHandle {
     })
 }
 
-fn four() -> EngineOptions {
+pub(crate) fn four() -> EngineOptions {
     EngineOptions { max_sequences: 4, ..EngineOptions::default() }
 }
 
@@ -78,7 +78,17 @@ pub(crate) fn start<B: Backend>(
     options: EngineOptions,
     change: impl FnOnce(&mut Loaded<B>),
 ) -> EngineHandle {
-    let bytes = tiny_llama(7, TinyLlama::default());
+    start_seeded(7, backend, options, change)
+}
+
+/// The same of a model with other weights.
+pub(crate) fn start_seeded<B: Backend>(
+    seed: u64,
+    backend: B,
+    options: EngineOptions,
+    change: impl FnOnce(&mut Loaded<B>),
+) -> EngineHandle {
+    let bytes = tiny_llama(seed, TinyLlama::default());
     let sha256 = sha256_hex(&bytes);
     let gguf = Gguf::parse(bytes).unwrap();
     let who = Identity { name: MODEL.to_owned(), sha256 };
@@ -122,7 +132,7 @@ pub(crate) fn services(folder: &Path) -> Services {
     services_of(engine(None), folder)
 }
 
-fn services_of(engine: EngineHandle, folder: &Path) -> Services {
+pub(crate) fn services_of(engine: EngineHandle, folder: &Path) -> Services {
     let asker = Arc::new(asker(&engine, folder));
     let encoder = Arc::clone(asker.index().encoder());
     Services {
@@ -181,9 +191,20 @@ fn boot(server: Server, engine: EngineHandle, warm_up: Option<WarmUpReport>) -> 
 
 /// A bias against the end of the answer: it goes on to its limit.
 pub(crate) fn endless(server: &Server) -> Value {
-    let engine = &server.state.services().unwrap().engine;
+    let engine = server.state.services().unwrap().engine.clone();
     let eos = engine.tokenizer().eos_ids().iter();
     eos.map(|id| (id.to_string(), (-100).into())).collect::<serde_json::Map<_, _>>().into()
+}
+
+/// The phases that these tests look at.
+pub(crate) fn plan() -> BootPlan {
+    let nodes = vec![
+        Node::new(Phase::Weights, &[], "loaded"),
+        Node::new(Phase::WarmUp, &[Phase::Weights], "tokens"),
+        Node::new(Phase::Sentinel, &[Phase::WarmUp], "answered"),
+        Node::new(Phase::Ready, &[Phase::Sentinel], "all of it"),
+    ];
+    BootPlan::new(nodes).unwrap()
 }
 
 /// A phase that finds nothing wrong.
@@ -193,16 +214,9 @@ pub(crate) fn pass(owner: &BootOwner, phase: Phase) {
 }
 
 impl Server {
-    /// Takes the boot, of the phases that these tests look at.
+    /// Takes the boot.
     pub(crate) fn own(&self) -> BootOwner {
-        let nodes = vec![
-            Node::new(Phase::Weights, &[], "loaded"),
-            Node::new(Phase::WarmUp, &[Phase::Weights], "tokens"),
-            Node::new(Phase::Sentinel, &[Phase::WarmUp], "answered"),
-            Node::new(Phase::Ready, &[Phase::Sentinel], "all of it"),
-        ];
-        let plan = BootPlan::new(nodes).unwrap();
-        self.state.board().own(plan, Pace::default(), |_| {}).unwrap()
+        self.state.board().own(plan(), Pace::default(), |_| {}).unwrap()
     }
 
     pub(crate) async fn send(&self, request: Request<Body>) -> Answer {
