@@ -105,6 +105,7 @@ fn call(
         deadline: None,
         hung_up: None,
         loop_guard: fields.loop_guard(&state.limits),
+        prefix_cache: fields.prefix_cache(),
     })
 }
 

@@ -99,6 +99,7 @@ fn accept(
         priority: fields.priority(),
         deadline: fields.deadline(received, &state.limits)?,
         loop_guard: fields.loop_guard(&state.limits).then(LoopGuard::default),
+        prefix_cache: fields.prefix_cache(),
         rotation,
     };
     let generations = generation::submit(&services.engine, &generate, choices)?;
