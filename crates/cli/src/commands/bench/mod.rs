@@ -8,7 +8,7 @@
 mod child;
 mod first_token;
 mod plan;
-mod process;
+pub(super) mod process;
 mod record;
 mod speed;
 mod table;
