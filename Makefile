@@ -18,7 +18,7 @@ test-cuda: ## the tests of the CUDA backend, on a machine with a GPU
 fuzz: ## fuzz every parser; SECONDS_EACH=600 by default
 	@scripts/fuzz $(or $(SECONDS_EACH),600)
 
-soak: ## 32 clients for 5 minutes with random cancels; ARGS="--seconds 60" changes it
+soak: ## 32 clients for 5 minutes, and a verdict; ARGS="--seed 7 --clients 64" changes it
 	@scripts/soak $(ARGS)
 
 bench-cpu: ## speed, load and memory against llama.cpp, on an idle machine; ARGS="--rounds 3"

@@ -117,16 +117,6 @@ pub(crate) fn commit() -> String {
     }
 }
 
-/// Resident memory of a process, in KiB.
-///
-/// # Errors
-/// The process is gone.
-pub(crate) fn resident_kib(pid: u32) -> Result<u64> {
-    let path = format!("/proc/{pid}/status");
-    let text = fs::read_to_string(&path).with_context(|| path.clone())?;
-    parse_kib(&text, "VmRSS:").with_context(|| format!("{path}: expected a line `VmRSS: … kB`"))
-}
-
 /// Memory of a process in KiB.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Resident {
@@ -176,7 +166,6 @@ mod tests {
 
     #[test]
     fn this_process_has_resident_memory() {
-        assert!(resident_kib(std::process::id()).unwrap() > 0);
         let resident = resident(std::process::id()).unwrap();
         assert!(resident.now_kib > 0 && resident.peak_kib >= resident.now_kib);
     }

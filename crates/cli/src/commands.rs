@@ -14,4 +14,5 @@ pub(crate) mod probe;
 pub(crate) mod pull;
 pub(crate) mod quantize;
 pub(crate) mod serve;
+pub(crate) mod soak;
 pub(crate) mod verify;

@@ -62,6 +62,8 @@ enum Command {
     Quantize(commands::quantize::Quantize),
     /// Measure speed, load time and memory of models on this machine.
     Bench(commands::bench::Bench),
+    /// Drive a server of its own with many clients for a long time, and judge what it did.
+    Soak(commands::soak::Soak),
     /// Estimate the memory that a model takes on a device, without loading it.
     Plan(commands::plan::Plan),
     /// List the devices that models can run on.
@@ -119,6 +121,7 @@ fn run(command: Command, output: Output) -> anyhow::Result<Ended> {
         Command::Inspect(command) => command.run(&output),
         Command::Quantize(command) => command.run(&output),
         Command::Bench(command) => command.run(&output),
+        Command::Soak(command) => command.run(&output),
         Command::Plan(command) => command.run(&output),
         Command::Devices(command) => command.run(&output),
         Command::Demo(command) => command.run(&output),

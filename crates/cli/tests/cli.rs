@@ -53,6 +53,7 @@ fn every_command_explains_itself_and_wrong_usage_is_2() {
         "demo",
         "boot",
         "preflight",
+        "soak",
     ];
     for command in commands {
         let output = exrail(home.path(), &[command, "--help"]);

@@ -38,6 +38,9 @@ pub struct GenerateRequest {
     /// another's prompt by its time to the first token, and tenants get equal shares of the engine while
     /// they wait for it. `None` is a tenant of its own.
     pub tenant: Option<String>,
+    /// Whether it reads cached prefixes and leaves its own; `false` computes all of it, and nobody finds what
+    /// it computed.
+    pub prefix_cache: bool,
     /// What happens when prompt and answer outgrow their place in the cache.
     pub rotation: Rotation,
     /// Before which of the same tenant's requests.
@@ -75,6 +78,7 @@ impl GenerateRequest {
             entropy: false,
             stop_at_eos: true,
             tenant: None,
+            prefix_cache: true,
             priority: Priority::default(),
             deadline: None,
             loop_guard: None,

@@ -129,10 +129,10 @@ impl Waiting {
     }
 
     /// What it reads of the cache's prefixes: its tokens and its tenant. Scores need the logits of every
-    /// row, and what warms up leaves no trace.
+    /// row, what warms up leaves no trace, and a request may ask for neither.
     pub(crate) fn prefix(&self) -> Option<(&[u32], Option<&str>)> {
         match (&self.job, self.traffic) {
-            (Job::Generate { request, .. }, Traffic::User) => {
+            (Job::Generate { request, .. }, Traffic::User) if request.prefix_cache => {
                 Some((&request.prompt, request.tenant.as_deref()))
             }
             (Job::Generate { .. } | Job::Score { .. }, _) => None,

@@ -16,7 +16,7 @@ use crate::{error::ApiError, translate};
 pub(crate) struct Choice {
     pub(crate) text: String,
     pub(crate) logprobs: Vec<LogprobAt>,
-    pub(crate) n_tokens: usize,
+    pub(crate) ids: Vec<u32>,
     pub(crate) rotations: Vec<RotatedAt>,
     pub(crate) finished: Option<Finished>,
 }
@@ -88,10 +88,10 @@ impl Choice {
         match event {
             Event::Started { .. } => {}
             Event::Rotated(rotated) => {
-                self.rotations.push(RotatedAt { at: self.n_tokens, rotated });
+                self.rotations.push(RotatedAt { at: self.ids.len(), rotated });
             }
             Event::Token(token) => {
-                self.n_tokens += 1;
+                self.ids.push(token.id);
                 let text_offset = self.text.chars().count();
                 if let Some(logprob) = token.logprob {
                     self.logprobs.push(LogprobAt { logprob, text_offset });

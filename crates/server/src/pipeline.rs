@@ -54,6 +54,7 @@ pub struct EngineGenerate<'a> {
     deadline: Option<Instant>,
     hung_up: Option<flume::Receiver<Infallible>>,
     loop_guard: Option<LoopGuard>,
+    prefix_cache: bool,
     /// Of the last call: submission to first token, and the engine's own account.
     last: Cell<Option<Measured>>,
 }
@@ -88,6 +89,7 @@ impl<'a> EngineGenerate<'a> {
             deadline: None,
             hung_up: None,
             loop_guard: Some(LoopGuard::default()),
+            prefix_cache: true,
             last: Cell::new(None),
         }
     }
@@ -95,9 +97,10 @@ impl<'a> EngineGenerate<'a> {
     /// The same for who asks, as urgently as asked, on a route whose answers usually have so much entropy.
     #[must_use]
     pub fn for_call(self, call: &AskCall, entropy_baseline: Option<f32>) -> Self {
-        let AskCall { tenant, priority, deadline, hung_up, loop_guard, .. } = call.clone();
+        let AskCall { tenant, priority, deadline, hung_up, loop_guard, prefix_cache, .. } =
+            call.clone();
         let loop_guard = loop_guard.then_some(LoopGuard { entropy_baseline });
-        Self { tenant, priority, deadline, hung_up, loop_guard, ..self }
+        Self { tenant, priority, deadline, hung_up, loop_guard, prefix_cache, ..self }
     }
 
     /// What the last call took.
@@ -137,6 +140,7 @@ impl Generate for EngineGenerate<'_> {
             priority: self.priority,
             deadline: self.deadline,
             loop_guard: self.loop_guard,
+            prefix_cache: self.prefix_cache,
             ..GenerateRequest::new(self.prompt(messages)?, self.max_tokens)
         };
         let submitted = Instant::now();
@@ -258,6 +262,8 @@ pub struct AskCall {
     pub hung_up: Option<flume::Receiver<Infallible>>,
     /// Whether the answer is cut when it goes round in a circle (G-19).
     pub loop_guard: bool,
+    /// Whether cached prefixes are read and left for others.
+    pub prefix_cache: bool,
 }
 
 impl Default for AskCall {
@@ -271,6 +277,7 @@ impl Default for AskCall {
             deadline: None,
             hung_up: None,
             loop_guard: true,
+            prefix_cache: true,
         }
     }
 }

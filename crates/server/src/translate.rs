@@ -42,6 +42,11 @@ impl Fields {
         self.extra.loop_guard.unwrap_or(limits.loop_guard)
     }
 
+    /// Whether cached prefixes are read and left.
+    pub(crate) fn prefix_cache(&self) -> bool {
+        self.extra.prefix_cache.unwrap_or(true)
+    }
+
     /// A request of that caller that came then.
     pub(crate) fn arrival(
         &self,

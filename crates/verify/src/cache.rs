@@ -76,12 +76,20 @@ pub enum KvWidth {
 }
 
 impl KvWidth {
-    /// KL divergence in nats that is allowed at least, whatever the noise (§1.6.2).
-    fn least_limit(self) -> f64 {
+    /// KL divergence in nats that is allowed at least, whatever the noise (§1.6.2). Noise beyond it leaves
+    /// nothing that can be told.
+    #[must_use]
+    pub fn least_limit(self) -> f64 {
         match self {
             KvWidth::Sixteen => 0.01,
             KvWidth::Eight => 0.05,
         }
+    }
+
+    /// KL divergence in nats beyond which a cache is wrong, at this 99th percentile of the noise.
+    #[must_use]
+    pub fn limit(self, noise_p99: f64) -> f64 {
+        self.least_limit().max(NOISE_FACTOR * noise_p99)
     }
 }
 
@@ -220,7 +228,7 @@ pub fn cache_probe(
     let least = width.least_limit();
     let judged = Judged {
         noise_is_high: noise_p99 > least,
-        limit: least.max(NOISE_FACTOR * noise_p99),
+        limit: width.limit(noise_p99),
         violations: oracle.violations() - violations,
         tokens: ids.len(),
     };
@@ -394,7 +402,8 @@ fn is_over(point: &Checkpoint, limit: f64) -> bool {
 
 /// Tokens at the first of two checkpoints in a row over the limit, or at one with another most likely token
 /// that the reference was sure of.
-fn drift(checkpoints: &[Checkpoint], limit: f64) -> Option<usize> {
+#[must_use]
+pub fn drift(checkpoints: &[Checkpoint], limit: f64) -> Option<usize> {
     let follows = |at: usize| checkpoints.get(at + 1).is_some_and(|next| is_over(next, limit));
     let mut points = checkpoints.iter().enumerate();
     let drifted = points.find(|(at, point)| {

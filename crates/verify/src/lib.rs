@@ -40,7 +40,7 @@ pub use ask::{
 pub use attribution::{Attribution, attribute};
 pub use cache::{
     BIN_TOKENS, Bin, CHECKPOINT_TOKENS, CacheFault, CacheOracle, CacheReport, Checkpoint, KvWidth,
-    MIN_PROBE_TOKENS, ProbeText, UntilDrift, cache_probe,
+    MIN_PROBE_TOKENS, ProbeText, UntilDrift, cache_probe, drift,
 };
 pub use calibrate::{CorpusCalibration, FamilyFit, MaskedNull, calibrate};
 pub use collection::CollectionIndex;

@@ -25,6 +25,8 @@ pub struct CompletionRequest {
     pub logprobs: Option<usize>,
     /// Put the prompt before the text.
     pub echo: Option<bool>,
+    /// Tell the ids of the prompt's and the answer's tokens.
+    pub return_token_ids: Option<bool>,
     /// A name of the end user, kept in the trace.
     pub user: Option<String>,
     /// What happens when the answer outgrows its place in the cache.
@@ -83,6 +85,12 @@ pub struct CompletionChoice {
     pub exrail_finish_reason: Option<&'static str>,
     /// When asked for.
     pub logprobs: Option<CompletionLogprobs>,
+    /// Ids of the prompt's tokens, when asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub prompt_token_ids: Option<Vec<u32>>,
+    /// Ids of the answer's tokens, when asked for; an end-of-sequence token is none of them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub token_ids: Option<Vec<u32>>,
     /// What was dropped: all of it in a whole answer, of a stream in an event of its own.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub rotations: Vec<RotationRecord>,

@@ -25,6 +25,8 @@ pub struct ExtraFields {
     pub deadline_ms: Option<u64>,
     /// Whether the answer ends when it goes round in a circle.
     pub loop_guard: Option<bool>,
+    /// Whether cached prefixes are read, and this request's left for others.
+    pub prefix_cache: Option<bool>,
 }
 
 impl ExtraFields {
@@ -37,6 +39,7 @@ impl ExtraFields {
             priority: field(unknown, "priority")?,
             deadline_ms: field(unknown, "deadline_ms")?,
             loop_guard: field(unknown, "loop_guard")?,
+            prefix_cache: field(unknown, "prefix_cache")?,
         })
     }
 }

@@ -106,6 +106,7 @@ fn call(
         deadline: asking.deadline,
         hung_up: None,
         loop_guard: fields.loop_guard(&state.limits),
+        prefix_cache: fields.prefix_cache(),
     })
 }
 

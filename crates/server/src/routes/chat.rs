@@ -102,6 +102,7 @@ fn accept(
         priority: fields.priority(),
         deadline: asking.deadline,
         loop_guard: fields.loop_guard(&state.limits).then(LoopGuard::default),
+        prefix_cache: fields.prefix_cache(),
         rotation,
     };
     let generations = generation::submit(&services.engine, &generate, choices)?;

@@ -37,6 +37,8 @@ struct TextWording {
     header: Header,
     per_prompt: usize,
     echo: Option<Vec<String>>,
+    /// Ids of each prompt, when they are to be told.
+    told_prompts: Option<Vec<Vec<u32>>>,
     include_usage: bool,
 }
 
@@ -88,6 +90,14 @@ fn accept(
         });
     }
     let echo = echo.then(|| prompts.iter().map(|ids| engine.tokenizer().decode(ids)).collect());
+    let tells_ids = request.return_token_ids.unwrap_or(false);
+    if tells_ids && request.stream == Some(true) {
+        return Err(ApiError::UnsupportedField {
+            field: "return_token_ids".into(),
+            why: "the ids of a stream's tokens are not told",
+        });
+    }
+    let told_prompts = tells_ids.then(|| prompts.clone());
     let stop = translate::stops(request.stop);
     let rotation = rotation::of_text(engine, request.rotation.as_ref())?;
     let mut generations = Vec::new();
@@ -103,6 +113,7 @@ fn accept(
             entropy: false,
             stop_at_eos: true,
             tenant: asking.tenant.clone(),
+            prefix_cache: fields.prefix_cache(),
             priority: fields.priority(),
             deadline: asking.deadline,
             loop_guard: fields.loop_guard(&state.limits).then(LoopGuard::default),
@@ -113,7 +124,7 @@ fn accept(
     let header = chat::header(services, "cmpl")?;
     let identity = chat::identity(&header, asking.tenant, request.user)?;
     let job = Job { route: ROUTE, generations, seed, identity, received };
-    Ok((job, TextWording { header, per_prompt, echo, include_usage }))
+    Ok((job, TextWording { header, per_prompt, echo, told_prompts, include_usage }))
 }
 
 pub(crate) fn prompts(services: &Services, prompt: Prompt) -> Result<Vec<Vec<u32>>, ApiError> {
@@ -143,6 +154,11 @@ impl TextWording {
         self.echo.as_ref().map_or("", |prompts| prompts[choice / self.per_prompt].as_str())
     }
 
+    /// The ids of a choice's prompt, when they are to be told.
+    fn prompt_of(&self, choice: usize) -> Option<&[u32]> {
+        Some(&self.told_prompts.as_ref()?[choice / self.per_prompt])
+    }
+
     fn response(&self, choices: Vec<CompletionChoice>, usage: Option<Usage>) -> CompletionResponse {
         CompletionResponse {
             id: self.header.id.clone(),
@@ -164,6 +180,8 @@ impl TextWording {
                 finish_reason: told.finish_reason,
                 exrail_finish_reason: told.exrail_finish_reason,
                 logprobs: text_logprobs(&choice.logprobs),
+                prompt_token_ids: self.prompt_of(index).map(<[u32]>::to_vec),
+                token_ids: self.told_prompts.is_some().then(|| choice.ids.clone()),
                 rotations: rotation::records(&choice.rotations),
             }
         });
@@ -222,6 +240,8 @@ fn piece(index: usize, text: &str, logprobs: &[LogprobAt]) -> CompletionChoice {
         finish_reason: None,
         exrail_finish_reason: None,
         logprobs,
+        prompt_token_ids: None,
+        token_ids: None,
         rotations: Vec::new(),
     }
 }
@@ -236,10 +256,12 @@ fn text_logprobs(logprobs: &[LogprobAt]) -> Option<CompletionLogprobs> {
         columns.tokens.push(text(&at.logprob.bytes));
         columns.token_logprobs.push(at.logprob.logprob);
         columns.text_offset.push(at.text_offset);
-        let top = at.logprob.top.iter();
-        columns
-            .top_logprobs
-            .push(top.map(|other| (text(&other.bytes), Value::from(other.logprob))).collect());
+        // The format names alternatives by their text; of those with the same one the likeliest counts.
+        let mut named = serde_json::Map::new();
+        for other in &at.logprob.top {
+            named.entry(text(&other.bytes)).or_insert_with(|| Value::from(other.logprob));
+        }
+        columns.top_logprobs.push(named);
     }
     Some(columns)
 }

@@ -10,7 +10,7 @@ mod child;
 mod first_token;
 mod guards;
 mod plan;
-mod process;
+pub(super) mod process;
 mod record;
 mod speed;
 mod table;

@@ -6,16 +6,21 @@ use serde::{Deserialize, Serialize};
 
 /// Memory of a process in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct Resident {
+pub(in crate::commands) struct Resident {
     /// Now (`VmRSS`).
-    pub(super) now: u64,
+    pub(in crate::commands) now: u64,
     /// At its most (`VmHWM`).
     pub(super) peak: u64,
 }
 
 /// Memory of this process; none where the system has no `/proc/self/status`.
 pub(super) fn resident() -> Option<Resident> {
-    parse_resident(&fs::read_to_string("/proc/self/status").ok()?)
+    resident_of("self")
+}
+
+/// Memory of a process by its number; none when it is gone.
+pub(in crate::commands) fn resident_of(process: &str) -> Option<Resident> {
+    parse_resident(&fs::read_to_string(format!("/proc/{process}/status")).ok()?)
 }
 
 fn parse_resident(status: &str) -> Option<Resident> {
@@ -29,7 +34,7 @@ fn parse_resident(status: &str) -> Option<Resident> {
 
 /// The machine. What the system does not tell is absent, never guessed.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub(super) struct Machine {
+pub(in crate::commands) struct Machine {
     /// Name of the processor.
     processor: Option<String>,
     /// Vector extensions that matter to kernels, of those that the processor has.
@@ -62,7 +67,7 @@ const FLAGS: [&str; 16] = [
     "i8mm",
 ];
 
-pub(super) fn machine() -> Machine {
+pub(in crate::commands) fn machine() -> Machine {
     let cpu = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let line = |path| fs::read_to_string(path).ok().map(|text: String| text.trim().to_owned());
     let kernel = line("/proc/sys/kernel/ostype").zip(line("/proc/sys/kernel/osrelease"));
@@ -90,7 +95,7 @@ fn flags(all: &str) -> Vec<String> {
 }
 
 /// A path cut to its last part: a record names no folder of a machine.
-pub(super) fn last_part(path: &str) -> String {
+pub(in crate::commands) fn last_part(path: &str) -> String {
     let name = Path::new(path).file_name();
     name.map_or_else(|| path.to_owned(), |name| name.to_string_lossy().into_owned())
 }

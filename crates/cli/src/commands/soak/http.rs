@@ -22,8 +22,15 @@ enum Framing {
     Ended,
 }
 
+/// A server and the key that it is asked with.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Target<'a> {
+    pub(super) address: SocketAddr,
+    pub(super) key: &'a str,
+}
+
 /// A request that was sent; its answer is read piece by piece.
-pub(crate) struct Exchange {
+pub(super) struct Exchange {
     reader: BufReader<TcpStream>,
     framing: Framing,
 }
@@ -33,20 +40,22 @@ impl Exchange {
     ///
     /// # Errors
     /// No connection, or it broke.
-    pub(crate) fn send(
-        server: SocketAddr,
+    pub(super) fn send(
+        target: Target<'_>,
         method: &str,
         path: &str,
         body: &[u8],
         timeout: Duration,
     ) -> io::Result<Self> {
-        let mut stream = TcpStream::connect_timeout(&server, timeout)?;
+        let mut stream = TcpStream::connect_timeout(&target.address, timeout)?;
         stream.set_read_timeout(Some(timeout))?;
         stream.set_write_timeout(Some(timeout))?;
         stream.set_nodelay(true)?;
+        let Target { address, key } = target;
         let head = format!(
-            "{method} {path} HTTP/1.1\r\nHost: {server}\r\nConnection: close\r\n\
-             Content-Type: application/json\r\nContent-Length: {}\r\n\r\n",
+            "{method} {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\
+             Authorization: Bearer {key}\r\nContent-Type: application/json\r\n\
+             Content-Length: {}\r\n\r\n",
             body.len()
         );
         stream.write_all(head.as_bytes())?;
@@ -58,7 +67,7 @@ impl Exchange {
     ///
     /// # Errors
     /// The connection broke.
-    pub(crate) fn begins_within(&mut self, patience: Duration) -> io::Result<bool> {
+    pub(super) fn begins_within(&mut self, patience: Duration) -> io::Result<bool> {
         let stream = self.reader.get_ref();
         let timeout = stream.read_timeout()?;
         stream.set_read_timeout(Some(patience.max(Duration::from_millis(1))))?;
@@ -75,7 +84,7 @@ impl Exchange {
     ///
     /// # Errors
     /// The connection broke, or what came is no HTTP.
-    pub(crate) fn status(&mut self) -> io::Result<u16> {
+    pub(super) fn status(&mut self) -> io::Result<u16> {
         let line = self.line()?;
         let status = line.strip_prefix("HTTP/1.1 ").and_then(|rest| rest.get(..3)?.parse().ok());
         let status = status.ok_or_else(|| invalid(format!("status line `{line}`")))?;
@@ -97,7 +106,7 @@ impl Exchange {
     ///
     /// # Errors
     /// The body was cut before its end.
-    pub(crate) fn piece(&mut self) -> io::Result<Option<Vec<u8>>> {
+    pub(super) fn piece(&mut self) -> io::Result<Option<Vec<u8>>> {
         match self.framing {
             Framing::Ended => Ok(None),
             Framing::Length(length) => {
@@ -118,7 +127,7 @@ impl Exchange {
     ///
     /// # Errors
     /// The body was cut before its end.
-    pub(crate) fn rest(&mut self) -> io::Result<Vec<u8>> {
+    pub(super) fn rest(&mut self) -> io::Result<Vec<u8>> {
         let mut body = Vec::new();
         while let Some(piece) = self.piece()? {
             body.extend(piece);
@@ -127,7 +136,7 @@ impl Exchange {
     }
 
     /// Closes both directions at once, whatever is still under way.
-    pub(crate) fn hang_up(self) {
+    pub(super) fn hang_up(self) {
         // The other side may have closed first; either way the connection is gone.
         let _ignored = self.reader.get_ref().shutdown(Shutdown::Both);
     }
@@ -159,14 +168,28 @@ impl Exchange {
     }
 }
 
-/// A whole answer to a GET: status and body.
+/// A whole answer: status and body.
 ///
 /// # Errors
 /// The connection broke.
-pub(crate) fn get(server: SocketAddr, path: &str) -> io::Result<(u16, String)> {
-    let mut exchange = Exchange::send(server, "GET", path, b"", Duration::from_secs(30))?;
+pub(super) fn ask(
+    target: Target<'_>,
+    method: &str,
+    path: &str,
+    body: &[u8],
+    timeout: Duration,
+) -> io::Result<(u16, String)> {
+    let mut exchange = Exchange::send(target, method, path, body, timeout)?;
     let status = exchange.status()?;
     Ok((status, String::from_utf8_lossy(&exchange.rest()?).into_owned()))
+}
+
+/// [`ask`] without a body.
+///
+/// # Errors
+/// The connection broke.
+pub(super) fn get(target: Target<'_>, path: &str) -> io::Result<(u16, String)> {
+    ask(target, "GET", path, b"", Duration::from_secs(30))
 }
 
 fn is_timeout(error: &io::Error) -> bool {
@@ -184,7 +207,7 @@ mod tests {
     use super::*;
 
     /// Answers one request with `reply` and closes.
-    fn answer(reply: &'static str) -> SocketAddr {
+    fn answer(reply: &'static str) -> Target<'static> {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
         thread::Builder::new()
@@ -196,7 +219,7 @@ mod tests {
                 stream.write_all(reply.as_bytes()).unwrap();
             })
             .unwrap();
-        address
+        Target { address, key: "" }
     }
 
     #[test]
