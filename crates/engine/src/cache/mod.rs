@@ -198,7 +198,7 @@ impl KvCache {
         if self.find(namespace, tokens).len() == n_pages {
             return Ok(Placed::Known);
         }
-        let wanted = Wanted { n_pages, tokens, namespace: Some(namespace) };
+        let wanted = Wanted { n_pages, tokens, namespace: Some(namespace), own: false };
         let Some(Admitted { pages, n_cached, .. }) = self.admit(&wanted)? else {
             return Ok(Placed::NoRoom);
         };
