@@ -38,10 +38,12 @@ mod plan;
 mod preflight;
 mod queue;
 mod request;
+mod roll_back;
 mod rotation;
 mod sampler;
 mod scheduler;
 mod sequence;
+mod spans;
 mod warm_up;
 mod worker;
 
@@ -59,7 +61,7 @@ pub use load::{
     CheckedGenerator, Identity, LoadOptions, Loaded, check_generator, load_admitted,
     load_generator, prepare_generator,
 };
-pub use loops::LoopGuard;
+pub use loops::{LoopGuard, OnLoop};
 pub use plan::{
     Admission, Change, DoesNotFit, Fit, FormatBytes, Free, Mebibytes, MemoryPlan, Need,
 };
@@ -72,6 +74,7 @@ pub use rotation::{
     DEFAULT_ROTATE_AT, DEFAULT_SINK, DEFAULT_WINDOW, MAX_HELD_TOKENS, MAX_ROTATED_TOKENS,
     RotatePolicy, Rotated, Rotation, RotationOptions,
 };
+pub use spans::Exempt;
 pub use warm_up::{
     BucketReport, Prompt, WarmUpError, WarmUpPlan, WarmUpReport, warm_up, warm_up_told,
 };

@@ -14,6 +14,7 @@
 
 mod deadlines;
 mod paging;
+mod roll_back;
 mod rotate;
 mod step;
 mod suspects;
@@ -162,6 +163,7 @@ impl<B: Backend> Worker<B> {
         self.admit();
         if !self.running.is_empty() || self.flight.is_some() {
             self.step();
+            self.roll_back_due();
             self.rotate_due();
             self.watch_fence();
             if self.n_steps.is_multiple_of(self.options.kv_audit_every) {

@@ -145,7 +145,7 @@ impl Generate for EngineGenerate<'_> {
         let mut first_token_ms = None;
         while let Some(event) = self.next(&generation)? {
             match event {
-                Event::Started { .. } | Event::Rotated(_) => {}
+                Event::Started { .. } | Event::Rotated(_) | Event::RolledBack { .. } => {}
                 Event::Token(token) => {
                     first_token_ms.get_or_insert_with(|| ms_since(submitted));
                     text.push_str(&token.text);
