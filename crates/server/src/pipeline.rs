@@ -96,7 +96,8 @@ impl<'a> EngineGenerate<'a> {
     #[must_use]
     pub fn for_call(self, call: &AskCall, entropy_baseline: Option<f32>) -> Self {
         let AskCall { tenant, priority, deadline, hung_up, loop_guard, .. } = call.clone();
-        let loop_guard = loop_guard.then_some(LoopGuard { entropy_baseline });
+        let loop_guard =
+            loop_guard.then_some(LoopGuard { entropy_baseline, ..LoopGuard::default() });
         Self { tenant, priority, deadline, hung_up, loop_guard, ..self }
     }
 

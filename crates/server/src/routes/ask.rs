@@ -104,7 +104,7 @@ fn call(
         priority: fields.priority(),
         deadline: None,
         hung_up: None,
-        loop_guard: fields.loop_guard(&state.limits),
+        loop_guard: fields.grounded_loop_guard(&state.limits)?,
     })
 }
 
@@ -430,6 +430,7 @@ fn whole(header: Header, answer: AskResponse) -> ChatResponse {
             exrail_finish_reason: told.exrail_finish_reason,
             logprobs: None,
             rotations: Vec::new(),
+            rolled_back_tokens: None,
         }],
         usage: answer.usage,
         system_fingerprint,

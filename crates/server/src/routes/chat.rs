@@ -7,7 +7,7 @@ use axum::{
     extract::State,
     response::{IntoResponse, Response},
 };
-use exrail_engine::{GenerateRequest, LoopGuard, ModelFingerprint, Sampling};
+use exrail_engine::{GenerateRequest, ModelFingerprint, Sampling};
 use exrail_text::PlacedPrompt;
 use exrail_wire::{
     AssistantMessage, ChatChoice, ChatChunk, ChatChunkChoice, ChatLogprobs, ChatRequest,
@@ -98,7 +98,7 @@ fn accept(
         tenant: caller.0.clone(),
         priority: fields.priority(),
         deadline: fields.deadline(received, &state.limits)?,
-        loop_guard: fields.loop_guard(&state.limits).then(LoopGuard::default),
+        loop_guard: fields.loop_guard(&state.limits, request.stream)?,
         rotation,
     };
     let generations = generation::submit(&services.engine, &generate, choices)?;
@@ -183,6 +183,7 @@ fn whole_answer(header: Header, choices: Vec<Choice>) -> ChatResponse {
             exrail_finish_reason: told.exrail_finish_reason,
             logprobs: logprobs.map(|list| chat_logprobs(list)),
             rotations: rotation::records(&choice.rotations),
+            rolled_back_tokens: choice.rolled_back,
             message: AssistantMessage { role: "assistant", content: choice.text, refusal: None },
         }
     });

@@ -8,7 +8,7 @@ use axum::{
     extract::State,
     response::{IntoResponse, Response},
 };
-use exrail_engine::{GenerateRequest, LoopGuard, Sampling};
+use exrail_engine::{GenerateRequest, Sampling};
 use exrail_text::Specials;
 use exrail_wire::{
     CompletionChoice, CompletionLogprobs, CompletionRequest, CompletionResponse, Prompt, Usage,
@@ -88,6 +88,7 @@ fn accept(
     let echo = echo.then(|| prompts.iter().map(|ids| engine.tokenizer().decode(ids)).collect());
     let stop = translate::stops(request.stop);
     let rotation = rotation::of_text(engine, request.rotation.as_ref())?;
+    let loop_guard = fields.loop_guard(&state.limits, request.stream)?;
     let mut generations = Vec::new();
     for prompt in prompts {
         let max_tokens =
@@ -103,7 +104,7 @@ fn accept(
             tenant: caller.0.clone(),
             priority: fields.priority(),
             deadline,
-            loop_guard: fields.loop_guard(&state.limits).then(LoopGuard::default),
+            loop_guard,
             rotation: rotation.clone(),
         };
         generations.extend(generation::submit(engine, &generate, per_prompt)?);
@@ -163,6 +164,7 @@ impl TextWording {
                 exrail_finish_reason: told.exrail_finish_reason,
                 logprobs: text_logprobs(&choice.logprobs),
                 rotations: rotation::records(&choice.rotations),
+                rolled_back_tokens: choice.rolled_back,
             }
         });
         self.response(wire.collect(), Some(self.usage(choices)))
@@ -221,6 +223,7 @@ fn piece(index: usize, text: &str, logprobs: &[LogprobAt]) -> CompletionChoice {
         exrail_finish_reason: None,
         logprobs,
         rotations: Vec::new(),
+        rolled_back_tokens: None,
     }
 }
 

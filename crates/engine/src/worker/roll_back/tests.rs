@@ -105,7 +105,9 @@ fn it_goes_on_from_before_the_loop_with_a_raised_penalty() {
         fresh.sampling.repetition_window = 256;
         let fresh = run(&mut self::bench(false), &fresh);
         assert_eq!(heard.ids[n_kept..], fresh.ids[..heard.ids.len() - n_kept]);
-        assert!(heard.text.ends_with(&fresh.text) || n_kept > 0);
+        if n_kept == 0 {
+            assert!(!heard.text.is_empty() && fresh.text.starts_with(&heard.text));
+        }
         let end = heard.end.as_ref().unwrap();
         assert_eq!(end.usage.completion_tokens, heard.ids.len());
         assert_eq!(end.usage.prompt_tokens, n_prompt as usize);
