@@ -76,6 +76,8 @@ pub struct Counters {
     pub prefix_evictions: u64,
     /// Contexts that were rotated (G-16).
     pub rotations: u64,
+    /// Answers that went back to before a loop.
+    pub roll_backs: u64,
     /// Time since the engine last finished a step or became busy. A turn without a step, such as one that
     /// looks for lost pages, is no progress.
     pub since_progress: Duration,
@@ -158,10 +160,11 @@ pub(crate) enum Total {
     PrefixMisses,
     PrefixEvictions,
     Rotations,
+    RollBacks,
 }
 
 impl Total {
-    const COUNT: usize = Total::Rotations as usize + 1;
+    const COUNT: usize = Total::RollBacks as usize + 1;
 }
 
 impl Gauges {
@@ -280,6 +283,7 @@ impl Gauges {
             prefix_misses: total(Total::PrefixMisses),
             prefix_evictions: total(Total::PrefixEvictions),
             rotations: total(Total::Rotations),
+            roll_backs: total(Total::RollBacks),
             since_progress: Duration::from_millis(self.now_ms().saturating_sub(last)),
         }
     }

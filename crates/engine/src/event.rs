@@ -11,7 +11,7 @@ use crate::rotation::Rotated;
 pub struct SequenceId(pub u64);
 
 /// One message about a sequence. The order is `Started`, `Token`* with a `Rotated` behind those that filled
-/// their place, `Tail`?, then exactly one of `Finished` and `Failed`; a sequence may fail or be cancelled before it started.
+/// their place and one `RolledBack` at most, `Tail`?, then exactly one of `Finished` and `Failed`; a sequence may fail or be cancelled before it started.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Event {
     /// The sequence left the queue and owns its pages.
@@ -26,6 +26,14 @@ pub enum Event {
     Token(TokenEvent),
     /// Part of prompt and answer left the context; the tokens that follow do not see it.
     Rotated(Rotated),
+    /// The answer went round in a circle, and goes on from before it ([`crate::OnLoop::RollBack`]): of what was
+    /// sent this much stays.
+    RolledBack {
+        /// Token events.
+        n_tokens: usize,
+        /// Bytes of text.
+        n_text: usize,
+    },
     /// Text that was held back as the possible start of a stop string, or an unfinished UTF-8
     /// character, released because the answer ended. Belongs after the last token's text.
     Tail(String),
@@ -187,7 +195,7 @@ impl std::fmt::Display for LatePhase {
 /// A running sequence seen from the caller. Dropping it cancels the sequence.
 ///
 /// The channel is unbounded so that a caller who does not read never slows other sequences; it
-/// holds at most 2 `max_tokens` + 3 small events, so its memory is bounded by the request.
+/// holds at most 3 `max_tokens` + 4 small events, so its memory is bounded by the request.
 #[derive(Debug)]
 pub struct Generation {
     /// Name for logs and traces.

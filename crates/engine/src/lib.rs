@@ -39,11 +39,13 @@ mod plan;
 mod preflight;
 mod queue;
 mod request;
+mod roll_back;
 mod rotation;
 mod sampler;
 mod scheduler;
 mod sequence;
 mod session;
+mod spans;
 mod warm_up;
 mod worker;
 
@@ -61,7 +63,7 @@ pub use load::{
     CheckedGenerator, Identity, LoadOptions, Loaded, check_generator, load_admitted,
     load_generator, prepare_generator,
 };
-pub use loops::LoopGuard;
+pub use loops::{LoopGuard, OnLoop};
 pub use plan::{
     Admission, Change, DoesNotFit, Fit, FormatBytes, Free, Mebibytes, MemoryPlan, Need,
 };
@@ -75,6 +77,7 @@ pub use rotation::{
     RotatePolicy, Rotated, Rotation, RotationOptions,
 };
 pub use session::{Listed, SessionError, SessionName, SessionOwner, SessionSize, SessionStore};
+pub use spans::Exempt;
 pub use warm_up::{
     BucketReport, Prompt, WarmUpError, WarmUpPlan, WarmUpReport, warm_up, warm_up_told,
 };

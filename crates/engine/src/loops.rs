@@ -10,7 +10,9 @@
 //!
 //! Exact means exact: a list whose lines are numbered, a table with other cells, code with other names has
 //! no period. What is exactly the same a thousand tokens long is a loop, or was asked for; who asks for that
-//! turns the monitor off.
+//! turns the monitor off, or exempts code blocks and tables, whose tokens are then passed over.
+//!
+//! What follows is the request's choice, see [`OnLoop`]; `roll_back.rs` says how an answer goes back.
 //!
 //! # Cost
 //! A token is appended to a buffer that is cut once in a thousand tokens. Each [`CHECK_EVERY`] tokens the
@@ -18,6 +20,8 @@
 //! two. The 4-grams are counted as they enter and leave, and only where there is an entropy to go with them.
 
 use std::collections::BTreeMap;
+
+use crate::spans::{Exempt, Spans};
 
 /// Tokens that must repeat themselves.
 pub(crate) const PERIOD_WINDOW: usize = 1000;
@@ -38,9 +42,31 @@ const EWMA_TOKENS: u8 = 64;
 /// Whether and how an answer is watched for going round in a circle (G-19).
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct LoopGuard {
-    /// Mean entropy in nats of the answers that the route usually gives. With it, and where the request asks
-    /// for the entropy, a collapse is a loop, too.
+    /// Mean entropy in nats of the answers that the route usually gives. With it a collapse is a loop, too;
+    /// every logit is needed then.
     pub entropy_baseline: Option<f32>,
+    /// What happens to an answer that does.
+    pub on_loop: OnLoop,
+    /// What is not judged.
+    pub exempt: Exempt,
+}
+
+/// What happens to an answer that goes round in a circle.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum OnLoop {
+    /// It ends as [`crate::Finish::Degenerate`].
+    #[default]
+    End,
+    /// Once it goes back to before the loop and on from there with a raised repetition penalty; what it said
+    /// since is taken back. The second time it ends.
+    RollBack,
+}
+
+/// A loop that was found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Loop {
+    /// Tokens of the answer that it takes up at least, exempt ones left out.
+    pub(crate) n_tokens: usize,
 }
 
 /// The monitor's state.
@@ -50,6 +76,7 @@ pub(crate) struct LoopMonitor {
     recent: Vec<u32>,
     n_tokens: usize,
     collapse: Option<Collapse>,
+    spans: Spans,
 }
 
 /// What a collapse is told by.
@@ -68,12 +95,21 @@ impl LoopMonitor {
             entropy: None,
             grams: BTreeMap::new(),
         });
-        LoopMonitor { recent: Vec::new(), n_tokens: 0, collapse }
+        let spans = Spans::new(guard.exempt);
+        LoopMonitor { recent: Vec::new(), n_tokens: 0, collapse, spans }
     }
 
-    /// Takes the next token of the answer, and the entropy of the distribution that it comes from; says
-    /// whether the answer goes round in a circle by now.
-    pub(crate) fn note(&mut self, id: u32, entropy: Option<f32>) -> bool {
+    /// Whether it wants the entropy of each distribution.
+    pub(crate) fn wants_entropy(&self) -> bool {
+        self.collapse.is_some()
+    }
+
+    /// Takes the next token of the answer with what it shows, and the entropy of the distribution that it comes
+    /// from; says whether the answer goes round in a circle by now.
+    pub(crate) fn note(&mut self, id: u32, bytes: &[u8], entropy: Option<f32>) -> Option<Loop> {
+        if self.spans.exempts(bytes) {
+            return None;
+        }
         if self.recent.len() == 2 * PERIOD_WINDOW {
             self.recent.drain(..PERIOD_WINDOW);
         }
@@ -83,7 +119,11 @@ impl LoopMonitor {
             (Some(collapse), Some(entropy)) => collapse.note(&self.recent, self.n_tokens, entropy),
             (Some(_), None) | (None, _) => false,
         };
-        has_collapsed || (self.n_tokens.is_multiple_of(CHECK_EVERY) && self.has_period())
+        if has_collapsed {
+            return Some(Loop { n_tokens: REP4_WINDOW + usize::from(EWMA_TOKENS) });
+        }
+        let has_period = self.n_tokens.is_multiple_of(CHECK_EVERY) && self.has_period();
+        has_period.then_some(Loop { n_tokens: PERIOD_WINDOW })
     }
 
     fn has_period(&self) -> bool {
@@ -130,7 +170,7 @@ mod tests {
     /// The token at which a monitor without a baseline speaks up.
     fn caught_at(tokens: impl IntoIterator<Item = u32>) -> Option<usize> {
         let mut monitor = LoopMonitor::new(LoopGuard::default());
-        tokens.into_iter().position(|id| monitor.note(id, None))
+        tokens.into_iter().position(|id| monitor.note(id, b"x", None).is_some())
     }
 
     /// Ordinary tokens that do not repeat themselves.
@@ -171,12 +211,12 @@ mod tests {
     #[test]
     fn a_collapse_needs_repetition_and_an_entropy_far_below_the_baseline() {
         let caught = |entropy: f32, period: u32| {
-            let guard = LoopGuard { entropy_baseline: Some(2.0) };
+            let guard = LoopGuard { entropy_baseline: Some(2.0), ..LoopGuard::default() };
             let mut monitor = LoopMonitor::new(guard);
             // It begins as usual.
-            assert!(!noise(100).any(|id| monitor.note(id, Some(2.0))));
+            assert!(!noise(100).any(|id| monitor.note(id, b"x", Some(2.0)).is_some()));
             let repeated = (0..600_u32).map(|i| i % period + 1_000_000 * (i % 15 / 14) * i);
-            repeated.take(600).position(|id| monitor.note(id, Some(entropy)))
+            repeated.take(600).position(|id| monitor.note(id, b"x", Some(entropy)).is_some())
         };
         // Not exact, since every fifteenth token is new: only the collapse catches it.
         let at = caught(0.1, 20).expect("a collapse");
@@ -187,10 +227,11 @@ mod tests {
 
     #[test]
     fn the_counted_four_grams_are_those_of_the_window() {
-        let mut monitor = LoopMonitor::new(LoopGuard { entropy_baseline: Some(1.0) });
+        let guard = LoopGuard { entropy_baseline: Some(1.0), ..LoopGuard::default() };
+        let mut monitor = LoopMonitor::new(guard);
         let tokens: Vec<u32> = noise(3000).map(|id| id % 5).collect();
         for (at, &id) in tokens.iter().enumerate() {
-            monitor.note(id, Some(9.0));
+            monitor.note(id, b"x", Some(9.0));
             let window = &tokens[(at + 1).saturating_sub(REP4_WINDOW)..=at];
             let mut grams: Vec<&[u32]> = window.windows(GRAM).collect();
             let n_grams = grams.len();

@@ -4,7 +4,7 @@
 //! prose, is left at the byte that shows it, and the next `{` or `[` begins anew.
 
 /// A reader of one text.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(crate) struct OpenJson {
     /// What is open, outermost first.
     open: Vec<Container>,

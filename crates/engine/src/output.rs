@@ -4,7 +4,7 @@
 use exrail_text::{Detokenizer, StopMatcher};
 
 /// Streams one answer.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct AnswerText {
     detokenizer: Detokenizer,
     stops: StopMatcher,

@@ -88,7 +88,8 @@ impl GenerateRequest {
 
     /// Whether its tokens, drawn from the logits as they are, are all that it needs of them.
     pub(crate) fn needs_only_tokens(&self) -> bool {
-        !self.sampling.adjusts() && self.logprobs.is_none() && !self.entropy
+        let is_watched = self.loop_guard.is_some_and(|guard| guard.entropy_baseline.is_some());
+        !self.sampling.adjusts() && self.logprobs.is_none() && !self.entropy && !is_watched
     }
 
     /// Refuses options that cannot be honoured; lengths are checked by the engine.

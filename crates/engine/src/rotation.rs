@@ -379,6 +379,20 @@ impl Rotating {
         self.plan.is_in_place()
     }
 
+    /// What of JSON is open.
+    pub(crate) fn json(&self) -> OpenJson {
+        self.json.clone()
+    }
+
+    /// Forgets the last `n` tokens, none of which was there at the last rotation.
+    pub(crate) fn go_back(&mut self, n: usize, json: OpenJson) {
+        if let Some(last) = self.context.last_mut() {
+            last.end -= n;
+        }
+        self.history.truncate(self.history.len().saturating_sub(n));
+        self.json = json;
+    }
+
     /// Whether a context of so many tokens may not become longer.
     pub(crate) fn is_full(&self, n_tokens: usize) -> bool {
         n_tokens >= self.plan.rotate_at

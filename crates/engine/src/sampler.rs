@@ -7,6 +7,11 @@ use exrail_kernels::{Draw, DrawScratch};
 use crate::philox::numerator;
 use crate::request::Sampling;
 
+/// What a repetition penalty is raised by behind a loop: that of Keskar et al. 2019, section 4.1.
+const RAISED_PENALTY: f32 = 1.2;
+/// Tokens that it looks at then, at least: those whose 4-grams the loop monitor counts.
+const RAISED_WINDOW: usize = 256;
+
 /// Buffers that all sequences of an engine share; they grow to the vocabulary once.
 #[derive(Debug, Default)]
 pub(crate) struct SamplerScratch {
@@ -15,7 +20,7 @@ pub(crate) struct SamplerScratch {
 }
 
 /// The sampling state of one sequence: its options and what its answer holds so far.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Sampler {
     sampling: Sampling,
     /// Occurrences in the answer, for presence and frequency penalties.
@@ -72,6 +77,15 @@ impl Sampler {
     pub(crate) fn note(&mut self, id: u32) {
         self.step += 1;
         *self.counts.entry(id).or_default() += 1;
+    }
+
+    /// Goes back to the counts of an earlier state, with a repetition penalty that is raised. Random numbers go
+    /// on, or else the same draws would lead to the same loop.
+    pub(crate) fn go_back(&mut self, to: Sampler) {
+        self.counts = to.counts;
+        let sampling = &mut self.sampling;
+        sampling.repetition_penalty = (sampling.repetition_penalty * RAISED_PENALTY).min(10.0);
+        sampling.repetition_window = sampling.repetition_window.max(RAISED_WINDOW);
     }
 
     fn adjust(&self, logits: &mut [f32], tokens: &[u32]) {

@@ -19,10 +19,11 @@ use crate::event::{
     Alternative, Event, Finish, Finished, LatePhase, SequenceFault, SequenceId, Timings,
     TokenEvent, TokenLogprob, Usage,
 };
-use crate::loops::LoopMonitor;
+use crate::loops::{LoopGuard, LoopMonitor, OnLoop};
 use crate::output::AnswerText;
 use crate::queue::Queued;
 use crate::request::{GenerateRequest, Priority};
+use crate::roll_back::{Checkpoint, RollBack};
 use crate::rotation::{Due, Kept, Rotating, RotationPlan};
 use crate::sampler::{Sampler, SamplerScratch};
 use crate::scheduler::{Demand, LogitRows};
@@ -287,7 +288,12 @@ struct Generating {
     /// Of all sampled positions, if asked for.
     entropy_sum: Option<f64>,
     needs_only_tokens: bool,
+    /// Bytes of text sent.
+    n_text: usize,
+    loop_guard: LoopGuard,
     loops: Option<LoopMonitor>,
+    /// `None`: a loop ends the answer.
+    roll_back: Option<Box<RollBack>>,
     /// `None`: it fits as it is.
     rotation: Option<Box<Rotating>>,
 }
@@ -315,7 +321,7 @@ impl Running {
             Job::Generate { request, rotation, events } => {
                 let needs_only_tokens = request.needs_only_tokens();
                 let n_prompt = request.prompt.len();
-                let generating = Generating {
+                let mut generating = Generating {
                     needs_only_tokens,
                     prompt_tokens: n_prompt,
                     max_tokens: request.max_tokens,
@@ -332,9 +338,18 @@ impl Running {
                     n_sampled: 0,
                     n_completion: 0,
                     entropy_sum: request.entropy.then_some(0.0),
+                    n_text: 0,
+                    loop_guard: request.loop_guard.unwrap_or_default(),
                     loops: request.loop_guard.map(LoopMonitor::new),
+                    roll_back: request
+                        .loop_guard
+                        .filter(|guard| guard.on_loop == OnLoop::RollBack)
+                        .map(|_| Box::default()),
                     rotation: rotation.map(|plan| Box::new(Rotating::new(plan, n_prompt))),
                 };
+                if generating.roll_back.is_some() {
+                    generating.remember(n_prompt);
+                }
                 (request.prompt, Purpose::Generate(Box::new(generating)))
             }
         };
@@ -527,10 +542,39 @@ impl Running {
         let Purpose::Generate(generating) = &mut self.purpose else { return Vec::new() };
         let Some(rotation) = &mut generating.rotation else { return Vec::new() };
         let Kept { rotated, positions } = rotation.rotate(&mut self.tokens);
+        if let Some(roll_back) = &mut generating.roll_back {
+            roll_back.forget();
+        }
         drop(generating.events.send(Event::Rotated(rotated)));
         // What is read again is nobody's prompt.
         self.prompt_tokens = 0;
         positions
+    }
+
+    /// Whether it goes round in a circle and is to go back.
+    pub(crate) fn roll_back_due(&self) -> bool {
+        match &self.purpose {
+            Purpose::Generate(generating) => {
+                generating.roll_back.as_deref().is_some_and(RollBack::is_due)
+            }
+            Purpose::Score { .. } => false,
+        }
+    }
+
+    /// Takes back what it said since it was as it is to be again, and is to be computed anew from there.
+    pub(crate) fn roll_back(&mut self) {
+        let Purpose::Generate(generating) = &mut self.purpose else { return };
+        // Once: the next loop ends it.
+        let Some(place) = generating.roll_back.take().and_then(|mut one| one.take()) else {
+            return;
+        };
+        let n_back = self.tokens.len() - place.n_tokens;
+        self.tokens.truncate(place.n_tokens);
+        generating.go_back(place, n_back);
+        self.fed = 0;
+        self.n_shared = 0;
+        // What is read again is nobody's prompt.
+        self.prompt_tokens = 0;
     }
 
     /// Drops tokens, and is to be computed anew from what is left.
@@ -628,7 +672,8 @@ impl Generating {
             }
         };
         let tokens = self.rotation.as_deref().map_or(tokens, |rotation| rotation.history(tokens));
-        if self.top_logprobs.is_none() && self.entropy_sum.is_none() {
+        let is_watched = self.loops.as_ref().is_some_and(LoopMonitor::wants_entropy);
+        if self.top_logprobs.is_none() && self.entropy_sum.is_none() && !is_watched {
             let id = self.sampler.sample(logits, tokens, shared.scratch)?;
             return Some((id, None, None));
         }
@@ -636,8 +681,7 @@ impl Generating {
         let id = self.sampler.sample(logits, tokens, shared.scratch)?;
         let logprob =
             self.top_logprobs.map(|n| describe(shared.tokenizer, &summary, logits, id, n));
-        let entropy = self.entropy_sum.map(|_| summary.entropy);
-        Some((id, logprob, entropy))
+        Some((id, logprob, Some(summary.entropy)))
     }
 
     fn accept(
@@ -667,7 +711,9 @@ impl Generating {
             rotation.push(id, bytes);
         }
         let piece = self.answer.push(bytes);
-        let event = TokenEvent { id, text: piece.text, logprob, entropy };
+        self.n_text += piece.text.len();
+        let told = entropy.filter(|_| self.entropy_sum.is_some());
+        let event = TokenEvent { id, text: piece.text, logprob, entropy: told };
         self.n_completion += 1;
         if self.events.send(Event::Token(event)).is_err() {
             return Some(Ending::Gone);
@@ -679,8 +725,62 @@ impl Generating {
         if self.n_completion == self.max_tokens {
             return Some(Ending::finish(Finish::Length));
         }
-        let is_loop = self.loops.as_mut().is_some_and(|loops| loops.note(id, entropy));
-        is_loop.then(|| Ending::finish(Finish::Degenerate))
+        self.watch(id, bytes, entropy, tokens.len())
+    }
+
+    /// Looks for a loop behind a token, with so many tokens of the context; `Some` when the answer ends with it.
+    fn watch(
+        &mut self,
+        id: u32,
+        bytes: &[u8],
+        entropy: Option<f32>,
+        n_tokens: usize,
+    ) -> Option<Ending> {
+        let found = self.loops.as_mut().and_then(|loops| loops.note(id, bytes, entropy));
+        let Some(roll_back) = &mut self.roll_back else {
+            return found.map(|_| Ending::finish(Finish::Degenerate));
+        };
+        if let Some(found) = found {
+            let goes_back = roll_back.decide(found, self.n_completion);
+            return (!goes_back).then(|| Ending::finish(Finish::Degenerate));
+        }
+        if RollBack::wants(self.n_completion) {
+            self.remember(n_tokens);
+        }
+        None
+    }
+
+    /// Remembers the answer as it is, where it may go back; with so many tokens of the context.
+    fn remember(&mut self, n_tokens: usize) {
+        let place = Checkpoint {
+            n_tokens,
+            n_completion: self.n_completion,
+            n_sampled: self.n_sampled,
+            n_text: self.n_text,
+            entropy_sum: self.entropy_sum,
+            sampler: self.sampler.clone(),
+            answer: self.answer.clone(),
+            json: self.rotation.as_deref().map(Rotating::json),
+        };
+        if let Some(roll_back) = &mut self.roll_back {
+            roll_back.remember(place);
+        }
+    }
+
+    /// Is as it was, but for the sampler's penalty, and tells the caller. `n_back` tokens are gone.
+    fn go_back(&mut self, place: Checkpoint, n_back: usize) {
+        let Checkpoint {
+            n_completion, n_sampled, n_text, entropy_sum, sampler, answer, json, ..
+        } = place;
+        (self.n_completion, self.n_sampled, self.n_text) = (n_completion, n_sampled, n_text);
+        (self.entropy_sum, self.answer) = (entropy_sum, answer);
+        self.sampler.go_back(sampler);
+        self.needs_only_tokens = false;
+        if let (Some(rotation), Some(json)) = (&mut self.rotation, json) {
+            rotation.go_back(n_back, json);
+        }
+        self.loops = Some(LoopMonitor::new(self.loop_guard));
+        drop(self.events.send(Event::RolledBack { n_tokens: n_completion, n_text }));
     }
 
     /// A send fails only when the caller is gone; then nobody needs the event.

@@ -359,7 +359,10 @@ impl Runs<'_> {
         let mut ids = Vec::new();
         loop {
             match generation.events.recv().map_err(|_| SequenceFault::Stopped)? {
-                Event::Started { .. } | Event::Rotated(_) | Event::Tail(_) => {}
+                Event::Started { .. }
+                | Event::Rotated(_)
+                | Event::RolledBack { .. }
+                | Event::Tail(_) => {}
                 Event::Token(token) => {
                     ids.push(token.id);
                     self.n_done += 1;

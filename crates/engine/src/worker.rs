@@ -14,6 +14,7 @@
 
 mod deadlines;
 mod paging;
+mod roll_back;
 mod rotate;
 mod sessions;
 mod step;
@@ -173,6 +174,7 @@ impl<B: Backend> Worker<B> {
         self.admit();
         if !self.running.is_empty() || self.flight.is_some() {
             self.step();
+            self.roll_back_due();
             self.rotate_due();
             if self.options.guards {
                 self.watch_fence();

@@ -53,7 +53,7 @@ fn answer(engine: &EngineHandle) -> (Vec<u32>, Vec<u32>, String) {
             }
             Event::Tail(tail) => text.push_str(&tail),
             Event::Finished(_) => return (ids, answered, text),
-            Event::Started { .. } | Event::Rotated(_) => {}
+            Event::Started { .. } | Event::Rotated(_) | Event::RolledBack { .. } => {}
             Event::Failed(fault) => panic!("{fault:?}"),
         }
     }

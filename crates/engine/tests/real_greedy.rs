@@ -51,7 +51,7 @@ fn run(engine: &EngineHandle, request: GenerateRequest) -> (Vec<u32>, String, Fi
     let (mut ids, mut text) = (Vec::new(), String::new());
     loop {
         match generation.events.recv().expect("an answer ends with an event") {
-            Event::Started { .. } | Event::Rotated(_) => {}
+            Event::Started { .. } | Event::Rotated(_) | Event::RolledBack { .. } => {}
             Event::Token(token) => {
                 ids.push(token.id);
                 text.push_str(&token.text);

@@ -18,6 +18,8 @@ pub(crate) struct Choice {
     pub(crate) logprobs: Vec<LogprobAt>,
     pub(crate) ids: Vec<u32>,
     pub(crate) rotations: Vec<RotatedAt>,
+    /// Tokens that the loop guard took back.
+    pub(crate) rolled_back: Option<usize>,
     pub(crate) finished: Option<Finished>,
 }
 
@@ -97,6 +99,12 @@ impl Choice {
                     self.logprobs.push(LogprobAt { logprob, text_offset });
                 }
                 self.text.push_str(&token.text);
+            }
+            Event::RolledBack { n_tokens, n_text } => {
+                self.rolled_back = Some(self.n_tokens - n_tokens);
+                self.n_tokens = n_tokens;
+                self.text.truncate(n_text);
+                self.logprobs.truncate(n_tokens);
             }
             Event::Tail(text) => self.text.push_str(&text),
             Event::Finished(finished) => self.finished = Some(finished),

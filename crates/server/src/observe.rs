@@ -260,6 +260,8 @@ fn cache_lines(
         counters.kv_restarts,
     );
     metric("rotations_total", "counter", "Contexts that were rotated.", counters.rotations);
+    let help = "Answers that went back to before a loop.";
+    metric("roll_backs_total", "counter", help, counters.roll_backs);
     metric(
         "prefix_cache_hits_total",
         "counter",

@@ -99,7 +99,8 @@ impl<'a> EngineGenerate<'a> {
     pub fn for_call(self, call: &AskCall, entropy_baseline: Option<f32>) -> Self {
         let AskCall { tenant, priority, deadline, hung_up, loop_guard, prefix_cache, .. } =
             call.clone();
-        let loop_guard = loop_guard.then_some(LoopGuard { entropy_baseline });
+        let loop_guard =
+            loop_guard.then_some(LoopGuard { entropy_baseline, ..LoopGuard::default() });
         Self { tenant, priority, deadline, hung_up, loop_guard, prefix_cache, ..self }
     }
 
@@ -149,7 +150,7 @@ impl Generate for EngineGenerate<'_> {
         let mut first_token_ms = None;
         while let Some(event) = self.next(&generation)? {
             match event {
-                Event::Started { .. } | Event::Rotated(_) => {}
+                Event::Started { .. } | Event::Rotated(_) | Event::RolledBack { .. } => {}
                 Event::Token(token) => {
                     first_token_ms.get_or_insert_with(|| ms_since(submitted));
                     text.push_str(&token.text);

@@ -126,7 +126,10 @@ fn generate(
     let generation = engine.submit(request).map_err(|error| failed(&error))?;
     for event in &generation.events {
         match event {
-            Event::Started { .. } | Event::Rotated(_) | Event::Tail(_) => {}
+            Event::Started { .. }
+            | Event::Rotated(_)
+            | Event::RolledBack { .. }
+            | Event::Tail(_) => {}
             Event::Token(token) => {
                 ids.push(token.id);
                 told();

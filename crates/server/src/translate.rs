@@ -2,13 +2,14 @@
 
 use std::time::{Duration, Instant};
 
-use exrail_engine::{EngineHandle, GenerateRequest, Priority, Sampling};
+use exrail_engine::{EngineHandle, Exempt, GenerateRequest, LoopGuard, OnLoop, Priority, Sampling};
 use exrail_text::{
     ChatMessage, PlacedPrompt, Prompt, PromptError, RenderOptions, Tokenizer, encode_messages,
     encode_prompt, lint_prompt,
 };
 use exrail_wire::{
-    Content, ContentPart, ExtraFields, PriorityName, RequestMessage, SamplingFields, Stop, Unknown,
+    Content, ContentPart, ExemptName, ExtraFields, LoopGuardField, OnLoopName, PriorityName,
+    RequestMessage, SamplingFields, Stop, Unknown,
 };
 
 use crate::{Limits, auth::Caller, error::ApiError, extract::refuse_unknown, ids, swap::Asking};
@@ -37,9 +38,41 @@ impl Fields {
         }
     }
 
-    /// How the answer is watched for going round in a circle.
-    pub(crate) fn loop_guard(&self, limits: &Limits) -> bool {
-        self.extra.loop_guard.unwrap_or(limits.loop_guard)
+    /// How the answer is watched for going round in a circle; `streams` says whether it is sent as it grows.
+    pub(crate) fn loop_guard(
+        &self,
+        limits: &Limits,
+        streams: Option<bool>,
+    ) -> Result<Option<LoopGuard>, ApiError> {
+        let fields = match &self.extra.loop_guard {
+            None => return Ok(limits.loop_guard.then(LoopGuard::default)),
+            Some(LoopGuardField::Switch(is_on)) => return Ok(is_on.then(LoopGuard::default)),
+            Some(LoopGuardField::Options(fields)) => fields,
+        };
+        let on_loop = match fields.on_loop {
+            Some(OnLoopName::RollBack) if streams == Some(true) => {
+                return Err(bad_loop_guard("a stream takes nothing back; expected on_loop stop"));
+            }
+            Some(OnLoopName::RollBack) => OnLoop::RollBack,
+            Some(OnLoopName::Stop) | None => OnLoop::End,
+        };
+        let exempt = Exempt {
+            code: fields.exempt.contains(&ExemptName::Code),
+            tables: fields.exempt.contains(&ExemptName::Tables),
+        };
+        Ok(Some(LoopGuard { entropy_baseline: fields.entropy_baseline, on_loop, exempt }))
+    }
+
+    /// Whether a grounded answer is watched. Its route has a baseline of its own, and its text is held to its
+    /// citations, so that nothing of it is exempt or said twice.
+    pub(crate) fn grounded_loop_guard(&self, limits: &Limits) -> Result<bool, ApiError> {
+        match &self.extra.loop_guard {
+            None => Ok(limits.loop_guard),
+            Some(LoopGuardField::Switch(is_on)) => Ok(*is_on),
+            Some(LoopGuardField::Options(_)) => {
+                Err(bad_loop_guard("of a grounded answer: expected true or false, found options"))
+            }
+        }
     }
 
     /// Whether cached prefixes are read and left.
@@ -75,6 +108,10 @@ impl Fields {
 pub(crate) struct Arrival {
     pub(crate) received: Instant,
     pub(crate) asking: Asking,
+}
+
+fn bad_loop_guard(problem: &str) -> ApiError {
+    ApiError::BadField { field: "loop_guard".into(), problem: problem.into() }
 }
 
 /// A day: longer than any answer, and far from where clocks overflow.

@@ -139,6 +139,9 @@ pub struct ChatChoice {
     /// What was dropped on the way; absent when nothing was.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub rotations: Vec<RotationRecord>,
+    /// Tokens that the loop guard took back before it went on; absent when it took none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rolled_back_tokens: Option<usize>,
 }
 
 /// The answer's message.

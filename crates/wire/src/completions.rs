@@ -94,6 +94,9 @@ pub struct CompletionChoice {
     /// What was dropped: all of it in a whole answer, of a stream in an event of its own.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub rotations: Vec<RotationRecord>,
+    /// Tokens that the loop guard took back before it went on; absent when it took none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rolled_back_tokens: Option<usize>,
 }
 
 /// Log-probabilities in the form of the text completions API.

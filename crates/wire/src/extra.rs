@@ -1,6 +1,7 @@
 //! Fields of chat, completion and ask requests that OpenAI's API has not.
 
 use serde::Deserialize;
+use serde_json::Value;
 
 use crate::{FieldError, Unknown, sampling::field};
 
@@ -17,16 +18,74 @@ pub enum PriorityName {
 }
 
 /// How a request is scheduled and watched; absent fields take the server's defaults.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct ExtraFields {
     /// Before which of the same key's requests.
     pub priority: Option<PriorityName>,
     /// Milliseconds after its arrival in which the whole answer must be there.
     pub deadline_ms: Option<u64>,
-    /// Whether the answer ends when it goes round in a circle.
-    pub loop_guard: Option<bool>,
+    /// Whether and how the answer is watched for going round in a circle.
+    pub loop_guard: Option<LoopGuardField>,
     /// Whether cached prefixes are read, and this request's left for others.
     pub prefix_cache: Option<bool>,
+}
+
+/// A switch, or options, which switch it on.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(try_from = "Value")]
+pub enum LoopGuardField {
+    /// On or off, with the default options.
+    Switch(bool),
+    /// On, with these.
+    Options(LoopGuardFields),
+}
+
+/// How an answer is watched for going round in a circle.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LoopGuardFields {
+    /// What happens to one that does; the default is to end it.
+    pub on_loop: Option<OnLoopName>,
+    /// Mean entropy in nats of such answers when all is well: with it a collapse of the entropy is a loop, too.
+    pub entropy_baseline: Option<f32>,
+    /// Spans that may repeat themselves.
+    #[serde(default)]
+    pub exempt: Vec<ExemptName>,
+}
+
+/// What happens to an answer that goes round in a circle.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OnLoopName {
+    /// It ends.
+    Stop,
+    /// Once it goes back to before the loop, with a raised repetition penalty.
+    RollBack,
+}
+
+/// Spans that may repeat themselves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ExemptName {
+    /// Blocks of code.
+    Code,
+    /// Lines of tables.
+    Tables,
+}
+
+impl TryFrom<Value> for LoopGuardField {
+    type Error = String;
+
+    fn try_from(value: Value) -> Result<Self, String> {
+        if let Value::Bool(is_on) = value {
+            return Ok(LoopGuardField::Switch(is_on));
+        }
+        if !value.is_object() {
+            return Err(format!("expected true, false or an object, found {value}"));
+        }
+        let options = serde_json::from_value(value).map_err(|error| error.to_string())?;
+        Ok(LoopGuardField::Options(options))
+    }
 }
 
 impl ExtraFields {

@@ -31,7 +31,9 @@ pub use embeddings::{
     Embedding, EmbeddingInput, EmbeddingRequest, EmbeddingResponse, EmbeddingUsage,
 };
 pub use error::{ErrorBody, ErrorDetail};
-pub use extra::{ExtraFields, PriorityName};
+pub use extra::{
+    ExemptName, ExtraFields, LoopGuardField, LoopGuardFields, OnLoopName, PriorityName,
+};
 pub use models::{ModelCard, ModelList};
 pub use rotation::{RotationFields, RotationRecord};
 pub use sampling::{FieldError, SamplingFields, Stop, Usage, UsageDetails};

@@ -169,7 +169,7 @@ fn stream(
     let mut answer = String::new();
     for event in &generation.events {
         let text = match event {
-            Event::Started { .. } | Event::Rotated(_) => continue,
+            Event::Started { .. } | Event::Rotated(_) | Event::RolledBack { .. } => continue,
             Event::Token(token) => token.text,
             Event::Tail(text) => text,
             Event::Finished(finished) => {

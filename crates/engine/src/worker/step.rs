@@ -337,7 +337,7 @@ mod tests {
         let mut answer = Answer::default();
         for event in events.drain() {
             match event {
-                Event::Started { .. } | Event::Rotated(_) => {}
+                Event::Started { .. } | Event::Rotated(_) | Event::RolledBack { .. } => {}
                 Event::Token(token) => {
                     answer.ids.push(token.id);
                     answer.text.push_str(&token.text);

@@ -105,6 +105,7 @@ mod tests {
             Event::Token(token) => Some(token.id),
             Event::Started { .. }
             | Event::Rotated(_)
+            | Event::RolledBack { .. }
             | Event::Tail(_)
             | Event::Finished(_)
             | Event::Failed(_) => None,

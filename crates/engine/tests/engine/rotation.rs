@@ -39,7 +39,7 @@ fn said(
     let generation = engine.submit(request.clone()).unwrap();
     for event in &generation.events {
         match event {
-            Event::Started { .. } | Event::Tail(_) => {}
+            Event::Started { .. } | Event::RolledBack { .. } | Event::Tail(_) => {}
             Event::Token(token) => tokens.push(token),
             Event::Rotated(rotated) => rotations.push((tokens.len(), rotated)),
             Event::Finished(finished) => assert_eq!(finished.finish, Finish::Length),

@@ -115,7 +115,7 @@ fn an_answer_that_goes_round_in_a_circle_ends_by_name() {
 fn a_collapse_is_told_by_the_entropy_where_a_route_has_a_baseline() {
     let engine = start(options());
     let measured = |entropy_baseline| {
-        let guard = Some(LoopGuard { entropy_baseline });
+        let guard = Some(LoopGuard { entropy_baseline, ..LoopGuard::default() });
         generate(&engine, GenerateRequest { entropy: true, ..stuck(guard) })
     };
     let exact = measured(None);

@@ -142,7 +142,7 @@ pub(crate) fn collect(generation: &Generation) -> Answer {
     let mut answer = Answer::default();
     while let Ok(event) = generation.events.recv_timeout(Duration::from_secs(60)) {
         match event {
-            Event::Started { .. } | Event::Rotated(_) => {}
+            Event::Started { .. } | Event::Rotated(_) | Event::RolledBack { .. } => {}
             Event::Token(token) => answer.tokens.push(token),
             Event::Tail(tail) => answer.tail = tail,
             Event::Finished(finished) => answer.end = Some(Ok(finished)),

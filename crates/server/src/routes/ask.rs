@@ -105,7 +105,7 @@ fn call(
         priority: fields.priority(),
         deadline: asking.deadline,
         hung_up: None,
-        loop_guard: fields.loop_guard(&state.limits),
+        loop_guard: fields.grounded_loop_guard(&state.limits)?,
         prefix_cache: fields.prefix_cache(),
     })
 }
@@ -431,6 +431,7 @@ fn whole(header: Header, answer: AskResponse) -> ChatResponse {
             exrail_finish_reason: told.exrail_finish_reason,
             logprobs: None,
             rotations: Vec::new(),
+            rolled_back_tokens: None,
         }],
         usage: answer.usage,
         system_fingerprint,

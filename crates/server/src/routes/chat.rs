@@ -7,7 +7,7 @@ use axum::{
     extract::State,
     response::{IntoResponse, Response},
 };
-use exrail_engine::{GenerateRequest, LoopGuard, ModelFingerprint, Sampling};
+use exrail_engine::{GenerateRequest, ModelFingerprint, Sampling};
 use exrail_text::PlacedPrompt;
 use exrail_wire::{
     AssistantMessage, ChatChoice, ChatChunk, ChatChunkChoice, ChatLogprobs, ChatRequest,
@@ -101,7 +101,7 @@ fn accept(
         tenant: asking.tenant.clone(),
         priority: fields.priority(),
         deadline: asking.deadline,
-        loop_guard: fields.loop_guard(&state.limits).then(LoopGuard::default),
+        loop_guard: fields.loop_guard(&state.limits, request.stream)?,
         prefix_cache: fields.prefix_cache(),
         rotation,
     };
@@ -187,6 +187,7 @@ fn whole_answer(header: Header, choices: Vec<Choice>) -> ChatResponse {
             exrail_finish_reason: told.exrail_finish_reason,
             logprobs: logprobs.map(|list| chat_logprobs(list)),
             rotations: rotation::records(&choice.rotations),
+            rolled_back_tokens: choice.rolled_back,
             message: AssistantMessage { role: "assistant", content: choice.text, refusal: None },
         }
     });

@@ -8,7 +8,7 @@ use axum::{
     extract::State,
     response::{IntoResponse, Response},
 };
-use exrail_engine::{GenerateRequest, LoopGuard, Sampling};
+use exrail_engine::{GenerateRequest, Sampling};
 use exrail_text::Specials;
 use exrail_wire::{
     CompletionChoice, CompletionLogprobs, CompletionRequest, CompletionResponse, Prompt, Usage,
@@ -100,6 +100,7 @@ fn accept(
     let told_prompts = tells_ids.then(|| prompts.clone());
     let stop = translate::stops(request.stop);
     let rotation = rotation::of_text(engine, request.rotation.as_ref())?;
+    let loop_guard = fields.loop_guard(&state.limits, request.stream)?;
     let mut generations = Vec::new();
     for prompt in prompts {
         let max_tokens =
@@ -116,7 +117,7 @@ fn accept(
             prefix_cache: fields.prefix_cache(),
             priority: fields.priority(),
             deadline: asking.deadline,
-            loop_guard: fields.loop_guard(&state.limits).then(LoopGuard::default),
+            loop_guard,
             rotation: rotation.clone(),
         };
         generations.extend(generation::submit(engine, &generate, per_prompt)?);
@@ -183,6 +184,7 @@ impl TextWording {
                 prompt_token_ids: self.prompt_of(index).map(<[u32]>::to_vec),
                 token_ids: self.told_prompts.is_some().then(|| choice.ids.clone()),
                 rotations: rotation::records(&choice.rotations),
+                rolled_back_tokens: choice.rolled_back,
             }
         });
         self.response(wire.collect(), Some(self.usage(choices)))
@@ -243,6 +245,7 @@ fn piece(index: usize, text: &str, logprobs: &[LogprobAt]) -> CompletionChoice {
         prompt_token_ids: None,
         token_ids: None,
         rotations: Vec::new(),
+        rolled_back_tokens: None,
     }
 }
 

@@ -106,6 +106,58 @@ async fn a_loop_is_cut_and_its_reason_is_told_twice() {
     assert!(metrics.contains("exrail_sequences_degenerate_total 3\n"), "{metrics}");
 }
 
+/// G-19: it goes back once, the answer has no token of the first loop, and the second one ends it.
+#[tokio::test]
+async fn a_loop_is_taken_back_where_that_is_asked_for() {
+    let server = warm(&[], None);
+    let stuck = json!({"logit_bias": {"40": 100}, "max_tokens": 1500, "loop_guard": {"on_loop": "roll_back"}});
+    let answer = server.post("/v1/chat/completions", &chat(&stuck)).await.json();
+    let choice = &answer["choices"][0];
+    assert_eq!(choice["rolled_back_tokens"], 1008, "{answer}");
+    assert_eq!(choice["exrail_finish_reason"], "degenerate");
+    assert_eq!(answer["usage"]["completion_tokens"], 1008);
+    let text = choice["message"]["content"].as_str().unwrap();
+    let once = json!({"logit_bias": {"40": 100}, "max_tokens": 1500});
+    let ended = server.post("/v1/chat/completions", &chat(&once)).await.json();
+    assert!(ended["choices"][0].get("rolled_back_tokens").is_none());
+    assert_eq!(ended["choices"][0]["message"]["content"], text, "what stands, and no more");
+    let metrics = server.get("/metrics").await.text;
+    assert!(metrics.contains("exrail_roll_backs_total 1\n"), "{metrics}");
+
+    let mut complete = stuck.clone();
+    complete["model"] = json!(MODEL);
+    complete["prompt"] = json!("ab");
+    let answer = server.post("/v1/completions", &complete).await.json();
+    assert_eq!(answer["choices"][0]["rolled_back_tokens"], 1008);
+    assert_eq!(answer["choices"][0]["text"].as_str().unwrap().len(), text.len());
+}
+
+#[tokio::test]
+async fn options_of_the_loop_guard_are_honoured_or_refused() {
+    let server = warm(&[], None);
+    for (guard, expected) in [
+        (json!({"on_loop": "shrug"}), "`stop`, `roll_back`"),
+        (json!({"exempt": ["poems"]}), "`code`, `tables`"),
+        (json!({"entropy_baseline": -1.0}), "entropy_baseline"),
+        (json!({"window": 5}), "window"),
+        (json!("on"), "true, false or an object"),
+    ] {
+        let body = chat(&json!({"loop_guard": guard}));
+        let answer = server.post("/v1/chat/completions", &body).await;
+        assert_eq!(answer.status, StatusCode::BAD_REQUEST, "{}", answer.text);
+        assert!(answer.text.contains(expected), "{}", answer.text);
+    }
+    let body = chat(&json!({"loop_guard": {"on_loop": "roll_back"}, "stream": true}));
+    let answer = server.post("/v1/chat/completions", &body).await;
+    assert!(answer.text.contains("a stream takes nothing back"), "{}", answer.text);
+    // A baseline far above what the answer has: a collapse, told by its reason.
+    let guard = json!({"entropy_baseline": 1000.0, "exempt": ["code", "tables"]});
+    let stuck = json!({"logit_bias": {"40": 100}, "max_tokens": 600, "loop_guard": guard});
+    let answer = server.post("/v1/chat/completions", &chat(&stuck)).await.json();
+    assert_eq!(answer["usage"]["completion_tokens"], 256, "{answer}");
+    assert_eq!(answer["choices"][0]["exrail_finish_reason"], "degenerate");
+}
+
 #[tokio::test]
 async fn the_same_seed_gives_the_same_answer_and_choices_differ() {
     let server = warm(&[], None);

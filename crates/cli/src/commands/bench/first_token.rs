@@ -120,7 +120,10 @@ fn wait_for_token(generation: &Generation) -> Result<()> {
     loop {
         match generation.events.recv().context("the engine ended before the first token")? {
             Event::Token(_) => return Ok(()),
-            Event::Started { .. } | Event::Rotated(_) | Event::Tail(_) => {}
+            Event::Started { .. }
+            | Event::Rotated(_)
+            | Event::RolledBack { .. }
+            | Event::Tail(_) => {}
             Event::Finished(_) => bail!("expected one token, found none"),
             Event::Failed(fault) => return Err(fault.into()),
         }

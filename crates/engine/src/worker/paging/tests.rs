@@ -28,7 +28,7 @@ impl Said {
                     assert_eq!(self.cached.replace(cached_tokens), None, "it starts once");
                 }
                 Event::Token(token) => self.ids.push(token.id),
-                Event::Rotated(_) | Event::Tail(_) => {}
+                Event::Rotated(_) | Event::RolledBack { .. } | Event::Tail(_) => {}
                 Event::Finished(finished) => self.end = Some(Ok(finished)),
                 Event::Failed(fault) => self.end = Some(Err(fault)),
             }

@@ -233,6 +233,7 @@ fn a_page_that_turns_out_to_be_shared_is_withdrawn_before_it_is_written() {
         Event::Token(token) => Some(token.id),
         Event::Started { .. }
         | Event::Rotated(_)
+        | Event::RolledBack { .. }
         | Event::Tail(_)
         | Event::Finished(_)
         | Event::Failed(_) => None,

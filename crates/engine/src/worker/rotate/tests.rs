@@ -33,7 +33,7 @@ impl Said {
         let mut said = Said::default();
         for event in events.drain() {
             match event {
-                Event::Started { .. } => {}
+                Event::Started { .. } | Event::RolledBack { .. } => {}
                 Event::Token(token) => {
                     said.ids.push(token.id);
                     said.text.push_str(&token.text);
