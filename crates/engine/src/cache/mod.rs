@@ -16,17 +16,20 @@
 //! # A page's life
 //! `free → held (n ≥ 1) → free`, or, when its content can be found, `held → kept → held` again, or
 //! `kept → free` when somebody needs the room: the longest unused first, and of one prefix its end
-//! first. Each return to `free` raises the generation.
+//! first. Its content then goes to the second tier, if there is one (`host`). Each return to `free` raises the generation.
 
 mod audit;
+mod host;
 mod pages;
 mod pins;
 mod prefixes;
 mod switchboard;
 
-use exrail_kernels::{PAGE_TOKENS, PageId};
+use exrail_kernels::{KernelError, PAGE_TOKENS, PageId};
 
 pub(crate) use self::audit::TableView;
+pub(crate) use self::host::DevicePages;
+use self::host::HostTier;
 pub use self::pages::PageFault;
 pub(crate) use self::pages::PageRef;
 use self::pages::Pages;
@@ -35,6 +38,7 @@ use self::prefixes::Prefixes;
 #[cfg(test)]
 pub(crate) use self::switchboard::Fault;
 use self::switchboard::Switchboard;
+use crate::counters::HostCounters;
 use crate::session::Placed;
 
 /// Pages of the pool and what they hold.
@@ -42,6 +46,8 @@ use crate::session::Placed;
 pub(crate) struct KvCache {
     pages: Pages,
     prefixes: Prefixes,
+    /// What had to make room.
+    host: HostTier,
     /// Table entries per page while tables are checked, all 0 between checks.
     held: Vec<u32>,
     switchboard: Switchboard,
@@ -80,9 +86,28 @@ impl KvCache {
         KvCache {
             pages: Pages::new(n_pages),
             prefixes: Prefixes::new(n_pages),
+            host: HostTier::default(),
             held: vec![0; n_pages],
             switchboard: Switchboard::default(),
         }
+    }
+
+    /// Keeps up to `n_pages` of `page_bytes` in the host's memory when they must make room.
+    ///
+    /// # Errors
+    /// The host has not the memory.
+    pub(crate) fn keep_on_host(
+        &mut self,
+        n_pages: usize,
+        page_bytes: usize,
+    ) -> Result<(), KernelError> {
+        self.host = HostTier::new(n_pages, page_bytes)?;
+        Ok(())
+    }
+
+    /// What the second tier holds and did.
+    pub(crate) fn host(&self) -> HostCounters {
+        self.host.counters()
     }
 
     /// Pages that can be handed out now: free ones and kept ones.
@@ -105,12 +130,16 @@ impl KvCache {
         self.pages.total() - self.pages.quarantined()
     }
 
-    /// A table of `n_pages` that begins with the longest known prefix; `None` while there are too few
-    /// pages, and then nothing has changed.
+    /// A table of `n_pages` that begins with the longest known prefix, of which what is in the host's memory
+    /// comes back to the device; `None` while there are too few pages, and then nothing has changed.
     ///
     /// # Errors
     /// A prefix names a page of another life. Nothing was handed out.
-    pub(crate) fn admit(&mut self, wanted: &Wanted<'_>) -> Result<Option<Admitted>, PageFault> {
+    pub(crate) fn admit(
+        &mut self,
+        wanted: &Wanted<'_>,
+        device: &mut dyn DevicePages,
+    ) -> Result<Option<Admitted>, PageFault> {
         let most = wanted.namespace.map_or(0, |_| shareable(wanted.tokens.len()));
         if self.available() + most < wanted.n_pages {
             return Ok(None);
@@ -132,11 +161,44 @@ impl KvCache {
         for entry in &found {
             self.pages.retain(*entry, &self.switchboard)?;
         }
-        let n_evicted = self.make_room(n_new);
-        let new = self.pages.allocate(n_new, &self.switchboard);
-        let n_cached = found.len();
-        let pages = [found, new.unwrap_or_default()].concat();
+        // Out of the second tier before others go there, so that they do not take their places.
+        let back = self.take_back(wanted, found.len(), most);
+        let n_evicted = self.make_room(n_new, device);
+        let new = self.pages.allocate(n_new, &self.switchboard).unwrap_or_default();
+        let n_back = back.len().min(new.len());
+        self.put_back(&new, back, device);
+        let (n_cached, pages) = (found.len() + n_back, [found, new].concat());
+        if let Some(namespace) = wanted.namespace.filter(|_| n_back > 0) {
+            self.share(namespace, wanted.tokens, &pages, n_cached);
+        }
         Ok(Some(Admitted { pages, n_cached, n_missed: most - n_cached, n_evicted }))
+    }
+
+    /// The pages in the host's memory that follow on the first `n_found` of a prefix.
+    fn take_back(&mut self, wanted: &Wanted<'_>, n_found: usize, most: usize) -> Vec<Box<[u8]>> {
+        let Some(namespace) = wanted.namespace.filter(|_| self.host.is_on()) else {
+            return Vec::new();
+        };
+        let tokens = &wanted.tokens[..most * PAGE_TOKENS];
+        let hashes = self.prefixes.hashes(namespace, tokens, &self.switchboard);
+        let mut back = Vec::new();
+        for (page, hash) in hashes.into_iter().enumerate().skip(n_found) {
+            let tokens = &tokens[..(page + 1) * PAGE_TOKENS];
+            let Some(bytes) = self.host.take(hash, namespace, tokens, &self.switchboard) else {
+                break;
+            };
+            back.push(bytes);
+        }
+        back
+    }
+
+    fn put_back(&mut self, pages: &[PageRef], back: Vec<Box<[u8]>>, device: &mut dyn DevicePages) {
+        for (at, bytes) in back.into_iter().enumerate() {
+            if let Some(entry) = pages.get(at) {
+                device.write(entry.page, &bytes);
+            }
+            self.host.give_back(bytes);
+        }
     }
 
     /// The pages of the longest known prefix of these tokens, all whole pages of them at most.
@@ -144,7 +206,7 @@ impl KvCache {
         self.prefixes.find(namespace, tokens, tokens.len() / PAGE_TOKENS, &self.switchboard)
     }
 
-    /// Makes the last page of these tokens known, whole pages whose others are known; `write` fills it.
+    /// Makes the last page of these tokens known, whole pages whose others are known, with these bytes.
     ///
     /// # Errors
     /// A prefix names a page of another life. Nothing was written.
@@ -152,19 +214,20 @@ impl KvCache {
         &mut self,
         namespace: &Namespace,
         tokens: &[u32],
-        write: impl FnOnce(PageId),
+        bytes: &[u8],
+        device: &mut dyn DevicePages,
     ) -> Result<Placed, PageFault> {
         let n_pages = tokens.len() / PAGE_TOKENS;
         if self.find(namespace, tokens).len() == n_pages {
             return Ok(Placed::Known);
         }
         let wanted = Wanted { n_pages, tokens, namespace: Some(namespace) };
-        let Some(Admitted { pages, n_cached, .. }) = self.admit(&wanted)? else {
+        let Some(Admitted { pages, n_cached, .. }) = self.admit(&wanted, device)? else {
             return Ok(Placed::NoRoom);
         };
         let follows = n_cached + 1 == n_pages;
         if let Some(last) = pages.last().filter(|_| follows) {
-            write(last.page);
+            device.write(last.page, bytes);
             self.share(namespace, tokens, &pages, n_pages);
         }
         // A table of its own, so that of the whole prefix the beginning stays longest.
@@ -213,11 +276,14 @@ impl KvCache {
     pub(crate) fn quarantine(&mut self, page: PageId) {
         self.prefixes.forget(page);
         self.pages.quarantine(page);
+        // What left while the books were wrong may be something else than they said.
+        self.host.clear();
     }
 
     /// Forgets every table and every content; pages in quarantine stay there.
     pub(crate) fn reset(&mut self) {
         self.prefixes.clear();
+        self.host.clear();
         self.pages.reset();
     }
 
@@ -226,11 +292,17 @@ impl KvCache {
         self.pages.check_life(entry).is_err()
     }
 
-    /// Frees kept pages until `n` are free or none is kept; returns how many.
-    fn make_room(&mut self, n: usize) -> usize {
+    /// Frees kept pages until `n` are free or none is kept, and keeps their content in the host's memory where
+    /// that has room; returns how many.
+    fn make_room(&mut self, n: usize, device: &mut dyn DevicePages) -> usize {
         let mut n_evicted = 0;
         while self.pages.free() < n {
             let Some(page) = self.pages.evict_oldest(&self.switchboard) else { break };
+            if self.host.is_on()
+                && let Some(path) = self.prefixes.path(page)
+            {
+                self.host.keep(path, |bytes| device.read(page, bytes), &self.switchboard);
+            }
             self.prefixes.forget(page);
             n_evicted += 1;
         }
@@ -255,6 +327,10 @@ impl KvCache {
 
     pub(crate) fn flip_token(&mut self, page: PageId) {
         self.prefixes.flip_token(page);
+    }
+
+    pub(crate) fn flip_host_bits(&mut self) {
+        self.host.flip_bits();
     }
 
     pub(crate) fn is_kept(&self, page: PageId) -> bool {

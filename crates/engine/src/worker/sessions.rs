@@ -5,6 +5,7 @@ use std::sync::Arc;
 use exrail_kernels::{Backend, PAGE_TOKENS};
 
 use super::Worker;
+use super::paging::PoolPages;
 use crate::cache::Namespace;
 use crate::session::{Found, PageCommand, Placed, Prefix};
 
@@ -37,10 +38,8 @@ impl<B: Backend> Worker<B> {
 
     fn place_page(&mut self, prefix: &Prefix, bytes: &[u8]) -> Placed {
         let namespace = self.namespace_of(prefix);
-        let (backend, pool) = (&self.loaded.backend, &mut self.pool);
-        let placed = self.cache.place(&namespace, &prefix.tokens, |page| {
-            backend.kv_write_page(pool, page, bytes);
-        });
+        let mut device = PoolPages { backend: &self.loaded.backend, pool: &mut self.pool };
+        let placed = self.cache.place(&namespace, &prefix.tokens, bytes, &mut device);
         self.publish();
         placed.unwrap_or_else(|fault| {
             self.contain(fault);

@@ -56,6 +56,7 @@ pub(crate) async fn config(
         "kv_bytes": facts.kv_bytes,
         "kv_audit_every": facts.options.kv_audit_every,
         "prefix_cache": facts.options.prefix_cache,
+        "kv_host_bytes": facts.options.kv_host_bytes,
         "sessions": state.sessions.get().is_some(),
         "rotation": {
             "policy": facts.options.rotation.policy.name(),
