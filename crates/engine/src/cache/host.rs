@@ -122,6 +122,17 @@ impl HostTier {
         None
     }
 
+    /// Whether the copy of this page is here.
+    pub(super) fn holds(
+        &self,
+        hash: u64,
+        namespace: &Namespace,
+        tokens: &[u32],
+        switchboard: &Switchboard,
+    ) -> bool {
+        self.find(hash, namespace, tokens, switchboard).is_some()
+    }
+
     /// Takes a buffer of [`HostTier::take`] back.
     pub(super) fn give_back(&mut self, bytes: Box<[u8]>) {
         self.free.push(bytes);

@@ -206,6 +206,37 @@ impl KvCache {
         self.prefixes.find(namespace, tokens, tokens.len() / PAGE_TOKENS, &self.switchboard)
     }
 
+    /// Brings what is in the host's memory of these tokens back to the device, as far as there is room.
+    ///
+    /// # Errors
+    /// As [`KvCache::admit`].
+    pub(crate) fn recall(
+        &mut self,
+        namespace: &Namespace,
+        tokens: &[u32],
+        device: &mut dyn DevicePages,
+    ) -> Result<(), PageFault> {
+        let n_found = self.find(namespace, tokens).len();
+        let hashes = self.prefixes.hashes(namespace, tokens, &self.switchboard);
+        let left = hashes.into_iter().enumerate().skip(n_found);
+        let n_left = left.take_while(|&(page, hash)| {
+            let tokens = &tokens[..(page + 1) * PAGE_TOKENS];
+            self.host.holds(hash, namespace, tokens, &self.switchboard)
+        });
+        let n_left = n_left.count();
+        if n_left == 0 {
+            return Ok(());
+        }
+        let n_pages = n_found + n_left;
+        // The token behind them is nobody's: without it the last page would be one to compute.
+        let tokens = [&tokens[..n_pages * PAGE_TOKENS], &[0]].concat();
+        let wanted = Wanted { n_pages, tokens: &tokens, namespace: Some(namespace) };
+        if let Some(admitted) = self.admit(&wanted, device)? {
+            self.release(&admitted.pages);
+        }
+        Ok(())
+    }
+
     /// Makes the last page of these tokens known, whole pages whose others are known, with these bytes.
     ///
     /// # Errors

@@ -16,7 +16,7 @@ impl<B: Backend> Worker<B> {
         match command {
             PageCommand::Find { prefix, found } => {
                 let page_bytes = self.loaded.backend.kv_page_bytes(&self.pool);
-                let n_pages = self.cache.find(&self.namespace_of(&prefix), &prefix.tokens).len();
+                let n_pages = self.recalled(&prefix);
                 found.send(Found { n_pages, page_bytes, pins: self.pins.named() }).ok();
             }
             PageCommand::Read { prefix, mut bytes, page } => {
@@ -34,6 +34,17 @@ impl<B: Backend> Worker<B> {
                 placed.send((result, bytes)).ok();
             }
         }
+    }
+
+    /// Pages of a prefix that are on the device, those that were in the host's memory among them.
+    fn recalled(&mut self, prefix: &Prefix) -> usize {
+        let namespace = self.namespace_of(prefix);
+        let mut device = PoolPages { backend: &self.loaded.backend, pool: &mut self.pool };
+        if let Err(fault) = self.cache.recall(&namespace, &prefix.tokens, &mut device) {
+            self.contain(fault);
+        }
+        self.publish();
+        self.cache.find(&namespace, &prefix.tokens).len()
     }
 
     fn place_page(&mut self, prefix: &Prefix, bytes: &[u8]) -> Placed {
