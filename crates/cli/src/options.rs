@@ -164,6 +164,11 @@ pub(crate) struct EngineArgs {
     /// Compute every prompt in full, instead of sharing the pages of prompts that begin alike.
     #[arg(long)]
     pub(crate) no_prefix_cache: bool,
+    /// MiB of the host's memory for KV pages that must make room on the device, taken at the start; they come
+    /// back instead of being computed again. For GPUs: on the CPU --kv-pages does the same without copies.
+    #[arg(long, value_name = "MIB", default_value_t = 0,
+          value_parser = clap::value_parser!(u64).range(0..=1 << 30))]
+    pub(crate) kv_host_mib: u64,
     /// Steps between two audits of the whole KV pool.
     #[arg(long, value_name = "N", default_value_t = EngineOptions::default().kv_audit_every)]
     pub(crate) kv_audit_every: u64,
@@ -216,6 +221,7 @@ impl EngineArgs {
             queue_limit: self.queue_limit,
             tenant_queue_limit: self.tenant_queue_limit,
             prefix_cache: !self.no_prefix_cache,
+            kv_host_bytes: usize::try_from(self.kv_host_mib << 20).unwrap_or(usize::MAX),
             kv_audit_every: self.kv_audit_every,
             rotation: self.rotation,
             ..EngineOptions::default()

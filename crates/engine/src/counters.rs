@@ -20,6 +20,23 @@ pub enum EngineState {
     Faulted,
 }
 
+/// The second tier of the KV cache; totals since the start.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct HostCounters {
+    /// Pages that it has room for; 0: there is none.
+    pub pages_total: usize,
+    /// Pages that it holds.
+    pub pages: usize,
+    /// Pages that were copied out.
+    pub stored: u64,
+    /// Pages that came back.
+    pub returned: u64,
+    /// Pages that were given up for others.
+    pub evicted: u64,
+    /// Pages whose bytes had changed when they were wanted back.
+    pub corrupt: u64,
+}
+
 /// A snapshot. Totals count user traffic since the start; warm-up leaves no trace in them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Counters {
@@ -74,6 +91,8 @@ pub struct Counters {
     pub prefix_misses: u64,
     /// Cached pages that were given up for others.
     pub prefix_evictions: u64,
+    /// What had to make room and is kept in the host's memory.
+    pub host: HostCounters,
     /// Contexts that were rotated (G-16).
     pub rotations: u64,
     /// Answers that went back to before a loop.
@@ -104,6 +123,7 @@ pub(crate) struct Gauges {
     pages_free: AtomicUsize,
     pages_cached: AtomicUsize,
     pages_quarantined: AtomicUsize,
+    host: HostGauges,
     totals: [AtomicU64; Total::COUNT],
     built: Built,
     built_after_fence: Built,
@@ -136,6 +156,39 @@ impl Built {
             gemm_autotunes: self.gemm_autotunes.load(Ordering::Relaxed),
             device_allocs: self.device_allocs.load(Ordering::Relaxed),
             nccl_inits: self.nccl_inits.load(Ordering::Relaxed),
+        }
+    }
+}
+
+/// [`HostCounters`] that one thread writes and others read.
+#[derive(Debug, Default)]
+struct HostGauges {
+    pages_total: AtomicUsize,
+    pages: AtomicUsize,
+    stored: AtomicU64,
+    returned: AtomicU64,
+    evicted: AtomicU64,
+    corrupt: AtomicU64,
+}
+
+impl HostGauges {
+    fn store(&self, counters: &HostCounters) {
+        self.pages_total.store(counters.pages_total, Ordering::Relaxed);
+        self.pages.store(counters.pages, Ordering::Relaxed);
+        self.stored.store(counters.stored, Ordering::Relaxed);
+        self.returned.store(counters.returned, Ordering::Relaxed);
+        self.evicted.store(counters.evicted, Ordering::Relaxed);
+        self.corrupt.store(counters.corrupt, Ordering::Relaxed);
+    }
+
+    fn load(&self) -> HostCounters {
+        HostCounters {
+            pages_total: self.pages_total.load(Ordering::Relaxed),
+            pages: self.pages.load(Ordering::Relaxed),
+            stored: self.stored.load(Ordering::Relaxed),
+            returned: self.returned.load(Ordering::Relaxed),
+            evicted: self.evicted.load(Ordering::Relaxed),
+            corrupt: self.corrupt.load(Ordering::Relaxed),
         }
     }
 }
@@ -179,6 +232,7 @@ impl Gauges {
             pages_free: AtomicUsize::new(pages_total),
             pages_cached: AtomicUsize::new(0),
             pages_quarantined: AtomicUsize::new(0),
+            host: HostGauges::default(),
             totals: std::array::from_fn(|_| AtomicU64::new(0)),
             built: Built::default(),
             built_after_fence: Built::default(),
@@ -217,6 +271,10 @@ impl Gauges {
         self.pages_free.store(free, Ordering::Release);
         self.pages_cached.store(cached, Ordering::Release);
         self.pages_quarantined.store(quarantined, Ordering::Release);
+    }
+
+    pub(crate) fn set_host(&self, counters: &HostCounters) {
+        self.host.store(counters);
     }
 
     /// What the device has built, and what of it behind the fence; `None` while that is open.
@@ -282,6 +340,7 @@ impl Gauges {
             prefix_hits: total(Total::PrefixHits),
             prefix_misses: total(Total::PrefixMisses),
             prefix_evictions: total(Total::PrefixEvictions),
+            host: self.host.load(),
             rotations: total(Total::Rotations),
             roll_backs: total(Total::RollBacks),
             since_progress: Duration::from_millis(self.now_ms().saturating_sub(last)),

@@ -52,6 +52,10 @@ pub struct EngineOptions {
     pub tenant_queue_limit: Option<usize>,
     /// Whether prompts that begin alike share the pages of their beginning.
     pub prefix_cache: bool,
+    /// Bytes of the host's memory for pages that must make room on the device; 0: they are given up. Taken from
+    /// the system when the engine starts. Off unless asked for: a CPU's pool is in that memory already, and
+    /// beside a GPU nobody else says how much of it is free.
+    pub kv_host_bytes: usize,
     /// Steps between two audits of the whole page pool, at least 1. The pages of the batch are checked
     /// before every step, whatever this says.
     pub kv_audit_every: u64,
@@ -75,6 +79,7 @@ impl Default for EngineOptions {
             queue_limit: 256,
             tenant_queue_limit: None,
             prefix_cache: true,
+            kv_host_bytes: 0,
             kv_audit_every: if cfg!(debug_assertions) { 1 } else { 1024 },
             guards: true,
             rotation: RotationOptions {

@@ -9,7 +9,7 @@
 //!   what is in flight on a device that runs ahead.
 //! - `scheduler`, `sequence`: which rows run, and what a sequence is. `scheduler` says why nothing can
 //!   wedge.
-//! - `cache`: who owns which KV page, and which prefixes are shared.
+//! - `cache`: who owns which KV page, which prefixes are shared, and what is kept in the host's memory.
 //! - `session`: pages that are saved to disk and restored.
 //! - `rotation`: what becomes of an answer that outgrows its place in the cache; `open_json` says when it waits.
 //! - `sampler`, `distribution`, `philox`, `output`: from logits to text.
@@ -20,6 +20,7 @@
 //! - `encoder`: the sentence encoder.
 
 mod cache;
+mod checksum;
 mod counters;
 mod distribution;
 mod encoder;
@@ -50,7 +51,7 @@ mod warm_up;
 mod worker;
 
 pub use cache::PageFault;
-pub use counters::{Counters, EngineState};
+pub use counters::{Counters, EngineState, HostCounters};
 pub use encoder::SentenceEncoder;
 pub use error::{EngineError, ScoreError, SubmitError};
 pub use event::{

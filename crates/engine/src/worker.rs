@@ -80,6 +80,18 @@ pub(crate) struct Worker<B: Backend> {
     panics_in_a_row: u32,
 }
 
+/// Pages of the second tier.
+fn host_pages(options: &EngineOptions, page_bytes: usize) -> Result<usize, EngineError> {
+    let found = options.kv_host_bytes;
+    let expected = match (found, options.prefix_cache) {
+        (0, _) => return Ok(0),
+        (_, false) => "0 without a prefix cache".to_owned(),
+        (_, true) if found < page_bytes => format!("0, or one page of {page_bytes} bytes at least"),
+        (_, true) => return Ok(found / page_bytes),
+    };
+    Err(EngineError::BadOption { field: "kv_host_bytes", expected, found: found.to_string() })
+}
+
 /// Whether the thread goes on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Turn {
@@ -101,11 +113,15 @@ impl<B: Backend> Worker<B> {
         let scratch = loaded.decoder.scratch(&loaded.backend, max_rows, max_logit_rows)?;
         let shape = loaded.decoder.kv_shape(facts.kv_pages, options.kv_dtype);
         let pool = loaded.backend.kv_pool(shape)?;
+        let mut cache = KvCache::new(facts.kv_pages);
+        let page_bytes = loaded.backend.kv_page_bytes(&pool);
+        cache.keep_on_host(host_pages(&options, page_bytes)?, page_bytes)?;
+        gauges.set_host(&cache.host());
         gauges.set_built(&loaded.backend.built(), None);
         Ok(Worker {
             scratch,
             pool,
-            cache: KvCache::new(facts.kv_pages),
+            cache,
             pins: Arc::new(Pins::of(&loaded, options.kv_dtype)),
             waiting: FairQueue::default(),
             running: Vec::new(),
@@ -333,6 +349,7 @@ impl<B: Backend> Worker<B> {
     fn publish(&self) {
         let cache = &self.cache;
         self.gauges.set_pages(cache.available(), cache.kept(), cache.quarantined());
+        self.gauges.set_host(&cache.host());
         self.gauges.set_running(self.n_admitted());
     }
 }

@@ -262,6 +262,7 @@ fn cache_lines(
     metric("rotations_total", "counter", "Contexts that were rotated.", counters.rotations);
     let help = "Answers that went back to before a loop.";
     metric("roll_backs_total", "counter", help, counters.roll_backs);
+    host_lines(metric, &counters.host);
     metric(
         "prefix_cache_hits_total",
         "counter",
@@ -280,6 +281,23 @@ fn cache_lines(
         "Cached pages that were given up for others.",
         counters.prefix_evictions,
     );
+}
+
+/// Of the second tier; zeros where there is none.
+fn host_lines(
+    metric: &mut impl FnMut(&str, &'static str, &'static str, u64),
+    host: &exrail_engine::HostCounters,
+) {
+    let total = "Pages that the host's memory has room for.";
+    metric("kv_host_pages_total", "gauge", total, host.pages_total as u64);
+    metric("kv_host_pages", "gauge", "Pages in the host's memory.", host.pages as u64);
+    let stored = "Pages that went to the host's memory when they had to make room.";
+    metric("kv_host_stored_total", "counter", stored, host.stored);
+    metric("kv_host_returned_total", "counter", "Pages that came back from there.", host.returned);
+    let evicted = "Pages that were given up there for others.";
+    metric("kv_host_evictions_total", "counter", evicted, host.evicted);
+    let corrupt = "Pages that had changed there, and were computed anew.";
+    metric("kv_host_corrupt_total", "counter", corrupt, host.corrupt);
 }
 
 #[derive(Default)]

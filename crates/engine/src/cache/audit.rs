@@ -130,7 +130,20 @@ mod tests {
     use exrail_kernels::KvDtype;
 
     use super::*;
-    use crate::cache::{Namespace, Pins, Wanted};
+    use crate::cache::{DevicePages, Namespace, Pins, Wanted};
+
+    /// A device that nothing leaves: there is no second tier.
+    struct NoPages;
+
+    impl DevicePages for NoPages {
+        fn read(&mut self, _: PageId, _: &mut [u8]) {
+            panic!("nothing leaves");
+        }
+
+        fn write(&mut self, _: PageId, _: &[u8]) {
+            panic!("nothing comes back");
+        }
+    }
 
     fn namespace() -> Namespace {
         let pins = Pins::for_tests("model", KvDtype::F16);
@@ -145,7 +158,7 @@ mod tests {
         let tables = [(); 2].map(|()| {
             let wanted =
                 Wanted { n_pages: 2, tokens: &tokens, namespace: Some(&namespace), own: false };
-            let admitted = cache.admit(&wanted).unwrap().unwrap();
+            let admitted = cache.admit(&wanted, &mut NoPages).unwrap().unwrap();
             cache.share(&namespace, &tokens, &admitted.pages, 1);
             admitted.pages
         });

@@ -17,17 +17,20 @@
 //! # A page's life
 //! `free → held (n ≥ 1) → free`, or, when its content can be found, `held → kept → held` again, or
 //! `kept → free` when somebody needs the room: the longest unused first, and of one prefix its end
-//! first. Each return to `free` raises the generation.
+//! first. Its content then goes to the second tier, if there is one (`host`). Each return to `free` raises the generation.
 
 mod audit;
+mod host;
 mod pages;
 mod pins;
 mod prefixes;
 mod switchboard;
 
-use exrail_kernels::{PAGE_TOKENS, PageId};
+use exrail_kernels::{KernelError, PAGE_TOKENS, PageId};
 
 pub(crate) use self::audit::TableView;
+pub(crate) use self::host::DevicePages;
+use self::host::HostTier;
 pub use self::pages::PageFault;
 pub(crate) use self::pages::PageRef;
 use self::pages::Pages;
@@ -36,6 +39,7 @@ use self::prefixes::Prefixes;
 #[cfg(test)]
 pub(crate) use self::switchboard::Fault;
 use self::switchboard::Switchboard;
+use crate::counters::HostCounters;
 use crate::session::Placed;
 
 /// Pages of the pool and what they hold.
@@ -43,6 +47,8 @@ use crate::session::Placed;
 pub(crate) struct KvCache {
     pages: Pages,
     prefixes: Prefixes,
+    /// What had to make room.
+    host: HostTier,
     /// Table entries per page while tables are checked, all 0 between checks.
     held: Vec<u32>,
     switchboard: Switchboard,
@@ -86,9 +92,28 @@ impl KvCache {
         KvCache {
             pages: Pages::new(n_pages),
             prefixes: Prefixes::new(n_pages),
+            host: HostTier::default(),
             held: vec![0; n_pages],
             switchboard: Switchboard::default(),
         }
+    }
+
+    /// Keeps up to `n_pages` of `page_bytes` in the host's memory when they must make room.
+    ///
+    /// # Errors
+    /// The host has not the memory.
+    pub(crate) fn keep_on_host(
+        &mut self,
+        n_pages: usize,
+        page_bytes: usize,
+    ) -> Result<(), KernelError> {
+        self.host = HostTier::new(n_pages, page_bytes)?;
+        Ok(())
+    }
+
+    /// What the second tier holds and did.
+    pub(crate) fn host(&self) -> HostCounters {
+        self.host.counters()
     }
 
     /// Pages that can be handed out now: free ones and kept ones.
@@ -111,14 +136,18 @@ impl KvCache {
         self.pages.total() - self.pages.quarantined()
     }
 
-    /// A table of `n_pages` that begins with the longest known prefix; `None` while there are too few
-    /// pages, and then nothing has changed.
+    /// A table of `n_pages` that begins with the longest known prefix, of which what is in the host's memory
+    /// comes back to the device; `None` while there are too few pages, and then nothing has changed.
     ///
     /// # Errors
     /// A prefix names a page of another life. Nothing was handed out.
-    pub(crate) fn admit(&mut self, wanted: &Wanted<'_>) -> Result<Option<Admitted>, PageFault> {
+    pub(crate) fn admit(
+        &mut self,
+        wanted: &Wanted<'_>,
+        device: &mut dyn DevicePages,
+    ) -> Result<Option<Admitted>, PageFault> {
         if wanted.own {
-            return self.admit_own(wanted);
+            return self.admit_own(wanted, device);
         }
         let most = wanted.namespace.map_or(0, |_| shareable(wanted.tokens.len()));
         if self.available() + most < wanted.n_pages {
@@ -141,17 +170,27 @@ impl KvCache {
         for entry in &found {
             self.pages.retain(*entry, &self.switchboard)?;
         }
-        let n_evicted = self.make_room(n_new);
-        let new = self.pages.allocate(n_new, &self.switchboard);
-        let n_cached = found.len();
-        let pages = [found, new.unwrap_or_default()].concat();
+        // Out of the second tier before others go there, so that they do not take their places.
+        let back = self.take_back(wanted, found.len(), most);
+        let n_evicted = self.make_room(n_new, device);
+        let new = self.pages.allocate(n_new, &self.switchboard).unwrap_or_default();
+        let n_back = back.len().min(new.len());
+        self.put_back(&new, back, device);
+        let (n_cached, pages) = (found.len() + n_back, [found, new].concat());
+        if let Some(namespace) = wanted.namespace.filter(|_| n_back > 0) {
+            self.share(namespace, wanted.tokens, &pages, n_cached);
+        }
         let n_missed = most - n_cached;
         Ok(Some(Admitted { pages, n_cached, n_missed, n_evicted, copies: Vec::new() }))
     }
 
     /// A table of new pages, the first of which are copies of the longest known prefix. Where there is no
     /// room for both, the prefix is computed again: whoever waited for it would wait for ever.
-    fn admit_own(&mut self, wanted: &Wanted<'_>) -> Result<Option<Admitted>, PageFault> {
+    fn admit_own(
+        &mut self,
+        wanted: &Wanted<'_>,
+        device: &mut dyn DevicePages,
+    ) -> Result<Option<Admitted>, PageFault> {
         let n_pages = wanted.n_pages;
         if self.available() < n_pages {
             return Ok(None);
@@ -171,7 +210,7 @@ impl KvCache {
         for entry in &found {
             self.pages.retain(*entry, &self.switchboard)?;
         }
-        let n_evicted = self.make_room(n_pages);
+        let n_evicted = self.make_room(n_pages, device);
         let pages = self.pages.allocate(n_pages, &self.switchboard).unwrap_or_default();
         self.release(&found);
         let copies = found.iter().zip(&pages).map(|(from, to)| (from.page, to.page)).collect();
@@ -179,12 +218,70 @@ impl KvCache {
         Ok(Some(Admitted { pages, n_cached, n_missed: most - n_cached, n_evicted, copies }))
     }
 
+    /// The pages in the host's memory that follow on the first `n_found` of a prefix.
+    fn take_back(&mut self, wanted: &Wanted<'_>, n_found: usize, most: usize) -> Vec<Box<[u8]>> {
+        let Some(namespace) = wanted.namespace.filter(|_| self.host.is_on()) else {
+            return Vec::new();
+        };
+        let tokens = &wanted.tokens[..most * PAGE_TOKENS];
+        let hashes = self.prefixes.hashes(namespace, tokens, &self.switchboard);
+        let mut back = Vec::new();
+        for (page, hash) in hashes.into_iter().enumerate().skip(n_found) {
+            let tokens = &tokens[..(page + 1) * PAGE_TOKENS];
+            let Some(bytes) = self.host.take(hash, namespace, tokens, &self.switchboard) else {
+                break;
+            };
+            back.push(bytes);
+        }
+        back
+    }
+
+    fn put_back(&mut self, pages: &[PageRef], back: Vec<Box<[u8]>>, device: &mut dyn DevicePages) {
+        for (at, bytes) in back.into_iter().enumerate() {
+            if let Some(entry) = pages.get(at) {
+                device.write(entry.page, &bytes);
+            }
+            self.host.give_back(bytes);
+        }
+    }
+
     /// The pages of the longest known prefix of these tokens, all whole pages of them at most.
     pub(crate) fn find(&self, namespace: &Namespace, tokens: &[u32]) -> Vec<PageRef> {
         self.prefixes.find(namespace, tokens, tokens.len() / PAGE_TOKENS, &self.switchboard)
     }
 
-    /// Makes the last page of these tokens known, whole pages whose others are known; `write` fills it.
+    /// Brings what is in the host's memory of these tokens back to the device, as far as there is room.
+    ///
+    /// # Errors
+    /// As [`KvCache::admit`].
+    pub(crate) fn recall(
+        &mut self,
+        namespace: &Namespace,
+        tokens: &[u32],
+        device: &mut dyn DevicePages,
+    ) -> Result<(), PageFault> {
+        let n_found = self.find(namespace, tokens).len();
+        let hashes = self.prefixes.hashes(namespace, tokens, &self.switchboard);
+        let left = hashes.into_iter().enumerate().skip(n_found);
+        let n_left = left.take_while(|&(page, hash)| {
+            let tokens = &tokens[..(page + 1) * PAGE_TOKENS];
+            self.host.holds(hash, namespace, tokens, &self.switchboard)
+        });
+        let n_left = n_left.count();
+        if n_left == 0 {
+            return Ok(());
+        }
+        let n_pages = n_found + n_left;
+        // The token behind them is nobody's: without it the last page would be one to compute.
+        let tokens = [&tokens[..n_pages * PAGE_TOKENS], &[0]].concat();
+        let wanted = Wanted { n_pages, tokens: &tokens, namespace: Some(namespace) };
+        if let Some(admitted) = self.admit(&wanted, device)? {
+            self.release(&admitted.pages);
+        }
+        Ok(())
+    }
+
+    /// Makes the last page of these tokens known, whole pages whose others are known, with these bytes.
     ///
     /// # Errors
     /// A prefix names a page of another life. Nothing was written.
@@ -192,19 +289,20 @@ impl KvCache {
         &mut self,
         namespace: &Namespace,
         tokens: &[u32],
-        write: impl FnOnce(PageId),
+        bytes: &[u8],
+        device: &mut dyn DevicePages,
     ) -> Result<Placed, PageFault> {
         let n_pages = tokens.len() / PAGE_TOKENS;
         if self.find(namespace, tokens).len() == n_pages {
             return Ok(Placed::Known);
         }
         let wanted = Wanted { n_pages, tokens, namespace: Some(namespace), own: false };
-        let Some(Admitted { pages, n_cached, .. }) = self.admit(&wanted)? else {
+        let Some(Admitted { pages, n_cached, .. }) = self.admit(&wanted, device)? else {
             return Ok(Placed::NoRoom);
         };
         let follows = n_cached + 1 == n_pages;
         if let Some(last) = pages.last().filter(|_| follows) {
-            write(last.page);
+            device.write(last.page, bytes);
             self.share(namespace, tokens, &pages, n_pages);
         }
         // A table of its own, so that of the whole prefix the beginning stays longest.
@@ -253,11 +351,14 @@ impl KvCache {
     pub(crate) fn quarantine(&mut self, page: PageId) {
         self.prefixes.forget(page);
         self.pages.quarantine(page);
+        // What left while the books were wrong may be something else than they said.
+        self.host.clear();
     }
 
     /// Forgets every table and every content; pages in quarantine stay there.
     pub(crate) fn reset(&mut self) {
         self.prefixes.clear();
+        self.host.clear();
         self.pages.reset();
     }
 
@@ -266,11 +367,17 @@ impl KvCache {
         self.pages.check_life(entry).is_err()
     }
 
-    /// Frees kept pages until `n` are free or none is kept; returns how many.
-    fn make_room(&mut self, n: usize) -> usize {
+    /// Frees kept pages until `n` are free or none is kept, and keeps their content in the host's memory where
+    /// that has room; returns how many.
+    fn make_room(&mut self, n: usize, device: &mut dyn DevicePages) -> usize {
         let mut n_evicted = 0;
         while self.pages.free() < n {
             let Some(page) = self.pages.evict_oldest(&self.switchboard) else { break };
+            if self.host.is_on()
+                && let Some(path) = self.prefixes.path(page)
+            {
+                self.host.keep(path, |bytes| device.read(page, bytes), &self.switchboard);
+            }
             self.prefixes.forget(page);
             n_evicted += 1;
         }
@@ -295,6 +402,10 @@ impl KvCache {
 
     pub(crate) fn flip_token(&mut self, page: PageId) {
         self.prefixes.flip_token(page);
+    }
+
+    pub(crate) fn flip_host_bits(&mut self) {
+        self.host.flip_bits();
     }
 
     pub(crate) fn is_kept(&self, page: PageId) -> bool {

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use exrail_checkpoint::sha256_hex;
 use exrail_kernels::{Backend, KvDtype};
 
+use super::switchboard::{Fault, Switchboard};
 use crate::load::Loaded;
 
 /// Everything that the engine knows to decide about the bits of a key or a value, beside the tokens.
@@ -84,6 +85,11 @@ impl Namespace {
     pub(super) fn is(&self, other: &Namespace, ignores_tenant: bool) -> bool {
         let same_tenant = ignores_tenant || self.tenant == other.tenant;
         same_tenant && (Arc::ptr_eq(&self.pins, &other.pins) || self.pins == other.pins)
+    }
+
+    /// [`Namespace::is`] by the rules of now.
+    pub(super) fn is_as(&self, other: &Namespace, switchboard: &Switchboard) -> bool {
+        self.is(other, switchboard.injects(Fault::OneTenant))
     }
 
     /// Feeds what [`Namespace::is`] compares.

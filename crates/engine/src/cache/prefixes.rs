@@ -5,6 +5,7 @@ use std::hash::{BuildHasher, Hash, Hasher, RandomState};
 
 use exrail_kernels::{PAGE_TOKENS, PageId};
 
+use super::host::Path;
 use super::pages::{PageRef, index};
 use super::pins::Namespace;
 use super::switchboard::{Fault, Switchboard};
@@ -156,17 +157,65 @@ impl Prefixes {
 
     /// Of what is before, its hash, and one page of tokens.
     fn hash(&self, chain: &(Before, u64), tokens: &[u32], switchboard: &Switchboard) -> u64 {
+        let start = match &chain.0 {
+            Before::Start(namespace) => Some(namespace),
+            Before::Page(_) => None,
+        };
+        self.hash_of(start, chain.1, tokens, switchboard)
+    }
+
+    /// The hashes of these pages of tokens, whether anybody holds them or not.
+    pub(super) fn hashes(
+        &self,
+        namespace: &Namespace,
+        tokens: &[u32],
+        switchboard: &Switchboard,
+    ) -> Vec<u64> {
+        let mut before = (Some(namespace), 0);
+        let pages = tokens.chunks_exact(PAGE_TOKENS);
+        let hash = |tokens: &[u32]| {
+            let hash = self.hash_of(before.0, before.1, tokens, switchboard);
+            before = (None, hash);
+            hash
+        };
+        pages.map(hash).collect()
+    }
+
+    /// What a page holds with everything before it; `None`: nothing, or what is before it is gone.
+    pub(super) fn path(&self, page: PageId) -> Option<Path> {
+        let content = self.contents[index(page)].as_ref()?;
+        let mut pages = vec![&content.tokens];
+        let mut before = &content.before;
+        let namespace = loop {
+            match before {
+                Before::Start(namespace) => break namespace.clone(),
+                Before::Page(entry) => {
+                    let content = self.contents[index(entry.page)].as_ref();
+                    let content = content.filter(|content| content.entry == *entry)?;
+                    pages.push(&content.tokens);
+                    before = &content.before;
+                }
+            }
+        };
+        let tokens = pages.into_iter().rev().flat_map(|tokens| tokens.iter().copied()).collect();
+        Some(Path { hash: content.hash, namespace, tokens })
+    }
+
+    fn hash_of(
+        &self,
+        start: Option<&Namespace>,
+        before: u64,
+        tokens: &[u32],
+        switchboard: &Switchboard,
+    ) -> u64 {
         if switchboard.injects(Fault::OneHash) {
             return 0;
         }
         let mut hasher = self.keys.build_hasher();
-        match &chain.0 {
-            Before::Start(namespace) => {
-                namespace.hash_into(&mut hasher, switchboard.injects(Fault::OneTenant));
-            }
-            Before::Page(_) => {}
+        if let Some(namespace) = start {
+            namespace.hash_into(&mut hasher, switchboard.injects(Fault::OneTenant));
         }
-        chain.1.hash(&mut hasher);
+        before.hash(&mut hasher);
         tokens.hash(&mut hasher);
         hasher.finish()
     }
@@ -181,7 +230,7 @@ impl Prefixes {
 impl Before {
     fn is(&self, other: &Before, switchboard: &Switchboard) -> bool {
         match (self, other) {
-            (Before::Start(a), Before::Start(b)) => a.is(b, switchboard.injects(Fault::OneTenant)),
+            (Before::Start(a), Before::Start(b)) => a.is_as(b, switchboard),
             (Before::Page(a), Before::Page(b)) => a == b,
             (Before::Start(_), Before::Page(_)) | (Before::Page(_), Before::Start(_)) => false,
         }

@@ -14,8 +14,8 @@ use exrail_kernels::PAGE_TOKENS;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use super::checksum::checksum;
 use super::error::SessionError;
+use crate::checksum::checksum;
 
 const MAGIC: [u8; 8] = *b"EXRAILKV";
 /// Of this layout, the order of a page's bytes on every device included.

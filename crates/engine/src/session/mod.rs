@@ -3,12 +3,10 @@
 //! - `file`: the format, and a reader that refuses whatever is not what was saved.
 //! - `store`: the folder, its cap, and who owns which file.
 //! - `pages`: how pages leave the engine and come back.
-//! - `checksum`: of a page's bytes.
 //!
 //! What is restored is put where the cache finds prefixes, under the pins and the tenant of the engine that
 //! it is restored into: the next request reads it as if it had been computed there.
 
-mod checksum;
 mod error;
 mod file;
 mod pages;

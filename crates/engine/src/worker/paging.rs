@@ -14,12 +14,28 @@ use std::sync::Arc;
 use exrail_kernels::{Backend, PAGE_TOKENS, PageId};
 
 use super::Worker;
-use crate::cache::{Admitted, Namespace, PageFault, Pins, TableView, Wanted};
+use crate::cache::{Admitted, DevicePages, Namespace, PageFault, Pins, TableView, Wanted};
 use crate::counters::Total;
 use crate::event::SequenceFault;
 use crate::handle::EngineOptions;
 use crate::places::Left;
 use crate::sequence::{Ending, Running, Traffic, Waiting};
+
+/// The pool as the cache moves its pages: in the order of the device's other work, and there when it returns.
+pub(super) struct PoolPages<'a, B: Backend> {
+    pub(super) backend: &'a B,
+    pub(super) pool: &'a mut B::KvPool,
+}
+
+impl<B: Backend> DevicePages for PoolPages<'_, B> {
+    fn read(&mut self, page: PageId, bytes: &mut [u8]) {
+        self.backend.kv_read_page(self.pool, page, bytes);
+    }
+
+    fn write(&mut self, page: PageId, bytes: &[u8]) {
+        self.backend.kv_write_page(self.pool, page, bytes);
+    }
+}
 
 /// What came of the head of a queue.
 enum Head {
@@ -64,7 +80,8 @@ impl<B: Backend> Worker<B> {
         let own = head.owns_its_pages();
         let wanted = Wanted { n_pages, tokens, namespace: namespace.as_ref(), own };
         let traffic = head.traffic;
-        let admitted = self.cache.admit(&wanted);
+        let mut device = PoolPages { backend: &self.loaded.backend, pool: &mut self.pool };
+        let admitted = self.cache.admit(&wanted, &mut device);
         let fault = self.never_fits(n_pages);
         match (admitted, fault) {
             (Err(fault), _) => {
@@ -99,7 +116,9 @@ impl<B: Backend> Worker<B> {
         let n_pages = head.n_pages();
         let namespace = head.namespace.as_ref();
         let (tokens, own) = (&head.tokens[..], head.owns_its_pages());
-        let admitted = self.cache.admit(&Wanted { n_pages, tokens, namespace, own });
+        let wanted = Wanted { n_pages, tokens, namespace, own };
+        let mut device = PoolPages { backend: &self.loaded.backend, pool: &mut self.pool };
+        let admitted = self.cache.admit(&wanted, &mut device);
         let fault = self.never_fits(n_pages);
         match (admitted, fault) {
             (Err(fault), _) => self.contain(fault),

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use exrail_kernels::{Backend, PAGE_TOKENS};
 
 use super::Worker;
+use super::paging::PoolPages;
 use crate::cache::Namespace;
 use crate::session::{Found, PageCommand, Placed, Prefix};
 
@@ -15,7 +16,7 @@ impl<B: Backend> Worker<B> {
         match command {
             PageCommand::Find { prefix, found } => {
                 let page_bytes = self.loaded.backend.kv_page_bytes(&self.pool);
-                let n_pages = self.cache.find(&self.namespace_of(&prefix), &prefix.tokens).len();
+                let n_pages = self.recalled(&prefix);
                 found.send(Found { n_pages, page_bytes, pins: self.pins.named() }).ok();
             }
             PageCommand::Read { prefix, mut bytes, page } => {
@@ -35,12 +36,21 @@ impl<B: Backend> Worker<B> {
         }
     }
 
+    /// Pages of a prefix that are on the device, those that were in the host's memory among them.
+    fn recalled(&mut self, prefix: &Prefix) -> usize {
+        let namespace = self.namespace_of(prefix);
+        let mut device = PoolPages { backend: &self.loaded.backend, pool: &mut self.pool };
+        if let Err(fault) = self.cache.recall(&namespace, &prefix.tokens, &mut device) {
+            self.contain(fault);
+        }
+        self.publish();
+        self.cache.find(&namespace, &prefix.tokens).len()
+    }
+
     fn place_page(&mut self, prefix: &Prefix, bytes: &[u8]) -> Placed {
         let namespace = self.namespace_of(prefix);
-        let (backend, pool) = (&self.loaded.backend, &mut self.pool);
-        let placed = self.cache.place(&namespace, &prefix.tokens, |page| {
-            backend.kv_write_page(pool, page, bytes);
-        });
+        let mut device = PoolPages { backend: &self.loaded.backend, pool: &mut self.pool };
+        let placed = self.cache.place(&namespace, &prefix.tokens, bytes, &mut device);
         self.publish();
         placed.unwrap_or_else(|fault| {
             self.contain(fault);

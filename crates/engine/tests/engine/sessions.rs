@@ -234,3 +234,22 @@ fn a_session_moves_beside_running_answers_and_takes_the_room_of_kept_pages() {
     assert_eq!(ask(&engine, None), (512, answer));
     assert_all_pages_return(&engine);
 }
+
+/// A conversation that had to make room is saved out of the host's memory.
+#[test]
+fn a_session_of_pages_that_left_the_device_is_whole() {
+    let place = tempfile::tempdir().unwrap();
+    let engine = poisoned(EngineOptions { kv_pages: Some(3), kv_host_bytes: 8 << 20, ..options() });
+    let (_, answer) = ask(&engine, None);
+    generate(&engine, plain(prompt(2, 600), 4));
+    assert_eq!(engine.counters().host.pages, 2);
+    let mut store = SessionStore::open(place.path(), CAP).unwrap();
+    let size = store.save(&engine, &owner(None), &name(), prompt(1, 600)).unwrap();
+    assert_eq!(size.tokens, 512);
+    let whole = store.save(&engine, &owner(None), &name(), prompt(1, 512)).unwrap();
+    assert_eq!(whole.tokens, 512, "the end of a page is the end of the conversation");
+    let later = poisoned(options());
+    store.restore(&later, &owner(None), &name()).unwrap();
+    assert_eq!(ask(&later, None), (512, answer));
+    assert_all_pages_return(&engine);
+}

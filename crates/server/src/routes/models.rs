@@ -60,6 +60,7 @@ pub(crate) async fn config(State(state): State<Arc<AppState>>, ready: Ready) -> 
         "kv_bytes": facts.map(|facts| facts.kv_bytes),
         "kv_audit_every": options.map(|options| options.kv_audit_every),
         "prefix_cache": options.map(|options| options.prefix_cache),
+        "kv_host_bytes": options.map(|options| options.kv_host_bytes),
         "sessions": state.sessions.get().is_some(),
         "rotation": options.map(|EngineOptions { rotation, .. }| json!({
             "policy": rotation.policy.name(),

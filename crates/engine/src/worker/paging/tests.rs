@@ -537,3 +537,100 @@ fn a_suspended_sequence_can_be_cancelled_and_abandoned() {
     assert_eq!(bench.gauges.snapshot().cancelled, 2);
     assert_whole(&mut bench, 0);
 }
+
+/// A pool of three pages, and room for what leaves it.
+fn two_tiers() -> Bench {
+    Bench::with(EngineOptions { kv_host_bytes: 8 << 20, ..options(3) })
+}
+
+/// Asks once, lets another prompt take the room, and does something to what has left.
+fn asked_and_left(request: &GenerateRequest, then: impl FnOnce(&mut Bench)) -> Bench {
+    let mut bench = two_tiers();
+    one(&mut bench, request);
+    one(&mut bench, &greedy(tokens(5, 600), 12));
+    let host = bench.worker.cache.host();
+    assert_eq!((host.pages, host.stored), (2, 2), "{host:?}");
+    then(&mut bench);
+    bench
+}
+
+#[test]
+fn a_page_that_made_room_comes_back_from_the_host() {
+    let request = greedy(prompt(600, 9, 0), 12);
+    let mut bench = asked_and_left(&request, |_| {});
+    let said = one(&mut bench, &request);
+    assert_eq!((said.cached, said.whole()), (Some(512), &cold(&request)[..]));
+    let host = bench.gauges.snapshot().host;
+    assert_eq!((host.returned, host.stored, host.pages, host.corrupt), (2, 4, 2, 0));
+    assert_whole(&mut bench, 0);
+}
+
+#[test]
+fn a_tenant_gets_nothing_back_that_another_one_left() {
+    let mut request = greedy(prompt(600, 9, 0), 12);
+    let mut bench = asked_and_left(&request, |_| {});
+    request.tenant = Some("other".to_owned());
+    assert_eq!(one(&mut bench, &request).cached, Some(0));
+    assert_eq!(bench.worker.cache.host().returned, 0);
+}
+
+#[test]
+fn a_bit_that_flips_in_the_host_is_found_and_the_prefix_is_computed() {
+    let request = greedy(prompt(600, 9, 0), 12);
+    let mut bench = asked_and_left(&request, |bench| bench.worker.cache.flip_host_bits());
+    let said = one(&mut bench, &request);
+    assert_eq!((said.cached, said.whole()), (Some(0), &cold(&request)[..]));
+    assert_eq!(bench.gauges.snapshot().host.corrupt, 1);
+    assert_whole(&mut bench, 0);
+}
+
+#[test]
+fn mutation_without_the_checksum_flipped_bits_reach_the_user() {
+    let request = greedy(prompt(600, 9, 0), 12);
+    let mut bench = asked_and_left(&request, |bench| {
+        bench.worker.cache.flip_host_bits();
+        bench.worker.cache.switch_guards_off();
+    });
+    let said = one(&mut bench, &request);
+    assert_eq!(said.cached, Some(512));
+    let wrong = !matches!(said.end, Some(Ok(_))) || said.ids != cold(&request);
+    assert!(wrong, "the fault reaches the user");
+}
+
+#[test]
+fn what_left_while_the_books_were_wrong_does_not_come_back() {
+    let request = greedy(prompt(600, 9, 0), 12);
+    for reset in [false, true] {
+        let mut bench = asked_and_left(&request, |bench| match reset {
+            true => bench.worker.cache.reset(),
+            false => bench.worker.cache.quarantine(PageId(2)),
+        });
+        assert_eq!(bench.worker.cache.host().pages, 0);
+        bench.worker.cache.reset();
+        let short = greedy(prompt(300, 9, 0), 12);
+        let said = one(&mut bench, &short);
+        assert_eq!((said.cached, said.whole()), (Some(0), &cold(&short)[..]));
+    }
+}
+
+#[test]
+fn a_host_tier_that_holds_nothing_is_refused() {
+    let gguf = exrail_checkpoint::Gguf::parse(exrail_testkit::tiny_llama(
+        7,
+        exrail_testkit::TinyLlama::default(),
+    ));
+    let checkpoint = exrail_checkpoint::Checkpoint::Gguf(gguf.unwrap());
+    let load = || {
+        let who = crate::load::Identity { name: "tiny".to_owned(), sha256: String::new() };
+        let load = crate::load::LoadOptions::default();
+        let reference = exrail_kernels::reference::Reference;
+        crate::load::prepare_generator(reference, &checkpoint, who, load, &mut |_| {}).unwrap()
+    };
+    for (prefix_cache, expected) in
+        [(true, "0, or one page of"), (false, "0 without a prefix cache")]
+    {
+        let with = EngineOptions { kv_host_bytes: 100, prefix_cache, ..options(3) };
+        let error = crate::handle::Engine::start(load(), with).unwrap_err().to_string();
+        assert!(error.contains("kv_host_bytes") && error.contains(expected), "{error}");
+    }
+}

@@ -354,12 +354,15 @@ fn keys_of_other_positions_would_reach_the_user() {
     let (wrong, differs) = mutated(|bench| {
         bench.turn();
         let mut sequence = bench.worker.suspended.pop_front().expect("it was rotated");
-        let table = bench.worker.cache.admit(&crate::cache::Wanted {
+        let wanted = crate::cache::Wanted {
             n_pages: sequence.n_pages(),
             tokens: &sequence.tokens,
             namespace: None,
             own: false,
-        });
+        };
+        let Worker { loaded, pool, cache, .. } = &mut bench.worker;
+        let mut device = super::super::paging::PoolPages { backend: &loaded.backend, pool };
+        let table = cache.admit(&wanted, &mut device);
         sequence.take(table.unwrap().unwrap());
         // The pages are the same, with the keys and values of what was there before.
         sequence.fed = sequence.tokens.len() - 1;
