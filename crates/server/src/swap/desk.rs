@@ -176,7 +176,7 @@ impl Desk {
             Message::Vacate(waits) => self.wait_for_place(waits),
             Message::LoadEnded(end) => self.load_ended(end, now),
             Message::Unloaded(true) => self.work = Work::None,
-            Message::Unloaded(false) => self.get_stuck(self.limits.drain),
+            Message::Unloaded(false) => self.get_stuck(),
         }
         self.look(now)
     }
@@ -435,9 +435,7 @@ impl Desk {
             }
             LoadEnd::Failed(reason) => self.load_failed(&loading, reason, now),
             LoadEnd::NotVacated(NotVacated::NotNeeded | NotVacated::Ending) => {}
-            LoadEnd::NotVacated(NotVacated::Stuck { limit_s }) => {
-                self.get_stuck(Duration::from_secs(limit_s));
-            }
+            LoadEnd::NotVacated(NotVacated::Stuck { .. }) => self.get_stuck(),
         }
     }
 
@@ -466,8 +464,9 @@ impl Desk {
     }
 
     /// Nothing can be loaded any more: what hangs holds the memory.
-    fn get_stuck(&mut self, limit: Duration) {
-        let reason = NotVacated::Stuck { limit_s: limit.as_secs() }.to_string();
+    fn get_stuck(&mut self) {
+        let limit_s = self.limits.stop.as_secs();
+        let reason = NotVacated::Stuck { limit_s }.to_string();
         self.work = Work::None;
         for ticket in self.take_tickets(|_| true) {
             let reason = reason.clone();

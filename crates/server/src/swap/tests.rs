@@ -51,6 +51,7 @@ impl Fixture {
             turn: Duration::from_secs(10),
             linger: Duration::from_secs(1),
             drain: Duration::from_secs(5),
+            stop: Duration::from_secs(30),
             cool_down: Duration::from_secs(15),
             idle_unload: None,
         };
