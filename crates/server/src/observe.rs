@@ -130,7 +130,7 @@ fn model_lines(text: &mut Text, lineup: &Lineup) {
     of_each("loads_total", "counter", loads, &|it| Some(it.loads as f64));
     let failures = "Loads of the model that failed.";
     of_each("load_failures_total", "counter", failures, &|it| Some(it.failures as f64));
-    let last = "Time of the model's last load, the wait for its place included.";
+    let last = "Time of the model's last load, without the wait for its place.";
     of_each("load_seconds", "gauge", last, &|it| it.load_time.map(|time| time.as_secs_f64()));
     let running = "Requests that use the model.";
     of_each("requests_running", "gauge", running, &|it| Some(it.running as f64));

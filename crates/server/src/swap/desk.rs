@@ -111,12 +111,22 @@ struct Loading {
     model: usize,
     since: Instant,
     board: Arc<BootBoard>,
-    /// Where the loading thread waits for the place.
-    waits: Option<flume::Sender<Vacated>>,
+    /// Where the loading thread waits for the place, and since when.
+    waits: Option<(flume::Sender<Vacated>, Instant)>,
+    /// How long it waited.
+    waited: Duration,
     /// Who gave its place up for it.
     former: Option<usize>,
     /// Loaded although nobody waits for it, since another load failed.
     is_recovery: bool,
+}
+
+impl Loading {
+    /// How long it has worked, without its wait for the place.
+    fn worked(&self, now: Instant) -> Duration {
+        let until = self.waits.as_ref().map_or(now, |(_, since)| *since);
+        (until - self.since).saturating_sub(self.waited)
+    }
 }
 
 /// The desk. Its keeper owns it.
@@ -173,10 +183,10 @@ impl Desk {
             Message::Ask(ticket) => self.ask(ticket, now),
             Message::LookAgain | Message::Stop(_) => {}
             Message::Done { turn } => self.done(turn, now),
-            Message::Vacate(waits) => self.wait_for_place(waits),
+            Message::Vacate(waits) => self.wait_for_place(waits, now),
             Message::LoadEnded(end) => self.load_ended(end, now),
             Message::Unloaded(true) => self.work = Work::None,
-            Message::Unloaded(false) => self.get_stuck(self.limits.drain),
+            Message::Unloaded(false) => self.get_stuck(),
         }
         self.look(now)
     }
@@ -253,7 +263,7 @@ impl Desk {
             None => (seat.since + self.limits.turn).saturating_duration_since(now),
         });
         let Work::Loading(loading) = &self.work else { return turn_left + load_time(model) };
-        let left = load_time(loading.model).saturating_sub(now - loading.since);
+        let left = load_time(loading.model).saturating_sub(loading.worked(now));
         let first = turn_left + left;
         if loading.model == model { first } else { first + self.limits.turn + load_time(model) }
     }
@@ -338,9 +348,9 @@ impl Desk {
         }
     }
 
-    fn wait_for_place(&mut self, waits: flume::Sender<Vacated>) {
+    fn wait_for_place(&mut self, waits: flume::Sender<Vacated>, now: Instant) {
         if let Work::Loading(loading) = &mut self.work {
-            loading.waits = Some(waits);
+            loading.waits = Some((waits, now));
         }
     }
 
@@ -365,10 +375,10 @@ impl Desk {
             return;
         }
         if !is_wanted && !self.tickets.iter().any(|ticket| ticket.model == model) {
-            self.tell_loader(Err(NotVacated::NotNeeded));
+            self.tell_loader(Err(NotVacated::NotNeeded), now);
             return self.open_seat();
         }
-        let Some(seat) = &self.seat else { return self.tell_loader(Ok(None)) };
+        let Some(seat) = &self.seat else { return self.tell_loader(Ok(None), now) };
         let is_over = self.turn_ends(seat) <= now;
         let drained_by = now + self.limits.drain;
         let Some(seat) = &mut self.seat else { return };
@@ -382,13 +392,14 @@ impl Desk {
             if let Work::Loading(loading) = &mut self.work {
                 loading.former = left.as_ref().map(|(model, _)| *model);
             }
-            self.tell_loader(Ok(left.map(|(_, services)| services)));
+            self.tell_loader(Ok(left.map(|(_, services)| services)), now);
         }
     }
 
-    fn tell_loader(&mut self, vacated: Vacated) {
+    fn tell_loader(&mut self, vacated: Vacated, now: Instant) {
         let Work::Loading(loading) = &mut self.work else { return };
-        if let Some(waits) = loading.waits.take() {
+        if let Some((waits, since)) = loading.waits.take() {
+            loading.waited = now - since;
             self.actions.push(Action::Vacate(waits, vacated));
         }
     }
@@ -421,6 +432,7 @@ impl Desk {
             since: now,
             board,
             waits: None,
+            waited: Duration::ZERO,
             former: None,
             is_recovery,
         });
@@ -430,14 +442,12 @@ impl Desk {
         let Work::Loading(loading) = std::mem::replace(&mut self.work, Work::None) else { return };
         match end {
             LoadEnd::Loaded(services) => {
-                let took = now - loading.since;
+                let took = loading.worked(now);
                 self.sit(loading.model, Arc::from(services), took, now);
             }
             LoadEnd::Failed(reason) => self.load_failed(&loading, reason, now),
             LoadEnd::NotVacated(NotVacated::NotNeeded | NotVacated::Ending) => {}
-            LoadEnd::NotVacated(NotVacated::Stuck { limit_s }) => {
-                self.get_stuck(Duration::from_secs(limit_s));
-            }
+            LoadEnd::NotVacated(NotVacated::Stuck { .. }) => self.get_stuck(),
         }
     }
 
@@ -466,8 +476,9 @@ impl Desk {
     }
 
     /// Nothing can be loaded any more: what hangs holds the memory.
-    fn get_stuck(&mut self, limit: Duration) {
-        let reason = NotVacated::Stuck { limit_s: limit.as_secs() }.to_string();
+    fn get_stuck(&mut self) {
+        let limit_s = self.limits.stop.as_secs();
+        let reason = NotVacated::Stuck { limit_s }.to_string();
         self.work = Work::None;
         for ticket in self.take_tickets(|_| true) {
             let reason = reason.clone();

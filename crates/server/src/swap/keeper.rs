@@ -22,8 +22,6 @@ use crate::{
 
 /// Between two words of a load that waits for its place.
 const TICK: Duration = Duration::from_secs(1);
-/// How long the step in progress of an engine that ends may take.
-const STOP_WITHIN: Duration = Duration::from_secs(30);
 
 /// Starts the thread; it ends with [`Message::Stop`].
 pub(super) fn start(
@@ -88,6 +86,7 @@ pub(super) struct Hands {
     loader: Option<Arc<dyn Loader>>,
     shelf: Arc<Shelf>,
     traces: TraceLog,
+    stop: Duration,
 }
 
 impl Hands {
@@ -96,8 +95,9 @@ impl Hands {
         loader: Option<Arc<dyn Loader>>,
         shelf: Arc<Shelf>,
         traces: TraceLog,
+        stop: Duration,
     ) -> Self {
-        Self { desk, loader, shelf, traces }
+        Self { desk, loader, shelf, traces, stop }
     }
 
     fn perform(&self, action: Action) {
@@ -132,7 +132,7 @@ impl Hands {
     /// Ends an engine; false when a step of it hangs.
     fn end(&self, services: &Services, reason: &'static str) -> bool {
         let began = Instant::now();
-        let stopped = services.engine.shutdown_within(STOP_WITHIN);
+        let stopped = services.engine.shutdown_within(self.stop);
         let ms = began.elapsed().as_secs_f64() * 1e3;
         let model = services.model_name.clone();
         tracing::info!(model, reason, stopped, ms, "model unloaded");
@@ -208,7 +208,7 @@ impl Hands {
         if self.end(&former, "swap") {
             return Ok(());
         }
-        Err(NotVacated::Stuck { limit_s: STOP_WITHIN.as_secs() })
+        Err(NotVacated::Stuck { limit_s: self.stop.as_secs() })
     }
 
     /// Nobody waits for these records; one that cannot be written stops nothing.

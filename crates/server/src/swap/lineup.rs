@@ -63,7 +63,7 @@ pub struct ModelStatus {
     pub loads: u64,
     /// Loads that did not.
     pub failures: u64,
-    /// Time of the last load that succeeded.
+    /// Time of the last load that succeeded, without the wait for its place.
     pub load_time: Option<Duration>,
     /// The phases of its load, while there is one.
     pub board: Option<Arc<BootBoard>>,

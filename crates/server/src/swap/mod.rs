@@ -1,6 +1,6 @@
 //! Several generators on one device, one loaded at a time (G-01, G-05, G-25).
 //!
-//! A request names its model and gets a [`Pass`] to the engine that computes it, at once when that model is
+//! A request names its model and gets a `Pass` to the engine that computes it, at once when that model is
 //! loaded, and otherwise when it has been: what a request computes, names and records is all read from its
 //! pass, so that two models cannot mix. While a pass is held its engine is not taken away, until a deadline.
 //!
@@ -52,6 +52,8 @@ pub struct SwapLimits {
     pub linger: Duration,
     /// Requests that run get so long when their model has to go; then they fail.
     pub drain: Duration,
+    /// How long the step may take in which an engine is ended; longer, and it is taken for one that hangs.
+    pub stop: Duration,
     /// A model that could not be loaded is not tried again for so long; each further time twice as long.
     pub cool_down: Duration,
     /// Without a request for so long the model is unloaded; never when absent.
@@ -66,6 +68,7 @@ impl Default for SwapLimits {
             turn: Duration::from_secs(10),
             linger: Duration::from_millis(200),
             drain: Duration::from_secs(60),
+            stop: Duration::from_secs(30),
             cool_down: Duration::from_secs(15),
             idle_unload: None,
         }
@@ -242,7 +245,8 @@ impl Models {
         let (limits, started_at) = (fleet.limits, loaded.loaded_at);
         let rules = Desk::new(loaded, took, fleet.names, limits, desk.clone());
         let (shown, lineup) = watch::channel(Arc::new(rules.lineup()));
-        let hands = Hands::new(desk.clone(), fleet.loader, Arc::clone(&shelf), traces);
+        let (loader, stop) = (fleet.loader, limits.stop);
+        let hands = Hands::new(desk.clone(), loader, Arc::clone(&shelf), traces, stop);
         keeper::start(rules, inbox, hands, shown);
         Self { _owner: Arc::new(Owner(desk.clone())), desk, lineup, shelf, limits, started_at }
     }

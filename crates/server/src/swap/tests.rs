@@ -51,6 +51,7 @@ impl Fixture {
             turn: Duration::from_secs(10),
             linger: Duration::from_secs(1),
             drain: Duration::from_secs(5),
+            stop: Duration::from_secs(30),
             cool_down: Duration::from_secs(15),
             idle_unload: None,
         };
@@ -168,6 +169,8 @@ fn a_model_with_work_keeps_its_turn_and_then_drains() {
     desk.passes_back(12.0);
     assert!(desk.is_vacated());
     desk.loaded(13.0, 1);
+    // 1 s before it waited for its place, 1 s behind that.
+    assert_eq!(desk.desk.lineup().models[1].load_time, Some(Duration::from_secs(2)));
     assert_eq!(pass(&mut other).model_name, "b");
     assert_eq!(desk.loads, ["b", "a"], "whoever waits next is prepared");
     assert!(is_waiting(&mut late));

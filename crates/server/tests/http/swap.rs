@@ -3,6 +3,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    convert::Infallible,
     error::Error,
     sync::{
         Arc, Mutex,
@@ -87,6 +88,8 @@ struct Yard {
     n_calls: AtomicUsize,
     /// What each step takes longer.
     delay: Duration,
+    /// A token whose step hangs until the channel is closed.
+    hang: Option<(u32, flume::Receiver<Infallible>)>,
     /// Whether a load runs a real warm-up.
     warms: bool,
 }
@@ -94,7 +97,8 @@ struct Yard {
 impl Yard {
     fn engine(&self, name: &str) -> EngineHandle {
         let end = Arc::new(Alive::of(&self.alive));
-        let backend = Faulty { end: Some(end), delay: self.delay, ..Faulty::new(cpu()) };
+        let (delay, hang) = (self.delay, self.hang.clone());
+        let backend = Faulty { end: Some(end), delay, hang, ..Faulty::new(cpu()) };
         start_seeded(seed(name), backend, four(), |_| {})
     }
 
@@ -581,6 +585,51 @@ async fn a_server_without_any_model_is_not_ready_and_says_why() {
     tokio::time::sleep(Duration::from_millis(300)).await;
     text(&complete(&server, MODEL).await);
     assert_eq!(server.get("/readyz").await.status, StatusCode::OK);
+}
+
+/// A model in a step that hangs, and who waits for another one.
+async fn hanging(
+    stop: Duration,
+) -> (Arc<Server>, flume::Sender<Infallible>, tokio::task::JoinHandle<Answer>) {
+    let (release, released) = flume::bounded(0);
+    let yard = Arc::new(Yard { hang: Some((77, released)), ..Yard::default() });
+    let server = serve(&yard, SwapLimits { drain: Duration::ZERO, stop, ..quick() });
+    let hangs = spawn(&server, json!({"model": MODEL, "prompt": [77, 9], "max_tokens": 1}));
+    let engine = server.state.services().unwrap().engine.clone();
+    until("it hangs", || engine.counters().sequences_running == 1).await;
+    let waits = spawn(&server, ask(OTHER, 2));
+    drop(hangs);
+    (server, release, waits)
+}
+
+/// An engine that cannot be ended holds its memory: nothing is loaded beside it, and the server says that only a
+/// restart helps.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_model_that_hangs_when_it_has_to_go_is_told_and_nothing_is_loaded_beside_it() {
+    let (server, _release, waits) = hanging(Duration::from_millis(200)).await;
+    let refused = waits.await.unwrap();
+    assert_eq!((refused.status.as_u16(), refused.code().as_str()), (503, "model_stuck"));
+    let livez = server.get("/livez").await;
+    assert_eq!((livez.status.as_u16(), &livez.json()["status"]), (503, &json!("stuck")));
+    let ready = server.get("/readyz").await;
+    assert_eq!(ready.status, StatusCode::SERVICE_UNAVAILABLE);
+    assert!(
+        ready.json()["reason"].as_str().unwrap().contains("restart the server"),
+        "{}",
+        ready.text
+    );
+    assert_eq!(complete(&server, MODEL).await.code(), "model_stuck");
+}
+
+/// The mutation: without the limit whoever asks waits as long as it hangs, and the server looks alive.
+#[tokio::test(flavor = "multi_thread")]
+async fn mutation_without_the_limit_whoever_asks_waits_for_what_hangs() {
+    let (server, release, waits) = hanging(Duration::from_secs(3600)).await;
+    tokio::time::sleep(Duration::from_millis(600)).await;
+    assert!(!waits.is_finished());
+    assert_eq!(server.get("/livez").await.status, StatusCode::OK);
+    drop(release);
+    assert_eq!(waits.await.unwrap().json()["model"], OTHER);
 }
 
 #[tokio::test(flavor = "multi_thread")]
