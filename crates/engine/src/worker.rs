@@ -13,6 +13,7 @@
 //! [`EngineState::Faulted`].
 
 mod deadlines;
+mod disturb;
 mod paging;
 mod rotate;
 mod step;
@@ -31,6 +32,7 @@ use crate::cache::{KvCache, Pins};
 use crate::counters::{EngineState, Gauges, Total};
 use crate::error::EngineError;
 use crate::event::{Finish, SequenceFault, SequenceId};
+use crate::faults::Switchboard;
 use crate::fence::Fence;
 use crate::handle::{Command, EngineFacts, EngineOptions};
 use crate::load::Loaded;
@@ -103,7 +105,7 @@ impl<B: Backend> Worker<B> {
         Ok(Worker {
             scratch,
             pool,
-            cache: KvCache::new(facts.kv_pages),
+            cache: KvCache::new(facts.kv_pages, Switchboard::new(gauges.faults())),
             pins: Arc::new(Pins::of(&loaded, options.kv_dtype)),
             waiting: FairQueue::default(),
             running: Vec::new(),
@@ -160,6 +162,7 @@ impl<B: Backend> Worker<B> {
         self.drop_abandoned();
         self.end_late();
         self.admit();
+        self.disturb();
         if !self.running.is_empty() || self.flight.is_some() {
             self.step();
             self.rotate_due();
@@ -205,6 +208,10 @@ impl<B: Backend> Worker<B> {
                     self.watch_fence();
                 }
                 Command::CloseFence(sender) => self.close_fence(&sender),
+                Command::Inject(plan) => {
+                    let (every, n_pages) = (self.options.kv_audit_every, self.cache.usable());
+                    self.cache.switchboard.follow(plan, every, n_pages);
+                }
                 Command::Shutdown => return Turn::End(EngineState::Stopped),
             }
             next = self.commands.try_recv().ok();

@@ -2,8 +2,7 @@
 //!
 //! [`KvCache`] owns all of it. `pages` are the books (free list, generations, references, pages kept
 //! for their content, quarantine); `prefixes` say what a page holds; `pins` under which conditions it
-//! may be read; `audit` compares everything with the tables of the running sequences; `switchboard`
-//! breaks one rule at a time in tests.
+//! may be read; `audit` compares everything with the tables of the running sequences.
 //!
 //! # Sharing
 //! Only whole pages are shared, and only once finite logits were computed from all of them. A page's
@@ -22,9 +21,10 @@ mod audit;
 mod pages;
 mod pins;
 mod prefixes;
-mod switchboard;
 
 use exrail_kernels::{PAGE_TOKENS, PageId};
+
+use crate::faults::{Fault, Switchboard};
 
 pub(crate) use self::audit::TableView;
 pub use self::pages::PageFault;
@@ -32,9 +32,6 @@ pub(crate) use self::pages::PageRef;
 use self::pages::Pages;
 pub(crate) use self::pins::{Namespace, Pins};
 use self::prefixes::Prefixes;
-#[cfg(test)]
-pub(crate) use self::switchboard::Fault;
-use self::switchboard::Switchboard;
 
 /// Pages of the pool and what they hold.
 #[derive(Debug)]
@@ -43,7 +40,7 @@ pub(crate) struct KvCache {
     prefixes: Prefixes,
     /// Table entries per page while tables are checked, all 0 between checks.
     held: Vec<u32>,
-    switchboard: Switchboard,
+    pub(crate) switchboard: Switchboard,
 }
 
 /// What a sequence needs.
@@ -75,12 +72,12 @@ impl KvCache {
     ///
     /// # Panics
     /// More than `u32::MAX` pages; a page's id cannot name them.
-    pub(crate) fn new(n_pages: usize) -> KvCache {
+    pub(crate) fn new(n_pages: usize, switchboard: Switchboard) -> KvCache {
         KvCache {
             pages: Pages::new(n_pages),
             prefixes: Prefixes::new(n_pages),
             held: vec![0; n_pages],
-            switchboard: Switchboard::default(),
+            switchboard,
         }
     }
 
@@ -108,7 +105,8 @@ impl KvCache {
     /// pages, and then nothing has changed.
     ///
     /// # Errors
-    /// A prefix names a page of another life. Nothing was handed out.
+    /// A prefix names a page of another life, or the pool has not the pages that its books say. Nothing was
+    /// handed out.
     pub(crate) fn admit(&mut self, wanted: &Wanted<'_>) -> Result<Option<Admitted>, PageFault> {
         let most = wanted.namespace.map_or(0, |_| shareable(wanted.tokens.len()));
         if self.available() + most < wanted.n_pages {
@@ -132,9 +130,16 @@ impl KvCache {
             self.pages.retain(*entry, &self.switchboard)?;
         }
         let n_evicted = self.make_room(n_new);
-        let new = self.pages.allocate(n_new, &self.switchboard);
+        let new = match self.pages.allocate(n_new, &self.switchboard) {
+            Some(new) => new,
+            None if self.switchboard.guards_are_off() => Vec::new(),
+            None => {
+                self.release(&found);
+                return Err(PageFault::Allocation { needed: n_new, free: self.pages.free() });
+            }
+        };
         let n_cached = found.len();
-        let pages = [found, new.unwrap_or_default()].concat();
+        let pages = [found, new].concat();
         Ok(Some(Admitted { pages, n_cached, n_missed: most - n_cached, n_evicted }))
     }
 
@@ -169,6 +174,7 @@ impl KvCache {
     pub(crate) fn forget(&mut self, table: &[PageRef]) {
         for entry in table {
             if self.prefixes.holds(*entry) {
+                self.switchboard.gives_up(entry.page);
                 self.prefixes.forget(entry.page);
                 self.pages.discard(entry.page, &self.switchboard);
             }
@@ -192,11 +198,27 @@ impl KvCache {
         self.pages.check_life(entry).is_err()
     }
 
+    /// Does to the books what a stray write would, when it is asked for.
+    pub(crate) fn disturb(&mut self) {
+        if let Some(page) = self.prefixes.first()
+            && self.switchboard.injects(Fault::FlipToken)
+        {
+            self.switchboard.flips(page);
+            self.prefixes.flip_token(page);
+        }
+        if let Some(page) = self.pages.first_held()
+            && self.switchboard.injects(Fault::FlipRecord)
+        {
+            self.pages.flip_references(page, 1);
+        }
+    }
+
     /// Frees kept pages until `n` are free or none is kept; returns how many.
     fn make_room(&mut self, n: usize) -> usize {
         let mut n_evicted = 0;
         while self.pages.free() < n {
             let Some(page) = self.pages.evict_oldest(&self.switchboard) else { break };
+            self.switchboard.gives_up(page);
             self.prefixes.forget(page);
             n_evicted += 1;
         }

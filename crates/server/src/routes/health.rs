@@ -14,6 +14,7 @@ use serde_json::{Value, json};
 use crate::{
     AppState,
     boot::{BootState, BootStatus, Wait},
+    observe::injected,
 };
 
 /// Alive: the process answers, the engine has not given up and, when there is work, it finishes steps. Not
@@ -117,6 +118,9 @@ pub(crate) async fn metrics(State(state): State<Arc<AppState>>) -> Response {
     let services = state.services.get();
     let counters = services.map(|services| services.engine.counters());
     let warm_up = services.and_then(|services| services.warm_up.as_ref());
-    let text = state.metrics.render(&state.board.status(), counters.as_ref(), warm_up);
+    let mut text = state.metrics.render(&state.board.status(), counters.as_ref(), warm_up);
+    if let Some(services) = services {
+        text.push_str(&injected(&services.engine.faults().counts()));
+    }
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], text).into_response()
 }
