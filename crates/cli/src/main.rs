@@ -21,10 +21,17 @@ use clap::{Parser, Subcommand};
 
 use crate::output::Output;
 
+/// A program that can inject faults says so.
+const VERSION: &str = if cfg!(feature = "faults") {
+    concat!(env!("CARGO_PKG_VERSION"), "+faults")
+} else {
+    env!("CARGO_PKG_VERSION")
+};
+
 /// Serve quantised models behind guardrails, ask documents with traced citations, and measure
 /// whether the answers can be trusted.
 #[derive(Debug, Parser)]
-#[command(name = "exrail", version, propagate_version = true)]
+#[command(name = "exrail", version = VERSION, propagate_version = true)]
 #[command(after_help = "Exit codes: 0 done or passed, 1 error, 2 wrong usage, 3 gate not passed.")]
 struct Cli {
     /// Print JSON instead of text.

@@ -48,6 +48,16 @@ fn a_short_soak_passes_every_demand_but_that_of_memory() {
 }
 
 #[test]
+#[cfg(not(feature = "faults"))]
+fn faults_need_a_program_that_can_inject_them() {
+    let home = tempfile::tempdir().unwrap();
+    let output = soak(home.path(), &["--faults"]);
+    assert_eq!(output.status.code(), Some(1));
+    let told = String::from_utf8(output.stderr).unwrap();
+    assert!(told.contains("expected a program with feature `faults`"), "{told}");
+}
+
+#[test]
 fn a_soak_that_cannot_start_says_why() {
     let home = tempfile::tempdir().unwrap();
     let missing = Command::new(env!("CARGO_BIN_EXE_exrail"))

@@ -1,11 +1,13 @@
 //! What can be read of the engine from outside while it runs: atomics that its thread writes.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use exrail_kernels::DeviceCounters;
 
 use crate::error::SubmitError;
+use crate::faults::FaultBoard;
 use crate::places::{Left, PlaceLimits, Places};
 use crate::sequence::Traffic;
 
@@ -128,6 +130,7 @@ pub(crate) struct Gauges {
     built: Built,
     built_after_fence: Built,
     fence_is_closed: AtomicBool,
+    faults: Arc<FaultBoard>,
 }
 
 /// [`DeviceCounters`] that one thread writes and others read.
@@ -237,6 +240,7 @@ impl Gauges {
             built: Built::default(),
             built_after_fence: Built::default(),
             fence_is_closed: AtomicBool::new(false),
+            faults: Arc::default(),
         }
     }
 
@@ -256,6 +260,11 @@ impl Gauges {
 
     pub(crate) fn leave_queue(&self, tenant: Option<&str>, left: Left) {
         self.places.give_back(tenant, left);
+    }
+
+    /// What is injected on demand, and what was caught of it.
+    pub(crate) fn faults(&self) -> &Arc<FaultBoard> {
+        &self.faults
     }
 
     pub(crate) fn progress(&self) {

@@ -13,6 +13,7 @@ use exrail_text::{ChatTemplate, Tokenizer};
 use crate::counters::{Counters, EngineState, Gauges};
 use crate::error::{EngineError, ScoreError, SubmitError};
 use crate::event::{Event, Generation, SequenceFault, SequenceId};
+use crate::faults::{FaultBoard, FaultPlan};
 use crate::fingerprint::ModelFingerprint;
 use crate::load::Loaded;
 use crate::pace::STEP_TARGET;
@@ -128,6 +129,8 @@ pub(crate) enum Command {
     CloseFence(flume::Sender<DeviceCounters>),
     /// Of sessions, which read and fill the cache.
     Pages(PageCommand),
+    /// Injects faults from here on.
+    Inject(FaultPlan),
     Shutdown,
 }
 
@@ -141,6 +144,7 @@ impl Command {
             | Command::OpenFence
             | Command::CloseFence(_)
             | Command::Pages(_)
+            | Command::Inject(_)
             | Command::Shutdown => Vec::new(),
         }
     }
@@ -329,6 +333,17 @@ impl EngineHandle {
     #[must_use]
     pub fn counters(&self) -> Counters {
         self.shared.gauges.snapshot()
+    }
+
+    /// Injects faults by a plan from here on; in a build without feature `faults` nothing happens.
+    pub fn inject(&self, plan: FaultPlan) {
+        drop(self.commands.send(Command::Inject(plan))); // a stopped engine has no steps to disturb
+    }
+
+    /// What was injected, and what was caught of it.
+    #[must_use]
+    pub fn faults(&self) -> &Arc<FaultBoard> {
+        self.shared.gauges.faults()
     }
 
     /// Lets the device build what it needs without a word.

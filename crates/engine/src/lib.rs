@@ -16,6 +16,7 @@
 //! - `plan`: what all of it takes on a device, before anything does.
 //! - `preflight`: what a manifest declares of a model, and what its files say.
 //! - `fingerprint`: the model's hash, known some time after the engine answers.
+//! - `faults`: what goes wrong on demand, in tests and with feature `faults`.
 //! - `warm_up`: the fence before the first user token; `fence`: what the device builds behind it.
 //! - `encoder`: the sentence encoder.
 
@@ -26,6 +27,7 @@ mod distribution;
 mod encoder;
 mod error;
 mod event;
+mod faults;
 mod fence;
 mod fingerprint;
 mod handle;
@@ -58,6 +60,7 @@ pub use event::{
     Alternative, Event, Finish, Finished, Generation, LatePhase, SequenceFault, SequenceId,
     Timings, TokenEvent, TokenLogprob, Usage,
 };
+pub use faults::{Fault, FaultBoard, FaultPlan, Guard, Guards, InjectedFaults};
 pub use fingerprint::{FingerprintError, FingerprintState, HashProgress, ModelFingerprint};
 pub use handle::{Engine, EngineFacts, EngineHandle, EngineOptions};
 pub use load::{

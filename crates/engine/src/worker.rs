@@ -13,6 +13,7 @@
 //! [`EngineState::Faulted`].
 
 mod deadlines;
+mod disturb;
 mod paging;
 mod roll_back;
 mod rotate;
@@ -33,6 +34,7 @@ use crate::cache::{KvCache, Pins};
 use crate::counters::{EngineState, Gauges, Total};
 use crate::error::EngineError;
 use crate::event::{Finish, SequenceFault, SequenceId};
+use crate::faults::Switchboard;
 use crate::fence::Fence;
 use crate::handle::{Command, EngineFacts, EngineOptions};
 use crate::load::Loaded;
@@ -113,7 +115,7 @@ impl<B: Backend> Worker<B> {
         let scratch = loaded.decoder.scratch(&loaded.backend, max_rows, max_logit_rows)?;
         let shape = loaded.decoder.kv_shape(facts.kv_pages, options.kv_dtype);
         let pool = loaded.backend.kv_pool(shape)?;
-        let mut cache = KvCache::new(facts.kv_pages);
+        let mut cache = KvCache::new(facts.kv_pages, Switchboard::new(gauges.faults()));
         let page_bytes = loaded.backend.kv_page_bytes(&pool);
         cache.keep_on_host(host_pages(&options, page_bytes)?, page_bytes)?;
         gauges.set_host(&cache.host());
@@ -188,6 +190,7 @@ impl<B: Backend> Worker<B> {
         self.drop_abandoned();
         self.end_late();
         self.admit();
+        self.disturb();
         if !self.running.is_empty() || self.flight.is_some() {
             self.step();
             self.roll_back_due();
@@ -237,6 +240,10 @@ impl<B: Backend> Worker<B> {
                 }
                 Command::CloseFence(sender) => self.close_fence(&sender),
                 Command::Pages(command) => self.page_command(command),
+                Command::Inject(plan) => {
+                    let (every, n_pages) = (self.options.kv_audit_every, self.cache.usable());
+                    self.cache.switchboard.follow(plan, every, n_pages);
+                }
                 Command::Shutdown => return Turn::End(EngineState::Stopped),
             }
             next = self.commands.try_recv().ok();

@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use exrail_engine::{BucketReport, WarmUpReport};
+use exrail_engine::{BucketReport, InjectedFaults, WarmUpReport};
 
 use crate::{
     boot::{BootState, BootStatus},
@@ -298,6 +298,26 @@ fn host_lines(
     metric("kv_host_evictions_total", "counter", evicted, host.evicted);
     let corrupt = "Pages that had changed there, and were computed anew.";
     metric("kv_host_corrupt_total", "counter", corrupt, host.corrupt);
+}
+
+/// What was injected on demand; no line in a program that injects nothing.
+pub(crate) fn injected(counts: &[InjectedFaults]) -> String {
+    let mut text = Text::default();
+    let mut metric = |name: &str, kind: &str, help: &str, n: &dyn Fn(&InjectedFaults) -> u64| {
+        if !counts.is_empty() {
+            text.head(name, kind, help);
+        }
+        for counts in counts {
+            text.line(&format!("{name}{{kind=\"{}\"}}", counts.fault.name()), n(counts));
+        }
+    };
+    let counter = "counter";
+    metric("exrail_faults_injected_total", counter, "Faults injected.", &|n| n.injected);
+    metric("exrail_faults_caught_total", counter, "Those that a guard caught.", &|n| n.caught);
+    metric("exrail_faults_unmet_total", counter, "Planned ones that hit nobody.", &|n| n.unmet);
+    let help = "Most steps from an injection to its guard.";
+    metric("exrail_faults_slowest_steps", "gauge", help, &|n| n.slowest_steps);
+    text.0
 }
 
 #[derive(Default)]

@@ -22,8 +22,12 @@ use crate::{
     trace::{TraceError, TraceIdentity, TraceLog},
 };
 
-/// Version of this program in fingerprints and traces.
-pub const ENGINE_BUILD: &str = concat!("exrail-", env!("CARGO_PKG_VERSION"));
+/// Version of this program in fingerprints and traces. One that can inject faults says so.
+pub const ENGINE_BUILD: &str = if cfg!(feature = "faults") {
+    concat!("exrail-", env!("CARGO_PKG_VERSION"), "+faults")
+} else {
+    concat!("exrail-", env!("CARGO_PKG_VERSION"))
+};
 
 /// Limits of one request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -12,7 +12,7 @@ use std::{
     sync::{Arc, OnceLock},
 };
 
-use exrail_engine::FingerprintError;
+use exrail_engine::{Fault, FaultBoard, FingerprintError, Guard};
 use exrail_wire::{Pins, TRACE_SCHEMA_VERSION, TraceBody, TraceEnvelope};
 use thiserror::Error;
 use tokio::sync::oneshot;
@@ -53,6 +53,8 @@ pub struct TraceLog {
     appends: flume::Sender<Append>,
     /// Why a mismatch of the preflight is overlooked, if one is.
     forced: Arc<OnceLock<String>>,
+    /// Says which write is to break, where faults are injected.
+    faults: Arc<OnceLock<Arc<FaultBoard>>>,
 }
 
 /// Who and what a record belongs to.
@@ -82,17 +84,24 @@ impl TraceLog {
         let mut file = file.map_err(open_error)?;
         take_over(&mut file).map_err(open_error)?;
         let (appends, queue) = flume::unbounded::<Append>();
+        let faults = Arc::new(OnceLock::new());
+        let board = Arc::clone(&faults);
         std::thread::Builder::new()
             .name("exrail-trace".into())
-            .spawn(move || write_all(file, &queue))
+            .spawn(move || write_all(file, &queue, &board))
             .map_err(open_error)?;
-        Ok(Self { appends, forced: Arc::default() })
+        Ok(Self { appends, forced: Arc::default(), faults })
     }
 
     /// Writes into every record from here on why a mismatch of the preflight is overlooked (G-09). The
     /// first reason stays.
     pub fn stamp(&self, reason: &str) {
         self.forced.get_or_init(|| reason.to_owned());
+    }
+
+    /// Lets a board of faults break writes. The first one stays.
+    pub fn disturb(&self, board: &Arc<FaultBoard>) {
+        self.faults.get_or_init(|| Arc::clone(board));
     }
 
     /// Appends a record and waits until the system has it.
@@ -212,9 +221,17 @@ fn mend(file: &mut File) -> io::Result<()> {
     Ok(())
 }
 
-fn write_all(mut file: File, queue: &flume::Receiver<Append>) {
+fn write_all(mut file: File, queue: &flume::Receiver<Append>, faults: &OnceLock<Arc<FaultBoard>>) {
     for append in queue {
-        let result = append_line(&mut file, append.line.as_bytes());
+        let line = append.line.as_bytes();
+        let board = faults.get();
+        let result = match board.is_some_and(|board| board.takes(Fault::BreakTrace)) {
+            true => append_line(&mut Breaking { file: &mut file, room: line.len() / 2 }, line),
+            false => append_line(&mut file, line),
+        };
+        if let (Err(_), Some(board)) = (&result, board) {
+            board.caught(Guard::Traces);
+        }
         // A caller that no longer waits has dropped its answer as well.
         drop(append.done.send(result));
     }
@@ -228,6 +245,39 @@ fn append_line(file: &mut (impl Write + Seek + Truncate), line: &[u8]) -> io::Re
         file.truncate(end)?;
     }
     written
+}
+
+/// A file with room for so many bytes more.
+struct Breaking<'a> {
+    file: &'a mut File,
+    room: usize,
+}
+
+impl Write for Breaking<'_> {
+    fn write(&mut self, data: &[u8]) -> io::Result<usize> {
+        if self.room == 0 {
+            return Err(io::ErrorKind::StorageFull.into());
+        }
+        let n_written = self.file.write(&data[..data.len().min(self.room)])?;
+        self.room -= n_written;
+        Ok(n_written)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.file.flush()
+    }
+}
+
+impl Seek for Breaking<'_> {
+    fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
+        self.file.seek(to)
+    }
+}
+
+impl Truncate for Breaking<'_> {
+    fn truncate(&mut self, len: u64) -> io::Result<()> {
+        self.file.truncate(len)
+    }
 }
 
 trait Truncate {

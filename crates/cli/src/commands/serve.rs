@@ -31,6 +31,37 @@ pub(crate) struct Serve {
     listen: Listen,
     #[command(flatten)]
     started: Started,
+    #[cfg(feature = "faults")]
+    #[command(flatten)]
+    injected: Injected,
+}
+
+/// Faults on demand, for `exrail soak --faults`.
+#[cfg(feature = "faults")]
+#[derive(Debug, Args)]
+struct Injected {
+    /// Inject faults by a plan of this seed, once ready.
+    #[arg(long, value_name = "SEED", hide = true)]
+    inject_faults: Option<u64>,
+    /// Let the checks of the page books find nothing.
+    #[arg(long, hide = true, requires = "inject_faults")]
+    guards_off: bool,
+}
+
+#[cfg(feature = "faults")]
+impl Serve {
+    /// Begins to inject, when that is asked for.
+    fn inject(&self, state: &AppState) {
+        use exrail_engine::{FaultPlan, Guards};
+        let (Some(seed), Some(services)) = (self.injected.inject_faults, state.services()) else {
+            return;
+        };
+        state.traces().disturb(services.engine.faults());
+        // Long enough that every look at the watchdog has seen it.
+        let hang = Duration::from_secs(self.listen.watchdog_s + 2);
+        let guards = if self.injected.guards_off { Guards::Off } else { Guards::On };
+        services.engine.inject(FaultPlan { seed, hang, guards });
+    }
 }
 
 /// What a server starts.
@@ -239,6 +270,8 @@ impl Serve {
             runtime.block_on(record);
         }
         booted?;
+        #[cfg(feature = "faults")]
+        self.inject(&state);
         output.line(format!("ready: http://{address}"));
         output.value(&json!({ "event": "ready", "url": format!("http://{address}") }));
         runtime.block_on(server)??;

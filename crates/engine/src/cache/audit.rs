@@ -131,6 +131,7 @@ mod tests {
 
     use super::*;
     use crate::cache::{DevicePages, Namespace, Pins, Wanted};
+    use crate::faults::Switchboard;
 
     /// A device that nothing leaves: there is no second tier.
     struct NoPages;
@@ -152,7 +153,7 @@ mod tests {
 
     /// Two tables of two pages over the same tokens, the first page of which they share.
     fn shared() -> (KvCache, Vec<u32>, [Vec<PageRef>; 2]) {
-        let mut cache = KvCache::new(4);
+        let mut cache = KvCache::new(4, Switchboard::default());
         let tokens: Vec<u32> = (0..300).collect();
         let namespace = namespace();
         let tables = [(); 2].map(|()| {

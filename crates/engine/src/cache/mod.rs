@@ -2,8 +2,7 @@
 //!
 //! [`KvCache`] owns all of it. `pages` are the books (free list, generations, references, pages kept
 //! for their content, quarantine); `prefixes` say what a page holds; `pins` under which conditions it
-//! may be read; `audit` compares everything with the tables of the running sequences; `switchboard`
-//! breaks one rule at a time in tests.
+//! may be read; `audit` compares everything with the tables of the running sequences.
 //!
 //! # Sharing
 //! Only whole pages are shared, and only once finite logits were computed from all of them. A page's
@@ -24,9 +23,10 @@ mod host;
 mod pages;
 mod pins;
 mod prefixes;
-mod switchboard;
 
 use exrail_kernels::{KernelError, PAGE_TOKENS, PageId};
+
+use crate::faults::{Fault, Switchboard};
 
 pub(crate) use self::audit::TableView;
 pub(crate) use self::host::DevicePages;
@@ -36,9 +36,6 @@ pub(crate) use self::pages::PageRef;
 use self::pages::Pages;
 pub(crate) use self::pins::{Namespace, Pins};
 use self::prefixes::Prefixes;
-#[cfg(test)]
-pub(crate) use self::switchboard::Fault;
-use self::switchboard::Switchboard;
 use crate::counters::HostCounters;
 use crate::session::Placed;
 
@@ -51,7 +48,7 @@ pub(crate) struct KvCache {
     host: HostTier,
     /// Table entries per page while tables are checked, all 0 between checks.
     held: Vec<u32>,
-    switchboard: Switchboard,
+    pub(crate) switchboard: Switchboard,
 }
 
 /// What a sequence needs.
@@ -88,13 +85,13 @@ impl KvCache {
     ///
     /// # Panics
     /// More than `u32::MAX` pages; a page's id cannot name them.
-    pub(crate) fn new(n_pages: usize) -> KvCache {
+    pub(crate) fn new(n_pages: usize, switchboard: Switchboard) -> KvCache {
         KvCache {
             pages: Pages::new(n_pages),
             prefixes: Prefixes::new(n_pages),
             host: HostTier::default(),
             held: vec![0; n_pages],
-            switchboard: Switchboard::default(),
+            switchboard,
         }
     }
 
@@ -140,7 +137,8 @@ impl KvCache {
     /// comes back to the device; `None` while there are too few pages, and then nothing has changed.
     ///
     /// # Errors
-    /// A prefix names a page of another life. Nothing was handed out.
+    /// A prefix names a page of another life, or the pool has not the pages that its books say. Nothing was
+    /// handed out.
     pub(crate) fn admit(
         &mut self,
         wanted: &Wanted<'_>,
@@ -173,7 +171,13 @@ impl KvCache {
         // Out of the second tier before others go there, so that they do not take their places.
         let back = self.take_back(wanted, found.len(), most);
         let n_evicted = self.make_room(n_new, device);
-        let new = self.pages.allocate(n_new, &self.switchboard).unwrap_or_default();
+        let new = match self.allocate(n_new, &found) {
+            Ok(new) => new,
+            Err(fault) => {
+                back.into_iter().for_each(|bytes| self.host.give_back(bytes));
+                return Err(fault);
+            }
+        };
         let n_back = back.len().min(new.len());
         self.put_back(&new, back, device);
         let (n_cached, pages) = (found.len() + n_back, [found, new].concat());
@@ -211,11 +215,23 @@ impl KvCache {
             self.pages.retain(*entry, &self.switchboard)?;
         }
         let n_evicted = self.make_room(n_pages, device);
-        let pages = self.pages.allocate(n_pages, &self.switchboard).unwrap_or_default();
+        let pages = self.allocate(n_pages, &found)?;
         self.release(&found);
         let copies = found.iter().zip(&pages).map(|(from, to)| (from.page, to.page)).collect();
         let n_cached = found.len();
         Ok(Some(Admitted { pages, n_cached, n_missed: most - n_cached, n_evicted, copies }))
+    }
+
+    /// New pages for a table; what was found for it is given back where the pool has not what its books say.
+    fn allocate(&mut self, n: usize, found: &[PageRef]) -> Result<Vec<PageRef>, PageFault> {
+        match self.pages.allocate(n, &self.switchboard) {
+            Some(new) => Ok(new),
+            None if self.switchboard.guards_are_off() => Ok(Vec::new()),
+            None => {
+                self.release(found);
+                Err(PageFault::Allocation { needed: n, free: self.pages.free() })
+            }
+        }
     }
 
     /// The pages in the host's memory that follow on the first `n_found` of a prefix.
@@ -274,7 +290,7 @@ impl KvCache {
         let n_pages = n_found + n_left;
         // The token behind them is nobody's: without it the last page would be one to compute.
         let tokens = [&tokens[..n_pages * PAGE_TOKENS], &[0]].concat();
-        let wanted = Wanted { n_pages, tokens: &tokens, namespace: Some(namespace) };
+        let wanted = Wanted { n_pages, tokens: &tokens, namespace: Some(namespace), own: false };
         if let Some(admitted) = self.admit(&wanted, device)? {
             self.release(&admitted.pages);
         }
@@ -341,6 +357,7 @@ impl KvCache {
     pub(crate) fn forget(&mut self, table: &[PageRef]) {
         for entry in table {
             if self.prefixes.holds(*entry) {
+                self.switchboard.gives_up(entry.page);
                 self.prefixes.forget(entry.page);
                 self.pages.discard(entry.page, &self.switchboard);
             }
@@ -367,12 +384,28 @@ impl KvCache {
         self.pages.check_life(entry).is_err()
     }
 
+    /// Does to the books what a stray write would, when it is asked for.
+    pub(crate) fn disturb(&mut self) {
+        if let Some(page) = self.prefixes.first()
+            && self.switchboard.injects(Fault::FlipToken)
+        {
+            self.switchboard.flips(page);
+            self.prefixes.flip_token(page);
+        }
+        if let Some(page) = self.pages.first_held()
+            && self.switchboard.injects(Fault::FlipRecord)
+        {
+            self.pages.flip_references(page, 1);
+        }
+    }
+
     /// Frees kept pages until `n` are free or none is kept, and keeps their content in the host's memory where
     /// that has room; returns how many.
     fn make_room(&mut self, n: usize, device: &mut dyn DevicePages) -> usize {
         let mut n_evicted = 0;
         while self.pages.free() < n {
             let Some(page) = self.pages.evict_oldest(&self.switchboard) else { break };
+            self.switchboard.gives_up(page);
             if self.host.is_on()
                 && let Some(path) = self.prefixes.path(page)
             {

@@ -11,7 +11,7 @@ use std::collections::BTreeMap;
 use exrail_kernels::PageId;
 use thiserror::Error;
 
-use super::switchboard::{Fault, Switchboard};
+use crate::faults::{Fault, Switchboard};
 
 /// A table entry: a page and the generation it had when it was handed out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -41,6 +41,14 @@ pub enum PageFault {
     NotHeld {
         /// Page index.
         page: u32,
+    },
+    /// The pool gave no pages although its books have them.
+    #[error("page pool: expected {needed} pages of {free} free ones, found none")]
+    Allocation {
+        /// Pages that were asked for.
+        needed: usize,
+        /// Pages on the free list.
+        free: usize,
     },
     /// The pool counts other references than the tables hold.
     #[error("page {page}: expected {expected} references by the tables, found {found} in the pool")]
@@ -142,9 +150,10 @@ impl PageFault {
             | PageFault::Shared { page }
             | PageFault::Tokens { page }
             | PageFault::Content { page } => Some(PageId(page)),
-            PageFault::Conservation { .. } | PageFault::Lives { .. } | PageFault::TooFew { .. } => {
-                None
-            }
+            PageFault::Allocation { .. }
+            | PageFault::Conservation { .. }
+            | PageFault::Lives { .. }
+            | PageFault::TooFew { .. } => None,
         }
     }
 }
@@ -272,8 +281,15 @@ impl Pages {
     /// Hands out `n` free pages with one reference each, or none at all if fewer are free.
     #[must_use]
     pub(crate) fn allocate(&mut self, n: usize, faults: &Switchboard) -> Option<Vec<PageRef>> {
-        if faults.injects(Fault::ReuseEarly) {
-            self.free_a_held_page(faults);
+        if n > 0
+            && let Some(page) = self.first_held()
+            && faults.injects(Fault::ReuseEarly)
+        {
+            self.change(page, |record| record.references = 0);
+            self.set_free(page, faults);
+        }
+        if n > 0 && faults.injects(Fault::FailAllocation) {
+            return None;
         }
         let keep = self.free.len().checked_sub(n)?;
         let taken = self.free.split_off(keep);
@@ -470,14 +486,10 @@ impl Pages {
         self.free.push(page);
     }
 
-    /// [`Fault::ReuseEarly`]: the first page that is in a table is free now.
-    fn free_a_held_page(&mut self, faults: &Switchboard) {
+    /// The first page that is in a table.
+    pub(super) fn first_held(&self) -> Option<PageId> {
         let pages = (0_u32..).map(PageId).zip(&self.records);
-        let mut held = pages.filter(|(_, record)| record.place == Place::Held);
-        if let Some((page, _)) = held.next() {
-            self.change(page, |record| record.references = 0);
-            self.set_free(page, faults);
-        }
+        pages.filter(|(_, record)| record.place == Place::Held).map(|(page, _)| page).next()
     }
 
     /// Changes a record by a rule. One that was not whole before is not afterwards either, so that the
@@ -496,7 +508,6 @@ impl Pages {
     }
 
     /// Flips bits of the count of a page's references, as a stray write would.
-    #[cfg(test)]
     pub(crate) fn flip_references(&mut self, page: PageId, bits: u32) {
         self.records[index(page)].references ^= bits;
     }
@@ -520,7 +531,10 @@ mod tests {
 
     use super::*;
 
-    const WHOLE: Switchboard = Switchboard { faults: Vec::new(), guards_off: false };
+    /// Nothing is broken.
+    fn whole() -> Switchboard {
+        Switchboard::default()
+    }
 
     /// Table entries per page.
     fn held<'a>(pages: &Pages, tables: impl IntoIterator<Item = &'a [PageRef]>) -> Vec<u32> {
@@ -534,12 +548,12 @@ mod tests {
     #[test]
     fn a_stale_entry_is_recognised_after_its_page_was_reused() {
         let mut pages = Pages::new(1);
-        let old = pages.allocate(1, &WHOLE).unwrap()[0];
-        pages.release(old, false, &WHOLE).unwrap();
-        let new = pages.allocate(1, &WHOLE).unwrap()[0];
+        let old = pages.allocate(1, &whole()).unwrap()[0];
+        pages.release(old, false, &whole()).unwrap();
+        let new = pages.allocate(1, &whole()).unwrap()[0];
         assert_eq!(new.page, old.page);
         assert!(matches!(
-            pages.release(old, false, &WHOLE),
+            pages.release(old, false, &whole()),
             Err(PageFault::Generation { page: 0, .. })
         ));
         pages.check(new).unwrap();
@@ -548,9 +562,9 @@ mod tests {
     #[test]
     fn double_release_is_refused_and_changes_nothing() {
         let mut pages = Pages::new(2);
-        let entry = pages.allocate(1, &WHOLE).unwrap()[0];
-        pages.release(entry, false, &WHOLE).unwrap();
-        assert!(pages.release(entry, false, &WHOLE).is_err());
+        let entry = pages.allocate(1, &whole()).unwrap()[0];
+        pages.release(entry, false, &whole()).unwrap();
+        assert!(pages.release(entry, false, &whole()).is_err());
         assert_eq!(pages.free(), 2);
         pages.audit(&held(&pages, [])).unwrap();
     }
@@ -560,7 +574,7 @@ mod tests {
     #[test]
     fn audit_catches_a_skipped_reference_increment() {
         let mut pages = Pages::new(3);
-        let table = pages.allocate(2, &WHOLE).unwrap();
+        let table = pages.allocate(2, &whole()).unwrap();
         let sharing = [table[0]]; // without retain()
         let fault = pages.audit(&held(&pages, [&table[..], &sharing[..]])).unwrap_err();
         assert_eq!(fault, PageFault::References { page: table[0].page.0, expected: 2, found: 1 });
@@ -569,7 +583,7 @@ mod tests {
     #[test]
     fn audit_catches_a_page_reused_while_referenced() {
         let mut pages = Pages::new(2);
-        let table = pages.allocate(1, &WHOLE).unwrap();
+        let table = pages.allocate(1, &whole()).unwrap();
         pages.free.push(table[0].page);
         assert!(matches!(
             pages.audit(&held(&pages, [&table[..]])),
@@ -599,7 +613,7 @@ mod tests {
                 match action {
                     0 => {
                         let free_before = pages.free();
-                        match pages.allocate(argument, &WHOLE) {
+                        match pages.allocate(argument, &whole()) {
                             Some(table) => tables.push(table),
                             None => prop_assert!(free_before < argument),
                         }
@@ -607,14 +621,14 @@ mod tests {
                     1 if !tables.is_empty() => {
                         let copy = tables[argument % tables.len()].clone();
                         for entry in &copy {
-                            pages.retain(*entry, &WHOLE).unwrap();
+                            pages.retain(*entry, &whole()).unwrap();
                         }
                         tables.push(copy);
                     }
                     _ if !tables.is_empty() => {
                         let at = argument % tables.len();
                         for entry in tables.swap_remove(at) {
-                            pages.release(entry, false, &WHOLE).unwrap();
+                            pages.release(entry, false, &whole()).unwrap();
                         }
                     }
                     _ => {}

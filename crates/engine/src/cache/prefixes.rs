@@ -8,7 +8,7 @@ use exrail_kernels::{PAGE_TOKENS, PageId};
 use super::host::Path;
 use super::pages::{PageRef, index};
 use super::pins::Namespace;
-use super::switchboard::{Fault, Switchboard};
+use crate::faults::{Fault, Switchboard};
 
 /// Contents by page, and pages by the hash of their content.
 #[derive(Debug)]
@@ -220,7 +220,13 @@ impl Prefixes {
         hasher.finish()
     }
 
-    #[cfg(test)]
+    /// A page with a content.
+    pub(super) fn first(&self) -> Option<PageId> {
+        let at = self.contents.iter().position(Option::is_some)?;
+        Some(PageId(u32::try_from(at).ok()?))
+    }
+
+    /// Flips a bit of a content's first token.
     pub(super) fn flip_token(&mut self, page: PageId) {
         let content = self.contents[index(page)].as_mut().expect("a page with content");
         content.tokens[0] ^= 1;

@@ -17,6 +17,7 @@ use super::Worker;
 use crate::cache::{Admitted, DevicePages, Namespace, PageFault, Pins, TableView, Wanted};
 use crate::counters::Total;
 use crate::event::SequenceFault;
+use crate::faults::Guard;
 use crate::handle::EngineOptions;
 use crate::places::Left;
 use crate::sequence::{Ending, Running, Traffic, Waiting};
@@ -208,6 +209,7 @@ impl<B: Backend> Worker<B> {
     pub(super) fn contain(&mut self, fault: PageFault) {
         tracing::error!(%fault, "KV integrity: the page is withdrawn and its sequences computed anew");
         self.gauges.count(Traffic::User, Total::KvFaults, 1);
+        self.cache.switchboard.caught(Guard::Pages);
         match fault.page() {
             Some(page) => self.withdraw(page, &fault),
             None => self.start_anew(&fault),

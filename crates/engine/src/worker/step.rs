@@ -22,9 +22,11 @@ use std::time::Instant;
 use exrail_kernels::{AttentionSpan, Backend, Draw, Draws, Largest, TokenId};
 use exrail_model::Batch;
 
+use super::disturb::disturbed;
 use super::{SCORE_ROWS, Worker};
 use crate::counters::Total;
 use crate::event::{Finish, SequenceFault, SequenceId};
+use crate::faults::Guard;
 use crate::load::Loaded;
 use crate::scheduler::{Demand, PlannedSpan, StepLimits, lanes, plan};
 use crate::sequence::{Ending, Row, Running, Shared, Traffic};
@@ -158,6 +160,7 @@ impl<B: Backend> Worker<B> {
 
     fn forward(&mut self, spans: &[PlannedSpan], last: Option<&B::Found>) -> Asked<B::Found> {
         let draws = self.draws(spans, u64::from(last.is_some()));
+        let is_to_panic = self.is_to_panic(spans);
         let (mut ids, mut logit_rows) = (Vec::new(), Vec::new());
         let mut attention = Vec::with_capacity(spans.len());
         let mut end_row = 0;
@@ -180,6 +183,7 @@ impl<B: Backend> Worker<B> {
         let Loaded { decoder, backend, .. } = &self.loaded;
         let (scratch, pool, limit) = (&mut self.scratch, &mut self.pool, self.vocab_len);
         let step = AssertUnwindSafe(|| {
+            assert!(!is_to_panic, "injected panic");
             let Some(rows) = draws else {
                 decoder.forward(backend, scratch, pool, &batch);
                 return Asked::Logits;
@@ -218,6 +222,7 @@ impl<B: Backend> Worker<B> {
                 // What a suspect does alone is no news of the engine.
                 self.panics_in_a_row += u32::from(!self.is_suspect(&rows));
                 self.gauges.count(Traffic::User, Total::Panics, 1);
+                self.cache.switchboard.caught(Guard::Panics);
                 let fault = SequenceFault::StepPanicked { step, message };
                 tracing::error!(%fault, n_sequences = rows.len(), "a step panicked");
                 self.blame(&rows, &fault, was_fed);
@@ -273,6 +278,11 @@ impl<B: Backend> Worker<B> {
                     Row::Logits(&self.logits[..self.vocab_len])
                 }
             };
+            let given = if sequence.can_restart() {
+                disturbed(given, &self.cache.switchboard)
+            } else {
+                given
+            };
             let before = sequence.n_completion();
             let accepted = catch_unwind(AssertUnwindSafe(|| sequence.accept(given, &mut shared)));
             let ending = accepted.unwrap_or_else(|panic| {
@@ -281,6 +291,9 @@ impl<B: Backend> Worker<B> {
             });
             let n_tokens = sequence.n_completion() - before;
             self.gauges.count(sequence.traffic, Total::GeneratedTokens, n_tokens);
+            if let Some(Ending::Fault(SequenceFault::NumericFault { .. })) = &ending {
+                self.cache.switchboard.caught(Guard::Numbers);
+            }
             if ending.is_some() {
                 return ending;
             }

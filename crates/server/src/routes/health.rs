@@ -14,6 +14,7 @@ use serde_json::{Value, json};
 use crate::{
     AppState,
     boot::{BootState, BootStatus, Wait},
+    observe::injected,
     swap::{ModelStatus, Models},
 };
 
@@ -142,6 +143,9 @@ fn reason(status: &BootStatus, trouble: Option<String>) -> Option<String> {
 /// Prometheus.
 pub(crate) async fn metrics(State(state): State<Arc<AppState>>) -> Response {
     let lineup = state.models().map(Models::lineup);
-    let text = state.metrics.render(&state.board.status(), lineup.as_deref());
+    let mut text = state.metrics.render(&state.board.status(), lineup.as_deref());
+    if let Some(services) = lineup.as_ref().and_then(|lineup| lineup.loaded.as_ref()) {
+        text.push_str(&injected(&services.engine.faults().counts()));
+    }
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], text).into_response()
 }

@@ -10,7 +10,7 @@ use super::{
 };
 
 /// Longest wait for any byte of an answer.
-const PATIENCE: Duration = Duration::from_secs(120);
+const PATIENCE: Duration = Duration::from_secs(600);
 
 /// What an answer says, without what differs from one run to the next.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -39,7 +39,8 @@ pub(super) enum Outcome {
 impl Plan {
     /// Sends the request and judges the form of the answer.
     pub(super) fn run(&self, target: Target<'_>) -> Outcome {
-        self.exchange(target).unwrap_or_else(|error| Outcome::Odd(format!("transport: {error}")))
+        self.exchange(target)
+            .unwrap_or_else(|error| Outcome::Odd(format!("no answer, or not to its end: {error}")))
     }
 
     fn exchange(&self, target: Target<'_>) -> io::Result<Outcome> {

@@ -4,6 +4,7 @@
 //! asks it, [`oracle`] compares what was served with fresh prefills, and [`verdict`] judges.
 
 mod client;
+mod faults;
 mod http;
 mod oracle;
 mod random;
@@ -55,7 +56,7 @@ const SHORTEST_LOOK: Duration = Duration::from_millis(100);
 /// Time between two lines for who watches.
 const TOLD_EVERY: Duration = Duration::from_secs(15);
 /// Steps between two audits of the whole pool: often enough that a soak has many.
-const AUDIT_EVERY: &str = "64";
+const AUDIT_EVERY: u64 = 64;
 
 /// Drive a server of its own with many clients for a long time, and judge what it did.
 ///
@@ -68,7 +69,8 @@ const AUDIT_EVERY: &str = "64";
 #[command(after_help = "Examples:
   exrail soak                                      the default model for 30 minutes
   exrail soak model.gguf --minutes 5 --clients 64
-  exrail soak --device cuda:0 --record records     also writes records/soak-DATE.json")]
+  exrail soak --device cuda:0 --record records     also writes records/soak-DATE.json
+  exrail soak --minutes 10 --faults                with faults, in a program built for it")]
 pub(crate) struct Soak {
     /// Generator: a name of the registry, a GGUF file or a Hugging Face folder.
     #[arg(value_name = "MODEL", default_value = DEFAULT_MODEL, env = environment::MODEL)]
@@ -104,6 +106,13 @@ pub(crate) struct Soak {
     /// Give every answer the same bits whatever runs beside it.
     #[arg(long)]
     batch_invariant: bool,
+    /// Ask half the time undisturbed, and the same again while faults are injected. Needs a program with
+    /// feature `faults`, which no release has.
+    #[arg(long)]
+    faults: bool,
+    /// With faults: the checks of the page books find nothing, so that the soak is to fail.
+    #[arg(long, hide = true, requires = "faults")]
+    guards_off: bool,
     #[command(flatten)]
     sources: Sources,
 }
@@ -123,11 +132,20 @@ impl Soak {
             "--minutes: expected more than 0, found {}",
             self.minutes
         );
+        ensure!(
+            !self.faults || cfg!(feature = "faults"),
+            "--faults: expected a program with feature `faults`, found one without; build it with \
+             `cargo build -p exrail-cli --features faults`"
+        );
         let mut bars = Bars::new(*output);
         let path = self.sources.resolve(&self.model, Kind::Generator, &mut bars)?.path;
         bars.clear();
         let workplace = Workplace::new()?;
-        let soaked = self.soak(&path, &workplace, *output);
+        let soaked = if self.faults {
+            self.run_with_faults(&path, &workplace, *output)
+        } else {
+            self.soak(&path, &workplace, *output)
+        };
         let kept = workplace.path().to_owned();
         if let Ok(Ended::Done) = soaked {
             workplace.remove()?;
@@ -138,7 +156,7 @@ impl Soak {
     }
 
     fn soak(&self, model: &Path, workplace: &Workplace, output: Output) -> Result<Ended> {
-        let server = Server::start(workplace, &self.options(model)?)?;
+        let server = Server::start(workplace, &self.options(model, AUDIT_EVERY)?)?;
         let mix = Mix::of(&server, self.cancel_percent)?;
         let noise = oracle::noise(server.target(0), &mix.model, mix.noise_prompt())?;
         let driven = self.drive(&server, &mix, output)?;
@@ -149,18 +167,19 @@ impl Soak {
             Findings { counts: &driven.by_client, samples: &driven.samples, oracle: &oracle, end };
         let checks = verdict::judge(&findings);
         self.print(output, &driven, &end, &checks);
-        let record = self.record(model, &driven, &oracle, &checks);
-        output.value(&record);
-        if let Some(folder) = &self.record {
-            let path = write_record(folder, &record)?;
-            output.line(format!("record: {}", path.display()));
-        }
+        let found = json!({
+            "checks": checks,
+            "oracle": oracle,
+            "by_client": driven.by_client,
+            "samples": driven.samples,
+        });
+        self.tell(model, &found, output)?;
         let passed = checks.iter().all(|check| check.verdict == Verdict::Pass);
         Ok(if passed { Ended::Done } else { Ended::NotPassed })
     }
 
     /// How the server is started.
-    fn options(&self, model: &Path) -> Result<Vec<String>> {
+    fn options(&self, model: &Path, audit_every: u64) -> Result<Vec<String>> {
         let kv = self.kv.to_possible_value().context("every element type has a name")?;
         let model = model.to_str().context("model: expected a path in UTF-8")?;
         let mut pairs = vec![
@@ -169,7 +188,7 @@ impl Soak {
             ("--kv", kv.get_name().to_owned()),
             ("--max-sequences", self.clients.to_string()),
             ("--kv-pages", self.kv_pages.unwrap_or(self.clients).to_string()),
-            ("--kv-audit-every", AUDIT_EVERY.to_owned()),
+            ("--kv-audit-every", audit_every.to_string()),
             // No client of a soak waits in vain for a place.
             ("--queue-limit", (8 * self.clients.get()).to_string()),
         ];
@@ -249,17 +268,12 @@ impl Soak {
         }
     }
 
-    fn record(
-        &self,
-        model: &Path,
-        driven: &Driven,
-        oracle: &OracleReport,
-        checks: &[Check],
-    ) -> Value {
-        json!({
+    /// Tells programs what was found, and writes the record.
+    fn tell(&self, model: &Path, found: &Value, output: Output) -> Result<()> {
+        let mut record = json!({
             "kind": "soak",
             "version": 1,
-            "program": format!("exrail {}", env!("CARGO_PKG_VERSION")),
+            "program": format!("exrail {}", crate::VERSION),
             "date": jiff::Timestamp::now().to_string(),
             "machine": process::machine(),
             "model": process::last_part(&model.to_string_lossy()),
@@ -270,11 +284,16 @@ impl Soak {
             "kv_pages": self.kv_pages.unwrap_or(self.clients),
             "cancel_percent": self.cancel_percent,
             "seed": self.seed,
-            "checks": checks,
-            "oracle": oracle,
-            "by_client": driven.by_client,
-            "samples": driven.samples,
-        })
+        });
+        for (name, value) in found.as_object().into_iter().flatten() {
+            record[name] = value.clone();
+        }
+        output.value(&record);
+        if let Some(folder) = &self.record {
+            let path = write_record(folder, &record)?;
+            output.line(format!("record: {}", path.display()));
+        }
+        Ok(())
     }
 }
 

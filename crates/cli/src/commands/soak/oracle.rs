@@ -25,7 +25,7 @@ const CHECKPOINTS: usize = 3;
 const NOISE_TOKENS: usize = 32;
 const NOISE_EVERY: usize = 4;
 /// Longest wait for a prefill.
-const PATIENCE: Duration = Duration::from_secs(120);
+const PATIENCE: Duration = Duration::from_secs(600);
 
 /// The comparisons of one answer.
 #[derive(Clone, Debug, PartialEq, Serialize)]

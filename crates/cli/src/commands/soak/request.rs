@@ -17,6 +17,8 @@ const WORDS: [&str; 16] = [
 ];
 /// Beginnings that prompts share.
 const N_PREFIXES: u64 = 2;
+/// Prompts in 100 that begin with one of them.
+const SHARED_PERCENT: u64 = 60;
 /// Longest prompt plus answer in tokens, whatever the context has room for.
 const LONGEST: usize = 1024;
 /// Longest answer of one choice in tokens.
@@ -140,7 +142,7 @@ impl Mix {
         let text = |random: &mut Random, n: usize| {
             (0..n).map(|_| WORDS[below(random, WORDS.len())]).collect::<Vec<_>>().join(" ")
         };
-        if random.chance(50) {
+        if random.chance(SHARED_PERCENT) {
             let shared = &mut Random::new(random.below(N_PREFIXES));
             let system = text(shared, self.longest * 5 / 8 / per_word);
             let n_words = 1 + below(random, n_words / 4 + 1);
@@ -156,7 +158,7 @@ impl Mix {
     /// Ids, so that the length is known, which a rotation needs.
     fn completion(&self, random: &mut Random, most: usize) -> Value {
         let mut prompt = Vec::new();
-        if random.chance(50) {
+        if random.chance(SHARED_PERCENT) {
             let shared = &mut Random::new(random.below(N_PREFIXES));
             prompt = self.some(shared, self.longest * 5 / 8);
             let n_more = 1 + below(random, 32);

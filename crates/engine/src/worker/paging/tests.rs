@@ -5,8 +5,8 @@ use exrail_kernels::{KvDtype, PageId};
 
 use super::super::tests::Bench;
 use super::*;
-use crate::cache::Fault;
 use crate::event::{Event, Finished, SequenceId};
+use crate::faults::Fault;
 use crate::handle::{Command, EngineOptions};
 use crate::places::PlaceLimits;
 use crate::request::{GenerateRequest, Sampling};
@@ -457,6 +457,33 @@ fn a_lost_generation_is_found_by_the_audit_and_nobody_fails() {
     assert!(counters.kv_faults > 0 && counters.kv_restarts > 0, "{counters:?}");
     assert_eq!(counters.failed, 0);
     assert_whole(&mut bench, 0);
+}
+
+/// What `a` and `c` say when the pool gives `c` no pages although it has some.
+fn without_pages(guards: bool) -> (Bench, Said, Said) {
+    let (mut bench, mut a, a_events) = with_a(guards, false);
+    bench.worker.cache.inject(&[Fault::FailAllocation]);
+    let c_events = bench.send(long(280, 2));
+    bench.turn();
+    bench.worker.cache.inject(&[]);
+    bench.finish();
+    a.hear(&a_events);
+    (bench, a, Said::of(&c_events))
+}
+
+#[test]
+fn an_allocation_that_fails_is_told_of_and_nobody_fails() {
+    let (mut bench, a, c) = without_pages(true);
+    assert_eq!(a.whole(), cold(&long(280, 1)));
+    assert_eq!(c.whole(), cold(&long(280, 2)));
+    let counters = bench.gauges.snapshot();
+    assert!(counters.kv_faults > 0, "{counters:?}");
+    assert_eq!((counters.failed, counters.panics), (0, 0));
+    assert_whole(&mut bench, 0);
+    // The mutation: a table without its pages is a panic, and an answer that nobody gets.
+    let (bench, _, c) = without_pages(false);
+    assert!(!matches!(c.end, Some(Ok(_))), "{c:?}");
+    assert!(bench.gauges.snapshot().panics > 0);
 }
 
 #[test]
