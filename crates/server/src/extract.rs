@@ -3,7 +3,7 @@
 use std::sync::{Arc, OnceLock};
 
 use axum::{
-    body::to_bytes,
+    body::{Bytes, to_bytes},
     extract::{FromRequest, FromRequestParts, Request},
     http::request::Parts,
 };
@@ -12,6 +12,7 @@ use serde::de::DeserializeOwned;
 
 use crate::{
     AppState,
+    auth::Caller,
     boot::BootState,
     error::ApiError,
     state::Services,
@@ -25,12 +26,27 @@ impl<T: DeserializeOwned> FromRequest<Arc<AppState>> for Body<T> {
     type Rejection = ApiError;
 
     async fn from_request(request: Request, state: &Arc<AppState>) -> Result<Self, ApiError> {
-        let limit_bytes = state.limits.body_bytes;
-        let bytes = to_bytes(request.into_body(), limit_bytes)
-            .await
-            .map_err(|_| ApiError::BodyTooLarge { limit_bytes })?;
-        parse(&bytes).map(Body)
+        parse(&bytes_of(request, state).await?).map(Body)
     }
+}
+
+/// A JSON body that may be left out.
+pub(crate) struct MaybeBody<T>(pub(crate) T);
+
+impl<T: DeserializeOwned + Default> FromRequest<Arc<AppState>> for MaybeBody<T> {
+    type Rejection = ApiError;
+
+    async fn from_request(request: Request, state: &Arc<AppState>) -> Result<Self, ApiError> {
+        let bytes = bytes_of(request, state).await?;
+        let body = if bytes.is_empty() { T::default() } else { parse(&bytes)? };
+        Ok(MaybeBody(body))
+    }
+}
+
+async fn bytes_of(request: Request, state: &AppState) -> Result<Bytes, ApiError> {
+    let limit_bytes = state.limits.body_bytes;
+    let bytes = to_bytes(request.into_body(), limit_bytes).await;
+    bytes.map_err(|_| ApiError::BodyTooLarge { limit_bytes })
 }
 
 fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ApiError> {
@@ -97,6 +113,15 @@ impl Ready {
         let pass = self.models.pass(model, asking).await?;
         self.answerer.0.get_or_init(|| Arc::clone(pass.services()));
         Ok(pass)
+    }
+
+    /// The same for a caller who waits as long as it takes.
+    pub(crate) async fn generator_for(
+        &self,
+        Caller(tenant): &Caller,
+        model: Option<&str>,
+    ) -> Result<Pass, ApiError> {
+        self.generator(model, &Asking { tenant: tenant.clone(), deadline: None }).await
     }
 }
 

@@ -37,7 +37,9 @@ pub use extra::{
 pub use models::{ModelCard, ModelList};
 pub use rotation::{RotationFields, RotationRecord};
 pub use sampling::{FieldError, SamplingFields, Stop, Usage, UsageDetails};
-pub use sessions::{SessionCard, SessionDeleted, SessionList, SessionRequest, SessionResponse};
+pub use sessions::{
+    RestoreRequest, SessionCard, SessionDeleted, SessionList, SessionRequest, SessionResponse,
+};
 pub use tokenize::{DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse};
 pub use trace::{
     AnswerMetrics, AnswerRecord, Latency, Pins, QueryRecord, RetrievedItem, SegmentRecord,

@@ -7,12 +7,22 @@ use crate::{Prompt, RequestMessage, Unknown};
 /// Which conversation to save: its messages, or its text or tokens.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 pub struct SessionRequest {
-    /// The generator's name; the server's generator when absent.
+    /// The generator's name; the server's first one when absent.
     pub model: Option<String>,
     /// The messages so far, as `/v1/chat/completions` had them, with its answers.
     pub messages: Option<Vec<RequestMessage>>,
     /// The same of `/v1/completions`: one text, or the token ids of one prompt.
     pub prompt: Option<Prompt>,
+    /// Everything else.
+    #[serde(flatten)]
+    pub unknown: Unknown,
+}
+
+/// Into which model's cache to restore; the body may be left out.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+pub struct RestoreRequest {
+    /// The generator's name; the server's first one when absent.
+    pub model: Option<String>,
     /// Everything else.
     #[serde(flatten)]
     pub unknown: Unknown,

@@ -7,14 +7,16 @@ use axum::{
     extract::{Path, State},
 };
 use exrail_engine::{Listed, SessionName, SessionOwner, SessionSize};
-use exrail_wire::{SessionCard, SessionDeleted, SessionList, SessionRequest, SessionResponse};
+use exrail_wire::{
+    RestoreRequest, SessionCard, SessionDeleted, SessionList, SessionRequest, SessionResponse,
+};
 
 use super::completions;
 use crate::{
     AppState,
     auth::{Caller, KeyFolder},
     error::ApiError,
-    extract::{Body, Ready, refuse_unknown},
+    extract::{Body, MaybeBody, Ready, refuse_unknown},
     sessions::SessionKeeper,
     state::{Services, hashed},
     translate,
@@ -26,17 +28,15 @@ pub(crate) async fn save(
     State(state): State<Arc<AppState>>,
     Extension(caller): Extension<Caller>,
     Extension(folder): Extension<KeyFolder>,
-    Ready(services): Ready,
+    ready: Ready,
     Path(name): Path<String>,
     Body(request): Body<SessionRequest>,
 ) -> Result<Json<SessionResponse>, ApiError> {
     let (keeper, name) = (keeper(&state)?, SessionName::new(&name)?);
     refuse_unknown("", &request.unknown)?;
-    if let Some(model) = &request.model {
-        services.expect_generator(model)?;
-    }
-    let tokens = conversation(&services, request)?;
-    let (owner, engine) = (owner(caller, folder), services.engine.clone());
+    let pass = ready.generator_for(&caller, request.model.as_deref()).await?;
+    let tokens = conversation(pass.services(), request)?;
+    let (owner, engine) = (owner(caller, folder), pass.engine.clone());
     hashed(&engine).await;
     let of = name.as_str().to_owned();
     let size = keeper.call(move |store| store.save(&engine, &owner, &name, tokens)).await?;
@@ -47,11 +47,14 @@ pub(crate) async fn restore(
     State(state): State<Arc<AppState>>,
     Extension(caller): Extension<Caller>,
     Extension(folder): Extension<KeyFolder>,
-    Ready(services): Ready,
+    ready: Ready,
     Path(name): Path<String>,
+    MaybeBody(request): MaybeBody<RestoreRequest>,
 ) -> Result<Json<SessionResponse>, ApiError> {
     let (keeper, name) = (keeper(&state)?, SessionName::new(&name)?);
-    let (owner, engine) = (owner(caller, folder), services.engine.clone());
+    refuse_unknown("", &request.unknown)?;
+    let pass = ready.generator_for(&caller, request.model.as_deref()).await?;
+    let (owner, engine) = (owner(caller, folder), pass.engine.clone());
     hashed(&engine).await;
     let of = name.as_str().to_owned();
     let size = keeper.call(move |store| store.restore(&engine, &owner, &name)).await?;

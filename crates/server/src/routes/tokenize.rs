@@ -8,17 +8,7 @@ use crate::{
     auth::Caller,
     error::ApiError,
     extract::{Body, Ready, refuse_unknown},
-    swap::{Asking, Pass},
 };
-
-/// A pass to the generator whose tokenizer is asked for.
-async fn pass(
-    ready: &Ready,
-    Caller(tenant): Caller,
-    model: Option<&str>,
-) -> Result<Pass, ApiError> {
-    ready.generator(model, &Asking { tenant, deadline: None }).await
-}
 
 pub(crate) async fn tokenize(
     Extension(caller): Extension<Caller>,
@@ -26,7 +16,7 @@ pub(crate) async fn tokenize(
     Body(request): Body<TokenizeRequest>,
 ) -> Result<Json<TokenizeResponse>, ApiError> {
     refuse_unknown("", &request.unknown)?;
-    let pass = pass(&ready, caller, request.model.as_deref()).await?;
+    let pass = ready.generator_for(&caller, request.model.as_deref()).await?;
     let specials =
         if request.parse_special.unwrap_or(false) { Specials::Parse } else { Specials::AsText };
     let tokens =
@@ -43,7 +33,7 @@ pub(crate) async fn detokenize(
     Body(request): Body<DetokenizeRequest>,
 ) -> Result<Json<DetokenizeResponse>, ApiError> {
     refuse_unknown("", &request.unknown)?;
-    let pass = pass(&ready, caller, request.model.as_deref()).await?;
+    let pass = ready.generator_for(&caller, request.model.as_deref()).await?;
     let tokenizer = pass.engine.tokenizer();
     let limit = tokenizer.vocab_len();
     if let Some(found) = request.tokens.iter().find(|&&id| id as usize >= limit) {
