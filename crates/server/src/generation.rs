@@ -101,8 +101,8 @@ impl Choice {
                 self.text.push_str(&token.text);
             }
             Event::RolledBack { n_tokens, n_text } => {
-                self.rolled_back = Some(self.n_tokens - n_tokens);
-                self.n_tokens = n_tokens;
+                self.rolled_back = Some(self.ids.len() - n_tokens);
+                self.ids.truncate(n_tokens);
                 self.text.truncate(n_text);
                 self.logprobs.truncate(n_tokens);
             }

@@ -10,7 +10,7 @@ use std::collections::{BTreeMap, HashMap};
 use exrail_kernels::{KernelError, PageId};
 
 use super::pins::Namespace;
-use super::switchboard::Switchboard;
+use crate::faults::Switchboard;
 use crate::checksum::checksum;
 use crate::counters::HostCounters;
 

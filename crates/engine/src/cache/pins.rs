@@ -6,7 +6,7 @@ use std::sync::Arc;
 use exrail_checkpoint::sha256_hex;
 use exrail_kernels::{Backend, KvDtype};
 
-use super::switchboard::{Fault, Switchboard};
+use crate::faults::{Fault, Switchboard};
 use crate::load::Loaded;
 
 /// Everything that the engine knows to decide about the bits of a key or a value, beside the tokens.

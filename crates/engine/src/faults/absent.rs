@@ -26,7 +26,6 @@ pub struct InjectedFaults {
 #[derive(Debug, Default)]
 pub struct FaultBoard;
 
-#[expect(clippy::unused_self, reason = "the same calls as with faults, without a state")]
 impl FaultBoard {
     /// Never.
     #[must_use]

@@ -390,10 +390,25 @@ mod tests {
         assert!(found.len() > 11);
         assert!(board.counts().iter().all(|counts| counts.caught == 0));
         let (board, mut switchboard) = followed();
-        (0..1000).for_each(|step| switchboard.advance(step));
+        (0..4000).for_each(|step| switchboard.advance(step));
         let counts = board.counts();
         assert!(counts.iter().all(|counts| counts.injected == 0));
         assert!(counts.iter().map(|counts| counts.unmet).sum::<u64>() > 5);
+    }
+
+    #[test]
+    fn what_is_given_up_before_its_guard_looked_hit_nobody() {
+        let board = Arc::new(FaultBoard::default());
+        let mut switchboard = Switchboard::new(&board);
+        board.armed.store(number(Fault::FlipToken), Ordering::Release);
+        assert!(switchboard.injects(Fault::FlipToken));
+        switchboard.flips(PageId(3));
+        switchboard.gives_up(PageId(2));
+        assert_eq!(board.counts()[number(Fault::FlipToken)].injected, 1);
+        switchboard.gives_up(PageId(3));
+        let counts = board.counts()[number(Fault::FlipToken)];
+        assert_eq!((counts.injected, counts.unmet, counts.caught), (0, 1, 0));
+        assert!(board.is_free());
     }
 
     #[test]

@@ -85,10 +85,7 @@ impl<B: Backend> Worker<B> {
         let admitted = self.cache.admit(&wanted, &mut device);
         let fault = self.never_fits(n_pages);
         match (admitted, fault) {
-            (Err(fault), _) => {
-                self.contain(fault);
-                Head::Left
-            }
+            (Err(fault), _) => self.contain_at_admission(fault),
             (Ok(None), None) => Head::Stays,
             (Ok(None), Some(fault)) => {
                 if let Some(head) = self.waiting.pop_front() {
@@ -122,7 +119,7 @@ impl<B: Backend> Worker<B> {
         let admitted = self.cache.admit(&wanted, &mut device);
         let fault = self.never_fits(n_pages);
         match (admitted, fault) {
-            (Err(fault), _) => self.contain(fault),
+            (Err(fault), _) => return self.contain_at_admission(fault),
             (Ok(None), None) => return Head::Stays,
             (Ok(None), Some(fault)) => {
                 self.end_suspended(0, Ending::Fault(SequenceFault::KvIntegrity(fault)));
@@ -144,6 +141,14 @@ impl<B: Backend> Worker<B> {
         for &(from, to) in &admitted.copies {
             self.loaded.backend.kv_copy_page(&mut self.pool, from, to);
         }
+    }
+
+    /// A fault that takes no page away may come back at once; it gets a turn each time, in which the engine
+    /// hears what it is told.
+    fn contain_at_admission(&mut self, fault: PageFault) -> Head {
+        let has_end = fault.page().is_some();
+        self.contain(fault);
+        if has_end { Head::Left } else { Head::Stays }
     }
 
     /// Why a sequence can have so many pages never.

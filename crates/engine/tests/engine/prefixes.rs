@@ -53,7 +53,12 @@ impl Ask {
         if self.rotates {
             let rotate_at = Some(request.prompt.len() + 8);
             let policy = RotatePolicy::Reprefill;
-            let options = RotationOptions { policy, rotate_at, window: Some(60) };
+            let options = RotationOptions {
+                policy,
+                rotate_at,
+                window: Some(60),
+                ..RotationOptions::default()
+            };
             request.rotation = Rotation { options, ..Rotation::default() };
         }
         request

@@ -21,6 +21,8 @@ const N_PREFIXES: u64 = 2;
 const SHARED_PERCENT: u64 = 60;
 /// Longest prompt plus answer in tokens, whatever the context has room for.
 const LONGEST: usize = 1024;
+/// Context below which templates and system messages, which are always kept, leave no room.
+const SHORTEST_CHAT: usize = 512;
 /// Longest answer of one choice in tokens.
 const LONGEST_ANSWER: usize = 96;
 /// Positions of a page.
@@ -85,12 +87,14 @@ impl Mix {
         let hello = json!({"model": model, "max_tokens": 1,
                            "messages": [{"role": "user", "content": "hello"}]});
         let pool = usize::try_from(server.gauges()?.pages_total)? * PAGE_TOKENS;
+        // No request may fill the pool alone.
+        let longest = LONGEST.min(usize::try_from(context)?).min(pool / 4);
         Ok(Self {
             model: model.to_owned(),
             ids: serde_json::from_value(tokenized["tokens"].clone())?,
-            has_chat: server.json("/v1/chat/completions", Some(&hello)).is_ok(),
-            // No request may fill the pool alone.
-            longest: LONGEST.min(usize::try_from(context)?).min(pool / 4),
+            has_chat: longest >= SHORTEST_CHAT
+                && server.json("/v1/chat/completions", Some(&hello)).is_ok(),
+            longest,
             cancel_percent,
             compare_percent: 5,
         })
