@@ -462,6 +462,21 @@ fn a_variable_that_is_nearly_one_of_ours_is_refused_without_its_value() {
     assert!(run("EXRAIL_KEYS").status.success());
 }
 
+/// The mutation: what a misspelt name asks for is not done, and nothing says so. The right name asks for an
+/// address that needs keys; a wrong one that the check does not see leaves the server where it was.
+#[test]
+fn mutation_without_the_check_of_names_a_misspelt_option_is_ignored() {
+    let home = tempfile::tempdir().unwrap();
+    let plan = |name: &str| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_exrail"));
+        command.args(["boot", "--plan"]).env("EXRAIL_HOME", home.path()).env(name, "0.0.0.0");
+        command.output().unwrap()
+    };
+    fails(&plan("EXRAIL_HOST"), &["0.0.0.0", "pass --api-key-file FILE"]);
+    fails(&plan("EXRAIL_HSOT"), &["expected `EXRAIL_HOST`, found `EXRAIL_HSOT`"]);
+    assert!(plan("EXRAIL_LISTEN_ADDRESS").status.success());
+}
+
 /// Writes the manifest of a tiny model; returns the paths of both.
 fn tiny_with_manifest(home: &Path) -> (String, String) {
     let [model, manifest] = ["tiny.gguf", "model.manifest.json"].map(|name| home.join(name));
