@@ -136,8 +136,8 @@ async fn a_loop_is_taken_back_where_that_is_asked_for() {
 async fn options_of_the_loop_guard_are_honoured_or_refused() {
     let server = warm(&[], None);
     for (guard, expected) in [
-        (json!({"on_loop": "shrug"}), "`stop`, `roll_back`"),
-        (json!({"exempt": ["poems"]}), "`code`, `tables`"),
+        (json!({"on_loop": "shrug"}), "`stop` or `roll_back`"),
+        (json!({"exempt": ["poems"]}), "`code` or `tables`"),
         (json!({"entropy_baseline": -1.0}), "entropy_baseline"),
         (json!({"window": 5}), "window"),
         (json!("on"), "true, false or an object"),
