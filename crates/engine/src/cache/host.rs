@@ -10,9 +10,9 @@ use std::collections::{BTreeMap, HashMap};
 use exrail_kernels::{KernelError, PageId};
 
 use super::pins::Namespace;
-use crate::faults::Switchboard;
 use crate::checksum::checksum;
 use crate::counters::HostCounters;
+use crate::faults::Switchboard;
 
 /// The pages of the device as they leave and come back.
 pub(crate) trait DevicePages {

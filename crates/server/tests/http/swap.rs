@@ -376,7 +376,11 @@ async fn complete_ungated(server: &Server) -> String {
         match event {
             Event::Token(token) => text.push_str(&token.text),
             Event::Tail(tail) => text.push_str(&tail),
-            Event::Started { .. } | Event::Rotated(_) | Event::Finished(_) | Event::Failed(_) => {}
+            Event::Started { .. }
+            | Event::Rotated(_)
+            | Event::RolledBack { .. }
+            | Event::Finished(_)
+            | Event::Failed(_) => {}
         }
     }
     text

@@ -296,7 +296,10 @@ fn next_token(generation: &Generation) -> Result<()> {
     loop {
         match generation.events.recv().context("the engine ended before the last token")? {
             Event::Token(_) => return Ok(()),
-            Event::Started { .. } | Event::Rotated(_) | Event::Tail(_) => {}
+            Event::Started { .. }
+            | Event::Rotated(_)
+            | Event::RolledBack { .. }
+            | Event::Tail(_) => {}
             Event::Finished(_) => bail!("expected another token, found the end"),
             Event::Failed(fault) => return Err(fault.into()),
         }
