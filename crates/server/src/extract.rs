@@ -30,7 +30,7 @@ impl<T: DeserializeOwned> FromRequest<Arc<AppState>> for Body<T> {
     }
 }
 
-/// A JSON body that may be left out.
+/// A JSON body that may be left out, or `null`.
 pub(crate) struct MaybeBody<T>(pub(crate) T);
 
 impl<T: DeserializeOwned + Default> FromRequest<Arc<AppState>> for MaybeBody<T> {
@@ -38,8 +38,8 @@ impl<T: DeserializeOwned + Default> FromRequest<Arc<AppState>> for MaybeBody<T> 
 
     async fn from_request(request: Request, state: &Arc<AppState>) -> Result<Self, ApiError> {
         let bytes = bytes_of(request, state).await?;
-        let body = if bytes.is_empty() { T::default() } else { parse(&bytes)? };
-        Ok(MaybeBody(body))
+        let body = if bytes.is_empty() { None } else { parse(&bytes)? };
+        Ok(MaybeBody(body.unwrap_or_default()))
     }
 }
 

@@ -111,6 +111,15 @@ async fn what_cannot_be_done_is_refused_by_name() {
         assert_eq!(answer.status, StatusCode::BAD_REQUEST, "{name}: {}", answer.text);
         assert_eq!(restore(&server, KEY, name).await.status, StatusCode::BAD_REQUEST, "{name}");
     }
+    let path = "/v1/exrail/sessions/a/restore";
+    for (body, status) in [
+        (json!({"model": "nobody"}), StatusCode::NOT_FOUND),
+        (json!({"modle": MODEL}), StatusCode::BAD_REQUEST),
+        (json!({"model": MODEL}), StatusCode::NOT_FOUND), // There is no such session.
+    ] {
+        let answer = send(&server, Method::POST, path, KEY, &body).await;
+        assert_eq!(answer.status, status, "{body}: {}", answer.text);
+    }
     for body in [
         json!({}),
         json!({"prompt": "a", "messages": [{"role": "user", "content": "b"}]}),
