@@ -82,14 +82,13 @@ pub(crate) struct Worker<B: Backend> {
     panics_in_a_row: u32,
 }
 
-/// Pages of the second tier.
+/// Pages of the second tier, of which there is one.
 fn host_pages(options: &EngineOptions, page_bytes: usize) -> Result<usize, EngineError> {
     let found = options.kv_host_bytes;
-    let expected = match (found, options.prefix_cache) {
-        (0, _) => return Ok(0),
-        (_, false) => "0 without a prefix cache".to_owned(),
-        (_, true) if found < page_bytes => format!("0, or one page of {page_bytes} bytes at least"),
-        (_, true) => return Ok(found / page_bytes),
+    let expected = match options.prefix_cache {
+        false => "0 without a prefix cache".to_owned(),
+        true if found < page_bytes => format!("0, or one page of {page_bytes} bytes at least"),
+        true => return Ok(found / page_bytes),
     };
     Err(EngineError::BadOption { field: "kv_host_bytes", expected, found: found.to_string() })
 }
@@ -116,8 +115,10 @@ impl<B: Backend> Worker<B> {
         let shape = loaded.decoder.kv_shape(facts.kv_pages, options.kv_dtype);
         let pool = loaded.backend.kv_pool(shape)?;
         let mut cache = KvCache::new(facts.kv_pages, Switchboard::new(gauges.faults()));
-        let page_bytes = loaded.backend.kv_page_bytes(&pool);
-        cache.keep_on_host(host_pages(&options, page_bytes)?, page_bytes)?;
+        if options.kv_host_bytes > 0 {
+            let page_bytes = loaded.backend.kv_page_bytes(&pool);
+            cache.keep_on_host(host_pages(&options, page_bytes)?, page_bytes)?;
+        }
         gauges.set_host(&cache.host());
         gauges.set_built(&loaded.backend.built(), None);
         Ok(Worker {

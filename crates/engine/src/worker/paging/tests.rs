@@ -296,6 +296,10 @@ fn long(n_shared: u32, n: u32) -> GenerateRequest {
 fn with_a(guards: bool, runs_ahead: bool) -> (Bench, Said, flume::Receiver<Event>) {
     let mut bench = bench(4, runs_ahead);
     bench.worker.options.guards = guards;
+    if !guards {
+        // Beside what an option turns off, what has no option.
+        bench.worker.cache.switch_guards_off();
+    }
     let events = bench.send(long(280, 1));
     let mut said = Said::default();
     turn_until(&mut bench, &mut said, &events, 3);
