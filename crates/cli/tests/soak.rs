@@ -34,7 +34,7 @@ fn a_short_soak_passes_every_demand_but_that_of_memory() {
     let told = String::from_utf8(output.stderr).unwrap();
     let record: Value = serde_json::from_slice(&output.stdout).unwrap();
     let checks = record["checks"].as_array().unwrap();
-    assert_eq!(checks.len(), 10);
+    assert_eq!(checks.len(), 11);
     for check in checks {
         let is_memory = check["demand"].as_str().unwrap().contains("memory");
         // Of memory a few seconds tell nothing, whatever it does.

@@ -11,6 +11,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail, ensure};
+use exrail_kernels::DeviceCounters;
 use serde_json::{Value, json};
 
 use super::{
@@ -88,6 +89,8 @@ pub(super) struct Gauges {
     pub(super) prefix_hits: u64,
     pub(super) evictions: u64,
     pub(super) rotations: u64,
+    /// What the device built behind the warm-up fence.
+    pub(super) built: u64,
 }
 
 impl Server {
@@ -241,7 +244,15 @@ fn gauges_in(text: &str) -> Result<Gauges> {
         prefix_hits: value("exrail_prefix_cache_hits_total")?,
         evictions: value("exrail_prefix_cache_evictions_total")?,
         rotations: value("exrail_rotations_total")?,
+        built: built_in(text)?,
     })
+}
+
+/// All five counters together.
+fn built_in(text: &str) -> Result<u64> {
+    let counters = DeviceCounters::default().named();
+    let of = |(name, _)| metric(text, &format!("exrail_built_after_fence{{counter=\"{name}\"}}"));
+    counters.into_iter().map(of).sum()
 }
 
 #[cfg(test)]
@@ -262,6 +273,11 @@ mod tests {
     fn a_missing_metric_is_named() {
         let error = gauges_in("exrail_kv_pages_total 9\n").unwrap_err().to_string();
         assert!(error.contains("exrail_kv_pages_free"), "{error}");
+        let built = DeviceCounters::default()
+            .named()
+            .map(|(name, _)| format!("exrail_built_after_fence{{counter=\"{name}\"}} 2\n"));
+        assert_eq!(built_in(&built.concat()).unwrap(), 10);
+        assert!(built_in(&built[1..].concat()).is_err());
         let labelled = "exrail_x{kind=\"a\"} 3\n";
         assert_eq!(metric(labelled, "exrail_x{kind=\"a\"}").unwrap(), 3);
     }

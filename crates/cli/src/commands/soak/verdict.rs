@@ -110,6 +110,11 @@ pub(super) fn judge(findings: &Findings<'_>) -> Vec<Check> {
             end.panics == 0 && end.kv_faults == 0 && end.audits > 0,
             format!("{} panics, {} faults, {} audits", end.panics, end.kv_faults, end.audits),
         ),
+        check(
+            "the device built nothing behind its fence",
+            end.built == 0,
+            format!("{} of five kinds", end.built),
+        ),
         compared(oracle),
         filled(samples, &end),
         work(samples),
@@ -278,6 +283,7 @@ mod tests {
         prefix_hits: 1,
         evictions: 1,
         rotations: 1,
+        built: 0,
     };
 
     /// One sample a second with twenty requests, whose memory grows by so much a request.
@@ -350,6 +356,8 @@ mod tests {
         assert_eq!(panic, fail("no panic and no page fault in the engine"));
         let unaudited = failed_with(|_, _, end| end.audits = 0);
         assert_eq!(unaudited, fail("no panic and no page fault in the engine"));
+        let built = failed_with(|_, _, end| end.built = 1);
+        assert_eq!(built, fail("the device built nothing behind its fence"));
         let growing = failed_with(|_, found, _| *found = samples(1.1));
         assert_eq!(growing, fail("memory is flat over the last half"));
         let stalled = failed_with(|_, found, _| {
