@@ -14,8 +14,23 @@ mod board;
 
 use std::time::Duration;
 
+pub use self::board::FaultBoard;
 pub(crate) use self::board::Switchboard;
-pub use self::board::{FaultBoard, InjectedFaults};
+
+/// One kind of fault, counted; none is ever made in a build that injects nothing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct InjectedFaults {
+    /// Which.
+    pub fault: Fault,
+    /// How many were injected.
+    pub injected: u64,
+    /// How many of them a guard caught.
+    pub caught: u64,
+    /// How many found nobody whom they could hit.
+    pub unmet: u64,
+    /// Most steps from an injection to its guard.
+    pub slowest_steps: u64,
+}
 
 /// Something that goes wrong.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -5,22 +5,7 @@ use std::time::Duration;
 
 use exrail_kernels::PageId;
 
-use super::{Fault, FaultPlan, Guard};
-
-/// One kind of fault, counted. None is ever made in this build.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct InjectedFaults {
-    /// Which.
-    pub fault: Fault,
-    /// How many were injected.
-    pub injected: u64,
-    /// How many of them a guard caught.
-    pub caught: u64,
-    /// How many found nobody whom they could hit.
-    pub unmet: u64,
-    /// Most steps from an injection to its guard.
-    pub slowest_steps: u64,
-}
+use super::{Fault, FaultPlan, Guard, InjectedFaults};
 
 /// Nothing.
 #[derive(Debug, Default)]

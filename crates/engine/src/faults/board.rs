@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use exrail_kernels::PageId;
 
-use super::{Fault, FaultPlan, Guard, Guards};
+use super::{Fault, FaultPlan, Guard, Guards, InjectedFaults};
 
 impl Fault {
     /// What a running engine can be made to do, in the order of its numbers on the board.
@@ -42,21 +42,6 @@ const REST_STEPS: u64 = 24;
 const MOST_HANGS: usize = 2;
 /// The number on the board of no fault.
 const NONE: usize = N;
-
-/// One kind of fault, counted.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct InjectedFaults {
-    /// Which.
-    pub fault: Fault,
-    /// How many were injected.
-    pub injected: u64,
-    /// How many of them a guard caught.
-    pub caught: u64,
-    /// How many found nobody whom they could hit.
-    pub unmet: u64,
-    /// Most steps from an injection to its guard.
-    pub slowest_steps: u64,
-}
 
 /// Counts of one kind.
 #[derive(Debug, Default)]

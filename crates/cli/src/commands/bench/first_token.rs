@@ -116,15 +116,19 @@ fn measure<B: Measured>(
     })
 }
 
-fn wait_for_token(generation: &Generation) -> Result<()> {
+/// Waits for the next token.
+///
+/// # Errors
+/// The answer ended instead, and why.
+pub(super) fn wait_for_token(generation: &Generation) -> Result<()> {
     loop {
-        match generation.events.recv().context("the engine ended before the first token")? {
+        match generation.events.recv().context("the engine ended before the next token")? {
             Event::Token(_) => return Ok(()),
             Event::Started { .. }
             | Event::Rotated(_)
             | Event::RolledBack { .. }
             | Event::Tail(_) => {}
-            Event::Finished(_) => bail!("expected one token, found none"),
+            Event::Finished(_) => bail!("expected another token, found the end"),
             Event::Failed(fault) => return Err(fault.into()),
         }
     }

@@ -10,18 +10,18 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 use exrail_engine::{
-    Admission, Engine, EngineHandle, EngineOptions, Event, GenerateRequest, Generation,
-    LoadOptions, LoopGuard, MAX_HELD_TOKENS, Need, RotatePolicy, Rotation, RotationOptions,
-    Sampling, WarmUpPlan, load_admitted, warm_up_told,
+    Admission, Engine, EngineHandle, EngineOptions, GenerateRequest, LoadOptions, LoopGuard,
+    MAX_HELD_TOKENS, Need, RotatePolicy, Rotation, RotationOptions, Sampling, WarmUpPlan,
+    load_admitted, warm_up_told,
 };
 use exrail_kernels::PAGE_TOKENS;
 use exrail_metrics::median;
 use exrail_text::{ChatMessage, Prompt, RenderOptions, Specials, encode_prompt, lint_prompt};
 use serde::{Deserialize, Serialize};
 
-use super::{plan::Plan, record::Spread};
+use super::{first_token::wait_for_token, plan::Plan, record::Spread};
 use crate::{
     device::{Device, Job, Measured},
     memory,
@@ -226,7 +226,7 @@ impl Subject {
             bail!("prompt lint: expected nothing in a prompt of words, found {found}");
         }
         let generation = self.engine.submit(self.request(ids, 1, false))?;
-        next_token(&generation)?;
+        wait_for_token(&generation)?;
         Ok(since.elapsed().as_secs_f64() * 1e3)
     }
 
@@ -256,7 +256,7 @@ impl Subject {
         let generations = requests.into_iter().map(submit).collect::<Result<Vec<_>>>()?;
         for generation in &generations {
             for _ in 0..n_tokens {
-                next_token(generation)?;
+                wait_for_token(generation)?;
             }
         }
         Ok((batch * n_tokens) as f64 / since.elapsed().as_secs_f64())
@@ -288,20 +288,6 @@ impl Subject {
             loop_guard: Some(LoopGuard::default()),
             deadline: Some(Instant::now() + LATE),
             ..request
-        }
-    }
-}
-
-fn next_token(generation: &Generation) -> Result<()> {
-    loop {
-        match generation.events.recv().context("the engine ended before the last token")? {
-            Event::Token(_) => return Ok(()),
-            Event::Started { .. }
-            | Event::Rotated(_)
-            | Event::RolledBack { .. }
-            | Event::Tail(_) => {}
-            Event::Finished(_) => bail!("expected another token, found the end"),
-            Event::Failed(fault) => return Err(fault.into()),
         }
     }
 }
