@@ -36,7 +36,7 @@ use self::{
     random::Random,
     request::{Mix, Plan},
     server::{Gauges, Server, Workplace},
-    verdict::{Check, Counts, Findings, Sample},
+    verdict::{Check, Counts, Findings, Sample, Took},
 };
 use super::bench::process;
 use crate::{
@@ -211,13 +211,16 @@ impl Soak {
     fn drive(&self, server: &Server, mix: &Mix, output: Output) -> Result<Driven> {
         let (stop, ended) = (AtomicBool::new(false), AtomicU64::new(0));
         let compared = Mutex::new(Vec::new());
+        let start = Instant::now();
         let client = |index: usize| {
             let mut random = Random::new(self.seed ^ ((index as u64 + 1) << 32));
             let mut counts = Counts::default();
             while !stop.load(Ordering::Relaxed) {
                 let plan = mix.draw(&mut random);
+                let asked = Instant::now();
                 let outcome = plan.run(server.target(plan.tenant));
-                counts.add(&outcome);
+                let (at, seconds) = (start.elapsed().as_secs_f64(), asked.elapsed().as_secs_f64());
+                counts.add(&outcome, Took { at, seconds });
                 ended.fetch_add(1, Ordering::Relaxed);
                 match compare(server, mix, &plan, &outcome) {
                     Ok(found) => {

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use exrail_metrics::{median, theil_sen};
+use exrail_metrics::{median, quantile, theil_sen};
 use exrail_verify::Verdict;
 use serde::Serialize;
 
@@ -15,6 +15,12 @@ const FEWEST_REQUESTS: u64 = 1000;
 const FEWEST_SAMPLES: usize = 20;
 /// Longest time without a generated token while clients ask.
 const STALL_S: f64 = 15.0;
+/// Parts of a soak, of which the first and the last are compared: five minutes of thirty (field faults C3).
+const N_PARTS: f64 = 6.0;
+/// How much longer the slowest answers in twenty may take in the last part.
+const SLOWER: f64 = 1.2;
+/// Answers of a part in which a 95th percentile is more than a few of its slowest.
+const FEWEST_ANSWERS: usize = 200;
 /// Share of the pool that is to be full in the median: held by answers, or kept for its content.
 const FULL: f64 = 0.95;
 
@@ -34,6 +40,15 @@ pub(super) struct Sample {
     pub(super) is_alive: bool,
 }
 
+/// A whole answer on the clock, in seconds.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct Took {
+    /// When it ended, since the first client began.
+    pub(super) at: f64,
+    /// From the request's first byte to the answer's last one.
+    pub(super) seconds: f64,
+}
+
 /// Requests by what became of them.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub(super) struct Counts {
@@ -44,12 +59,16 @@ pub(super) struct Counts {
     /// The first few in words; their number is `n_faults`.
     pub(super) faults: Vec<String>,
     pub(super) n_faults: u64,
+    /// Of the whole answers.
+    #[serde(skip)]
+    pub(super) took: Vec<Took>,
 }
 
 impl Counts {
-    pub(super) fn add(&mut self, outcome: &Outcome) {
+    pub(super) fn add(&mut self, outcome: &Outcome, took: Took) {
         match outcome {
             Outcome::Complete { answer, .. } => {
+                self.took.push(took);
                 self.complete += 1;
                 self.generated += answer.generated;
             }
@@ -118,6 +137,7 @@ pub(super) fn judge(findings: &Findings<'_>) -> Vec<Check> {
         compared(oracle),
         filled(samples, &end),
         work(samples),
+        pace(counts, samples),
         alive(samples),
         flat_memory(samples),
     ]);
@@ -203,6 +223,36 @@ fn work(samples: &[Sample]) -> Check {
         stall <= STALL_S && !samples.is_empty(),
         format!("longest pause {stall:.1} s of {STALL_S} s"),
     )
+}
+
+/// Nothing that piles up makes answers wait: the same mix takes as long at the end as at the beginning.
+fn pace(counts: &[Counts], samples: &[Sample]) -> Check {
+    let demand = "answers are no slower at the end";
+    let part = samples.last().map_or(0.0, |sample| sample.seconds) / N_PARTS;
+    let within = |from: f64, to: f64| -> Vec<f64> {
+        let all = counts.iter().flat_map(|c| &c.took);
+        all.filter(|took| from <= took.at && took.at < to).map(|took| took.seconds).collect()
+    };
+    let (first, last) = (within(0.0, part), within((N_PARTS - 1.0) * part, N_PARTS * part));
+    match (quantile(&first, 0.95), quantile(&last, 0.95)) {
+        (Ok(before), Ok(after)) if first.len().min(last.len()) >= FEWEST_ANSWERS => check(
+            demand,
+            after <= SLOWER * before,
+            format!(
+                "p95 {before:.2} s in the first sixth, {after:.2} s in the last, {:.2} times; limit {SLOWER}",
+                after / before
+            ),
+        ),
+        (_, _) => Check {
+            demand,
+            verdict: Verdict::Inconclusive,
+            found: format!(
+                "{} answers in the first sixth and {} in the last, expected {FEWEST_ANSWERS}; soak longer",
+                first.len(),
+                last.len()
+            ),
+        },
+    }
 }
 
 fn alive(samples: &[Sample]) -> Check {
@@ -301,9 +351,13 @@ mod tests {
             .collect()
     }
 
+    /// Ten answers a second of two clients, all as fast.
     fn counts() -> Vec<Counts> {
-        vec![Counts { complete: 3, cancelled: 1, generated: 30, ..Counts::default() }; 2]
+        let took = (0..1500u32).map(|n| Took { at: f64::from(n) * 0.2, seconds: 2.0 }).collect();
+        vec![Counts { complete: 3, cancelled: 1, generated: 30, took, ..Counts::default() }; 2]
     }
+
+    const SECOND: Took = Took { at: 1.0, seconds: 1.0 };
 
     fn oracle(kl: f64, noise: f64) -> OracleReport {
         let point = Checkpoint { tokens: 9, kl, argmax_changed: false, margin: 1.0 };
@@ -339,10 +393,10 @@ mod tests {
     #[test]
     fn every_fault_is_caught() {
         let fail = |demand| [(demand, Verdict::Fail)];
-        let odd = failed_with(|counts, _, _| counts[0].add(&Outcome::Odd("x".into())));
+        let odd = failed_with(|counts, _, _| counts[0].add(&Outcome::Odd("x".into()), SECOND));
         assert_eq!(odd, fail("no 5xx, no cut stream, no odd answer"));
         let refused = Outcome::Refused { code: "kv_integrity".into(), told: "status 500".into() };
-        let refused = failed_with(|counts, _, _| counts[0].add(&refused));
+        let refused = failed_with(|counts, _, _| counts[0].add(&refused, SECOND));
         assert_eq!(refused, fail("no 5xx, no cut stream, no odd answer"));
         let idle = failed_with(|counts, _, _| counts[1].complete = 0);
         assert_eq!(idle, fail("every client had whole answers"));
@@ -364,6 +418,12 @@ mod tests {
             found[100..130].iter_mut().for_each(|sample| sample.generated = 99);
         });
         assert_eq!(stalled, fail("tokens came all the time"));
+        // C3: a 5 s answer that takes 5 minutes after hundreds of requests.
+        let slower = failed_with(|counts, _, _| {
+            let late = counts[0].took.iter_mut().filter(|took| took.at > 270.0);
+            late.for_each(|took| took.seconds = 2.5);
+        });
+        assert_eq!(slower, fail("answers are no slower at the end"));
         let empty = failed_with(|_, found, _| {
             found.iter_mut().for_each(|sample| sample.pages_cached = 0);
         });
@@ -386,11 +446,13 @@ mod tests {
     }
 
     #[test]
-    fn too_short_a_soak_says_nothing_of_memory() {
+    fn too_short_a_soak_says_nothing_of_pace_and_memory() {
         let short = failed_with(|_, found, _| found.truncate(30));
-        let demand = "memory is flat over the last half";
-        assert_eq!(short, [(demand, Verdict::Inconclusive)]);
+        let unsure = |demand| (demand, Verdict::Inconclusive);
+        let pace = unsure("answers are no slower at the end");
+        let memory = "memory is flat over the last half";
+        assert_eq!(short, [pace, unsure(memory)]);
         let leaking = failed_with(|_, found, _| *found = samples(10.0)[..30].to_vec());
-        assert_eq!(leaking, [(demand, Verdict::Fail)]);
+        assert_eq!(leaking, [pace, (memory, Verdict::Fail)]);
     }
 }
