@@ -213,6 +213,10 @@ impl Attempt<'_, '_> {
         work: impl FnOnce() -> Result<T>,
         probe: impl FnOnce(&T) -> Result<String>,
     ) -> Result<T> {
+        let work = || {
+            self.boot.engine.disturb(phase)?;
+            work()
+        };
         self.owner.run(phase, work, probe)
     }
 

@@ -3,6 +3,8 @@
 //! Exit codes: 0 done (for `verify` and `probe`: every gate passes), 1 error, 2 wrong usage, 3 a gate does not
 //! pass.
 
+#[cfg(feature = "faults")]
+mod boot_fault;
 mod commands;
 mod device;
 mod environment;

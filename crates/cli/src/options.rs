@@ -8,10 +8,12 @@ use exrail_engine::{EngineOptions, LoadOptions, RotatePolicy, RotationOptions, S
 use exrail_hub::{Cache, Fetch, Kind, Registry, Resolved};
 use exrail_kernels::{Activation, KvDtype};
 use exrail_kernels_cpu::CpuOptions;
-use exrail_server::{Keys, SessionKeeper, SwapLimits};
+use exrail_server::{Keys, Phase, SessionKeeper, SwapLimits};
 use exrail_tensor::IntGrid;
 use serde::Serialize;
 
+#[cfg(feature = "faults")]
+use crate::boot_fault::BootFault;
 use crate::{device::DeviceOption, environment, memory, progress::Bars};
 
 /// The generator that is used when none is named.
@@ -186,9 +188,26 @@ pub(crate) struct EngineArgs {
     /// when absent and the server has several keys, else all of it.
     #[arg(long, value_name = "N")]
     pub(crate) tenant_queue_limit: Option<usize>,
+    /// Do wrong in one phase of the boot, for tests of what comes of it.
+    #[cfg(feature = "faults")]
+    #[arg(long, value_name = "PHASE=KIND", hide = true)]
+    inject_boot: Option<BootFault>,
 }
 
 impl EngineArgs {
+    /// Does to a phase that has begun what was asked for.
+    #[cfg(feature = "faults")]
+    pub(crate) fn disturb(&self, phase: Phase) -> Result<()> {
+        self.inject_boot.as_ref().map_or(Ok(()), |fault| fault.strike(phase))
+    }
+
+    /// Nothing is injected by this program.
+    #[cfg(not(feature = "faults"))]
+    #[expect(clippy::unused_self, clippy::unnecessary_wraps, reason = "as with faults")]
+    pub(crate) fn disturb(&self, _: Phase) -> Result<()> {
+        Ok(())
+    }
+
     /// For a server with so many API keys.
     pub(crate) fn for_keys(&self, n_keys: usize) -> EngineArgs {
         let half = (n_keys > 1).then_some(self.queue_limit.div_ceil(2));

@@ -1,19 +1,42 @@
-//! A short soak with faults of a tiny model. Only in a program that can inject them.
+//! Faults in the boot and in a short soak of a tiny model. Only in a program that can inject them.
 
 #![cfg(feature = "faults")]
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use std::process::Command;
+use std::{
+    path::{Path, PathBuf},
+    process::Command,
+    time::Instant,
+};
 
 use exrail_testkit::{TinyLlama, tiny_llama};
 use serde_json::Value;
 
+fn model(home: &Path) -> PathBuf {
+    let file = home.join("tiny.gguf");
+    let tiny = TinyLlama { context_len: 2048, ..TinyLlama::default() };
+    std::fs::write(&file, tiny_llama(1, tiny)).unwrap();
+    file
+}
+
+/// Exit code, and what a boot with this fault says.
+fn boot(fault: &str) -> (Option<i32>, String) {
+    let home = tempfile::tempdir().unwrap();
+    let output = Command::new(env!("CARGO_BIN_EXE_exrail"))
+        .args(["boot", "--no-encoder", "--device", "cpu", "--inject-boot", fault, "--model"])
+        .arg(model(home.path()))
+        .env("EXRAIL_HOME", home.path())
+        .env("EXRAIL_OFFLINE", "true")
+        .output()
+        .unwrap();
+    let told = [output.stdout, output.stderr].concat();
+    (output.status.code(), String::from_utf8(told).unwrap())
+}
+
 /// Exit code, and the verdict of each demand.
 fn soak(arguments: &[&str]) -> (Option<i32>, Value) {
     let home = tempfile::tempdir().unwrap();
-    let file = home.path().join("tiny.gguf");
-    let tiny = TinyLlama { context_len: 2048, ..TinyLlama::default() };
-    std::fs::write(&file, tiny_llama(1, tiny)).unwrap();
+    let file = model(home.path());
     let output = Command::new(env!("CARGO_BIN_EXE_exrail"))
         .args(["--json", "soak"])
         .arg(&file)
@@ -34,6 +57,31 @@ fn failed(record: &Value) -> Vec<&str> {
     let checks = record["checks"].as_array().unwrap().iter();
     let failed = checks.filter(|check| check["verdict"] != "pass");
     failed.map(|check| check["demand"].as_str().unwrap()).collect()
+}
+
+#[test]
+fn a_late_phase_is_waited_for() {
+    let begun = Instant::now();
+    let (code, told) = boot("tokenizer=late");
+    assert_eq!(code, Some(0), "{told}");
+    assert!(begun.elapsed().as_secs() >= 2 && told.contains("sentinel"), "{told}");
+}
+
+/// A4 of the field faults: whatever a phase does, the boot ends by its name and never half open.
+#[test]
+fn a_phase_that_fails_hangs_or_panics_ends_the_boot_by_name() {
+    for (fault, expected) in [
+        ("weights=fail", "an allocation was refused"),
+        ("kv_pool=fail", "an allocation was refused"),
+        ("warmup=panic", "injected panic"),
+        // Its deadline is 10 s.
+        ("device=hang", "expected its end within"),
+    ] {
+        let (code, told) = boot(fault);
+        let phase = fault.split('=').next().unwrap();
+        assert!(code.is_some_and(|code| code != 0), "{fault}: {told}");
+        assert!(told.contains(phase) && told.contains(expected), "{fault}: {told}");
+    }
 }
 
 #[test]

@@ -51,6 +51,10 @@ pub struct MemoryPlan {
     pub scratch_bytes: usize,
     /// What the device takes besides.
     pub reserve: Reserve,
+    /// Bytes of the second tier of the KV cache at most, in the host's memory.
+    pub host_tier_bytes: usize,
+    /// Whether that is the device's memory too, and then a part of the plan.
+    pub is_host: bool,
 }
 
 /// Memory that may be used.
@@ -105,6 +109,9 @@ impl MemoryPlan {
         let scratch = format!("activations of {} rows", self.max_rows);
         parts.push(exactly(scratch, self.scratch_bytes));
         parts.push(exactly("reserve".to_owned(), self.reserve.bytes));
+        if self.is_host && self.host_tier_bytes > 0 {
+            parts.push(exactly("second tier of the KV cache".to_owned(), self.host_tier_bytes));
+        }
         parts
     }
 
@@ -212,9 +219,9 @@ fn plan(
     let rounded = load.quant.map(|grid| round(checkpoint, grid)).transpose()?;
     let tensors = rounded.as_ref().map_or(checkpoint.tensors(), |rounded| rounded);
     let config = served_config(checkpoint, load)?;
-    let run = match need {
-        Need::Engine(options) => run_sizes(&config, options)?,
-        Need::Run(sizes) => sizes(&config),
+    let (run, host_tier_bytes) = match need {
+        Need::Engine(options) => (run_sizes(&config, options)?, options.kv_host_bytes),
+        Need::Run(sizes) => (sizes(&config), 0),
     };
     let needed = Needed::count(Arc::clone(device), &config, tensors, run)?;
     let mut layers: BTreeMap<DType, FormatBytes> = BTreeMap::new();
@@ -248,6 +255,8 @@ fn plan(
         max_rows: run.max_rows,
         scratch_bytes: needed.scratch_bytes,
         reserve: device.reserve(),
+        host_tier_bytes,
+        is_host: device.is_host(),
     })
 }
 

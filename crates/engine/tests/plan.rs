@@ -13,6 +13,7 @@ use exrail_engine::{
 };
 use exrail_kernels::{Entries, Footprint, KvDtype, Ledger};
 use exrail_kernels_cpu::{CpuFootprint, CpuOptions};
+use exrail_kernels_cuda::CudaFootprint;
 use exrail_tensor::IntGrid;
 
 /// A folder of a tiny model with room for two pages.
@@ -155,4 +156,20 @@ fn a_plan_without_a_judge_refuses_nothing_and_says_so() {
     let plan = admission.admit(&checkpoint, load()).unwrap();
     assert_eq!(plan.fit(admission.free.as_ref()), Fit::NotAvailable);
     assert_eq!(admission.smallest_change(&checkpoint, load()).unwrap(), None);
+}
+
+/// The second tier is memory of the host, and so a part of what a CPU takes and not of what a GPU takes.
+#[test]
+fn the_second_tier_is_counted_where_its_memory_is() {
+    let tiered = EngineOptions { kv_host_bytes: 1 << 20, ..options() };
+    assert_eq!(total(tiered, load()), total(options(), load()) + (1 << 20));
+    let checkpoint = Checkpoint::open(model()).unwrap();
+    let on_a_gpu = |need: EngineOptions| {
+        let device = Arc::new(CudaFootprint { is_open: false });
+        let admission = Admission { device, free: None, need: Need::Engine(need) };
+        admission.plan(&checkpoint, load()).unwrap()
+    };
+    let (plan, without) = (on_a_gpu(tiered), on_a_gpu(options()));
+    assert_eq!(plan.host_tier_bytes, 1 << 20);
+    assert_eq!(plan.total(), without.total());
 }

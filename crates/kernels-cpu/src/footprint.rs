@@ -41,6 +41,10 @@ impl Footprint for CpuFootprint {
         "cpu".to_owned()
     }
 
+    fn is_host(&self) -> bool {
+        true
+    }
+
     fn weight_bytes(&self, shape: &WeightShape) -> Option<Extent> {
         shape.stored_bytes()?;
         let packed = Packed::of(self.kind(shape), shape.rows, shape.columns)?;

@@ -26,6 +26,10 @@ impl Footprint for CudaFootprint {
         "cuda".to_owned()
     }
 
+    fn is_host(&self) -> bool {
+        false
+    }
+
     /// Up to blocks whose neighbours share their scales, which are then kept once.
     fn weight_bytes(&self, shape: &WeightShape) -> Option<Extent> {
         shape.stored_bytes()?;

@@ -66,6 +66,9 @@ pub trait Footprint: Send + Sync + 'static {
     /// Name of the kind of device, such as `cpu`.
     fn name(&self) -> String;
 
+    /// Whether what it allocates is taken from the host's memory.
+    fn is_host(&self) -> bool;
+
     /// Bytes of a matrix that [`crate::Backend::weight`] prepared; `None`: more than a number holds, or
     /// columns that are no whole blocks.
     fn weight_bytes(&self, shape: &WeightShape) -> Option<Extent>;

@@ -226,7 +226,7 @@ fn write_all(mut file: File, queue: &flume::Receiver<Append>, faults: &OnceLock<
         let line = append.line.as_bytes();
         let board = faults.get();
         let result = match board.is_some_and(|board| board.takes(Fault::BreakTrace)) {
-            true => append_line(&mut Breaking { file: &mut file, room: line.len() / 2 }, line),
+            true => append_line(&mut Breaking::within(&mut file, line), line),
             false => append_line(&mut file, line),
         };
         if let (Err(_), Some(board)) = (&result, board) {
@@ -251,6 +251,15 @@ fn append_line(file: &mut (impl Write + Seek + Truncate), line: &[u8]) -> io::Re
 struct Breaking<'a> {
     file: &'a mut File,
     room: usize,
+}
+
+impl Breaking<'_> {
+    /// Room for a part of the line: another one at each length of the file.
+    fn within<'a>(file: &'a mut File, line: &[u8]) -> Breaking<'a> {
+        let len = file.metadata().map_or(0, |metadata| metadata.len());
+        let room = len % line.len().max(1) as u64;
+        Breaking { file, room: usize::try_from(room).unwrap_or(0) }
+    }
 }
 
 impl Write for Breaking<'_> {

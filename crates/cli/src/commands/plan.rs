@@ -105,6 +105,7 @@ impl Told<'_> {
             "total_bytes": extent(self.plan.total()),
             "reserve_basis": self.plan.reserve.basis,
             "kv_pages": self.plan.kv.n_pages,
+            "host_tier_bytes": self.plan.host_tier_bytes,
             "free_bytes": self.admission.free.as_ref().map(|free| free.bytes),
             "free_basis": self.admission.free.as_ref().map(|free| &free.basis),
             "verdict": verdict,
@@ -128,6 +129,10 @@ impl Told<'_> {
             row(output, "free", Extent::exactly(free.bytes), &format!("  {}", free.basis));
         }
         output.line(format!("  reserve: {}", self.plan.reserve.basis));
+        if !self.plan.is_host && self.plan.host_tier_bytes > 0 {
+            let bytes = Mebibytes(self.plan.host_tier_bytes);
+            output.line(format!("  the second tier of the KV cache takes {bytes} of the host's memory"));
+        }
         output.line(match self.fit {
             Fit::Fits { left } => format!("fits, {} left", Mebibytes(left)),
             Fit::MayFit { short } => format!(

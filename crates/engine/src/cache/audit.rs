@@ -2,6 +2,7 @@
 
 use exrail_kernels::{PAGE_TOKENS, PageId};
 
+use super::host::DevicePages;
 use super::KvCache;
 use super::pages::{PageFault, PageRef, index};
 
@@ -55,6 +56,19 @@ impl KvCache {
             return Err(PageFault::Content { page });
         }
         tables.iter().try_for_each(|table| self.check_tokens(table))
+    }
+
+    /// Whether one page whose content can be found still has the keys and values that it had: the next one,
+    /// in turn.
+    ///
+    /// # Errors
+    /// [`PageFault::Bytes`].
+    pub(crate) fn audit_bytes(&mut self, device: &mut dyn DevicePages) -> Result<(), PageFault> {
+        if self.switchboard.guards_are_off() {
+            return Ok(());
+        }
+        let next = self.sums.turn(|page| self.prefixes.entry(page));
+        next.map_or(Ok(()), |entry| self.sums.look(entry, device))
     }
 
     fn check_table(&self, table: &TableView<'_>) -> Result<(), PageFault> {
@@ -130,13 +144,17 @@ mod tests {
     use exrail_kernels::KvDtype;
 
     use super::*;
-    use crate::cache::{DevicePages, Namespace, Pins, Wanted};
+    use crate::cache::{Namespace, Pins, Wanted};
     use crate::faults::Switchboard;
 
     /// A device that nothing leaves: there is no second tier.
     struct NoPages;
 
     impl DevicePages for NoPages {
+        fn page_bytes(&self) -> usize {
+            panic!("nobody looks")
+        }
+
         fn read(&mut self, _: PageId, _: &mut [u8]) {
             panic!("nothing leaves");
         }

@@ -16,6 +16,8 @@ use crate::faults::Switchboard;
 
 /// The pages of the device as they leave and come back.
 pub(crate) trait DevicePages {
+    /// Bytes of a page.
+    fn page_bytes(&self) -> usize;
     /// Copies a page out.
     fn read(&mut self, page: PageId, bytes: &mut [u8]);
     /// Puts bytes back that [`DevicePages::read`] gave.

@@ -2,7 +2,8 @@
 //!
 //! [`KvCache`] owns all of it. `pages` are the books (free list, generations, references, pages kept
 //! for their content, quarantine); `prefixes` say what a page holds; `pins` under which conditions it
-//! may be read; `audit` compares everything with the tables of the running sequences.
+//! may be read; `audit` compares everything with the tables of the running sequences, and `sums` what is in
+//! the pages with what was in them.
 //!
 //! # Sharing
 //! Only whole pages are shared, and only once finite logits were computed from all of them. A page's
@@ -23,6 +24,7 @@ mod host;
 mod pages;
 mod pins;
 mod prefixes;
+mod sums;
 
 use exrail_kernels::{KernelError, PAGE_TOKENS, PageId};
 
@@ -36,6 +38,7 @@ pub(crate) use self::pages::PageRef;
 use self::pages::Pages;
 pub(crate) use self::pins::{Namespace, Pins};
 use self::prefixes::Prefixes;
+use self::sums::Sums;
 use crate::counters::HostCounters;
 use crate::session::Placed;
 
@@ -46,6 +49,8 @@ pub(crate) struct KvCache {
     prefixes: Prefixes,
     /// What had to make room.
     host: HostTier,
+    /// Over what the pages hold.
+    sums: Sums,
     /// Table entries per page while tables are checked, all 0 between checks.
     held: Vec<u32>,
     pub(crate) switchboard: Switchboard,
@@ -90,6 +95,7 @@ impl KvCache {
             pages: Pages::new(n_pages),
             prefixes: Prefixes::new(n_pages),
             host: HostTier::default(),
+            sums: Sums::new(n_pages),
             held: vec![0; n_pages],
             switchboard,
         }

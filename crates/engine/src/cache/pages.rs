@@ -102,6 +102,12 @@ pub enum PageFault {
         /// Page index.
         page: u32,
     },
+    /// The keys and values of a page that nobody writes are others than they were.
+    #[error("page {page}: expected the keys and values that it had, found others")]
+    Bytes {
+        /// Page index.
+        page: u32,
+    },
     /// Free, kept, referenced and withdrawn pages do not add up to the pool.
     #[error(
         "page pool: {free} free + {kept} kept + {referenced} referenced + {quarantined} quarantined \
@@ -149,7 +155,8 @@ impl PageFault {
             | PageFault::Alias { page, .. }
             | PageFault::Shared { page }
             | PageFault::Tokens { page }
-            | PageFault::Content { page } => Some(PageId(page)),
+            | PageFault::Content { page }
+            | PageFault::Bytes { page } => Some(PageId(page)),
             PageFault::Allocation { .. }
             | PageFault::Conservation { .. }
             | PageFault::Lives { .. }

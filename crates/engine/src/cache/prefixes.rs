@@ -88,6 +88,11 @@ impl Prefixes {
         }
     }
 
+    /// The page as its content names it, if it holds something that can be found.
+    pub(super) fn entry(&self, page: PageId) -> Option<PageRef> {
+        self.contents[index(page)].as_ref().map(|content| content.entry)
+    }
+
     /// Whether the entry's page holds something that can be found.
     pub(super) fn holds(&self, entry: PageRef) -> bool {
         self.contents[index(entry.page)].as_ref().is_some_and(|content| content.entry == entry)

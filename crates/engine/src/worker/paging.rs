@@ -19,6 +19,7 @@ use crate::counters::Total;
 use crate::event::SequenceFault;
 use crate::faults::Guard;
 use crate::handle::EngineOptions;
+use crate::load::Loaded;
 use crate::places::Left;
 use crate::sequence::{Ending, Running, Traffic, Waiting};
 
@@ -29,6 +30,10 @@ pub(super) struct PoolPages<'a, B: Backend> {
 }
 
 impl<B: Backend> DevicePages for PoolPages<'_, B> {
+    fn page_bytes(&self) -> usize {
+        self.backend.kv_page_bytes(self.pool)
+    }
+
     fn read(&mut self, page: PageId, bytes: &mut [u8]) {
         self.backend.kv_read_page(self.pool, page, bytes);
     }
@@ -195,12 +200,16 @@ impl<B: Backend> Worker<B> {
         });
     }
 
-    /// See [`crate::cache::KvCache::audit`].
+    /// See [`crate::cache::KvCache::audit`] and [`crate::cache::KvCache::audit_bytes`].
     pub(super) fn audit(&mut self) {
         self.gauges.count(Traffic::User, Total::KvAudits, 1);
         self.until_whole(|worker| {
             let tables: Vec<TableView<'_>> = worker.running.iter().map(Running::view).collect();
             worker.cache.audit(&tables)
+        });
+        self.until_whole(|worker| {
+            let Loaded { backend, .. } = &worker.loaded;
+            worker.cache.audit_bytes(&mut PoolPages { backend, pool: &mut worker.pool })
         });
     }
 

@@ -124,25 +124,76 @@ pub enum ConformanceError {
     },
 }
 
+/// A part of the suite. Its inputs depend on no other part.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Topic {
+    /// Buffers, weights that must be refused, and what works element by element.
+    Memory,
+    /// Norms.
+    Norm,
+    /// Rotations by position.
+    Rope,
+    /// Embeddings and matrix products.
+    Linear,
+    /// Attention to a cache, and pages that are copied, read and written.
+    Attention,
+    /// Attention to all rows of a span.
+    AttentionFull,
+    /// Keys and values that move inside a pool.
+    Moves,
+    /// Several operations in one.
+    Fused,
+    /// Tokens drawn from logits.
+    Draws,
+}
+
+impl Topic {
+    /// In the order of [`run`]: the longest last.
+    pub const ALL: [Topic; 9] = [
+        Topic::Memory,
+        Topic::Norm,
+        Topic::Rope,
+        Topic::Linear,
+        Topic::Attention,
+        Topic::AttentionFull,
+        Topic::Moves,
+        Topic::Fused,
+        Topic::Draws,
+    ];
+}
+
 /// Runs every operation of `backend` against the reference; `activation` says how the backend under
 /// test treats the activations of its matrix products.
 ///
-/// The inputs are the same in every run. About five seconds on one core with the reference
-/// under test, optimised.
+/// The inputs are the same in every run.
 ///
 /// # Errors
 /// The first case that fails, with its operation, format and sizes.
 pub fn run<B: Backend>(backend: &B, activation: Activation) -> Result<(), ConformanceError> {
+    Topic::ALL.into_iter().try_for_each(|topic| run_topic(backend, activation, topic))
+}
+
+/// Runs one part of [`run`].
+///
+/// # Errors
+/// As [`run`].
+pub fn run_topic<B: Backend>(
+    backend: &B,
+    activation: Activation,
+    topic: Topic,
+) -> Result<(), ConformanceError> {
     let mut suite = Suite { backend, activation, random: Random::new(0x5eed), n_cases: 0 };
-    suite.memory()?;
-    suite.norm()?;
-    suite.rope()?;
-    suite.linear()?;
-    suite.attention()?;
-    suite.attention_full()?;
-    suite.moves()?;
-    suite.fused()?;
-    suite.draws() // the longest
+    match topic {
+        Topic::Memory => suite.memory(),
+        Topic::Norm => suite.norm(),
+        Topic::Rope => suite.rope(),
+        Topic::Linear => suite.linear(),
+        Topic::Attention => suite.attention(),
+        Topic::AttentionFull => suite.attention_full(),
+        Topic::Moves => suite.moves(),
+        Topic::Fused => suite.fused(),
+        Topic::Draws => suite.draws(),
+    }
 }
 
 /// State of one run.

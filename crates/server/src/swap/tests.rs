@@ -286,6 +286,24 @@ fn a_model_that_failed_is_left_alone_for_longer_each_time() {
     assert!(desk.desk.lineup().models[1].reason.is_none());
 }
 
+/// The mutation: without its cool-down a broken model is read again for each request.
+#[test]
+fn the_cool_down_keeps_requests_from_loading_a_broken_model_again() {
+    let loads = |cool_down| {
+        let mut desk = Fixture::new(|limits| limits.cool_down = cool_down);
+        for request in 0..4 {
+            let mut asked = desk.ask(f64::from(request), 1, "x");
+            if is_waiting(&mut asked) {
+                desk.failed(f64::from(request) + 0.5);
+            }
+            assert_eq!(refused(&mut asked).code(), "model_load_failed");
+        }
+        desk.loads.len()
+    };
+    assert_eq!(loads(Duration::from_secs(15)), 1);
+    assert_eq!(loads(Duration::ZERO), 4);
+}
+
 #[test]
 fn the_former_model_comes_back_unless_somebody_waits_for_another() {
     let mut desk = Fixture::new(|_| {});

@@ -306,6 +306,67 @@ fn with_a(guards: bool, runs_ahead: bool) -> (Bench, Said, flume::Receiver<Event
     (bench, said, events)
 }
 
+/// Other keys and values in a page that its books know nothing of.
+fn change_bytes(bench: &mut Bench, page: PageId) {
+    let worker = &mut bench.worker;
+    let mut device = PoolPages { backend: &worker.loaded.backend, pool: &mut worker.pool };
+    let mut bytes = vec![0; device.page_bytes()];
+    device.read(page, &mut bytes);
+    // The signs, so that whoever reads it says something else.
+    bytes.iter_mut().for_each(|byte| *byte ^= 0x80);
+    device.write(page, &bytes);
+}
+
+#[test]
+fn a_page_whose_bytes_changed_is_withdrawn_before_its_next_reader() {
+    let run = |guards: bool| {
+        let (mut bench, _, events) = with_a(guards, false);
+        let page = bench.worker.running[0].pages[0].page;
+        bench.finish();
+        drop(events);
+        change_bytes(&mut bench, page);
+        one(&mut bench, &greedy(tokens(7, 20), 4));
+        let said = one(&mut bench, &long(280, 1));
+        let quarantined = bench.gauges.snapshot().pages_quarantined;
+        (said.cached, said.whole() == cold(&long(280, 1)), quarantined)
+    };
+    assert_eq!(run(true), (Some(0), true, 1));
+    assert_eq!(run(false), (Some(256), false, 0), "its reader says what nobody computed");
+}
+
+#[test]
+fn a_reader_of_changed_bytes_fails_by_name_and_others_go_on() {
+    for runs_ahead in [false, true] {
+        let (mut bench, mut said, events) = with_a(true, runs_ahead);
+        let other = greedy(tokens(7, 20), 30);
+        let others = bench.send(other.clone());
+        bench.turn();
+        let page = bench.worker.running[0].pages[0].page;
+        change_bytes(&mut bench, page);
+        bench.finish();
+        said.hear(&events);
+        assert_eq!(said.fault(), &PageFault::Bytes { page: page.0 });
+        assert_eq!(Said::of(&others).whole(), cold(&other));
+        assert_whole(&mut bench, 1);
+    }
+}
+
+#[test]
+fn each_audit_looks_at_the_next_page_that_can_be_found() {
+    let mut bench = bench(8, false);
+    let events = bench.send(greedy(tokens(1, 1030), 200));
+    let mut said = Said::default();
+    turn_until(&mut bench, &mut said, &events, 10);
+    // Any of the four, within a round of audits.
+    let page = bench.worker.running[0].pages[3].page;
+    change_bytes(&mut bench, page);
+    for _ in 0..4 {
+        bench.turn();
+    }
+    said.hear(&events);
+    assert_eq!(said.fault(), &PageFault::Bytes { page: page.0 });
+}
+
 /// A fault that leaves the page of two sequences with one reference: `a` goes, a third one gets the page,
 /// and what the second says is returned beside what it would say alone.
 fn orphaned_reader(fault: impl Fn(&mut Bench, &GenerateRequest) -> flume::Receiver<Event>) {
