@@ -191,7 +191,7 @@ pub(crate) struct EngineArgs {
     /// Do wrong in one phase of the boot, for tests of what comes of it.
     #[cfg(feature = "faults")]
     #[arg(long, value_name = "PHASE=KIND", hide = true)]
-    inject_boot: Option<BootFault>,
+    pub(crate) inject_boot: Option<BootFault>,
 }
 
 impl EngineArgs {

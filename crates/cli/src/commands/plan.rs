@@ -131,7 +131,9 @@ impl Told<'_> {
         output.line(format!("  reserve: {}", self.plan.reserve.basis));
         if !self.plan.is_host && self.plan.host_tier_bytes > 0 {
             let bytes = Mebibytes(self.plan.host_tier_bytes);
-            output.line(format!("  the second tier of the KV cache takes {bytes} of the host's memory"));
+            output.line(format!(
+                "  the second tier of the KV cache takes {bytes} of the host's memory"
+            ));
         }
         output.line(match self.fit {
             Fit::Fits { left } => format!("fits, {} left", Mebibytes(left)),

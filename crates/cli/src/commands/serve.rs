@@ -180,7 +180,7 @@ impl BootCommand {
             return Ok(Ended::Done);
         }
         swap::named(&self.started.sources, self.started.swap.also.clone())?;
-        let services = boot.run()?;
+        let services = boot.run().with_context(|| failed_phase(&board))?;
         services.engine.shutdown();
         let status = board.status();
         output.value(&json!({ "phases": phases_json(&status) }));
@@ -261,7 +261,8 @@ impl Serve {
         output.note(format!("listening on http://{address}, starting"));
         output.value(&json!({ "event": "listening", "url": format!("http://{address}") }));
         let server = runtime.spawn(exrail_server::serve(Arc::clone(&state), listener, stopped()));
-        let booted = boot.run().and_then(|services| Ok(state.open_fleet(services, fleet)?));
+        let booted = boot.run().with_context(|| failed_phase(state.board()));
+        let booted = booted.and_then(|services| Ok(state.open_fleet(services, fleet)?));
         let record = record_boot(Arc::clone(&state));
         if booted.is_ok() {
             // It waits for the model's hash; users do not.
@@ -280,6 +281,11 @@ impl Serve {
         }
         Ok(Ended::Done)
     }
+}
+
+/// Where a boot ended.
+fn failed_phase(board: &BootBoard) -> String {
+    format!("boot phase `{}`", board.status().phase().name())
 }
 
 /// Leaves a record of the boot; one that cannot be written is no reason not to serve.

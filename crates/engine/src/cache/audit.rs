@@ -2,8 +2,8 @@
 
 use exrail_kernels::{PAGE_TOKENS, PageId};
 
-use super::host::DevicePages;
 use super::KvCache;
+use super::host::DevicePages;
 use super::pages::{PageFault, PageRef, index};
 
 /// What the cache is compared with: the table of one running sequence.
