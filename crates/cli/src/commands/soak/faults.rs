@@ -233,9 +233,12 @@ fn caught(kinds: &[Kind]) -> Check {
     // An audit runs behind a step, and the count of steps may be one on by then.
     let bound = AUDIT_EVERY + 2;
     let guarded = || kinds.iter().filter(|kind| !LATE.contains(&kind.name.as_str()));
-    let missed = guarded().filter(|kind| kind.caught < kind.injected || kind.slowest_steps > bound);
+    // The trace log has a thread of its own: its guard looks at the same write, and steps go on beside it.
+    let in_steps = |kind: &&Kind| kind.name != "break_trace";
+    let is_late = |kind: &&Kind| in_steps(kind) && kind.slowest_steps > bound;
+    let missed = guarded().filter(|kind| kind.caught < kind.injected || is_late(kind));
     let missed: Vec<&str> = missed.map(|kind| kind.name.as_str()).collect();
-    let slowest = guarded().map(|kind| kind.slowest_steps).max().unwrap_or(0);
+    let slowest = guarded().filter(in_steps).map(|kind| kind.slowest_steps).max().unwrap_or(0);
     let found = match missed.as_slice() {
         [] => format!("within {slowest} steps, limit {bound}"),
         missed => format!("not all, or not within {bound} steps: {}", missed.join(", ")),
