@@ -8,10 +8,26 @@ use exrail_server::Phase;
 /// Time of a phase that is late and no more.
 const LATE: Duration = Duration::from_secs(2);
 
+/// The phases that `load.rs` runs.
+const PHASES: [Phase; 12] = [
+    Phase::Config,
+    Phase::Secrets,
+    Phase::Preflight,
+    Phase::Device,
+    Phase::Weights,
+    Phase::Tokenizer,
+    Phase::KvPool,
+    Phase::WarmUp,
+    Phase::Encoder,
+    Phase::Index,
+    Phase::Policy,
+    Phase::Sentinel,
+];
+
 /// A fault of one phase, as `PHASE=KIND`.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct BootFault {
-    phase: String,
+    phase: Phase,
     kind: Kind,
 }
 
@@ -30,7 +46,11 @@ impl FromStr for BootFault {
     type Err = anyhow::Error;
 
     fn from_str(text: &str) -> Result<Self> {
-        let (phase, kind) = text.split_once('=').unwrap_or((text, ""));
+        let (name, kind) = text.split_once('=').unwrap_or((text, ""));
+        let Some(phase) = PHASES.into_iter().find(|phase| phase.name() == name) else {
+            let names = PHASES.map(Phase::name).join(", ");
+            bail!("expected a phase that faults are injected in ({names}), found `{name}`");
+        };
         let kind = match kind {
             "late" => Kind::Late,
             "hang" => Kind::Hang,
@@ -38,14 +58,14 @@ impl FromStr for BootFault {
             "panic" => Kind::Panic,
             other => bail!("expected PHASE=late|hang|fail|panic, found `{other}`"),
         };
-        Ok(Self { phase: phase.to_owned(), kind })
+        Ok(Self { phase, kind })
     }
 }
 
 impl BootFault {
     /// Does it, when its phase has begun.
     pub(crate) fn strike(&self, phase: Phase) -> Result<()> {
-        if phase.name() != self.phase {
+        if phase != self.phase {
             return Ok(());
         }
         match self.kind {

@@ -67,6 +67,13 @@ fn a_late_phase_is_waited_for() {
     assert!(begun.elapsed().as_secs() >= 2 && told.contains("sentinel"), "{told}");
 }
 
+#[test]
+fn a_fault_of_a_phase_that_no_boot_has_is_refused() {
+    let (code, told) = boot("weigths=fail");
+    assert_eq!(code, Some(2), "{told}");
+    assert!(told.contains("found `weigths`"), "{told}");
+}
+
 /// A4 of the field faults: whatever a phase does, the boot ends by its name and never half open.
 #[test]
 fn a_phase_that_fails_hangs_or_panics_ends_the_boot_by_name() {

@@ -468,7 +468,13 @@ mod tests {
             events
         }
 
+        /// # Panics
+        /// There is nothing to do: a real engine would wait for a command, and a test would for ever.
         pub(super) fn turn(&mut self) {
+            let worker = &self.worker;
+            let is_idle = worker.n_admitted() == 0 && worker.waiting.is_empty();
+            let is_still = is_idle && worker.flight.is_none() && worker.commands.is_empty();
+            assert!(!is_still, "a turn of an idle bench");
             assert_eq!(self.worker.turn(), Turn::Next);
         }
     }
