@@ -1,9 +1,10 @@
 //! `exrail-bench`: what must be measured on a real machine and cannot be a unit test.
 //!
 //! `cpu` compares `exrail bench` with llama.cpp's own programs on the same files, prints a table and writes a
-//! record. It is no part of the product, and nothing depends on this crate.
+//! record. `grammar` measures what a mask costs. It is no part of the product, and nothing depends on this crate.
 
 mod cpu;
+mod grammar;
 mod machine;
 mod record;
 
@@ -25,6 +26,8 @@ struct Arguments {
 enum Command {
     /// Compare speed, load time and memory with llama.cpp, in turns
     Cpu(cpu::CpuArguments),
+    /// Processor time of a token's mask, over MaskBench and an answer with citations
+    Grammar(grammar::GrammarArguments),
 }
 
 /// Exit codes: 0 done and passed, 1 error, 3 a gate does not pass.
@@ -34,6 +37,7 @@ fn main() -> ExitCode {
             cpu::Verdict::Pass => ExitCode::SUCCESS,
             cpu::Verdict::Fail => ExitCode::from(3),
         }),
+        Command::Grammar(arguments) => grammar::run(&arguments).map(|()| ExitCode::SUCCESS),
     };
     result.unwrap_or_else(|error| {
         let _ignored = writeln!(io::stderr(), "exrail-bench: {error:#}");

@@ -9,8 +9,18 @@ use exrail_testkit::{GgufValue, GgufWriter, TinyLlama, safetensors_bytes, tiny_b
 fn main() -> io::Result<()> {
     let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("corpus");
     let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../golden");
-    let targets =
-        ["gguf", "gguf_parts", "safetensors", "hf_folder", "bert_config", "document", "tokenizer"];
+    let targets = [
+        "gguf",
+        "gguf_parts",
+        "safetensors",
+        "hf_folder",
+        "bert_config",
+        "document",
+        "tokenizer",
+        "tool_calls",
+        "json_schema",
+        "gbnf",
+    ];
     for target in targets {
         fs::create_dir_all(corpus.join(target))?;
     }
@@ -22,6 +32,11 @@ fn main() -> io::Result<()> {
     }
 
     fs::write(corpus.join("gguf_parts/two"), split_seed())?;
+    tool_calls(&corpus.join("tool_calls"))?;
+    let schema = r##"{"$defs":{"a":{"type":"string","pattern":"^[a-z]{2,}\\d$"}},"type":"object","properties":{"a":{"$ref":"#/$defs/a"},"b":{"oneOf":[{"type":"integer","minimum":3},{"enum":["x",null]}]},"c":{"type":"array","items":{"format":"date"},"uniqueItems":true}},"required":["a"],"additionalProperties":false}"##;
+    fs::write(corpus.join("json_schema/many"), schema)?;
+    let grammar = "root ::= \"(\" item{1,3} \")\" # comment\nitem ::= [a-z\\x41] | root | ([^\\n] \"\\\"\")?\n";
+    fs::write(corpus.join("gbnf/recursive"), grammar)?;
 
     let tensors =
         [("a".to_owned(), vec![2, 2], vec![0.5; 4]), ("b".to_owned(), vec![1], vec![1.0])];
@@ -58,6 +73,33 @@ fn main() -> io::Result<()> {
 }
 
 /// A model of two files with a tensor each.
+/// An answer of each family; the first byte picks it, see the target.
+fn tool_calls(dir: &Path) -> io::Result<()> {
+    let answers = [
+        (
+            0,
+            "I look.\n<tool_call>\n{\"name\": \"f\", \"arguments\": {\"a\": [1, \"}\"]}}\n</tool_call>",
+        ),
+        (
+            1,
+            "<think>b</think>\n<tool_call><function=f><parameter=a>1</parameter></function></tool_call>",
+        ),
+        (
+            3,
+            "{\"name\": \"f\", \"parameters\": {}}; {\"type\": \"function\", \"name\": \"f\", \"parameters\": {}}",
+        ),
+        (3, "<|python_tag|>{\"name\": \"f\", \"parameters\": {}}"),
+        (6, "[TOOL_CALLS] [{\"name\": \"f\", \"arguments\": {}, \"id\": \"abcdef012\"}]"),
+        (6, "[TOOL_CALLS]f[CALL_ID]abcdef012[ARGS]{\"a\": 1}[TOOL_CALLS]f[ARGS]{}"),
+        (9, "```tool_call\n{\"name\": \"f\", \"arguments\": {}}\n```"),
+        (14, "hm</think><tool_call>{\"name\": \"f\", \"arguments\": {}}</tool_call>"),
+    ];
+    for (at, (family, answer)) in answers.iter().enumerate() {
+        fs::write(dir.join(format!("answer-{at}")), [&[*family], answer.as_bytes()].concat())?;
+    }
+    Ok(())
+}
+
 fn split_seed() -> Vec<u8> {
     let u16_value = |value: u8| GgufValue::Raw { type_id: 2, bytes: vec![value, 0] };
     let parts = ["a", "b"].into_iter().zip(0..).map(|(name, number)| {

@@ -54,8 +54,8 @@ class Refusals(unittest.TestCase):
         self.assertIn(MODEL, caught.exception.message, "what there is, is named")
 
     def test_unsupported_fields_are_named(self):
-        self.refused("tools", tools=[TOOL])
-        self.refused("response_format", response_format={"type": "json_object"})
+        self.refused("functions", extra_body={"functions": [TOOL["function"]]})
+        self.refused("response_format", extra_body={"response_format": {"type": "yaml"}})
         self.refused("guided_json", extra_body={"guided_json": {}})
 
     def test_values_out_of_range_are_named(self):

@@ -183,7 +183,7 @@ fn rope_factors_are_read_and_checked() {
 }
 
 #[test]
-fn contradictory_vocabularies_are_refused_by_name() {
+fn e11_contradictory_vocabularies_are_refused_by_name() {
     let tokens = |n: usize| GgufValue::Texts((0..n).map(|i| i.to_string()).collect());
     for (key, value) in [
         // Seven tokens do not fit in six embedding rows.

@@ -9,7 +9,7 @@ use exrail_server::Phase;
 const LATE: Duration = Duration::from_secs(2);
 
 /// The phases that `load.rs` runs.
-const PHASES: [Phase; 12] = [
+const PHASES: [Phase; 13] = [
     Phase::Config,
     Phase::Secrets,
     Phase::Preflight,
@@ -18,6 +18,7 @@ const PHASES: [Phase; 12] = [
     Phase::Tokenizer,
     Phase::KvPool,
     Phase::WarmUp,
+    Phase::Grammar,
     Phase::Encoder,
     Phase::Index,
     Phase::Policy,

@@ -13,6 +13,8 @@ pub(crate) mod preflight;
 pub(crate) mod probe;
 pub(crate) mod pull;
 pub(crate) mod quantize;
+pub(crate) mod schema;
 pub(crate) mod serve;
 pub(crate) mod soak;
+pub(crate) mod trace;
 pub(crate) mod verify;

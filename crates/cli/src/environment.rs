@@ -10,6 +10,7 @@ use anyhow::{Result, bail};
 /// How many letters a name may be off to be called a typo (G-11).
 const TYPO: usize = 2;
 
+pub(crate) const API_KEYS: &str = "EXRAIL_API_KEYS";
 pub(crate) const API_KEY_FILE: &str = "EXRAIL_API_KEY_FILE";
 pub(crate) const BOOT_PATIENCE: &str = "EXRAIL_BOOT_PATIENCE";
 pub(crate) const DEVICE: &str = "EXRAIL_DEVICE";
@@ -26,7 +27,8 @@ pub(crate) const THREADS: &str = "EXRAIL_THREADS";
 pub(crate) const TRACE_LOG: &str = "EXRAIL_TRACE_LOG";
 
 /// All of them: whatever reads a variable takes its name from here.
-const KNOWN: [&str; 15] = [
+const KNOWN: [&str; 16] = [
+    API_KEYS,
     API_KEY_FILE,
     BOOT_PATIENCE,
     DEVICE,

@@ -4,7 +4,7 @@
 use std::{
     collections::BTreeMap,
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, OnceLock},
 };
 
 use anyhow::{Context, Result, anyhow, bail};
@@ -146,6 +146,15 @@ fn give_up(output: Output, status: &BootStatus) {
     std::process::exit(1);
 }
 
+/// Makes what the first request for a structured answer would wait for. A model whose vocabulary cannot be
+/// constrained is served all the same, and such requests are refused by name.
+fn grammars(engine: &EngineHandle) -> String {
+    match engine.grammars().and_then(|compiler| compiler.prepare()) {
+        Ok(()) => format!("masks over {} tokens", engine.facts().vocab_len),
+        Err(error) => format!("not available: {error}"),
+    }
+}
+
 /// Whether trying again may help: a source that did not answer may do so later. Everything else that a boot
 /// reads lies on this machine and will be the same.
 fn may_pass(error: &anyhow::Error) -> bool {
@@ -177,6 +186,9 @@ impl Attempt<'_, '_> {
         let device = self.device()?;
         let (engine, warm_up) =
             device.run(Generator { attempt: self, model: &model, bars: &mut bars })?;
+        if self.boot.keys.is_some() {
+            self.phase(Phase::Grammar, || Ok(grammars(&engine)), |told| Ok(told.clone()))?;
+        }
         let encoder = encoder.map(|found| self.encoder(&device, found)).transpose()?;
         let collections = match &encoder {
             Some(served) => self.collections(&engine, &served.encoder, &mut bars)?,
@@ -192,6 +204,7 @@ impl Attempt<'_, '_> {
                 encoder,
                 collections,
                 loaded_at: jiff::Timestamp::now().as_second(),
+                tool_format: OnceLock::new(),
             },
         };
         let bytes = model_bytes(&model.path);

@@ -1,13 +1,14 @@
 //! The `exrail` binary: parse → resolve → one function per command.
 //!
-//! Exit codes: 0 done (for `verify` and `probe`: every gate passes), 1 error, 2 wrong usage, 3 a gate does not
-//! pass.
+//! Exit codes: 0 done (for `verify` and `probe`: every gate passes), 1 error, 2 wrong usage or an input that cannot
+//! be read, 3 a gate does not pass.
 
 #[cfg(feature = "faults")]
 mod boot_fault;
 mod commands;
 mod device;
 mod environment;
+mod keys;
 mod load;
 mod memory;
 mod options;
@@ -34,7 +35,10 @@ const VERSION: &str = if cfg!(feature = "faults") {
 /// whether the answers can be trusted.
 #[derive(Debug, Parser)]
 #[command(name = "exrail", version = VERSION, propagate_version = true)]
-#[command(after_help = "Exit codes: 0 done or passed, 1 error, 2 wrong usage, 3 gate not passed.")]
+#[command(
+    after_help = "Exit codes: 0 done or passed, 1 error, 2 wrong usage or an input that cannot be \
+    read, 3 gate not passed."
+)]
 struct Cli {
     /// Print JSON instead of text.
     #[arg(long, global = true)]
@@ -75,6 +79,10 @@ enum Command {
     Soak(commands::soak::Soak),
     /// Estimate the memory that a model takes on a device, without loading it.
     Plan(commands::plan::Plan),
+    /// Print the JSON Schemas of what exrail writes.
+    Schema(commands::schema::Schema),
+    /// Check trace logs offline.
+    Trace(commands::trace::Trace),
     /// List the devices that models can run on.
     Devices(commands::devices::Devices),
     /// Run everything once on the sample corpus: serve, ingest, ask, verify, report.
@@ -90,6 +98,8 @@ enum Ended {
     Incomplete,
     /// A gate did not pass.
     NotPassed,
+    /// What was to be looked at cannot be read.
+    Unreadable,
 }
 
 fn main() -> ExitCode {
@@ -106,6 +116,7 @@ fn main() -> ExitCode {
         Ok(Ended::Done) => ExitCode::SUCCESS,
         Ok(Ended::Incomplete) => ExitCode::FAILURE,
         Ok(Ended::NotPassed) => ExitCode::from(3),
+        Ok(Ended::Unreadable) => ExitCode::from(2),
         Err(error) => {
             output.error(&error);
             ExitCode::FAILURE
@@ -132,6 +143,8 @@ fn run(command: Command, output: Output) -> anyhow::Result<Ended> {
         Command::Bench(command) => command.run(&output),
         Command::Soak(command) => command.run(&output),
         Command::Plan(command) => command.run(&output),
+        Command::Schema(command) => command.run(&output),
+        Command::Trace(command) => command.run(&output),
         Command::Devices(command) => command.run(&output),
         Command::Demo(command) => command.run(&output),
     }

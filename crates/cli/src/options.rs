@@ -1,6 +1,9 @@
 //! Options that several commands share.
 
-use std::{path::PathBuf, time::Duration};
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
@@ -349,7 +352,9 @@ pub(crate) struct EncoderArgs {
 #[derive(Clone, Debug, Args)]
 #[command(next_help_heading = "Access")]
 pub(crate) struct Access {
-    /// File with API keys, one a line; `#` begins a comment. Needed for a non-loopback address.
+    /// File with API keys, one a line, each alone or followed by its role, user or admin; `#` begins a comment.
+    /// Read again when it changes or on SIGHUP. Further keys may be in EXRAIL_API_KEYS, between commas. Needed
+    /// for a non-loopback address.
     #[arg(long, value_name = "FILE", env = environment::API_KEY_FILE)]
     pub(crate) api_key_file: Option<PathBuf>,
 }
@@ -362,19 +367,40 @@ impl Access {
 
     /// A key to ask one's own server with.
     pub(crate) fn first_key(&self) -> Result<Option<String>> {
-        Ok(self.read()?.into_iter().next())
+        let first = self.read()?.into_iter().next();
+        Ok(first.and_then(|line| line.split_ascii_whitespace().next().map(str::to_owned)))
     }
 
+    /// The keys of the file and of the environment, each with its role if it has one.
     fn read(&self) -> Result<Vec<String>> {
-        let Some(file) = &self.api_key_file else { return Ok(Vec::new()) };
-        let text = std::fs::read_to_string(file)
-            .with_context(|| format!("API keys {}", file.display()))?;
-        let lines = text.lines().map(str::trim);
-        let lines = lines.filter(|line| !line.is_empty() && !line.starts_with('#'));
-        let keys: Vec<_> = lines.map(str::to_owned).collect();
-        if keys.is_empty() {
-            bail!("API keys {}: expected at least one key, found none", file.display());
+        let mut keys = match &self.api_key_file {
+            Some(file) => keys_of_file(file)?,
+            None => Vec::new(),
+        };
+        if let Some(listed) = std::env::var_os(environment::API_KEYS) {
+            let Some(listed) = listed.to_str() else {
+                bail!("{}: expected visible ASCII characters only", environment::API_KEYS);
+            };
+            let listed = listed.split(',').map(str::trim).filter(|key| !key.is_empty());
+            let before = keys.len();
+            keys.extend(listed.map(str::to_owned));
+            if keys.len() == before {
+                // Whoever sets it wants a server with keys, and would get one without.
+                bail!("{}: expected at least one key, found none", environment::API_KEYS);
+            }
         }
         Ok(keys)
     }
+}
+
+fn keys_of_file(file: &Path) -> Result<Vec<String>> {
+    let text =
+        std::fs::read_to_string(file).with_context(|| format!("API keys {}", file.display()))?;
+    let lines = text.lines().map(str::trim);
+    let lines = lines.filter(|line| !line.is_empty() && !line.starts_with('#'));
+    let keys: Vec<_> = lines.map(str::to_owned).collect();
+    if keys.is_empty() {
+        bail!("API keys {}: expected at least one key, found none", file.display());
+    }
+    Ok(keys)
 }

@@ -54,6 +54,8 @@ fn every_command_explains_itself_and_wrong_usage_is_2() {
         "boot",
         "preflight",
         "soak",
+        "schema",
+        "trace",
     ];
     for command in commands {
         let output = exrail(home.path(), &[command, "--help"]);

@@ -39,6 +39,29 @@ pub struct HostCounters {
     pub corrupt: u64,
 }
 
+/// What grammars did (G-13); totals since the start, counted when an answer ends.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct GrammarCounters {
+    /// Answers under a grammar, however they ended.
+    pub answers: u64,
+    /// Those of them that ended as [`crate::Finish::SchemaIncomplete`].
+    pub incomplete: u64,
+    /// Those of them whose automaton failed.
+    pub faults: u64,
+    /// Tokens that were drawn under a mask.
+    pub masked_tokens: u64,
+    /// Tokens that were bound to follow and cost no step.
+    pub forced_tokens: u64,
+    /// Tokens of ends that were followed because no other fitted.
+    pub closing_tokens: u64,
+    /// Drawn tokens where the model's first choice was not allowed.
+    pub argmax_masked: u64,
+    /// Answers whose allowed probability was low for several tokens in a row.
+    pub low_mass: u64,
+    /// Microseconds that masks took, mostly beside steps.
+    pub mask_us: u64,
+}
+
 /// A snapshot. Totals count user traffic since the start; warm-up leaves no trace in them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Counters {
@@ -99,6 +122,8 @@ pub struct Counters {
     pub rotations: u64,
     /// Answers that went back to before a loop.
     pub roll_backs: u64,
+    /// Answers under a grammar.
+    pub grammar: GrammarCounters,
     /// Time since the engine last finished a step or became busy. A turn without a step, such as one that
     /// looks for lost pages, is no progress.
     pub since_progress: Duration,
@@ -217,10 +242,19 @@ pub(crate) enum Total {
     PrefixEvictions,
     Rotations,
     RollBacks,
+    Constrained,
+    SchemaIncomplete,
+    GrammarFaults,
+    MaskedTokens,
+    ForcedTokens,
+    ClosingTokens,
+    ArgmaxMasked,
+    LowMass,
+    MaskMicroseconds,
 }
 
 impl Total {
-    const COUNT: usize = Total::RollBacks as usize + 1;
+    const COUNT: usize = Total::MaskMicroseconds as usize + 1;
 }
 
 impl Gauges {
@@ -352,6 +386,17 @@ impl Gauges {
             host: self.host.load(),
             rotations: total(Total::Rotations),
             roll_backs: total(Total::RollBacks),
+            grammar: GrammarCounters {
+                answers: total(Total::Constrained),
+                incomplete: total(Total::SchemaIncomplete),
+                faults: total(Total::GrammarFaults),
+                masked_tokens: total(Total::MaskedTokens),
+                forced_tokens: total(Total::ForcedTokens),
+                closing_tokens: total(Total::ClosingTokens),
+                argmax_masked: total(Total::ArgmaxMasked),
+                low_mass: total(Total::LowMass),
+                mask_us: total(Total::MaskMicroseconds),
+            },
             since_progress: Duration::from_millis(self.now_ms().saturating_sub(last)),
         }
     }

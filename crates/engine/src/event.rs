@@ -92,6 +92,9 @@ pub enum Finish {
     Degenerate,
     /// The context is full and may not be rotated.
     RotationRequired,
+    /// What there is, is no whole answer of the request's grammar: the tokens were used up or no way to an end
+    /// fits them, or a stop string came inside. Nobody may take it for a value.
+    SchemaIncomplete,
     /// The caller cancelled.
     Cancelled,
 }
@@ -110,7 +113,37 @@ pub struct Finished {
     /// Mean entropy of the sampled positions in nats; 0 without any. Present when the request asked
     /// for it.
     pub entropy_mean: Option<f32>,
+    /// What the grammar did. Present when the request had one.
+    pub constrained: Option<Constrained>,
 }
+
+/// What a grammar did to an answer (G-13).
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Constrained {
+    /// Whether the answer is a whole one of its grammar. Always true of [`Finish::Stop`].
+    pub is_complete: bool,
+    /// Tokens that were drawn under a mask, the end-of-sequence token included.
+    pub n_masked: usize,
+    /// Tokens that were bound to follow, and cost no step of their own.
+    pub n_forced: usize,
+    /// Tokens of a shortest end that was followed because no other fitted what was left of `max_tokens`.
+    pub n_closing: usize,
+    /// Drawn tokens where the model's first choice was not allowed.
+    pub n_argmax_masked: usize,
+    /// Least share of the model's probability, before penalties and temperature, that lay on allowed tokens;
+    /// 1 without a drawn token.
+    pub allowed_mass_min: f32,
+    /// Mean of that share over the drawn tokens; 1 without any.
+    pub allowed_mass_mean: f32,
+    /// Whether that share was below [`MIN_ALLOWED_MASS`] for [`LOW_MASS_STEPS`] drawn tokens in a row: prompt
+    /// and grammar ask for different things.
+    pub is_mass_low: bool,
+}
+
+/// Share of the probability below which a model is forced; guardrails G-13, `min_allowed_mass`.
+pub const MIN_ALLOWED_MASS: f32 = 1e-2;
+/// Drawn tokens in a row below [`MIN_ALLOWED_MASS`] that are told; guardrails G-13.
+pub const LOW_MASS_STEPS: usize = 3;
 
 /// Token counts of one sequence.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -165,6 +198,14 @@ pub enum SequenceFault {
         phase: LatePhase,
         /// Tokens generated before.
         n_tokens: usize,
+    },
+    /// The automaton of the request's grammar failed: it ran out of what one answer may take, or has a fault.
+    #[error("grammar: the automaton failed at generated token {step}: {message}")]
+    GrammarFault {
+        /// Tokens generated before.
+        step: usize,
+        /// What it said.
+        message: String,
     },
     /// The engine stopped before the answer was complete.
     #[error("the engine stopped")]

@@ -1,15 +1,17 @@
 //! The engine seen from outside: start it, submit to it, read it, stop it.
 
 use std::num::NonZeroUsize;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use exrail_checkpoint::DecoderConfig;
+use exrail_grammar::{Compiler, GrammarError, Limits, Vocabulary};
 use exrail_kernels::{Backend, DeviceCounters, KvDtype, PAGE_TOKENS};
 use exrail_model::kv_shape;
 use exrail_text::{ChatTemplate, Tokenizer};
 
+use crate::constraint::Constraint;
 use crate::counters::{Counters, EngineState, Gauges};
 use crate::error::{EngineError, ScoreError, SubmitError};
 use crate::event::{Event, Generation, SequenceFault, SequenceId};
@@ -172,6 +174,7 @@ impl Engine {
             gauges: Arc::clone(&gauges),
             tokenizer: Arc::clone(&loaded.tokenizer),
             template: loaded.template.clone(),
+            grammars: Grammars::default(),
             next_id: AtomicU64::new(0),
             stopped,
         });
@@ -184,12 +187,23 @@ impl Engine {
     }
 }
 
+/// The compiler of grammars, made when somebody asks for it first.
+#[derive(Default)]
+struct Grammars(OnceLock<Result<Arc<Compiler>, GrammarError>>);
+
+impl std::fmt::Debug for Grammars {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Grammars").field("is_made", &self.0.get().is_some()).finish()
+    }
+}
+
 #[derive(Debug)]
 struct Shared {
     facts: EngineFacts,
     gauges: Arc<Gauges>,
     tokenizer: Arc<Tokenizer>,
     template: Option<Arc<ChatTemplate>>,
+    grammars: Grammars,
     next_id: AtomicU64,
     /// Disconnects when the thread has ended.
     stopped: flume::Receiver<std::convert::Infallible>,
@@ -240,7 +254,9 @@ impl EngineHandle {
             self.check_lengths(request.prompt.len(), request.max_tokens)?;
         }
         let (sender, events) = flume::unbounded();
-        Ok((Job::Generate { request: Box::new(request), rotation, events: sender }, events))
+        let constraint = Constraint::of(&request);
+        let request = Box::new(request);
+        Ok((Job::Generate { request, constraint, rotation, events: sender }, events))
     }
 
     fn rotation(&self, request: &GenerateRequest) -> Result<Option<RotationPlan>, SubmitError> {
@@ -379,6 +395,19 @@ impl EngineHandle {
     #[must_use]
     pub fn template(&self) -> Option<&Arc<ChatTemplate>> {
         self.shared.template.as_ref()
+    }
+
+    /// The compiler of grammars over this model's vocabulary. The first call makes it, which takes about a second
+    /// for 128,000 tokens; never call it first where somebody waits for a step.
+    ///
+    /// # Errors
+    /// [`GrammarError::Vocabulary`], the same each time: no answer of this model can be constrained.
+    pub fn grammars(&self) -> Result<&Arc<Compiler>, GrammarError> {
+        let make = || {
+            let vocabulary = Vocabulary::new(&self.shared.tokenizer)?;
+            Compiler::new(vocabulary, Limits::default()).map(Arc::new)
+        };
+        self.shared.grammars.0.get_or_init(make).as_ref().map_err(Clone::clone)
     }
 
     /// Fails every sequence with [`SequenceFault::Stopped`] and waits for the thread to end, which

@@ -13,6 +13,7 @@
 //! - `session`: pages that are saved to disk and restored.
 //! - `rotation`: what becomes of an answer that outgrows its place in the cache; `open_json` says when it waits.
 //! - `sampler`, `distribution`, `philox`, `output`: from logits to text.
+//! - `constraint`: the grammar of a sequence; `masks`: the threads that compute its masks beside a step.
 //! - `plan`: what all of it takes on a device, before anything does.
 //! - `preflight`: what a manifest declares of a model, and what its files say.
 //! - `fingerprint`: the model's hash, known some time after the engine answers.
@@ -22,6 +23,7 @@
 
 mod cache;
 mod checksum;
+mod constraint;
 mod counters;
 mod distribution;
 mod encoder;
@@ -33,6 +35,7 @@ mod fingerprint;
 mod handle;
 mod load;
 mod loops;
+mod masks;
 mod open_json;
 mod output;
 mod pace;
@@ -53,12 +56,12 @@ mod warm_up;
 mod worker;
 
 pub use cache::PageFault;
-pub use counters::{Counters, EngineState, HostCounters};
+pub use counters::{Counters, EngineState, GrammarCounters, HostCounters};
 pub use encoder::SentenceEncoder;
 pub use error::{EngineError, ScoreError, SubmitError};
 pub use event::{
-    Alternative, Event, Finish, Finished, Generation, LatePhase, SequenceFault, SequenceId,
-    Timings, TokenEvent, TokenLogprob, Usage,
+    Alternative, Constrained, Event, Finish, Finished, Generation, LOW_MASS_STEPS, LatePhase,
+    MIN_ALLOWED_MASS, SequenceFault, SequenceId, Timings, TokenEvent, TokenLogprob, Usage,
 };
 pub use faults::{Fault, FaultBoard, FaultPlan, Guard, Guards, InjectedFaults};
 pub use fingerprint::{FingerprintError, FingerprintState, HashProgress, ModelFingerprint};

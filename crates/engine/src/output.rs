@@ -61,7 +61,7 @@ mod tests {
     }
 
     #[test]
-    fn a_stop_string_over_three_tokens_never_leaks() {
+    fn i3_a_stop_string_over_three_tokens_never_leaks() {
         assert_eq!(run(&["<START>"], &[b"a<", b"STA", b"RT>b"]), ("a".into(), Some(0)));
         assert_eq!(run(&["<START>"], &[b"a<", b"STA", b"Y>"]), ("a<STAY>".into(), None));
         assert_eq!(run(&["."], &[b"wait", b"..."]), ("wait".into(), Some(0)));
@@ -74,7 +74,7 @@ mod tests {
 
     /// I1 of the field faults: an answer may end inside a character.
     #[test]
-    fn a_character_over_four_tokens_comes_whole_and_a_cut_one_is_replaced() {
+    fn i1_a_character_over_four_tokens_comes_whole_and_a_cut_one_is_replaced() {
         let crab = "🦀".as_bytes();
         let split: Vec<&[u8]> = crab.chunks(1).collect();
         assert_eq!(run(&[], &split), ("🦀".into(), None));

@@ -2,6 +2,8 @@
 
 use std::time::Instant;
 
+use exrail_grammar::Grammar;
+
 use crate::error::SubmitError;
 use crate::loops::LoopGuard;
 use crate::rotation::Rotation;
@@ -50,6 +52,9 @@ pub struct GenerateRequest {
     pub deadline: Option<Instant>,
     /// Whether the answer ends when it goes round in a circle; `None` lets it go on to `max_tokens`.
     pub loop_guard: Option<LoopGuard>,
+    /// What the answer may be, of [`crate::EngineHandle::grammars`] of the same engine; `None`: any text. It
+    /// needs `stop_at_eos`.
+    pub grammar: Option<Grammar>,
 }
 
 /// Before which of the same tenant's requests a request leaves the queue: where all three wait, they get 4
@@ -82,6 +87,7 @@ impl GenerateRequest {
             priority: Priority::default(),
             deadline: None,
             loop_guard: None,
+            grammar: None,
             rotation: Rotation::default(),
         }
     }
@@ -89,7 +95,8 @@ impl GenerateRequest {
     /// Whether its tokens, drawn from the logits as they are, are all that it needs of them.
     pub(crate) fn needs_only_tokens(&self) -> bool {
         let is_watched = self.loop_guard.is_some_and(|guard| guard.entropy_baseline.is_some());
-        !self.sampling.adjusts() && self.logprobs.is_none() && !self.entropy && !is_watched
+        let is_free = self.grammar.is_none() && !self.sampling.adjusts();
+        is_free && self.logprobs.is_none() && !self.entropy && !is_watched
     }
 
     /// Refuses options that cannot be honoured; lengths are checked by the engine.
@@ -125,6 +132,8 @@ impl GenerateRequest {
         let is_entropy = baseline.is_none_or(|nats| nats.is_finite() && nats >= 0.0);
         let found = baseline.unwrap_or_default();
         require(is_entropy, "entropy_baseline", "nats, at least 0", found)?;
+        let ends = self.grammar.is_none() || self.stop_at_eos;
+        require(ends, "stop_at_eos", "true with a grammar", self.stop_at_eos)?;
         self.sampling.validate(vocab_len)
     }
 }

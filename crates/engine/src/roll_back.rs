@@ -1,12 +1,13 @@
 //! Where an answer can go back to when it goes round in a circle (G-19), once.
 //!
 //! At the start and every [`EVERY`] tokens what is no part of the cache is remembered: the sampler's counts, the text with its
-//! stop strings, what JSON is open. The cache needs no memory of its own: a sequence that goes back is computed
+//! stop strings, what JSON is open, where the grammar stands. The cache needs no memory of its own: a sequence that goes back is computed
 //! anew from the tokens that are left, most of which it finds among its own pages. A rotation forgets
 //! everything, since what was dropped then is gone.
 
 use std::collections::VecDeque;
 
+use crate::constraint::Mark;
 use crate::loops::Loop;
 use crate::open_json::OpenJson;
 use crate::output::AnswerText;
@@ -31,6 +32,8 @@ pub(crate) struct Checkpoint {
     pub(crate) sampler: Sampler,
     pub(crate) answer: AnswerText,
     pub(crate) json: Option<OpenJson>,
+    /// Of the grammar's state.
+    pub(crate) grammar: Option<Mark>,
 }
 
 /// The places of one answer.

@@ -398,10 +398,17 @@ impl Rotating {
         n_tokens >= self.plan.rotate_at
     }
 
-    /// Whether a context of so many tokens is to be rotated.
-    pub(crate) fn due(&self, n_tokens: usize) -> Due {
+    /// Whether it waits while an open value is written.
+    pub(crate) fn waits(&self) -> bool {
+        self.plan.waits_for_json
+    }
+
+    /// Whether a context of so many tokens is to be rotated. `is_open`: whether its grammar stands inside a
+    /// value, where it has one, which knows better than the text.
+    pub(crate) fn due(&self, n_tokens: usize, is_open: Option<bool>) -> Due {
         let RotationPlan { way, rotate_at, hold, .. } = self.plan;
-        match (self.is_full(n_tokens), self.json.is_open()) {
+        let is_open = is_open.unwrap_or_else(|| self.json.is_open());
+        match (self.is_full(n_tokens), is_open) {
             (false, _) => Due::No,
             (true, _) if way == Way::End => Due::End,
             (true, false) => Due::Now,
@@ -590,11 +597,11 @@ mod tests {
         let mut rotating = rotating(4, vec![0..2, 5..6], 10);
         let mut tokens: Vec<u32> = (0..10).collect();
         for id in 10..20 {
-            assert_eq!(rotating.due(tokens.len()), Due::No);
+            assert_eq!(rotating.due(tokens.len(), None), Due::No);
             tokens.push(id);
             rotating.push(id, b"x");
         }
-        assert_eq!(rotating.due(tokens.len()), Due::Now);
+        assert_eq!(rotating.due(tokens.len(), None), Due::Now);
         let first = rotating.rotate(&mut tokens).rotated;
         assert_eq!(tokens, [0, 1, 5, 16, 17, 18, 19]);
         assert_eq!(first.dropped, [2..5, 6..16]);
@@ -614,15 +621,15 @@ mod tests {
     fn an_open_object_waits_so_long_and_then_the_answer_ends() {
         let mut rotating = rotating(4, vec![], 10);
         rotating.push(0, b"so: {\"a\": [1");
-        assert_eq!(rotating.due(20), Due::No);
-        assert_eq!(rotating.due(24), Due::No);
-        assert_eq!(rotating.due(25), Due::End);
+        assert_eq!(rotating.due(20, None), Due::No);
+        assert_eq!(rotating.due(24, None), Due::No);
+        assert_eq!(rotating.due(25, None), Due::End);
         rotating.push(0, b"]}");
-        assert_eq!(rotating.due(20), Due::Now);
+        assert_eq!(rotating.due(20, None), Due::Now);
         rotating.push(0, b" {\"b\"");
-        assert_eq!(rotating.due(20), Due::No);
+        assert_eq!(rotating.due(20, None), Due::No);
         rotating.ignore_json();
-        assert_eq!(rotating.due(20), Due::Now, "mutation: nobody looks");
+        assert_eq!(rotating.due(20, None), Due::Now, "mutation: nobody looks");
     }
 
     proptest! {

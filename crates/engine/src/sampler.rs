@@ -2,8 +2,10 @@
 
 use std::collections::BTreeMap;
 
+use exrail_grammar::Mask;
 use exrail_kernels::{Draw, DrawScratch};
 
+use crate::distribution::Summary;
 use crate::philox::numerator;
 use crate::request::Sampling;
 
@@ -17,6 +19,28 @@ const RAISED_WINDOW: usize = 256;
 pub(crate) struct SamplerScratch {
     adjusted: Vec<f32>,
     draw: DrawScratch,
+    /// Tokens that a mask allows, and their logits.
+    ids: Vec<u32>,
+    allowed: Vec<f32>,
+}
+
+/// A token that was drawn under a mask.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Allowed {
+    pub(crate) id: u32,
+    /// Share of the model's probability on what the mask allows.
+    pub(crate) mass: f32,
+    /// Whether the model's first choice is among it.
+    pub(crate) has_first_choice: bool,
+}
+
+/// Why nothing was drawn.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum NotDrawn {
+    /// A logit is no number.
+    NotFinite,
+    /// The mask allows no token that has a logit.
+    NothingAllowed,
 }
 
 /// The sampling state of one sequence: its options and what its answer holds so far.
@@ -43,7 +67,7 @@ impl Sampler {
         tokens: &[u32],
         scratch: &mut SamplerScratch,
     ) -> Option<u32> {
-        let SamplerScratch { adjusted, draw } = scratch;
+        let SamplerScratch { adjusted, draw, .. } = scratch;
         let values = if self.sampling.adjusts() {
             adjusted.clear();
             adjusted.extend_from_slice(logits);
@@ -60,6 +84,44 @@ impl Sampler {
         Some(drawn.index)
     }
 
+    /// Draws among the tokens that a mask allows. The others are not there at all, so that no filter and no
+    /// bias brings one back; of two logits that are equal the lower id comes first, as ever. `summary` is of
+    /// all logits. The token is not noted: a grammar may still want another.
+    pub(crate) fn draw_allowed(
+        &self,
+        (logits, summary): (&[f32], &Summary),
+        tokens: &[u32],
+        mask: &Mask,
+        scratch: &mut SamplerScratch,
+    ) -> Result<Allowed, NotDrawn> {
+        let SamplerScratch { adjusted, draw, ids, allowed } = scratch;
+        ids.clear();
+        ids.extend(mask.ids().filter(|&id| (id as usize) < logits.len()));
+        if ids.is_empty() {
+            return Err(NotDrawn::NothingAllowed);
+        }
+        allowed.clear();
+        allowed.extend(ids.iter().map(|&id| logits[id as usize]));
+        let inside = Summary::of(allowed).ok_or(NotDrawn::NotFinite)?;
+        let share = inside.max + inside.log_sum - summary.max - summary.log_sum;
+        if self.sampling.adjusts() {
+            adjusted.clear();
+            adjusted.extend_from_slice(logits);
+            self.adjust(adjusted, tokens);
+            allowed.clear();
+            allowed.extend(ids.iter().map(|&id| adjusted[id as usize]));
+        }
+        let drawn = self.draw(0).of(allowed, draw);
+        if drawn.value.is_nan() {
+            return Err(NotDrawn::NotFinite);
+        }
+        Ok(Allowed {
+            id: ids[drawn.index as usize],
+            mass: share.exp().min(1.0),
+            has_first_choice: inside.max >= summary.max,
+        })
+    }
+
     /// How a token is drawn: the next one, or with `n_pending` tokens in front of it that were drawn
     /// elsewhere and are not noted yet.
     pub(crate) fn draw(&self, n_pending: u64) -> Draw {
@@ -73,7 +135,7 @@ impl Sampler {
         Draw { temperature, top_k, top_p, min_p, numerator }
     }
 
-    /// Counts a token that was chosen elsewhere: by the device, where nothing else is needed.
+    /// Counts a token that was chosen elsewhere: by the device where nothing else is needed, or by a grammar.
     pub(crate) fn note(&mut self, id: u32) {
         self.step += 1;
         *self.counts.entry(id).or_default() += 1;

@@ -23,6 +23,9 @@ pub(crate) struct Demand {
     pub(crate) logits: LogitRows,
     /// Which tenant's it is: one of [`lanes`].
     pub(crate) lane: usize,
+    /// Whether the unfed tokens are of an answer, which gets a row each step whatever prompts take: a grammar
+    /// may have forced more than one.
+    pub(crate) is_answer: bool,
 }
 
 /// Rows of a sequence whose logits are read.
@@ -63,7 +66,9 @@ pub(crate) fn plan(demands: &[Demand], limits: StepLimits) -> Vec<PlannedSpan> {
     for (sequence_idx, demand) in demands.iter().enumerate() {
         let n_rows = match demand.logits {
             LogitRows::Last if demand.unfed == 1 => 1,
-            LogitRows::Last => demand.unfed.min(chunk_left[demand.lane]),
+            LogitRows::Last => {
+                demand.unfed.min(chunk_left[demand.lane]).max(usize::from(demand.is_answer))
+            }
             LogitRows::All => demand.unfed.min(chunk_left[demand.lane]).min(score_left),
         };
         if n_rows == 0 {
@@ -77,7 +82,7 @@ pub(crate) fn plan(demands: &[Demand], limits: StepLimits) -> Vec<PlannedSpan> {
             }
         };
         if demand.unfed > 1 {
-            chunk_left[demand.lane] -= n_rows;
+            chunk_left[demand.lane] = chunk_left[demand.lane].saturating_sub(n_rows);
         }
         spans.push(PlannedSpan { sequence_idx, n_rows, n_logit_rows });
     }
@@ -133,7 +138,7 @@ mod tests {
     }
 
     fn in_lane(lane: usize, unfed: usize) -> Demand {
-        Demand { unfed, logits: LogitRows::Last, lane }
+        Demand { unfed, logits: LogitRows::Last, lane, is_answer: false }
     }
 
     fn span(sequence_idx: usize, n_rows: usize, n_logit_rows: usize) -> PlannedSpan {
@@ -171,6 +176,17 @@ mod tests {
         assert_eq!(plan(&[generate(900), generate(3)], LIMITS), [span(0, 8, 0)]);
     }
 
+    /// Tokens that a grammar forced are read in a chunk like prompts, and never wait behind one.
+    #[test]
+    fn an_answer_of_several_unfed_tokens_gets_a_row_beside_any_prompt() {
+        let forced = Demand { is_answer: true, ..generate(5) };
+        assert_eq!(plan(&[forced, generate(900)], LIMITS), [span(0, 5, 1), span(1, 3, 0)]);
+        assert_eq!(plan(&[generate(900), forced], LIMITS), [span(0, 8, 0), span(1, 1, 0)]);
+        // The mutation: taken for a prompt it waits as long as the prompt in front of it is read.
+        let prompt = Demand { is_answer: false, ..forced };
+        assert_eq!(plan(&[generate(900), prompt], LIMITS), [span(0, 8, 0)]);
+    }
+
     #[test]
     fn a_lane_is_the_first_sequence_of_its_tenant() {
         let tenants = [None, Some("a"), None, Some("a"), Some("a"), Some("b")];
@@ -181,11 +197,14 @@ mod tests {
         #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
         #[test]
         fn every_step_stays_in_its_limits_and_progresses(
-            unfed in prop::collection::vec((1..40_usize, any::<bool>(), 0..4_usize), 1..20),
+            unfed in prop::collection::vec(
+                (1..40_usize, any::<bool>(), 0..4_usize, any::<bool>()), 1..20
+            ),
         ) {
             // The lanes that are there as numbers of the first sequences in them.
-            let mut demands: Vec<Demand> = unfed.iter().map(|&(rows, score, tenant)| Demand {
+            let mut demands: Vec<Demand> = unfed.iter().map(|&(rows, score, tenant, is_answer)| Demand {
                 unfed: rows,
+                is_answer: is_answer && !score,
                 logits: if score { LogitRows::All } else { LogitRows::Last },
                 lane: unfed.iter().position(|other| other.2 == tenant).unwrap(),
             }).collect();

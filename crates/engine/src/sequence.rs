@@ -12,7 +12,10 @@ use std::time::Instant;
 use exrail_kernels::{Draw, KvMove, KvSlot, Largest, PAGE_TOKENS, PageId};
 use exrail_text::Tokenizer;
 
+mod constrained;
+
 use crate::cache::{Admitted, Namespace, PageRef, TableView};
+use crate::constraint::Constraint;
 use crate::counters::Total;
 use crate::distribution::{Summary, largest};
 use crate::event::{
@@ -56,6 +59,8 @@ pub(crate) struct Waiting {
 pub(crate) enum Job {
     Generate {
         request: Box<GenerateRequest>,
+        /// Of its grammar.
+        constraint: Option<Box<Constraint>>,
         /// `None`: it fits as it is.
         rotation: Option<RotationPlan>,
         events: flume::Sender<Event>,
@@ -153,7 +158,7 @@ impl Waiting {
     /// Tells the caller that the sequence ends before it started.
     pub(crate) fn end(self, ending: Ending) {
         match self.job {
-            Job::Generate { request, events, .. } => {
+            Job::Generate { request, constraint, events, .. } => {
                 let queue_ms = milliseconds(self.submitted, Instant::now());
                 let event = match ending {
                     Ending::Fault(fault) => Event::Failed(fault),
@@ -163,6 +168,7 @@ impl Waiting {
                         usage: Usage { prompt_tokens: request.prompt.len(), ..Usage::default() },
                         timings: Timings { queue_ms, ..Timings::default() },
                         entropy_mean: request.entropy.then_some(0.0),
+                        constrained: constraint.map(|mut constraint| constraint.told()),
                     }),
                     Ending::Gone => return,
                 };
@@ -199,7 +205,11 @@ impl Ending {
         match self {
             Ending::Finish {
                 finish:
-                    Finish::Stop | Finish::Length | Finish::Degenerate | Finish::RotationRequired,
+                    Finish::Stop
+                    | Finish::Length
+                    | Finish::Degenerate
+                    | Finish::RotationRequired
+                    | Finish::SchemaIncomplete,
                 ..
             } => Total::Finished,
             Ending::Finish { finish: Finish::Cancelled, .. } | Ending::Gone => Total::Cancelled,
@@ -212,7 +222,9 @@ impl Ending {
         match self {
             Ending::Finish { .. }
             | Ending::Gone
-            | Ending::Fault(SequenceFault::DeadlineExceeded { .. }) => true,
+            | Ending::Fault(
+                SequenceFault::DeadlineExceeded { .. } | SequenceFault::GrammarFault { .. },
+            ) => true,
             Ending::Fault(
                 SequenceFault::NumericFault { .. }
                 | SequenceFault::KvIntegrity(_)
@@ -296,6 +308,26 @@ struct Generating {
     roll_back: Option<Box<RollBack>>,
     /// `None`: it fits as it is.
     rotation: Option<Box<Rotating>>,
+    /// `None`: it may say anything.
+    constraint: Option<Box<Constraint>>,
+}
+
+/// A token that was chosen.
+#[derive(Debug)]
+struct Chosen {
+    id: u32,
+    /// Whether the answer ends instead: `id` is an end-of-sequence token then.
+    ends: bool,
+    logprob: Option<TokenLogprob>,
+    /// Where it was measured.
+    entropy: Option<f32>,
+}
+
+impl Chosen {
+    /// One of which nothing else is known.
+    fn of(id: u32) -> Chosen {
+        Chosen { id, ends: false, logprob: None, entropy: None }
+    }
 }
 
 /// What the device says of one row.
@@ -318,7 +350,7 @@ impl Running {
         let tenant = waiting.tenant().map(Box::from);
         let (tokens, purpose) = match waiting.job {
             Job::Score { ids, scoring, rows } => (ids, Purpose::Score { scoring, rows }),
-            Job::Generate { request, rotation, events } => {
+            Job::Generate { request, constraint, rotation, events } => {
                 let needs_only_tokens = request.needs_only_tokens();
                 let n_prompt = request.prompt.len();
                 let mut generating = Generating {
@@ -346,6 +378,7 @@ impl Running {
                         .filter(|guard| guard.on_loop == OnLoop::RollBack)
                         .map(|_| Box::default()),
                     rotation: rotation.map(|plan| Box::new(Rotating::new(plan, n_prompt))),
+                    constraint,
                 };
                 if generating.roll_back.is_some() {
                     generating.remember(n_prompt);
@@ -432,7 +465,8 @@ impl Running {
     /// Right behind an accepted token: pages that became whole since the last call. The row of that
     /// token was computed from all positions before it, and its logits were finite.
     pub(crate) fn newly_full(&mut self) -> Option<usize> {
-        let n_full = (self.tokens.len() - 1) / PAGE_TOKENS;
+        // Fed may be more, of a step in flight, or less, where tokens were forced.
+        let n_full = self.fed.min(self.tokens.len() - 1) / PAGE_TOKENS;
         let is_new = n_full > self.n_shared;
         self.n_shared = self.n_shared.max(n_full);
         is_new.then_some(n_full)
@@ -457,15 +491,20 @@ impl Running {
     pub(crate) fn demand(&self, lane: usize) -> Demand {
         let unfed = self.tokens.len() - self.fed;
         match self.purpose {
-            Purpose::Generate(_) | Purpose::Score { scoring: Scoring::Last, .. } => {
-                Demand { unfed, logits: LogitRows::Last, lane }
+            Purpose::Generate(_) => {
+                let is_answer = self.fed >= self.prompt_tokens;
+                Demand { unfed, logits: LogitRows::Last, lane, is_answer }
+            }
+            Purpose::Score { scoring: Scoring::Last, .. } => {
+                Demand { unfed, logits: LogitRows::Last, lane, is_answer: false }
             }
             Purpose::Score { scoring: Scoring::Chunks, .. } => {
-                Demand { unfed, logits: LogitRows::All, lane }
+                Demand { unfed, logits: LogitRows::All, lane, is_answer: false }
             }
             // As if the next one were the last that is known.
             Purpose::Score { scoring: Scoring::Steps { .. }, .. } => {
-                Demand { unfed: unfed.min(1), logits: LogitRows::Last, lane }
+                let unfed = unfed.min(1);
+                Demand { unfed, logits: LogitRows::Last, lane, is_answer: false }
             }
         }
     }
@@ -526,11 +565,20 @@ impl Running {
     }
 
     /// Whether it is to be rotated, or to end because it may not be.
-    pub(crate) fn rotation_due(&self) -> Due {
-        match &self.purpose {
+    pub(crate) fn rotation_due(&mut self) -> Due {
+        match &mut self.purpose {
             Purpose::Generate(generating) => {
-                let rotation = generating.rotation.as_deref();
-                rotation.map_or(Due::No, |rotation| rotation.due(self.tokens.len()))
+                let Generating { rotation: Some(rotation), constraint, .. } = &mut **generating
+                else {
+                    return Due::No;
+                };
+                if !rotation.is_full(self.tokens.len()) {
+                    return Due::No;
+                }
+                let waits = rotation.waits();
+                let constraint = constraint.as_deref_mut().filter(|_| waits);
+                let is_open = constraint.map(|constraint| !constraint.is_complete());
+                rotation.due(self.tokens.len(), is_open)
             }
             Purpose::Score { .. } => Due::No,
         }
@@ -561,20 +609,20 @@ impl Running {
         }
     }
 
-    /// Takes back what it said since it was as it is to be again, and is to be computed anew from there.
-    pub(crate) fn roll_back(&mut self) {
-        let Purpose::Generate(generating) = &mut self.purpose else { return };
+    /// Takes back what it said since it was as it is to be again, and is to be computed anew from there; or says
+    /// why it cannot go on.
+    pub(crate) fn roll_back(&mut self) -> Option<SequenceFault> {
+        let Purpose::Generate(generating) = &mut self.purpose else { return None };
         // Once: the next loop ends it.
-        let Some(place) = generating.roll_back.take().and_then(|mut one| one.take()) else {
-            return;
-        };
+        let place = generating.roll_back.take().and_then(|mut one| one.take())?;
         let n_back = self.tokens.len() - place.n_tokens;
         self.tokens.truncate(place.n_tokens);
-        generating.go_back(place, n_back);
+        let fault = generating.go_back(place, n_back);
         self.fed = 0;
         self.n_shared = 0;
         // What is read again is nobody's prompt.
         self.prompt_tokens = 0;
+        fault
     }
 
     /// Drops tokens, and is to be computed anew from what is left.
@@ -654,34 +702,57 @@ impl Running {
 }
 
 impl Generating {
-    /// The next token, and what was asked for beside it; `None` when a logit is no number.
+    /// The next token, and what was asked for beside it.
     fn choose(
         &mut self,
         row: Row<'_>,
         tokens: &[u32],
         shared: &mut Shared<'_>,
-    ) -> Option<(u32, Option<TokenLogprob>, Option<f32>)> {
+    ) -> Result<Chosen, SequenceFault> {
         let logits = match row {
             Row::Logits(logits) => logits,
             Row::Found(Largest { index, value }) => {
                 if !value.is_finite() {
-                    return None;
+                    return Err(self.not_finite());
                 }
+                assert!(self.constraint.is_none(), "a sequence with a grammar asks for logits");
                 self.sampler.note(index);
-                return Some((index, None, None));
+                return Ok(Chosen::of(index));
             }
         };
-        let tokens = self.rotation.as_deref().map_or(tokens, |rotation| rotation.history(tokens));
+        let rotation = self.rotation.take();
+        let history = rotation.as_deref().map_or(tokens, |rotation| rotation.history(tokens));
+        let chosen = self.choose_of(logits, history, shared);
+        self.rotation = rotation;
+        chosen
+    }
+
+    fn choose_of(
+        &mut self,
+        logits: &[f32],
+        tokens: &[u32],
+        shared: &mut Shared<'_>,
+    ) -> Result<Chosen, SequenceFault> {
         let is_watched = self.loops.as_ref().is_some_and(LoopMonitor::wants_entropy);
-        if self.top_logprobs.is_none() && self.entropy_sum.is_none() && !is_watched {
-            let id = self.sampler.sample(logits, tokens, shared.scratch)?;
-            return Some((id, None, None));
+        let is_measured = self.top_logprobs.is_some() || self.entropy_sum.is_some() || is_watched;
+        if !is_measured && self.constraint.is_none() {
+            let id = self.sampler.sample(logits, tokens, shared.scratch);
+            return id.map(Chosen::of).ok_or_else(|| self.not_finite());
         }
-        let summary = Summary::of(logits)?;
-        let id = self.sampler.sample(logits, tokens, shared.scratch)?;
+        let summary = Summary::of(logits).ok_or_else(|| self.not_finite())?;
+        let (id, ends) = if self.constraint.is_some() {
+            self.choose_allowed((logits, &summary), tokens, shared)?
+        } else {
+            let id = self.sampler.sample(logits, tokens, shared.scratch);
+            (id.ok_or_else(|| self.not_finite())?, false)
+        };
         let logprob =
             self.top_logprobs.map(|n| describe(shared.tokenizer, &summary, logits, id, n));
-        Some((id, logprob, Some(summary.entropy)))
+        Ok(Chosen { id, ends, logprob, entropy: is_measured.then_some(summary.entropy) })
+    }
+
+    fn not_finite(&self) -> SequenceFault {
+        SequenceFault::NumericFault { step: self.n_sampled }
     }
 
     fn accept(
@@ -690,42 +761,64 @@ impl Generating {
         tokens: &mut Vec<u32>,
         shared: &mut Shared<'_>,
     ) -> Option<Ending> {
-        let Some((id, logprob, entropy)) = self.choose(row, tokens, shared) else {
-            let step = self.n_sampled;
-            return Some(Ending::Fault(SequenceFault::NumericFault { step }));
+        let Chosen { id, ends, logprob, entropy } = match self.choose(row, tokens, shared) {
+            Ok(chosen) => chosen,
+            Err(fault) => return Some(Ending::Fault(fault)),
         };
-        tokens.push(id);
-        let now = Instant::now();
-        self.first_token.get_or_insert(now);
-        self.last_token = Some(now);
         self.n_sampled += 1;
         if let (Some(sum), Some(entropy)) = (&mut self.entropy_sum, entropy) {
             *sum += f64::from(entropy);
         }
-        if self.stop_at_eos && shared.eos.contains(&id) {
-            return Some(Ending::finish(Finish::Stop));
+        if ends || self.stop_at_eos && shared.eos.contains(&id) {
+            tokens.push(id);
+            self.note_time();
+            return Some(self.ending_at_eos(id));
         }
+        let told = entropy.filter(|_| self.entropy_sum.is_some());
+        if let Some(ending) = self.say(id, (logprob, told), tokens, shared) {
+            return Some(ending);
+        }
+        let bytes = text_bytes(shared.tokenizer, id);
+        if let Some(ending) = self.watch(id, bytes, entropy, tokens.len()) {
+            return Some(ending);
+        }
+        self.follow(tokens, shared)
+    }
 
+    fn note_time(&mut self) {
+        let now = Instant::now();
+        self.first_token.get_or_insert(now);
+        self.last_token = Some(now);
+    }
+
+    /// Adds a token to the answer and tells the caller; `Some` when the answer ends with it.
+    fn say(
+        &mut self,
+        id: u32,
+        (logprob, entropy): (Option<TokenLogprob>, Option<f32>),
+        tokens: &mut Vec<u32>,
+        shared: &Shared<'_>,
+    ) -> Option<Ending> {
+        tokens.push(id);
+        self.note_time();
         let bytes = text_bytes(shared.tokenizer, id);
         if let Some(rotation) = &mut self.rotation {
             rotation.push(id, bytes);
         }
         let piece = self.answer.push(bytes);
         self.n_text += piece.text.len();
-        let told = entropy.filter(|_| self.entropy_sum.is_some());
-        let event = TokenEvent { id, text: piece.text, logprob, entropy: told };
+        if let Some(constraint) = &mut self.constraint {
+            constraint.keep(&piece.text);
+        }
+        let event = TokenEvent { id, text: piece.text, logprob, entropy };
         self.n_completion += 1;
         if self.events.send(Event::Token(event)).is_err() {
             return Some(Ending::Gone);
         }
         if let Some(index) = piece.stopped {
-            let stop_string = self.stop.get(index).cloned();
-            return Some(Ending::Finish { finish: Finish::Stop, stop_string });
+            return Some(self.ending_at_stop(index, shared.tokenizer));
         }
-        if self.n_completion == self.max_tokens {
-            return Some(Ending::finish(Finish::Length));
-        }
-        self.watch(id, bytes, entropy, tokens.len())
+        self.ending_by_itself()
     }
 
     /// Looks for a loop behind a token, with so many tokens of the context; `Some` when the answer ends with it.
@@ -761,16 +854,26 @@ impl Generating {
             sampler: self.sampler.clone(),
             answer: self.answer.clone(),
             json: self.rotation.as_deref().map(Rotating::json),
+            grammar: self.constraint.as_deref().map(Constraint::mark),
         };
         if let Some(roll_back) = &mut self.roll_back {
             roll_back.remember(place);
         }
     }
 
-    /// Is as it was, but for the sampler's penalty, and tells the caller. `n_back` tokens are gone.
-    fn go_back(&mut self, place: Checkpoint, n_back: usize) {
+    /// Is as it was, but for the sampler's penalty, and tells the caller. `n_back` tokens are gone. Or says why it
+    /// cannot go on.
+    fn go_back(&mut self, place: Checkpoint, n_back: usize) -> Option<SequenceFault> {
         let Checkpoint {
-            n_completion, n_sampled, n_text, entropy_sum, sampler, answer, json, ..
+            n_completion,
+            n_sampled,
+            n_text,
+            entropy_sum,
+            sampler,
+            answer,
+            json,
+            grammar,
+            ..
         } = place;
         (self.n_completion, self.n_sampled, self.n_text) = (n_completion, n_sampled, n_text);
         (self.entropy_sum, self.answer) = (entropy_sum, answer);
@@ -781,11 +884,12 @@ impl Generating {
         }
         self.loops = Some(LoopMonitor::new(self.loop_guard));
         drop(self.events.send(Event::RolledBack { n_tokens: n_completion, n_text }));
+        self.constraint_goes_back(grammar)
     }
 
     /// A send fails only when the caller is gone; then nobody needs the event.
     fn end(&mut self, ending: Ending, cached_tokens: usize) {
-        let (finish, mut stop_string) = match ending {
+        let (mut finish, mut stop_string) = match ending {
             Ending::Finish { finish, stop_string } => (finish, stop_string),
             Ending::Fault(fault) => {
                 drop(self.events.send(Event::Failed(fault)));
@@ -796,6 +900,7 @@ impl Generating {
         if stop_string.is_none() {
             let tail = self.answer.finish();
             stop_string = tail.stopped.and_then(|index| self.stop.get(index).cloned());
+            finish = self.finish_of_tail(finish, tail.stopped.is_some());
             if !tail.text.is_empty() {
                 drop(self.events.send(Event::Tail(tail.text)));
             }
@@ -820,6 +925,7 @@ impl Generating {
                 decode_ms: milliseconds(first, self.last_token.unwrap_or(first)),
             },
             entropy_mean,
+            constrained: self.constraint.as_deref_mut().map(Constraint::told),
         })));
     }
 }
@@ -859,7 +965,12 @@ fn fail_score(rows: &ScoreRows, ending: Ending) {
             drop(rows.send(Err(SequenceFault::Stopped)));
         }
         Ending::Finish {
-            finish: Finish::Stop | Finish::Length | Finish::Degenerate | Finish::RotationRequired,
+            finish:
+                Finish::Stop
+                | Finish::Length
+                | Finish::Degenerate
+                | Finish::RotationRequired
+                | Finish::SchemaIncomplete,
             ..
         }
         | Ending::Gone => {}

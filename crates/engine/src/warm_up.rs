@@ -372,7 +372,7 @@ impl Runs<'_> {
                     Finish::Stop | Finish::Length | Finish::Degenerate => {
                         return Ok((ids, finished.timings));
                     }
-                    Finish::RotationRequired | Finish::Cancelled => {
+                    Finish::RotationRequired | Finish::SchemaIncomplete | Finish::Cancelled => {
                         return Err(SequenceFault::Stopped.into());
                     }
                 },

@@ -31,6 +31,7 @@ use exrail_model::Scratch;
 
 use self::step::Flight;
 use crate::cache::{KvCache, Pins};
+use crate::constraint::Tally;
 use crate::counters::{EngineState, Gauges, Total};
 use crate::error::EngineError;
 use crate::event::{Finish, SequenceFault, SequenceId};
@@ -38,6 +39,7 @@ use crate::faults::Switchboard;
 use crate::fence::Fence;
 use crate::handle::{Command, EngineFacts, EngineOptions};
 use crate::load::Loaded;
+use crate::masks::MaskThreads;
 use crate::pace::Pace;
 use crate::places::Left;
 use crate::queue::{FairQueue, Queued};
@@ -67,6 +69,7 @@ pub(crate) struct Worker<B: Backend> {
     commands: flume::Receiver<Command>,
     gauges: Arc<Gauges>,
     sampling: SamplerScratch,
+    masks: MaskThreads,
     /// One row, `(V,)`.
     logits: Vec<f32>,
     /// Whether the device computes while this thread goes on.
@@ -135,6 +138,7 @@ impl<B: Backend> Worker<B> {
             commands,
             gauges,
             sampling: SamplerScratch::default(),
+            masks: MaskThreads::default(),
             logits: vec![0.0; loaded.config.vocab_size],
             runs_ahead: loaded.backend.runs_ahead(),
             flight: None,
@@ -316,6 +320,9 @@ impl<B: Backend> Worker<B> {
 
     fn finish(&mut self, sequence: Running, ending: Ending) {
         self.count_end(sequence.traffic, &ending);
+        if let Some(tally) = sequence.tally() {
+            self.count_constrained(sequence.traffic, tally, &ending);
+        }
         self.publish();
         sequence.end(ending);
     }
@@ -334,6 +341,27 @@ impl<B: Backend> Worker<B> {
         }
         if matches!(ending, Ending::Finish { finish: Finish::Degenerate, .. }) {
             self.gauges.count(traffic, Total::Degenerate, 1);
+        }
+    }
+
+    /// What a grammar did to an answer.
+    fn count_constrained(&self, traffic: Traffic, tally: &Tally, ending: &Ending) {
+        let is_incomplete =
+            matches!(ending, Ending::Finish { finish: Finish::SchemaIncomplete, .. });
+        let is_fault = matches!(ending, Ending::Fault(SequenceFault::GrammarFault { .. }));
+        let mask_us = usize::try_from(tally.mask_time.as_micros()).unwrap_or(usize::MAX);
+        for (total, n) in [
+            (Total::Constrained, 1),
+            (Total::SchemaIncomplete, usize::from(is_incomplete)),
+            (Total::GrammarFaults, usize::from(is_fault)),
+            (Total::MaskedTokens, tally.n_masked),
+            (Total::ForcedTokens, tally.n_forced),
+            (Total::ClosingTokens, tally.n_closing),
+            (Total::ArgmaxMasked, tally.n_argmax_masked),
+            (Total::LowMass, usize::from(tally.is_mass_low)),
+            (Total::MaskMicroseconds, mask_us),
+        ] {
+            self.gauges.count(traffic, total, n);
         }
     }
 
@@ -363,6 +391,8 @@ impl<B: Backend> Worker<B> {
 }
 
 #[cfg(test)]
+mod constrained_tests;
+#[cfg(test)]
 mod scheduling_tests;
 
 #[cfg(test)]
@@ -374,6 +404,7 @@ mod tests {
     use exrail_testkit::{TinyLlama, tiny_llama};
 
     use super::*;
+    use crate::constraint::Constraint;
     use crate::event::Event;
     use crate::handle::resolve;
     use crate::load::{Identity, LoadOptions, prepare_generator};
@@ -459,7 +490,9 @@ mod tests {
                 usual: RotationOptions::default(),
             };
             let rotation = RotationPlan::of(&request.rotation, lengths).unwrap();
-            let job = Job::Generate { request: Box::new(request), rotation, events: sender };
+            let constraint = Constraint::of(&request);
+            let request = Box::new(request);
+            let job = Job::Generate { request, constraint, rotation, events: sender };
             let id = SequenceId(self.n_submitted);
             self.n_submitted += 1;
             let submitted = Instant::now();

@@ -82,7 +82,7 @@ fn every_family_answers_from_its_folder_as_from_its_gguf_file() {
 }
 
 #[test]
-fn ends_of_an_answer_come_from_both_files() {
+fn e10_ends_of_an_answer_come_from_both_files() {
     let engine = start(&families().join("llama"), None).unwrap();
     // generation_config.json names two, tokenizer_config.json one of them.
     let mut eos = engine.tokenizer().eos_ids().to_vec();

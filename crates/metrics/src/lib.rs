@@ -30,6 +30,6 @@ pub use lambda::{
     retrieve_converges, semantic_entropy,
 };
 pub use statistics::{
-    Interval, TheilSen, auroc, bootstrap_median, jaccard, kld_from_logits, kld_probabilities, mean,
-    median, quantile, theil_sen, wilson,
+    Interval, TheilSen, auroc, binomial_upper, bootstrap_median, jaccard, kld_from_logits,
+    kld_probabilities, mean, median, quantile, theil_sen, wilson,
 };

@@ -111,6 +111,51 @@ pub fn wilson(n_successes: usize, n_trials: usize) -> Result<Interval, MetricsEr
     Ok(Interval { low, high })
 }
 
+/// The upper end of the one-sided 95% interval of Clopper and Pearson (1934) for a share: the share at which as
+/// few successes as these, or fewer, come up in one of twenty series. Without a success that is `1 − 0.05^(1/n)`,
+/// close to `3 / n`.
+///
+/// # Errors
+/// No trials, or more successes than trials.
+pub fn binomial_upper(n_successes: usize, n_trials: usize) -> Result<f64, MetricsError> {
+    if n_trials == 0 {
+        return Err(MetricsError::Empty { statistic: "binomial_upper" });
+    }
+    if n_successes > n_trials {
+        return Err(MetricsError::OutOfRange {
+            statistic: "binomial_upper",
+            expected: "at most as many successes as trials",
+            found: count(n_successes),
+        });
+    }
+    if n_successes == n_trials {
+        return Ok(1.0);
+    }
+    // The probability of so few successes falls with the share; sixty halvings are below rounding.
+    let (mut low, mut high) = (0.0_f64, 1.0_f64);
+    for _ in 0..60 {
+        let share = f64::midpoint(low, high);
+        if at_most(n_successes, n_trials, share) > 0.05 {
+            low = share;
+        } else {
+            high = share;
+        }
+    }
+    Ok(high)
+}
+
+/// The probability of at most `k` successes in `n` trials of which each succeeds with probability `p`, 0 < p < 1.
+fn at_most(k: usize, n: usize, p: f64) -> f64 {
+    // In logarithms: the first term underflows where n is large.
+    let mut log_term = count(n) * (-p).ln_1p();
+    let mut sum = log_term.exp();
+    for i in 0..k {
+        log_term += (count(n - i) / count(i + 1)).ln() + p.ln() - (-p).ln_1p();
+        sum += log_term.exp();
+    }
+    sum
+}
+
 /// `|A ∩ B| / |A ∪ B|`; none for two empty sets, whose meaning the caller has to state.
 #[must_use]
 pub fn jaccard(a: &BTreeSet<String>, b: &BTreeSet<String>) -> Option<f64> {
@@ -277,6 +322,25 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+
+    /// Values of scipy's `beta.ppf(0.95, k + 1, n − k)`.
+    #[test]
+    fn binomial_upper_is_the_quantile_of_the_beta_distribution() {
+        for (k, n, expected) in [
+            (0, 1, 0.95),
+            (0, 180, 0.016_505),
+            (0, 100, 0.029_513),
+            (1, 100, 0.046_560),
+            (5, 10, 0.777_559),
+        ] {
+            let upper = binomial_upper(k, n).expect("valid counts");
+            assert!((upper - expected).abs() < 1e-5, "{k} of {n}: {upper}");
+        }
+        assert_eq!(binomial_upper(3, 3).expect("valid counts"), 1.0);
+        assert!(binomial_upper(0, 0).is_err() && binomial_upper(3, 2).is_err());
+        let rule_of_three = binomial_upper(0, 100_000).expect("valid counts") * 1e5;
+        assert!((rule_of_three - 3.0).abs() < 0.01, "{rule_of_three}");
+    }
 
     #[test]
     fn six_of_six_has_a_lower_bound_of_0_61() {

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
 
-use crate::hash::{sha256_hex, short_id};
+use crate::hash::{sha256_hex, snippet_id};
 use crate::{Document, Encode, EncoderFacts, PREPARATION, RetrievalError, Section};
 
 /// One retrievable piece of one document revision, with the fields of G-14.
@@ -236,12 +236,7 @@ impl<'d> ChunkWriter<'d> {
     ) -> Chunk {
         let document = self.document;
         let text = document.text[span.clone()].to_owned();
-        let snippet_id = short_id(&[
-            &document.doc_id,
-            &document.rev,
-            &span.start.to_string(),
-            &span.end.to_string(),
-        ]);
+        let snippet_id = snippet_id(&document.doc_id, &document.rev, span.clone());
         let mut chunk = Chunk {
             snippet_id,
             doc_id: document.doc_id.clone(),

@@ -90,6 +90,14 @@ impl Collection {
         Ok(collection)
     }
 
+    /// Opens for reading texts, as a check of records does; [`Collection::search`] asks for the encoder then.
+    ///
+    /// # Errors
+    /// As [`Collection::open`], but for its encoder.
+    pub fn read(dir: &Path) -> Result<Collection, RetrievalError> {
+        Collection::load(dir)
+    }
+
     /// Opens without asking whose vectors these are; [`Collection::open`] is the guarded way.
     fn load(dir: &Path) -> Result<Collection, RetrievalError> {
         let (contract, generation) = generation::read(dir, Pointer::read(dir)?)?;

@@ -1,6 +1,15 @@
 //! Hex sha256, the only hash this crate writes.
 
+use std::ops::Range;
+
 use sha2::{Digest, Sha256};
+
+/// The id of the snippet at `span`, a byte range of the canonical text of a document's revision (G-14): whoever has a
+/// record can compute it again.
+#[must_use]
+pub fn snippet_id(doc_id: &str, rev: &str, span: Range<usize>) -> String {
+    short_id(&[doc_id, rev, &span.start.to_string(), &span.end.to_string()])
+}
 
 /// Lower-case hex sha256 of `bytes`.
 pub(crate) fn sha256_hex(bytes: &[u8]) -> String {

@@ -41,6 +41,7 @@ pub use cut::{Chunked, chunk};
 pub use document::{Block, BlockKind, Document, DocumentFormat, Section};
 pub use encode::{Encode, EncodeError, EncoderFacts};
 pub use error::{FieldDiff, RetrievalError};
+pub use hash::snippet_id;
 pub use prepare::{PREPARATION, prepare};
 pub use read::{MAX_DOCUMENT_BYTES, read_document, read_folder};
 pub use report::{IngestReport, Spread};

@@ -6,10 +6,14 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use exrail_engine::{SequenceFault, SessionError, SubmitError};
+use exrail_grammar::GrammarError;
 use exrail_wire::{ErrorBody, ErrorDetail, FieldError};
 use thiserror::Error;
 
-use crate::trace::TraceError;
+use crate::{
+    echo::{Brief, brief},
+    trace::TraceError,
+};
 
 /// Why a request was not answered.
 #[derive(Debug, Error)]
@@ -20,11 +24,39 @@ pub enum ApiError {
     Unauthorized,
     /// A request that did not come by a loopback name, on a server without keys.
     #[error(
-        "host `{found}`: a server without API keys answers to localhost only; start it with --api-key-file to serve others"
+        "host `{}`: a server without API keys answers to localhost only; start it with --api-key-file to serve others",
+        Brief(found)
     )]
     ForeignHost {
         /// The Host header.
         found: String,
+    },
+    /// A page of another origin wants to change something (L3).
+    #[error(
+        "origin `{}`: expected none, or the host that the request names; pages of other origins are not served",
+        Brief(found)
+    )]
+    ForeignOrigin {
+        /// The Origin header.
+        found: String,
+    },
+    /// The key is not one for this route.
+    #[error("expected a key with the role `{needed}`")]
+    Forbidden {
+        /// The role.
+        needed: &'static str,
+    },
+    /// The body is compressed.
+    #[error("content-encoding `{}`: expected an uncompressed body", Brief(found))]
+    Encoded {
+        /// The header.
+        found: String,
+    },
+    /// The body did not come in time.
+    #[error("body: expected all of it within {limit_s} s")]
+    BodyLate {
+        /// The limit in seconds.
+        limit_s: f64,
     },
     /// Not ready yet.
     #[error("not ready: phase `{phase}`; ask again after {retry_after_s} s")]
@@ -43,7 +75,7 @@ pub enum ApiError {
         reason: String,
     },
     /// The body is no JSON.
-    #[error("body: {problem}")]
+    #[error("body: {}", Brief(problem))]
     BadJson {
         /// The parser's words.
         problem: String,
@@ -55,7 +87,7 @@ pub enum ApiError {
         limit_bytes: usize,
     },
     /// A field has the wrong type or value.
-    #[error("`{field}`: {problem}")]
+    #[error("`{}`: {}", Brief(field), Brief(problem))]
     BadField {
         /// Name or path of the field.
         field: String,
@@ -63,15 +95,41 @@ pub enum ApiError {
         problem: String,
     },
     /// A field that this server does not support.
-    #[error("`{field}`: {why}; remove it")]
+    #[error("`{}`: {why}; remove it", Brief(field))]
     UnsupportedField {
         /// Name or path of the field.
         field: String,
         /// Why it is refused.
         why: &'static str,
     },
+    /// A constraint that cannot be honoured; nothing was generated.
+    #[error("`{field}`: {error}")]
+    Constraint {
+        /// Path of the field that it came in.
+        field: String,
+        /// Why, with the place inside.
+        error: GrammarError,
+    },
+    /// A contract that is not the one that the client takes it for.
+    #[error("`{field}`: expected the hash of these parameters, {expected}, found `{found}`")]
+    ContractMismatch {
+        /// Path of the field.
+        field: String,
+        /// What the parameters have.
+        expected: String,
+        /// What the client sent.
+        found: String,
+    },
+    /// An answer that is not what was asked for; it is withheld (G-13).
+    #[error("the answer does not conform: {problem}; withheld after {attempts} attempts")]
+    NotConforming {
+        /// Where, what was expected and found.
+        problem: String,
+        /// Answers that were generated.
+        attempts: usize,
+    },
     /// No such model.
-    #[error("model `{found}`: expected one of {known}")]
+    #[error("model `{}`: expected one of {known}", Brief(found))]
     UnknownModel {
         /// What was asked.
         found: String,
@@ -127,7 +185,7 @@ pub enum ApiError {
         reason: String,
     },
     /// No such collection.
-    #[error("collection `{found}`: expected one of {known}")]
+    #[error("collection `{}`: expected one of {known}", Brief(found))]
     UnknownCollection {
         /// What was asked.
         found: String,
@@ -143,10 +201,10 @@ pub enum ApiError {
         why: &'static str,
     },
     /// The chat template refused the messages.
-    #[error("messages: the model's chat template refused them: {0}")]
+    #[error("messages: the model's chat template refused them: {}", Brief(.0))]
     Template(String),
     /// What the template made of the messages is no prompt to answer (G-12).
-    #[error("messages: prompt lint `{rule}`: {problem}")]
+    #[error("messages: prompt lint `{rule}`: {}", Brief(problem))]
     PromptLint {
         /// The rule.
         rule: &'static str,
@@ -181,7 +239,7 @@ pub enum ApiError {
     #[error("{0}; the answer is withheld")]
     Trace(#[from] TraceError),
     /// No such route.
-    #[error("no such route: {method} {path}")]
+    #[error("no such route: {} {}", Brief(method), Brief(path))]
     NoRoute {
         /// Method.
         method: String,
@@ -210,13 +268,15 @@ struct Told {
 
 const INVALID: &str = "invalid_request_error";
 const SERVER: &str = "server_error";
+const UNSUPPORTED: StatusCode = StatusCode::UNSUPPORTED_MEDIA_TYPE;
+const PERMISSION: &str = "permission_error";
 
 impl ApiError {
     fn told(&self) -> Told {
         let told =
             |status, kind, code| Told { status, kind, code, param: None, retry_after_s: None };
         let param = |code, param: &str| Told {
-            param: Some(param.into()),
+            param: Some(brief(param)),
             ..told(StatusCode::BAD_REQUEST, INVALID, code)
         };
         match self {
@@ -224,6 +284,10 @@ impl ApiError {
                 told(StatusCode::UNAUTHORIZED, "authentication_error", "invalid_api_key")
             }
             Self::ForeignHost { .. } => told(StatusCode::FORBIDDEN, INVALID, "foreign_host"),
+            Self::ForeignOrigin { .. } => told(StatusCode::FORBIDDEN, INVALID, "foreign_origin"),
+            Self::Forbidden { .. } => told(StatusCode::FORBIDDEN, PERMISSION, "insufficient_role"),
+            Self::Encoded { .. } => told(UNSUPPORTED, INVALID, "body_encoded"),
+            Self::BodyLate { .. } => told(StatusCode::REQUEST_TIMEOUT, INVALID, "body_late"),
             Self::ModelBusy { retry_after_s, .. } => Told {
                 retry_after_s: Some(*retry_after_s),
                 ..told(StatusCode::SERVICE_UNAVAILABLE, SERVER, "model_busy")
@@ -250,6 +314,13 @@ impl ApiError {
             }
             Self::BadField { field, .. } => param("invalid_value", field),
             Self::UnsupportedField { field, .. } => param("unsupported_field", field),
+            Self::Constraint { field, error } => constraint_told(field, error, told, param),
+            Self::ContractMismatch { field, .. } => {
+                Told { status: StatusCode::CONFLICT, ..param("contract_mismatch", field) }
+            }
+            Self::NotConforming { .. } => {
+                told(StatusCode::UNPROCESSABLE_ENTITY, SERVER, "schema_violation")
+            }
             Self::UnknownModel { .. } => Told {
                 param: Some("model".into()),
                 ..told(StatusCode::NOT_FOUND, INVALID, "model_not_found")
@@ -267,16 +338,8 @@ impl ApiError {
                 ..param("prompt_lint", "messages")
             },
             Self::Submit(error) => submit_told(error, told, param),
-            Self::Sequence(SequenceFault::NumericFault { .. }) => {
-                told(StatusCode::INTERNAL_SERVER_ERROR, SERVER, "numeric_fault")
-            }
-            Self::Sequence(SequenceFault::KvIntegrity(_)) => {
-                told(StatusCode::INTERNAL_SERVER_ERROR, SERVER, "kv_integrity")
-            }
-            Self::Sequence(SequenceFault::DeadlineExceeded { .. }) => {
-                told(StatusCode::GATEWAY_TIMEOUT, "timeout_error", "deadline_exceeded")
-            }
-            Self::Sequence(_) | Self::Lost | Self::Ask(_) => {
+            Self::Sequence(fault) => sequence_told(fault, told),
+            Self::Lost | Self::Ask(_) => {
                 told(StatusCode::INTERNAL_SERVER_ERROR, SERVER, "generation_failed")
             }
             // Nobody reads it; the number is nginx's.
@@ -284,6 +347,9 @@ impl ApiError {
             Self::Search(_) => told(StatusCode::INTERNAL_SERVER_ERROR, SERVER, "search_failed"),
             Self::Encode(_) => told(StatusCode::BAD_REQUEST, INVALID, "encode_failed"),
             Self::Session(error) => session_told(error, told, param),
+            Self::Trace(TraceError::Contract(_)) => {
+                told(StatusCode::INTERNAL_SERVER_ERROR, SERVER, "trace_contract")
+            }
             Self::Trace(_) => told(StatusCode::SERVICE_UNAVAILABLE, SERVER, "trace_unavailable"),
             Self::NoRoute { .. } => told(StatusCode::NOT_FOUND, INVALID, "no_such_route"),
             Self::Internal(_) => told(StatusCode::INTERNAL_SERVER_ERROR, SERVER, "internal"),
@@ -354,6 +420,37 @@ fn session_told(
             told(StatusCode::INTERNAL_SERVER_ERROR, SERVER, "session_failed")
         }
     }
+}
+
+fn constraint_told(
+    field: &str,
+    error: &GrammarError,
+    told: impl Fn(StatusCode, &'static str, &'static str) -> Told,
+    param: impl Fn(&'static str, &str) -> Told,
+) -> Told {
+    match error {
+        GrammarError::Unsupported { .. } => param("unsupported_schema", field),
+        GrammarError::Malformed(_) => param("invalid_grammar", field),
+        GrammarError::TooLarge { .. } => param("grammar_too_large", field),
+        // Not the request's fault: no answer of this model can be constrained, and none goes out as if it were.
+        GrammarError::Vocabulary(_) => told(StatusCode::NOT_IMPLEMENTED, INVALID, "not_available"),
+    }
+}
+
+fn sequence_told(
+    fault: &SequenceFault,
+    told: impl Fn(StatusCode, &'static str, &'static str) -> Told,
+) -> Told {
+    let code = match fault {
+        SequenceFault::DeadlineExceeded { .. } => {
+            return told(StatusCode::GATEWAY_TIMEOUT, "timeout_error", "deadline_exceeded");
+        }
+        SequenceFault::NumericFault { .. } => "numeric_fault",
+        SequenceFault::KvIntegrity(_) => "kv_integrity",
+        SequenceFault::GrammarFault { .. } => "grammar_fault",
+        SequenceFault::StepPanicked { .. } | SequenceFault::Stopped | _ => "generation_failed",
+    };
+    told(StatusCode::INTERNAL_SERVER_ERROR, SERVER, code)
 }
 
 fn submit_told(

@@ -3,9 +3,9 @@
 use std::sync::{Arc, OnceLock};
 
 use axum::{
-    body::{Bytes, to_bytes},
-    extract::{FromRequest, FromRequestParts, Request},
-    http::request::Parts,
+    body::{Bytes, HttpBody, to_bytes},
+    extract::{FromRequest, FromRequestParts, Path, Request},
+    http::{HeaderMap, header, request::Parts},
 };
 use exrail_wire::Unknown;
 use serde::de::DeserializeOwned;
@@ -44,9 +44,42 @@ impl<T: DeserializeOwned + Default> FromRequest<Arc<AppState>> for MaybeBody<T> 
 }
 
 async fn bytes_of(request: Request, state: &AppState) -> Result<Bytes, ApiError> {
-    let limit_bytes = state.limits.body_bytes;
-    let bytes = to_bytes(request.into_body(), limit_bytes).await;
+    refuse_encoded(request.headers())?;
+    let (limit_bytes, limit) = (state.limits.body_bytes, state.limits.body_timeout);
+    let body = request.into_body();
+    // A body that says how long it is need not be read to be refused.
+    if body.size_hint().lower() > limit_bytes as u64 {
+        return Err(ApiError::BodyTooLarge { limit_bytes });
+    }
+    let bytes = tokio::time::timeout(limit, to_bytes(body, limit_bytes)).await;
+    let bytes = bytes.map_err(|_| ApiError::BodyLate { limit_s: limit.as_secs_f64() })?;
     bytes.map_err(|_| ApiError::BodyTooLarge { limit_bytes })
+}
+
+/// A compressed body could be a thousand times as long as it says.
+fn refuse_encoded(headers: &HeaderMap) -> Result<(), ApiError> {
+    for encoding in headers.get_all(header::CONTENT_ENCODING) {
+        if !encoding.as_bytes().eq_ignore_ascii_case(b"identity") {
+            let found = String::from_utf8_lossy(encoding.as_bytes()).into_owned();
+            return Err(ApiError::Encoded { found });
+        }
+    }
+    Ok(())
+}
+
+/// The name in a path.
+pub(crate) struct Name(pub(crate) String);
+
+impl<S: Send + Sync> FromRequestParts<S> for Name {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
+        let name = Path::<String>::from_request_parts(parts, state).await;
+        name.map(|Path(name)| Self(name)).map_err(|_| ApiError::BadField {
+            field: "path".into(),
+            problem: "expected a name in percent-encoded UTF-8".into(),
+        })
+    }
 }
 
 fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ApiError> {
@@ -64,13 +97,25 @@ fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ApiError> {
     Ok(value)
 }
 
-/// Fields of the OpenAI API that this version does not serve, with the reason.
-const NOT_SERVED: [(&str, &str); 9] = [
-    ("tools", "tool calling is not supported by this version"),
-    ("tool_choice", "tool calling is not supported by this version"),
-    ("functions", "tool calling is not supported by this version"),
-    ("function_call", "tool calling is not supported by this version"),
-    ("response_format", "constrained output is not supported by this version"),
+/// Fields of the OpenAI API that this version does not serve, and what other servers call ours, with the
+/// reason.
+const NOT_SERVED: [(&str, &str); 20] = [
+    ("functions", "the older form of `tools`"),
+    ("function_call", "the older form of `tool_choice`"),
+    ("guided_json", "this server calls it `json_schema`"),
+    ("guided_regex", "this server calls it `regex`"),
+    ("guided_grammar", "this server calls it `grammar`"),
+    ("guided_choice", "this server takes it as `json_schema` with an enum, or as `regex`"),
+    ("guided_decoding_backend", "this server has one backend"),
+    ("guided_whitespace_pattern", "this server bounds whitespace by itself"),
+    ("structured_outputs", "this server calls its kinds `json_schema`, `regex` and `grammar`"),
+    ("response_schema", "this server calls it `json_schema`"),
+    ("json_object", "this server takes it as `response_format`"),
+    ("ebnf", "this server calls it `grammar`"),
+    ("gbnf", "this server takes it as `grammar` of type gbnf"),
+    ("grammar_string", "this server calls it `grammar`"),
+    ("format", "this server calls it `response_format`"),
+    ("filters", "this server calls them `json_schema`, `regex` and `grammar`"),
     ("best_of", "ranking of hidden choices is not supported"),
     ("suffix", "insertion is not supported"),
     ("modalities", "only text is supported"),
@@ -187,11 +232,11 @@ mod tests {
 
     #[test]
     fn unknown_fields_are_refused_by_name_and_null_passes() {
-        let mut unknown = Unknown::from([("tools".into(), json!(null))]);
+        let mut unknown = Unknown::from([("suffix".into(), json!(null))]);
         refuse_unknown("", &unknown).unwrap();
-        unknown.insert("guided_json".into(), json!({}));
+        unknown.insert("thoughts".into(), json!({}));
         let error = refuse_unknown("", &unknown).unwrap_err();
-        assert_eq!(error.to_string(), "`guided_json`: unknown field; remove it");
+        assert_eq!(error.to_string(), "`thoughts`: unknown field; remove it");
     }
 
     #[test]

@@ -6,11 +6,15 @@
 pub mod auth;
 mod baseline;
 pub mod boot;
+mod echo;
 mod error;
 mod extract;
 mod generation;
 mod ids;
+mod leak;
+mod messages;
 mod observe;
+mod odd;
 pub mod oracle;
 pub mod pipeline;
 mod relay;
@@ -21,11 +25,13 @@ mod serve;
 mod sessions;
 mod sse;
 mod state;
+mod structured;
 pub mod swap;
+mod table;
 mod trace;
 mod translate;
 
-pub use auth::{KeyError, Keys};
+pub use auth::{KeyError, Keys, Role};
 pub use boot::{
     BootBoard, BootFault, BootOwner, BootPlan, BootProgress, BootState, BootStatus, Deadline, Node,
     NotProved, Pace, Phase, PhaseRecord, Retrieval,
@@ -33,7 +39,8 @@ pub use boot::{
 pub use error::ApiError;
 pub use serve::{ServeError, bind, router, serve};
 pub use sessions::SessionKeeper;
-pub use state::{AppState, ENGINE_BUILD, Limits, ServedEncoder, Services, Shelf};
+pub use state::{AppState, ENGINE_BUILD, Limits, ServedEncoder, Services, Shelf, StructuredLimits};
 pub use swap::{Fleet, LoadCall, Loader, NotVacated, SwapLimits};
-pub use trace::{TraceError, TraceIdentity, TraceLog};
+pub use table::{Access, ROUTES, Route};
+pub use trace::{TraceError, TraceIdentity, TraceLog, TraceMode};
 pub use translate::chat_prompt;

@@ -218,8 +218,29 @@ fn engine_lines(text: &mut Text, counters: &exrail_engine::Counters) {
         metric(&format!("{name}_total"), "counter", help, n);
     }
     cache_lines(&mut metric, counters);
+    grammar_lines(&mut metric, &counters.grammar);
     if let Some(after_fence) = counters.built_after_fence {
         built_after_fence(text, &after_fence);
+    }
+}
+
+/// What grammars did to answers (G-13).
+fn grammar_lines(
+    metric: &mut impl FnMut(&str, &'static str, &'static str, u64),
+    counters: &exrail_engine::GrammarCounters,
+) {
+    for (name, help, n) in [
+        ("answers", "Answers under a grammar, however they ended.", counters.answers),
+        ("incomplete", "Those that ended before they were whole.", counters.incomplete),
+        ("faults", "Those whose automaton failed.", counters.faults),
+        ("masked_tokens", "Tokens drawn under a mask.", counters.masked_tokens),
+        ("forced_tokens", "Tokens that were bound to follow.", counters.forced_tokens),
+        ("closing_tokens", "Tokens of ends that alone fitted.", counters.closing_tokens),
+        ("argmax_masked", "Draws whose likeliest token was not allowed.", counters.argmax_masked),
+        ("low_mass", "Answers that the model was forced to.", counters.low_mass),
+        ("mask_microseconds", "Time that masks took.", counters.mask_us),
+    ] {
+        metric(&format!("grammar_{name}_total"), "counter", help, n);
     }
 }
 

@@ -9,18 +9,20 @@ use exrail_engine::{
     EngineHandle, Event, Finish, Finished, GenerateRequest, Generation, LoopGuard, Priority,
     Sampling, SequenceFault, SubmitError,
 };
+use exrail_grammar::{Grammar, Source};
 use exrail_retrieval::Hit;
 use exrail_text::ChatMessage;
 use exrail_verify::{
     AskOutcome, AskPolicy, CollectionIndex, DeltaSGate, FrameMessage, Generate, GenerateError,
-    Generated, GeneratedEnd, GeneratorFacts, Nonce, Retrieve, SamplingKind, answer_over, retrieve,
+    Generated, GeneratedEnd, GeneratorFacts, Nonce, PromptFrame, Retrieve, SamplingKind,
+    answer_over, cite_lark, retrieve,
 };
 use exrail_wire::Pins;
 use serde_json::{Value, json};
 
 use crate::{
-    ENGINE_BUILD, baseline::EntropyBaseline, error::ApiError, generation::ms_since, ids, state,
-    trace::TraceError, translate,
+    ENGINE_BUILD, baseline::EntropyBaseline, error::ApiError, generation::ms_since, ids, leak,
+    state, trace::TraceError, translate,
 };
 
 /// The sampling of grounded answers: nearly greedy, because the answer should be the evidence's, and
@@ -55,6 +57,7 @@ pub struct EngineGenerate<'a> {
     hung_up: Option<flume::Receiver<Infallible>>,
     loop_guard: Option<LoopGuard>,
     prefix_cache: bool,
+    lock: AnswerLock,
     /// Of the last call: submission to first token, and the engine's own account.
     last: Cell<Option<Measured>>,
 }
@@ -90,8 +93,15 @@ impl<'a> EngineGenerate<'a> {
             hung_up: None,
             loop_guard: Some(LoopGuard::default()),
             prefix_cache: true,
+            lock: AnswerLock::default(),
             last: Cell::new(None),
         }
+    }
+
+    /// The same with the lock of answers on or off.
+    #[must_use]
+    pub fn locked(self, lock: AnswerLock) -> Self {
+        Self { lock, ..self }
     }
 
     /// The same for who asks, as urgently as asked, on a route whose answers usually have so much entropy.
@@ -120,20 +130,34 @@ impl<'a> EngineGenerate<'a> {
         event.ok_or_else(|| engine_error(ApiError::HungUp))
     }
 
-    fn prompt(&self, messages: &[FrameMessage]) -> Result<Vec<u32>, GenerateError> {
-        let messages: Vec<_> =
-            messages.iter().map(|m| ChatMessage::new(m.role, m.content.clone())).collect();
-        translate::chat_prompt(self.engine, &messages).map_err(engine_error)
+    /// What the answer to this prompt may be.
+    fn grammar(&self, prompt: &PromptFrame) -> Result<Option<Grammar>, GenerateError> {
+        match self.lock {
+            AnswerLock::Off => Ok(None),
+            AnswerLock::Enforce => {
+                let compiler = self.engine.grammars().map_err(engine_error)?;
+                let grammar = compiler.compile(&Source::Lark(cite_lark(prompt.live())));
+                grammar.map(Some).map_err(engine_error)
+            }
+        }
     }
-}
 
-fn engine_error(error: impl std::error::Error + Send + Sync + 'static) -> GenerateError {
-    GenerateError::Engine(Box::new(error))
-}
+    /// What the model says to these messages, held to nothing.
+    ///
+    /// # Errors
+    /// As [`Generate::generate`].
+    pub fn say(&self, messages: &[FrameMessage], seed: u64) -> Result<Generated, GenerateError> {
+        self.reply(messages, None, seed)
+    }
 
-impl Generate for EngineGenerate<'_> {
-    fn generate(&self, messages: &[FrameMessage], seed: u64) -> Result<Generated, GenerateError> {
+    fn reply(
+        &self,
+        messages: &[FrameMessage],
+        grammar: Option<Grammar>,
+        seed: u64,
+    ) -> Result<Generated, GenerateError> {
         let request = GenerateRequest {
+            grammar,
             sampling: Sampling { seed, ..self.sampling.clone() },
             // The trace of a verified answer carries it.
             entropy: true,
@@ -169,8 +193,38 @@ impl Generate for EngineGenerate<'_> {
         Err(engine_error(ApiError::Lost))
     }
 
+    fn prompt(&self, messages: &[FrameMessage]) -> Result<Vec<u32>, GenerateError> {
+        let messages: Vec<_> =
+            messages.iter().map(|m| ChatMessage::new(m.role, m.content.clone())).collect();
+        translate::chat_prompt(self.engine, &messages).map_err(engine_error)
+    }
+}
+
+fn engine_error(error: impl std::error::Error + Send + Sync + 'static) -> GenerateError {
+    GenerateError::Engine(Box::new(error))
+}
+
+/// Whether a grounded answer is locked to its grammar (G-15).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum AnswerLock {
+    /// Only what [`cite_lark`] allows can be sampled.
+    #[default]
+    Enforce,
+    /// Any text. For the mutation tests, which show what the lock holds back.
+    Off,
+}
+
+impl Generate for EngineGenerate<'_> {
+    fn generate(&self, prompt: &PromptFrame, seed: u64) -> Result<Generated, GenerateError> {
+        self.reply(prompt.messages(), self.grammar(prompt)?, seed)
+    }
+
     fn count_tokens(&self, messages: &[FrameMessage]) -> Result<usize, GenerateError> {
         Ok(self.prompt(messages)?.len())
+    }
+
+    fn token_ends(&self, text: &str) -> Result<Vec<usize>, GenerateError> {
+        leak::token_ends(self.engine, text).map_err(engine_error)
     }
 
     fn prompt_limit(&self) -> usize {
@@ -210,9 +264,12 @@ fn measured(first_token_ms: Option<f64>, finished: &Finished) -> Measured {
 }
 
 fn generated(text: String, finished: &Finished) -> Result<Generated, GenerateError> {
+    let was_closed = finished.constrained.is_some_and(|constrained| constrained.n_closing > 0);
     let end = match finished.finish {
+        Finish::Stop | Finish::Length if was_closed => GeneratedEnd::Closed,
         Finish::Stop => GeneratedEnd::Stop,
-        Finish::Length => GeneratedEnd::Length,
+        // Whole sentences stay, as of an answer that is cut without a grammar.
+        Finish::Length | Finish::SchemaIncomplete => GeneratedEnd::Length,
         Finish::Degenerate => GeneratedEnd::Looped,
         // Nobody but this function holds the generation, and it never rotates: its prompt is the evidence.
         Finish::RotationRequired | Finish::Cancelled => return Err(engine_error(ApiError::Lost)),

@@ -3,7 +3,9 @@
 
 use std::{convert::Infallible, sync::Arc, time::Instant};
 
-use exrail_engine::{Event, Generation};
+use exrail_engine::{Event, GenerateRequest, Generation};
+use exrail_text::OddCharacters;
+use exrail_verify::LeakGuard;
 use exrail_wire::TraceBody;
 use futures_util::StreamExt;
 use serde::Serialize;
@@ -12,9 +14,11 @@ use crate::{
     AppState,
     error::ApiError,
     generation::{self, Choice, LogprobAt, RotatedAt},
-    rotation,
-    sse::{EventSink, Gone},
+    leak::{self, LEAK},
+    odd, rotation,
+    sse::{self, EventSink, Gone},
     state::Services,
+    structured::{self, Broken, Gate, Hold, Lock, Part, Reply, settle},
     swap::Pass,
     trace::{TraceError, TraceIdentity},
 };
@@ -23,15 +27,23 @@ use crate::{
 pub(crate) struct Job {
     pub(crate) route: &'static str,
     pub(crate) generations: Vec<Generation>,
+    /// What all choices are held to.
+    pub(crate) lock: Option<Arc<Lock>>,
+    /// The request of each choice, for a further attempt; empty where nothing can be wrong.
+    pub(crate) requests: Vec<GenerateRequest>,
     pub(crate) seed: u64,
     pub(crate) identity: TraceIdentity,
     pub(crate) received: Instant,
+    /// Keeps the answer from repeating the system messages.
+    pub(crate) leak: Option<Arc<LeakGuard>>,
+    /// What the messages have of characters that hide something.
+    pub(crate) odd: OddCharacters,
 }
 
 /// What is new in one choice.
 pub(crate) struct News<'a> {
     pub(crate) index: usize,
-    pub(crate) text: &'a str,
+    pub(crate) parts: &'a [Part],
     pub(crate) logprobs: &'a [LogprobAt],
     pub(crate) rotations: &'a [RotatedAt],
 }
@@ -42,8 +54,8 @@ pub(crate) trait Wording: Send + Sync + 'static {
 
     /// Before the first token.
     fn opening(&self, n_choices: usize) -> Vec<Self::Event>;
-    /// New text, log-probabilities or rotations.
-    fn news(&self, news: &News<'_>) -> Self::Event;
+    /// New parts, log-probabilities or rotations.
+    fn news(&self, news: &News<'_>) -> Vec<Self::Event>;
     /// Finish reasons and, if asked for, the usage.
     fn closing(&self, choices: &[Choice]) -> Vec<Self::Event>;
 }
@@ -67,10 +79,9 @@ async fn gather(
     hung_up: flume::Receiver<Infallible>,
 ) -> Result<Vec<Choice>, ApiError> {
     let generations = std::mem::take(&mut job.generations);
-    let mut choices = vec![Choice::default(); generations.len()];
-    let first_token = || state.metrics.first_token.observe(job.received.elapsed());
+    let mut choices = vec![Choice::held_to(job.lock.as_ref()); generations.len()];
     let gathered = tokio::select! {
-        gathered = generation::collect(generations, &mut choices, first_token) => {
+        gathered = conforming(&state, &pass, &job, generations, &mut choices) => {
             gathered.map_err(|error| pass.explain(error))
         }
         _ = hung_up.recv_async() => Err(ApiError::HungUp),
@@ -84,24 +95,55 @@ async fn gather(
         (Err(_), _) => return gathered.map(|()| choices),
         (Ok(()), _) => {}
     }
-    let rotated = rotation::traced(job.route, &choices);
-    append(&state, &pass, &job.identity, rotated, record).await?;
+    let before = noted(&state, &job, &choices);
+    append(&state, &pass, &job.identity, before, record).await?;
     gathered.map(|()| choices)
+}
+
+/// All choices, each whole and held to its lock.
+async fn conforming(
+    state: &AppState,
+    services: &Services,
+    job: &Job,
+    generations: Vec<Generation>,
+    choices: &mut [Choice],
+) -> Result<(), ApiError> {
+    let first_token = || state.metrics.first_token.observe(job.received.elapsed());
+    generation::collect(generations, choices, first_token).await?;
+    let leak = job.leak.as_ref();
+    let Some(lock) = &job.lock else {
+        choices.iter_mut().for_each(|choice| leak::screen(leak, choice));
+        return Ok(());
+    };
+    for (index, choice) in choices.iter_mut().enumerate() {
+        let hold = Hold { lock, leak };
+        settle(state, &services.engine, hold, job.requests.get(index), choice).await?;
+    }
+    Ok(())
 }
 
 /// The reason in the record of an answer whose client has gone.
 const CANCELLED: &str = "cancelled";
+
+/// The records of a job before that of its end; guards that fired are counted.
+fn noted(state: &AppState, job: &Job, choices: &[Choice]) -> Vec<TraceBody> {
+    let leaks = leak::traced(choices);
+    leaks.iter().for_each(|_| state.metrics.count_guard(LEAK));
+    let odd = odd::traced(job.odd);
+    odd.iter().for_each(|_| state.metrics.count_guard(odd::GUARD));
+    odd.into_iter().chain(rotation::traced(job.route, choices)).chain(leaks).collect()
+}
 
 /// Writes the records of a job, that of its end last, as soon as its pins are known.
 async fn append(
     state: &AppState,
     services: &Services,
     identity: &TraceIdentity,
-    rotated: Vec<TraceBody>,
+    before: Vec<TraceBody>,
     record: TraceBody,
 ) -> Result<(), TraceError> {
     let pins = services.pins().await?;
-    for body in rotated.into_iter().chain([record]) {
+    for body in before.into_iter().chain([record]) {
         state.traces.append(identity, &pins, body).await?;
     }
     Ok(())
@@ -137,19 +179,21 @@ pub(crate) async fn stream(
     sink: EventSink,
 ) {
     let generations = std::mem::take(&mut job.generations);
-    let mut choices = vec![Choice::default(); generations.len()];
-    let streamed = pass_on(&state, &job, generations, &mut choices, &wording, &sink).await;
+    let mut choices = vec![Choice::held_to(job.lock.as_ref()); generations.len()];
+    let sending =
+        Sending { state: &state, services: &pass, job: &job, wording: &wording, sink: &sink };
+    let streamed = sending.pass_on(generations, &mut choices).await;
     let streamed = streamed.map_err(|cut| cut.explained(&pass));
     let mut record = generation::trace_body(job.route, job.seed, &choices);
     if let TraceBody::Infer { finish_reason, .. } = &mut record {
         match &streamed {
             Ok(()) => {}
             Err(Cut::Gone) => *finish_reason = CANCELLED.into(),
-            Err(Cut::Failed(error)) => *finish_reason = error.to_string(),
+            Err(Cut::Failed(error)) => *finish_reason = error.code().into(),
         }
     }
-    let rotated = rotation::traced(job.route, &choices);
-    let traced = append(&state, &pass, &job.identity, rotated, record);
+    let before = noted(&state, &job, &choices);
+    let traced = append(&state, &pass, &job.identity, before, record);
     let traced = sink.alive_while(traced).await;
     match (streamed, traced) {
         (Ok(()), Ok(())) => drop(close(&choices, &wording, &sink).await),
@@ -159,44 +203,164 @@ pub(crate) async fn stream(
     }
 }
 
-async fn pass_on(
-    state: &AppState,
-    job: &Job,
-    generations: Vec<Generation>,
-    choices: &mut [Choice],
-    wording: &impl Wording,
-    sink: &EventSink,
-) -> Result<(), Cut> {
-    for event in wording.opening(choices.len()) {
-        sink.send(&event).await?;
+/// A stream on its way.
+struct Sending<'a, W> {
+    state: &'a AppState,
+    services: &'a Services,
+    job: &'a Job,
+    wording: &'a W,
+    sink: &'a EventSink,
+}
+
+/// How much of a choice was told before an event.
+#[derive(Clone, Copy)]
+struct Before {
+    text: usize,
+    logprobs: usize,
+    rotations: usize,
+}
+
+impl Before {
+    fn of(choice: &Choice) -> Before {
+        let (text, logprobs) = (choice.text.len(), choice.logprobs.len());
+        Before { text, logprobs, rotations: choice.rotations.len() }
     }
-    let mut events = std::pin::pin!(generation::events(generations));
-    let mut saw_token = false;
-    loop {
-        let next = tokio::select! {
-            next = events.next() => next,
-            () = sink.closed() => return Err(Cut::Gone),
+}
+
+impl<W: Wording> Sending<'_, W> {
+    async fn pass_on(
+        &self,
+        generations: Vec<Generation>,
+        choices: &mut [Choice],
+    ) -> Result<(), Cut> {
+        for event in self.wording.opening(choices.len()) {
+            self.sink.send(&event).await?;
+        }
+        let mut gates: Vec<Option<Gate>> =
+            choices.iter().map(|_| self.job.lock.as_ref().map(Lock::gate)).collect();
+        let mut watches: Vec<Option<leak::Watch>> =
+            choices.iter().map(|_| self.job.leak.as_ref().map(leak::Watch::new)).collect();
+        let generations: Vec<_> = generations.into_iter().map(Arc::new).collect();
+        let mut events = std::pin::pin!(generation::events(generations.clone()));
+        let mut heartbeats = sse::heartbeats();
+        let mut saw_token = false;
+        loop {
+            let next = tokio::select! {
+                next = events.next() => next,
+                () = self.sink.closed() => return Err(Cut::Gone),
+                // What is held back is no sign of life.
+                _ = heartbeats.tick(), if self.job.lock.is_some() => {
+                    self.sink.heartbeat().await?;
+                    continue;
+                }
+            };
+            let Some((index, event)) = next else { break };
+            if matches!(event, Event::Token(_)) && !saw_token {
+                saw_token = true;
+                self.state.metrics.first_token.observe(self.job.received.elapsed());
+            }
+            let choice = &mut choices[index];
+            let before = Before::of(choice);
+            choice.take(event).map_err(Cut::Failed)?;
+            let text = match &mut watches[index] {
+                None => choice.text[before.text..].to_owned(),
+                Some(watch) => watch.tell(choice, before.text),
+            };
+            if choice.leak.is_some() && choice.finished.is_none() {
+                // Nobody gets what follows.
+                generations[index].cancel();
+            }
+            match &mut gates[index] {
+                None => self.free(index, text, before, choice).await?,
+                Some(gate) => self.locked(index, &text, (before, gate), choice).await?,
+            }
+        }
+        if choices.iter().any(|choice| choice.finished.is_none()) {
+            return Err(Cut::Failed(ApiError::Lost));
+        }
+        Ok(())
+    }
+
+    /// What is new goes on as it is.
+    async fn free(
+        &self,
+        index: usize,
+        text: String,
+        before: Before,
+        choice: &Choice,
+    ) -> Result<(), Cut> {
+        let part = (!text.is_empty()).then_some(Part::Content(text));
+        let logprobs = &choice.logprobs[before.logprobs..];
+        let rotations = &choice.rotations[before.rotations..];
+        self.tell(&News { index, parts: part.as_slice(), logprobs, rotations }).await
+    }
+
+    /// What is new goes through the lock.
+    async fn locked(
+        &self,
+        index: usize,
+        text: &str,
+        (before, gate): (Before, &mut Gate),
+        choice: &mut Choice,
+    ) -> Result<(), Cut> {
+        let passed = gate.push(text).and_then(|mut parts| {
+            if choice.finished.is_some() {
+                parts.extend(gate.finish(choice.finish())?);
+            }
+            Ok(parts)
+        });
+        let parts = match passed {
+            Ok(parts) => {
+                let reply = choice.reply.get_or_insert_default();
+                parts.iter().for_each(|part| reply.add(part.clone()));
+                parts
+            }
+            Err(broken) => self.repaired(index, gate, broken, choice).await?,
         };
-        let Some((index, event)) = next else { break };
-        if matches!(event, Event::Token(_)) && !saw_token {
-            saw_token = true;
-            state.metrics.first_token.observe(job.received.elapsed());
-        }
-        let choice = &mut choices[index];
-        let (text_from, logprobs_from) = (choice.text.len(), choice.logprobs.len());
-        let rotations_from = choice.rotations.len();
-        choice.take(event).map_err(Cut::Failed)?;
-        let text = &choice.text[text_from..];
-        let logprobs = &choice.logprobs[logprobs_from..];
-        let rotations = &choice.rotations[rotations_from..];
-        if !text.is_empty() || !logprobs.is_empty() || !rotations.is_empty() {
-            sink.send(&wording.news(&News { index, text, logprobs, rotations })).await?;
-        }
+        let is_plain = choice.lock.as_ref().is_some_and(|lock| lock.is_plain());
+        let logprobs = match (is_plain, &choice.finished) {
+            // A further attempt may have fewer of both than were there before.
+            (true, _) => choice.logprobs.get(before.logprobs..).unwrap_or_default(),
+            (false, Some(_)) => choice.told_logprobs(),
+            (false, None) => &[],
+        };
+        let rotations = choice.rotations.get(before.rotations..).unwrap_or_default();
+        self.tell(&News { index, parts: &parts, logprobs, rotations }).await
     }
-    if choices.iter().any(|choice| choice.finished.is_none()) {
-        return Err(Cut::Failed(ApiError::Lost));
+
+    /// An answer of which nothing went on yet can be asked for again; another one is cut here.
+    async fn repaired(
+        &self,
+        index: usize,
+        gate: &Gate,
+        Broken(problem): Broken,
+        choice: &mut Choice,
+    ) -> Result<Vec<Part>, Cut> {
+        let is_over = choice.finished.is_some();
+        let Some(lock) = choice.lock.clone().filter(|_| is_over && !gate.has_told()) else {
+            self.state.metrics.count_guard(structured::GUARD);
+            return Err(Cut::Failed(ApiError::NotConforming { problem, attempts: 1 }));
+        };
+        let request = self.job.requests.get(index);
+        let hold = Hold { lock: &lock, leak: self.job.leak.as_ref() };
+        let settled = settle(self.state, &self.services.engine, hold, request, choice);
+        let settled = tokio::select! {
+            settled = self.sink.alive_while(settled) => settled,
+            () = self.sink.closed() => return Err(Cut::Gone),
+        };
+        settled.map_err(Cut::Failed)?;
+        Ok(choice.reply.clone().map(Reply::into_parts).unwrap_or_default())
     }
-    Ok(())
+
+    async fn tell(&self, news: &News<'_>) -> Result<(), Cut> {
+        if news.parts.is_empty() && news.logprobs.is_empty() && news.rotations.is_empty() {
+            return Ok(());
+        }
+        for event in self.wording.news(news) {
+            self.sink.send(&event).await?;
+        }
+        Ok(())
+    }
 }
 
 async fn close(choices: &[Choice], wording: &impl Wording, sink: &EventSink) -> Result<(), Gone> {

@@ -1,16 +1,21 @@
 //! The router and the listener.
 
-use std::{future::Future, io, net::SocketAddr, sync::Arc};
+use std::{future::Future, io, net::SocketAddr, sync::Arc, time::Duration};
 
 use axum::{
     Router,
     extract::{MatchedPath, Request, State},
     middleware::{self, Next},
     response::{IntoResponse, Response},
-    routing::{get, post, put},
+};
+use hyper::server::conn::http1;
+use hyper_util::{
+    rt::{TokioIo, TokioTimer},
+    server::graceful::GracefulShutdown,
+    service::TowerToHyperService,
 };
 use thiserror::Error;
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpStream};
 
 use exrail_wire::{Pins, TraceBody};
 
@@ -19,8 +24,9 @@ use crate::{
     auth::Caller,
     error::{ApiError, Failure},
     extract::Answerer,
-    ids, routes,
+    ids,
     state::Services,
+    table::{Access, ROUTES},
     trace::TraceError,
 };
 
@@ -45,9 +51,6 @@ pub enum ServeError {
         /// The system's error.
         source: io::Error,
     },
-    /// The listener broke.
-    #[error("listener: {0}")]
-    Listen(io::Error),
 }
 
 /// Binds the address, which needs a key when others can reach it.
@@ -55,7 +58,7 @@ pub enum ServeError {
 /// # Errors
 /// A public address without a key, or one that cannot be bound.
 pub async fn bind(state: &AppState, address: SocketAddr) -> Result<TcpListener, ServeError> {
-    state.keys.allow_bind(address.ip())?;
+    state.keys.current().allow_bind(address.ip())?;
     TcpListener::bind(address).await.map_err(|source| {
         if source.kind() == io::ErrorKind::AddrInUse {
             ServeError::InUse { address }
@@ -65,29 +68,74 @@ pub async fn bind(state: &AppState, address: SocketAddr) -> Result<TcpListener, 
     })
 }
 
+/// Most header fields of a request.
+const MAX_HEADERS: usize = 64;
+/// Most bytes of a request's line and header fields together.
+const MAX_HEAD_BYTES: usize = 32 << 10;
+/// How long the listener rests when the system has no place for another connection.
+const REST: Duration = Duration::from_secs(1);
+
 /// Serves until `stop` resolves; requests in flight are finished.
 ///
-/// # Errors
-/// The listener broke.
+/// A connection has [`Limits::head_timeout`](crate::Limits) for each request's line and header fields, and as long
+/// without one, before it is closed. More header fields or bytes than a client needs are answered 431.
 pub async fn serve(
     state: Arc<AppState>,
     listener: TcpListener,
     stop: impl Future<Output = ()> + Send + 'static,
-) -> Result<(), ServeError> {
-    axum::serve(listener, router(state))
-        .with_graceful_shutdown(stop)
-        .await
-        .map_err(ServeError::Listen)
+) {
+    let mut connection = http1::Builder::new();
+    connection
+        .timer(TokioTimer::new())
+        .header_read_timeout(state.limits.head_timeout)
+        .max_headers(MAX_HEADERS)
+        .max_buf_size(MAX_HEAD_BYTES);
+    let router = router(state);
+    let open = GracefulShutdown::new();
+    let mut stop = std::pin::pin!(stop);
+    loop {
+        let stream = tokio::select! {
+            stream = accept(&listener) => stream,
+            () = &mut stop => break,
+        };
+        let service = TowerToHyperService::new(router.clone());
+        let served = open.watch(connection.serve_connection(TokioIo::new(stream), service));
+        tokio::spawn(async move {
+            if let Err(error) = served.await {
+                tracing::debug!(%error, "a connection broke");
+            }
+        });
+    }
+    drop(listener);
+    open.shutdown().await;
 }
 
-/// All routes. Everything added to `guarded` needs a key.
+/// The next connection. One that was given up before it was taken says nothing about the others.
+async fn accept(listener: &TcpListener) -> TcpStream {
+    loop {
+        match listener.accept().await {
+            Ok((stream, _)) => return stream,
+            Err(error) if is_of_one_connection(error.kind()) => {}
+            Err(error) => {
+                tracing::error!(%error, "no connection could be taken");
+                tokio::time::sleep(REST).await;
+            }
+        }
+    }
+}
+
+fn is_of_one_connection(kind: io::ErrorKind) -> bool {
+    use io::ErrorKind::{ConnectionAborted, ConnectionRefused, ConnectionReset};
+    [ConnectionAborted, ConnectionRefused, ConnectionReset].contains(&kind)
+}
+
+/// The routes of the table, and nothing else. What is not for anyone, unknown paths included, needs a key.
 pub fn router(state: Arc<AppState>) -> Router {
     let guarded = guarded()
         .layer(middleware::from_fn_with_state(Arc::clone(&state), trace_failure))
         .layer(middleware::from_fn_with_state(Arc::clone(&state), auth::guard));
-    let open = Router::new()
-        .route("/livez", get(routes::health::livez))
-        .route("/readyz", get(routes::health::readyz));
+    let open = routes(|access| access == Access::Anyone)
+        .layer(middleware::from_fn_with_state(Arc::clone(&state), auth::guard_host));
     guarded
         .merge(open)
         .layer(middleware::from_fn_with_state(Arc::clone(&state), count))
@@ -96,25 +144,14 @@ pub fn router(state: Arc<AppState>) -> Router {
 
 /// The routes that need a key, without the layer that asks for it.
 fn guarded() -> Router<Arc<AppState>> {
-    Router::new()
-        .route("/v1/models", get(routes::models::list))
-        .route("/v1/models/{model}", get(routes::models::one))
-        .route("/v1/chat/completions", post(routes::chat::complete))
-        .route("/v1/completions", post(routes::completions::complete))
-        .route("/v1/embeddings", post(routes::embeddings::embed))
-        .route("/v1/tokenize", post(routes::tokenize::tokenize))
-        .route("/v1/detokenize", post(routes::tokenize::detokenize))
-        .route("/v1/ask", post(routes::ask::ask))
-        .route("/v1/exrail/config", get(routes::models::config))
-        .route("/v1/exrail/sessions", get(routes::sessions::list))
-        .route(
-            "/v1/exrail/sessions/{name}",
-            put(routes::sessions::save).delete(routes::sessions::remove),
-        )
-        .route("/v1/exrail/sessions/{name}/restore", post(routes::sessions::restore))
-        .route("/metrics", get(routes::health::metrics))
+    routes(|access| access != Access::Anyone)
         .fallback(no_route)
         .method_not_allowed_fallback(no_route)
+}
+
+fn routes(is_in: impl Fn(Access) -> bool) -> Router<Arc<AppState>> {
+    let routes = ROUTES.iter().filter(|route| is_in(route.access));
+    routes.fold(Router::new(), |router, route| router.route(route.path, route.service()))
 }
 
 async fn no_route(request: Request) -> ApiError {
@@ -184,11 +221,13 @@ async fn count(State(state): State<Arc<AppState>>, request: Request, next: Next)
 
 #[cfg(test)]
 mod tests {
+    use std::path::{Path, PathBuf};
+
     use axum::{body::Body, http::StatusCode};
     use tower::ServiceExt;
 
     use super::*;
-    use crate::{Keys, Limits, TraceLog};
+    use crate::{Keys, Limits, TraceLog, auth::Role};
 
     /// The state of a server with these keys, and the folder that it writes to.
     fn state(keys: &[&str]) -> (Arc<AppState>, tempfile::TempDir) {
@@ -205,20 +244,60 @@ mod tests {
         router.oneshot(request).await.unwrap().status()
     }
 
-    #[tokio::test]
-    async fn mutation_without_the_guard_a_stranger_without_a_key_is_answered() {
-        let (state, _folder) = state(&["0123456789abcdef"]);
-        let answer = told(router(Arc::clone(&state)), "localhost").await;
-        assert_eq!(answer, StatusCode::UNAUTHORIZED);
-        // The mutation: the same routes without the layer.
-        assert_eq!(told(guarded().with_state(state), "localhost").await, StatusCode::OK);
+    /// The mutation: the same routes behind a layer that asks nobody for anything.
+    fn unguarded(state: Arc<AppState>) -> Router {
+        let let_in = |mut request: Request, next: Next| async {
+            request.extensions_mut().insert(Role::Admin);
+            next.run(request).await
+        };
+        guarded().layer(middleware::from_fn(let_in)).with_state(state)
     }
 
     #[tokio::test]
-    async fn mutation_without_the_guard_a_page_under_another_name_reads_a_local_server() {
+    async fn mutation_l4_without_the_guard_a_stranger_without_a_key_is_answered() {
+        let (state, _folder) = state(&["0123456789abcdef"]);
+        let answer = told(router(Arc::clone(&state)), "localhost").await;
+        assert_eq!(answer, StatusCode::UNAUTHORIZED);
+        assert_eq!(told(unguarded(state), "localhost").await, StatusCode::OK);
+    }
+
+    #[tokio::test]
+    async fn mutation_l3_without_the_guard_a_page_under_another_name_reads_a_local_server() {
         let (state, _folder) = state(&[]);
         let answer = told(router(Arc::clone(&state)), "evil.example").await;
         assert_eq!(answer, StatusCode::FORBIDDEN);
-        assert_eq!(told(guarded().with_state(state), "evil.example").await, StatusCode::OK);
+        assert_eq!(told(unguarded(state), "evil.example").await, StatusCode::OK);
+    }
+
+    /// Field fault L4: a route that was merged without its guard would answer strangers; here nobody.
+    #[tokio::test]
+    async fn l4_a_route_without_its_guard_answers_nobody() {
+        let (state, _folder) = state(&[]);
+        let answer = told(guarded().with_state(state), "localhost").await;
+        assert_eq!(answer, StatusCode::INTERNAL_SERVER_ERROR);
+    }
+
+    /// Field fault L4: whatever is served comes from the table, so that a test can name all of it.
+    #[test]
+    fn l4_nothing_but_the_table_makes_routes() {
+        let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+        let mut makers = Vec::new();
+        look_for_routes(&source, &mut makers);
+        assert_eq!(makers, [source.join("serve.rs")], "`.route(` in other files");
+    }
+
+    fn look_for_routes(folder: &Path, makers: &mut Vec<PathBuf>) {
+        let calls = [".route", ".nest", ".route_service", ".nest_service", ".fallback_service"];
+        for entry in std::fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                look_for_routes(&path, makers);
+                continue;
+            }
+            let text = std::fs::read_to_string(&path).unwrap();
+            if calls.iter().any(|call| text.contains(&format!("{call}("))) {
+                makers.push(path);
+            }
+        }
     }
 }

@@ -11,7 +11,10 @@ use axum::{
 use exrail_wire::sse;
 use futures_util::stream;
 use serde::Serialize;
-use tokio::sync::mpsc;
+use tokio::{
+    sync::mpsc,
+    time::{Instant, Interval},
+};
 
 use crate::error::ApiError;
 
@@ -29,6 +32,11 @@ pub(crate) struct Gone;
 #[derive(Clone)]
 pub(crate) struct EventSink {
     blocks: mpsc::Sender<String>,
+}
+
+/// When a stream that holds text back shows that it lives.
+pub(crate) fn heartbeats() -> Interval {
+    tokio::time::interval_at(Instant::now() + HEARTBEAT, HEARTBEAT)
 }
 
 /// A response and the sink that feeds it.

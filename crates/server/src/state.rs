@@ -9,12 +9,16 @@ use std::{
 use exrail_engine::{EngineHandle, ModelFingerprint, WarmUpReport};
 use exrail_kernels::KvDtype;
 use exrail_retrieval::Encode;
-use exrail_wire::{Pins, TRACE_SCHEMA_VERSION, TraceBody};
+use exrail_text::tools::ToolFormat;
+use exrail_wire::{Pins, TraceBody, schemas};
+use tokio::sync::Semaphore;
 
 use crate::{
-    Keys,
+    KeyError, Keys,
+    auth::KeyRing,
     boot::{BootBoard, NotProved, PhaseRecord},
     error::ApiError,
+    ids,
     observe::Metrics,
     pipeline::{Asker, Grounds},
     sessions::SessionKeeper,
@@ -34,6 +38,10 @@ pub const ENGINE_BUILD: &str = if cfg!(feature = "faults") {
 pub struct Limits {
     /// Largest body.
     pub body_bytes: usize,
+    /// Time for the body of a request to arrive.
+    pub body_timeout: Duration,
+    /// Time for the line and the header fields of a request to arrive, and of a connection without one.
+    pub head_timeout: Duration,
     /// Most choices of one request.
     pub choices: usize,
     /// Most texts of one embedding request.
@@ -46,18 +54,45 @@ pub struct Limits {
     pub watchdog: Duration,
     /// Whether answers end when they go round in a circle, unless a request says otherwise (G-19).
     pub loop_guard: bool,
+    /// Whether chats are kept from repeating their system messages, unless a request says otherwise (G-21).
+    pub leak_guard: bool,
+    /// What a structured answer may take (G-13).
+    pub structured: StructuredLimits,
+}
+
+/// Limits of structured answers (G-13).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StructuredLimits {
+    /// Most tools of one request.
+    pub tools: usize,
+    /// Most calls of one answer, at least 1.
+    pub tool_calls: usize,
+    /// Most bytes of one call.
+    pub tool_call_bytes: usize,
+    /// Further attempts when an answer does not conform.
+    pub repairs: usize,
+}
+
+impl Default for StructuredLimits {
+    fn default() -> Self {
+        Self { tools: 128, tool_calls: 3, tool_call_bytes: 256 << 10, repairs: 1 }
+    }
 }
 
 impl Default for Limits {
     fn default() -> Self {
         Self {
             body_bytes: 4 << 20,
+            body_timeout: Duration::from_secs(30),
+            head_timeout: Duration::from_secs(30),
             choices: 16,
             embedding_inputs: 256,
             default_max_tokens: 512,
             default_deadline: None,
             watchdog: Duration::from_secs(30),
             loop_guard: true,
+            structured: StructuredLimits::default(),
+            leak_guard: false,
         }
     }
 }
@@ -85,6 +120,8 @@ pub struct Services {
     pub collections: BTreeMap<String, Arc<Asker>>,
     /// Seconds since 1970 at which they were loaded.
     pub loaded_at: i64,
+    /// How the generator writes tool calls and thoughts; found by the first chat.
+    pub tool_format: OnceLock<ToolFormat>,
 }
 
 /// What stays when a generator goes: the encoder, and collections by name.
@@ -129,11 +166,20 @@ impl Shelf {
         };
         let collections = self.collections.iter().map(asker).collect();
         let (encoder, loaded_at) = (self.encoder.clone(), jiff::Timestamp::now().as_second());
-        Services { model_name, engine, warm_up, encoder, collections, loaded_at }
+        let tool_format = OnceLock::new();
+        Services { model_name, engine, warm_up, encoder, collections, loaded_at, tool_format }
     }
 }
 
 impl Services {
+    /// How the generator writes tool calls and thoughts.
+    pub(crate) fn tool_format(&self) -> &ToolFormat {
+        self.tool_format.get_or_init(|| {
+            let template = self.engine.template().map(AsRef::as_ref);
+            ToolFormat::detect(template, self.engine.tokenizer())
+        })
+    }
+
     /// The collection of that name, or the only one.
     pub(crate) fn collection(&self, name: Option<&str>) -> Result<&Arc<Asker>, ApiError> {
         let known = || {
@@ -185,7 +231,7 @@ pub(crate) fn pins(engine: &EngineHandle) -> Result<Pins, TraceError> {
         encoder_fp: None,
         index_hash: None,
         template_hash: engine.template().map(|template| template.sha256().into()),
-        schema_hash: TRACE_SCHEMA_VERSION.into(),
+        schema_hash: schemas::SHA256.into(),
         quant: facts.quant.clone(),
         kv_dtype: kv_name(facts.kv_dtype).into(),
         tp: 1,
@@ -202,14 +248,21 @@ pub(crate) fn kv_name(dtype: KvDtype) -> &'static str {
     }
 }
 
+/// Grammars that are compiled at the same time: the engine needs the cores more.
+const COMPILATIONS: usize = 2;
+
 /// The state of one server.
 pub struct AppState {
     pub(crate) board: Arc<BootBoard>,
     pub(crate) models: OnceLock<Models>,
-    pub(crate) keys: Keys,
+    pub(crate) keys: KeyRing,
     pub(crate) traces: TraceLog,
     pub(crate) metrics: Metrics,
     pub(crate) limits: Limits,
+    /// Who may compile a grammar: it takes a core, and belongs to whoever asks first.
+    pub(crate) compiling: Semaphore,
+    /// Of the canaries of system messages; drawn when the first one is needed.
+    canary_secret: OnceLock<u64>,
     /// Unset: nothing is kept on disk.
     pub(crate) sessions: OnceLock<SessionKeeper>,
 }
@@ -221,12 +274,31 @@ impl AppState {
         Arc::new(Self {
             board: Arc::new(BootBoard::new()),
             models: OnceLock::new(),
-            keys,
+            keys: KeyRing::new(keys),
             traces,
             metrics: Metrics::default(),
             limits,
+            compiling: Semaphore::new(COMPILATIONS),
+            canary_secret: OnceLock::new(),
             sessions: OnceLock::new(),
         })
+    }
+
+    /// What canaries are derived from, the same for the life of the process.
+    pub(crate) fn canary_secret(&self) -> Result<u64, ApiError> {
+        if let Some(secret) = self.canary_secret.get() {
+            return Ok(*secret);
+        }
+        let drawn = ids::seed()?;
+        Ok(*self.canary_secret.get_or_init(|| drawn))
+    }
+
+    /// Asks for these keys from the next request on. A key that stays keeps what is cached and saved for it.
+    ///
+    /// # Errors
+    /// None is left, which would open the server.
+    pub fn replace_keys(&self, keys: Keys) -> Result<(), KeyError> {
+        self.keys.replace(keys)
     }
 
     /// Keeps sessions with this owner. The first one stays.

@@ -1,5 +1,8 @@
 //! The trace log: append-only JSON lines, written before an answer is released (G-14).
 //!
+//! A record that breaks the trace contract ([`exrail_verify::trace`]) is not written, and its answer is withheld,
+//! unless the mode says otherwise.
+//!
 //! One thread owns the file. A record that could not be written whole is cut off again, so that a
 //! full disk leaves a valid log, and its answer is withheld. Lines are flushed to the system, not
 //! fsynced: a killed process loses nothing that it acknowledged, a power cut may lose the last second. What
@@ -13,6 +16,8 @@ use std::{
 };
 
 use exrail_engine::{Fault, FaultBoard, FingerprintError, Guard};
+use exrail_retrieval::Collection;
+use exrail_verify::trace::{Breach, Contract, seal};
 use exrail_wire::{Pins, TRACE_SCHEMA_VERSION, TraceBody, TraceEnvelope};
 use thiserror::Error;
 use tokio::sync::oneshot;
@@ -40,6 +45,21 @@ pub enum TraceError {
     /// The record would not say which model answered.
     #[error("trace log: {0}")]
     NoFingerprint(#[from] FingerprintError),
+    /// The record breaks the trace contract.
+    #[error("trace record: {0}")]
+    Contract(#[from] Breach),
+}
+
+/// What happens with a record that breaks the trace contract (G-14, `trace.mode`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum TraceMode {
+    /// It is refused, and its answer withheld.
+    #[default]
+    Enforce,
+    /// It is written, and the program's log names the breach.
+    Warn,
+    /// Records are not checked.
+    Off,
 }
 
 struct Append {
@@ -55,6 +75,8 @@ pub struct TraceLog {
     forced: Arc<OnceLock<String>>,
     /// Says which write is to break, where faults are injected.
     faults: Arc<OnceLock<Arc<FaultBoard>>>,
+    contract: Arc<Contract>,
+    mode: TraceMode,
 }
 
 /// Who and what a record belongs to.
@@ -71,7 +93,7 @@ pub struct TraceIdentity {
 }
 
 impl TraceLog {
-    /// Opens the log for appending and starts its writer.
+    /// Opens the log for appending and starts its writer. Records are checked.
     ///
     /// # Errors
     /// The file cannot be opened.
@@ -90,7 +112,14 @@ impl TraceLog {
             .name("exrail-trace".into())
             .spawn(move || write_all(file, &queue, &board))
             .map_err(open_error)?;
-        Ok(Self { appends, forced: Arc::default(), faults })
+        let (forced, contract) = (Arc::default(), Arc::new(Contract::new()));
+        Ok(Self { appends, forced, faults, contract, mode: TraceMode::default() })
+    }
+
+    /// The same log for callers who check records in another mode.
+    #[must_use]
+    pub fn checked(self, mode: TraceMode) -> Self {
+        Self { mode, ..self }
     }
 
     /// Writes into every record from here on why a mismatch of the preflight is overlooked (G-09). The
@@ -114,7 +143,7 @@ impl TraceLog {
         pins: &Pins,
         body: TraceBody,
     ) -> Result<(), TraceError> {
-        let done = self.send(identity, pins, body)?;
+        let done = self.send(identity, pins, body, None)?;
         done.await.map_err(|_| TraceError::Stopped)?.map_err(TraceError::Write)
     }
 
@@ -128,7 +157,23 @@ impl TraceLog {
         pins: &Pins,
         body: TraceBody,
     ) -> Result<(), TraceError> {
-        let done = self.send(identity, pins, body)?;
+        let done = self.send(identity, pins, body, None)?;
+        done.blocking_recv().map_err(|_| TraceError::Stopped)?.map_err(TraceError::Write)
+    }
+
+    /// [`TraceLog::append_blocking`] of a record that was drawn from a collection: it must agree with what is stored
+    /// there.
+    ///
+    /// # Errors
+    /// The record is not in the log.
+    pub fn append_grounded(
+        &self,
+        identity: &TraceIdentity,
+        pins: &Pins,
+        body: TraceBody,
+        collection: &Collection,
+    ) -> Result<(), TraceError> {
+        let done = self.send(identity, pins, body, Some(collection))?;
         done.blocking_recv().map_err(|_| TraceError::Stopped)?.map_err(TraceError::Write)
     }
 
@@ -158,6 +203,7 @@ impl TraceLog {
         identity: &TraceIdentity,
         pins: &Pins,
         body: TraceBody,
+        collection: Option<&Collection>,
     ) -> Result<oneshot::Receiver<io::Result<()>>, TraceError> {
         let envelope = TraceEnvelope {
             schema_version: TRACE_SCHEMA_VERSION,
@@ -172,12 +218,33 @@ impl TraceLog {
             pins: pins.clone(),
             body,
         };
-        let mut line = serde_json::to_string(&envelope)
-            .map_err(|error| TraceError::Write(io::Error::other(error)))?;
+        let unwritten = |error| TraceError::Write(io::Error::other(error));
+        let record = serde_json::to_value(&envelope).map_err(unwritten)?;
+        let mut line = seal(&record.to_string());
+        self.check(&line, collection)?;
         line.push('\n');
         let (done, receiver) = oneshot::channel();
         self.appends.send(Append { line, done }).map_err(|_| TraceError::Stopped)?;
         Ok(receiver)
+    }
+}
+
+impl TraceLog {
+    /// Checks a line as it will be read.
+    fn check(&self, line: &str, collection: Option<&Collection>) -> Result<(), TraceError> {
+        if self.mode == TraceMode::Off {
+            return Ok(());
+        }
+        let record = serde_json::from_str(line)
+            .map_err(|error| TraceError::Write(io::Error::other(error)))?;
+        match (self.contract.check(&record, collection).first(), self.mode) {
+            (Ok(()), _) | (Err(_), TraceMode::Off) => Ok(()),
+            (Err(breach), TraceMode::Enforce) => Err(breach.into()),
+            (Err(breach), TraceMode::Warn) => {
+                tracing::warn!(%breach, "a trace record breaks the contract");
+                Ok(())
+            }
+        }
     }
 }
 
@@ -351,7 +418,7 @@ mod tests {
         for guard in ["one", "two"] {
             let log = TraceLog::open(&path).unwrap();
             let body = TraceBody::Guard { guard: guard.into(), detail: "line\nbreak".into() };
-            log.append_blocking(&TraceIdentity::default(), &Pins::default(), body).unwrap();
+            log.append_blocking(&named(), &Pins::default(), body).unwrap();
         }
         let text = std::fs::read_to_string(&path).unwrap();
         let guards: Vec<_> = text
@@ -363,7 +430,11 @@ mod tests {
 
     fn record(log: &TraceLog, guard: &str) {
         let body = TraceBody::Guard { guard: guard.into(), detail: String::new() };
-        log.append_blocking(&TraceIdentity::default(), &Pins::default(), body).unwrap();
+        log.append_blocking(&named(), &Pins::default(), body).unwrap();
+    }
+
+    fn named() -> TraceIdentity {
+        TraceIdentity { trace_id: "trace-1".into(), ..TraceIdentity::default() }
     }
 
     fn guards(text: &str) -> Vec<Option<serde_json::Value>> {
@@ -412,5 +483,32 @@ mod tests {
         let second = TraceLog::open(&path).unwrap();
         assert_eq!(std::fs::read_to_string(&path).unwrap(), "half a line");
         drop((alive, second));
+    }
+
+    /// One record without a trace, written in a mode.
+    fn nameless(mode: TraceMode) -> (Result<(), TraceError>, String) {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("log.jsonl");
+        let log = TraceLog::open(&path).unwrap().checked(mode);
+        let body = TraceBody::Guard { guard: "one".into(), detail: String::new() };
+        let result = log.append_blocking(&TraceIdentity::default(), &Pins::default(), body);
+        (result, std::fs::read_to_string(&path).unwrap())
+    }
+
+    #[test]
+    fn a_record_that_breaks_the_contract_is_not_written_and_named() {
+        let (refused, text) = nameless(TraceMode::Enforce);
+        assert!(refused.unwrap_err().to_string().starts_with("trace record: /trace_id: expected"));
+        assert_eq!(text, "");
+    }
+
+    /// The mutation: records that are not checked, or not refused.
+    #[test]
+    fn mutation_without_the_contract_the_broken_record_is_in_the_log() {
+        for mode in [TraceMode::Warn, TraceMode::Off] {
+            let (written, text) = nameless(mode);
+            assert!(written.is_ok());
+            assert!(text.contains("\"trace_id\":\"\""), "{text}");
+        }
     }
 }

@@ -7,10 +7,12 @@ use exrail_text::{
     ChatMessage, PlacedPrompt, Prompt, PromptError, RenderOptions, Tokenizer, encode_messages,
     encode_prompt, lint_prompt,
 };
+use exrail_verify::TaintPolicy;
 use exrail_wire::{
-    Content, ContentPart, ExemptName, ExtraFields, LoopGuardField, OnLoopName, PriorityName,
-    RequestMessage, SamplingFields, Stop, Unknown,
+    ExemptName, ExtraFields, LoopGuardField, OnLoopName, PriorityName, SamplingFields, Stop,
+    StructuredFields, ToolTaintName, Unknown,
 };
+use serde_json::Value;
 
 use crate::{Limits, auth::Caller, error::ApiError, extract::refuse_unknown, ids, swap::Asking};
 
@@ -18,6 +20,7 @@ use crate::{Limits, auth::Caller, error::ApiError, extract::refuse_unknown, ids,
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Fields {
     pub(crate) sampling: SamplingFields,
+    pub(crate) structured: StructuredFields,
     extra: ExtraFields,
 }
 
@@ -25,8 +28,16 @@ impl Fields {
     /// Takes them out of a request's undeclared ones, and refuses the rest.
     pub(crate) fn take(unknown: &mut Unknown) -> Result<Self, ApiError> {
         let (sampling, extra) = (SamplingFields::take(unknown)?, ExtraFields::take(unknown)?);
+        let structured = StructuredFields::take(unknown)?;
         refuse_unknown("", unknown)?;
-        Ok(Self { sampling, extra })
+        Ok(Self { sampling, structured, extra })
+    }
+
+    /// For routes whose answers have a form of their own.
+    pub(crate) fn refuse_structured(&self) -> Result<(), ApiError> {
+        let Some(field) = self.structured.first() else { return Ok(()) };
+        let why = "a grounded answer has a form of its own: citations, or the refusal";
+        Err(ApiError::UnsupportedField { field: field.into(), why })
     }
 
     /// Before which of the same tenant's requests.
@@ -72,6 +83,31 @@ impl Fields {
             Some(LoopGuardField::Options(_)) => {
                 Err(bad_loop_guard("of a grounded answer: expected true or false, found options"))
             }
+        }
+    }
+
+    /// Whether the answer is kept from repeating the system messages (G-21).
+    pub(crate) fn leak_guard(&self, limits: &Limits) -> bool {
+        self.extra.leak_guard.unwrap_or(limits.leak_guard)
+    }
+
+    /// Refuses to switch that to `state` where it has no meaning.
+    pub(crate) fn refuse_leak_guard(&self, state: bool, why: &'static str) -> Result<(), ApiError> {
+        if self.extra.leak_guard == Some(state) {
+            return Err(ApiError::UnsupportedField { field: "leak_guard".into(), why });
+        }
+        Ok(())
+    }
+
+    /// What becomes of tainted calls; it means nothing where no tool can be called.
+    pub(crate) fn tool_taint(&self, has_tools: bool) -> Result<TaintPolicy, ApiError> {
+        match self.extra.tool_taint {
+            Some(_) if !has_tools => Err(ApiError::UnsupportedField {
+                field: "tool_taint".into(),
+                why: "nothing is called without `tools`",
+            }),
+            Some(ToolTaintName::Refuse) => Ok(TaintPolicy::Refuse),
+            Some(ToolTaintName::Annotate) | None => Ok(TaintPolicy::Annotate),
         }
     }
 
@@ -210,52 +246,6 @@ pub(crate) fn reserve_output(
 /// (G-12 P).
 const RESERVE_OUTPUT: usize = 512;
 
-/// The roles that the server understands.
-const ROLES: [&str; 3] = ["system", "user", "assistant"];
-
-/// Messages of a request as the templates take them.
-pub(crate) fn messages(wire: Vec<RequestMessage>) -> Result<Vec<ChatMessage>, ApiError> {
-    if wire.is_empty() {
-        return Err(ApiError::BadField {
-            field: "messages".into(),
-            problem: "expected at least one message, found none".into(),
-        });
-    }
-    let message = |(index, message): (usize, RequestMessage)| {
-        refuse_unknown(&format!("messages[{index}]."), &message.unknown)?;
-        // `developer` is OpenAI's newer name of the same role.
-        let role = if message.role == "developer" { "system" } else { message.role.as_str() };
-        if !ROLES.contains(&role) {
-            return Err(ApiError::BadField {
-                field: format!("messages[{index}].role"),
-                problem: format!("expected system, user or assistant, found `{}`", message.role),
-            });
-        }
-        let content = content(index, message.content)?;
-        Ok(ChatMessage::new(role, content))
-    };
-    wire.into_iter().enumerate().map(message).collect()
-}
-
-fn content(index: usize, content: Content) -> Result<String, ApiError> {
-    let parts = match content {
-        Content::Text(text) => return Ok(text),
-        Content::Parts(parts) => parts,
-    };
-    let text = |(part_index, part): (usize, ContentPart)| {
-        let path = format!("messages[{index}].content[{part_index}].");
-        refuse_unknown(&path, &part.unknown)?;
-        match (part.kind.as_str(), part.text) {
-            ("text", Some(text)) => Ok(text),
-            (kind, _) => Err(ApiError::BadField {
-                field: format!("{path}type"),
-                problem: format!("expected a `text` part with text, found `{kind}`"),
-            }),
-        }
-    };
-    parts.into_iter().enumerate().map(text).collect()
-}
-
 /// Renders a conversation with the model's chat template and encodes it; message contents never
 /// become control tokens.
 ///
@@ -263,34 +253,41 @@ fn content(index: usize, content: Content) -> Result<String, ApiError> {
 /// The model has no template, the template refuses the messages, or what it made of them does not pass the
 /// prompt lint (G-12).
 pub fn chat_prompt(engine: &EngineHandle, messages: &[ChatMessage]) -> Result<Vec<u32>, ApiError> {
-    let (tokenizer, prompt) = (engine.tokenizer(), rendered(engine, messages)?);
+    let (tokenizer, prompt) = (engine.tokenizer(), rendered(engine, messages, None)?);
     let ids = encode_prompt(tokenizer, &prompt).map_err(not_encoded)?;
     lint(tokenizer, &prompt, &ids)?;
     Ok(ids)
 }
 
-fn rendered(engine: &EngineHandle, messages: &[ChatMessage]) -> Result<Prompt, ApiError> {
+fn rendered(
+    engine: &EngineHandle,
+    messages: &[ChatMessage],
+    tools: Option<&[Value]>,
+) -> Result<Prompt, ApiError> {
     let Some(template) = engine.template() else {
         return Err(ApiError::NotAvailable {
             what: "chat",
             why: "the model file carries no chat template; use /v1/completions",
         });
     };
-    let options = RenderOptions { add_generation_prompt: true, ..RenderOptions::default() };
+    let tools = tools.map(<[Value]>::to_vec);
+    let options = RenderOptions { add_generation_prompt: true, tools, ..RenderOptions::default() };
     template.render(messages, &options).map_err(|error| ApiError::Template(error.to_string()))
 }
 
-/// [`chat_prompt`] with the tokens of each message, where the template left it as it is.
+/// [`chat_prompt`] with the tokens of each message, where the template left it as it is, and the prompt's text;
+/// `tools` are what the template tells the model that it may call.
 pub(crate) fn placed_prompt(
     engine: &EngineHandle,
     messages: &[ChatMessage],
-) -> Result<PlacedPrompt, ApiError> {
+    tools: Option<&[Value]>,
+) -> Result<(PlacedPrompt, String), ApiError> {
     let contents = messages.iter().map(|message| message.content.as_deref().unwrap_or_default());
     let contents: Vec<&str> = contents.collect();
-    let (tokenizer, prompt) = (engine.tokenizer(), rendered(engine, messages)?);
+    let (tokenizer, prompt) = (engine.tokenizer(), rendered(engine, messages, tools)?);
     let placed = encode_messages(tokenizer, &prompt, &contents).map_err(not_encoded)?;
     lint(tokenizer, &prompt, &placed.ids)?;
-    Ok(placed)
+    Ok((placed, prompt.text()))
 }
 
 fn not_encoded(error: PromptError) -> ApiError {

@@ -96,7 +96,7 @@ mod tests {
         }
 
         #[test]
-        fn byte_by_byte_equals_the_whole_and_releases_only_whole_characters(text in ".{0,40}") {
+        fn i1_byte_by_byte_equals_the_whole_and_releases_only_whole_characters(text in ".{0,40}") {
             let mut detokenizer = Detokenizer::new();
             let mut released = String::new();
             for byte in text.bytes() {
@@ -117,6 +117,19 @@ mod tests {
         assert_eq!(pieces, ["", " ", " a"]);
         assert_eq!(Detokenizer::without_first_space().push(b"a "), "a ");
         assert_eq!(Detokenizer::new().push(b" a"), " a");
+    }
+
+    /// Field fault I1, with its own bytes: what is no text becomes one mark, and nothing panics.
+    #[test]
+    fn i1_bytes_that_are_no_text_are_replaced_however_they_come() {
+        for bytes in [&b"a\xC0\x80b"[..], b"\xED\xA0\x80", b"\xF0\x9F\xA6", b"\x80", b"ok\xF0\x9F"]
+        {
+            let whole = String::from_utf8_lossy(bytes).into_owned();
+            for size in 1..=bytes.len() {
+                let pieces: Vec<&[u8]> = bytes.chunks(size).collect();
+                assert_eq!(stream(&pieces), whole, "{bytes:x?} in pieces of {size}");
+            }
+        }
     }
 
     #[test]

@@ -326,6 +326,10 @@ fn model(model: Model) -> Result<ModelWrapper, TokenizerError> {
                 let found = vocab[id].1 as f32;
                 return Err(TokenizerError::BadScore { id, found });
             }
+            let vocab: Vec<_> = vocab
+                .into_iter()
+                .map(|(piece, score)| (piece, as_reference_reads(score)))
+                .collect();
             let model = Unigram::from(vocab, model.unk_id, model.byte_fallback).map_err(library)?;
             Ok(model.into())
         }
@@ -334,6 +338,26 @@ fn model(model: Model) -> Result<ModelWrapper, TokenizerError> {
             Err(unsupported("model.type", format!("{kind} with scores")))
         }
     }
+}
+
+/// The score that the reference implementation makes of the same digits: it takes them as an integer and divides by a
+/// power of ten, which rounds twice. Ours are exact, since a dependency switches that on for the whole program; two
+/// ways to cut a word whose scores are that near would be decided otherwise.
+fn as_reference_reads(score: f64) -> f64 {
+    let written = format!("{score:e}");
+    let Some((digits, exponent)) = written.split_once('e') else { return score };
+    let (sign, digits) = digits.strip_prefix('-').map_or((1.0, digits), |rest| (-1.0, rest));
+    let (whole, fraction) = digits.split_once('.').unwrap_or((digits, ""));
+    let (Ok(digits), Ok(exponent)) =
+        (format!("{whole}{fraction}").parse::<u64>(), exponent.parse::<i32>())
+    else {
+        return score;
+    };
+    #[expect(clippy::cast_precision_loss, reason = "this is the first rounding of the two")]
+    let digits = digits as f64;
+    let power = i32::try_from(fraction.len()).map_or(0, |n_behind| exponent - n_behind);
+    let scale = 10_f64.powi(power.abs().min(308));
+    sign * if power < 0 { digits / scale } else { digits * scale }
 }
 
 /// Proves that the normaliser neither panics nor lets a text grow without bound.

@@ -9,6 +9,7 @@
 //! Two things are guarded here and nowhere else. What a message says can never become a control
 //! token ([`encode_prompt`]), and a chat template, which comes with the model file and is
 //! therefore untrusted code, runs with bounded work, output and time ([`TemplateLimits`]).
+//! How models call tools is in [`tools`].
 //! This crate knows no devices, no files and no model; ids are plain `u32`.
 
 mod bpe;
@@ -22,6 +23,7 @@ mod json_file;
 mod json_spelling;
 mod lint;
 mod normaliser;
+mod odd;
 mod pieces;
 mod pre_tokenizer;
 mod prompt;
@@ -36,6 +38,7 @@ mod template;
 mod template_functions;
 mod token_table;
 mod tokenizer;
+pub mod tools;
 mod unigram;
 mod vocabulary;
 mod words;
@@ -45,6 +48,7 @@ pub use detokenizer::Detokenizer;
 pub use error::TokenizerError;
 pub use from_json::TokenRoles;
 pub use lint::{LintFinding, LintRule, lint_prompt};
+pub use odd::OddCharacters;
 pub use prompt::{
     PlacedPrompt, Prompt, PromptError, Segment, encode_completion, encode_messages, encode_prompt,
 };

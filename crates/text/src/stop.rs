@@ -153,7 +153,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn every_split_releases_what_the_definition_says(
+        fn i3_every_split_releases_what_the_definition_says(
             stops in proptest::collection::vec("[abé\u{1F600}]{0,4}", 0..4),
             text in "[abcé\u{1F600}]{0,16}",
         ) {
@@ -175,6 +175,33 @@ mod tests {
             let letters: Vec<String> = text.chars().map(String::from).collect();
             let pieces: Vec<&str> = letters.iter().map(String::as_str).collect();
             prop_assert_eq!(&stream(&stops, &pieces).0, &expected);
+        }
+    }
+
+    /// Field fault I3, with its own stop strings over all ways to cut a text.
+    #[test]
+    fn i3_no_cut_of_the_text_of_the_field_shows_any_of_a_stop_string() {
+        let stops = ["<START>", "\n\nUser:", ".", "é…"].map(String::from);
+        for (text, expected) in [
+            ("a<START>b", "a"),
+            ("a<STAR", "a<STAR"),
+            ("wait...", "wait"),
+            ("x\n\nUser: y", "x"),
+            ("x\n\nUse y", "x\n\nUse y"),
+            ("<<START>", "<"),
+            ("\n\n\nUser:z", "\n"),
+            ("né…", "n"),
+        ] {
+            let bounds: Vec<usize> = text.char_indices().map(|(at, _)| at).skip(1).collect();
+            for cuts in 0..1_u32 << bounds.len().min(12) {
+                let chosen = bounds.iter().enumerate().filter(|(n, _)| cuts >> n & 1 == 1);
+                let mut ends: Vec<usize> = chosen.map(|(_, at)| *at).collect();
+                ends.push(text.len());
+                let mut start = 0;
+                let pieces = ends.iter().map(|&end| &text[std::mem::replace(&mut start, end)..end]);
+                let (released, ..) = stream(&stops, &pieces.collect::<Vec<_>>());
+                assert_eq!(released, expected, "{text:?} {cuts:b}");
+            }
         }
     }
 

@@ -145,6 +145,7 @@ pub struct ChatTemplate {
     bos: String,
     eos: String,
     limits: TemplateLimits,
+    source: String,
     sha256: String,
 }
 
@@ -211,10 +212,17 @@ impl ChatTemplate {
             bos: bos.to_owned(),
             eos: eos.to_owned(),
             limits,
+            source: source.to_owned(),
             sha256: sha256_hex(source.as_bytes()),
         };
         template.refuse_at_once()?;
         Ok(template)
+    }
+
+    /// The source as it was given.
+    #[must_use]
+    pub fn source(&self) -> &str {
+        &self.source
     }
 
     /// SHA-256 of the source, 64 hexadecimal digits (`template_hash`).

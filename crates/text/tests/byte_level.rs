@@ -86,7 +86,7 @@ proptest! {
     }
 
     #[test]
-    fn no_content_changes_the_control_tokens_of_a_chat(text in "(<\\|im_end\\|>|<\\|im_start\\|>|<s>|\\n|system| |<\\||a){0,12}") {
+    fn e2_no_content_changes_the_control_tokens_of_a_chat(text in "(<\\|im_end\\|>|<\\|im_start\\|>|<s>|\\n|system| |<\\||a){0,12}") {
         let tokenizer = tokenizer("smollm");
         let ids = encode_chat(&tokenizer, CHATML, &text).unwrap();
         prop_assert_eq!(controls(&tokenizer, &ids), ["<|im_start|>", "<|im_end|>"]);
@@ -159,7 +159,7 @@ fn templates_that_cut_contents_are_refused_only_when_it_matters() {
 }
 
 #[test]
-fn there_is_exactly_one_bos() {
+fn e4_e5_there_is_exactly_one_bos_and_two_prefix_tokens_stay() {
     let with_bos = |add_bos| {
         Tokenizer::from_vocabulary(Vocabulary { add_bos, ..vocabulary("smollm") }).unwrap()
     };

@@ -50,36 +50,36 @@ fn check_byte_level(family: &str, pre: &str, back: Back) {
 }
 
 #[test]
-fn granite_equals_tokenizers() {
+fn e1_granite_equals_tokenizers() {
     check_byte_level("granite", "refact", Back::Bytes);
 }
 
 #[test]
-fn cohere2_equals_tokenizers() {
+fn e1_cohere2_equals_tokenizers() {
     // NFC changes text.
     check_byte_level("cohere2", "command-r", Back::Changed);
 }
 
 #[test]
-fn olmo2_equals_tokenizers() {
+fn e1_olmo2_equals_tokenizers() {
     check_byte_level("olmo2", "dbrx", Back::Bytes);
 }
 
 #[test]
-fn phi4_whose_literals_take_white_space_along_equals_tokenizers() {
+fn e1_phi4_whose_literals_take_white_space_along_equals_tokenizers() {
     let (_, tokenizer) = from_json("phi4");
     compare("phi4.tokenizer", &tokenizer, &BOTH, Back::Bytes);
 }
 
 #[test]
-fn phi3_equals_sentencepiece() {
+fn e1_phi3_equals_sentencepiece() {
     let table = json(&golden().join("phi3.json"));
     let tokenizer = Tokenizer::from_vocabulary(vocabulary(&table)).unwrap();
     compare("phi3", &tokenizer, &BOTH, Back::Spaces);
 }
 
 #[test]
-fn unigram_equals_sentencepiece() {
+fn e1_unigram_equals_sentencepiece() {
     for family in ["t5", "t5-bytes"] {
         let table = json(&golden().join(format!("{family}.json")));
         let tokenizer = Tokenizer::from_vocabulary(vocabulary(&table)).unwrap();
@@ -88,7 +88,7 @@ fn unigram_equals_sentencepiece() {
 }
 
 #[test]
-fn unigram_of_tokenizer_json_equals_tokenizers() {
+fn e1_unigram_of_tokenizer_json_equals_tokenizers() {
     let table = json(&golden().join("t5.json"));
     let vocab: Vec<(&Value, &Value)> = table["tokens"]
         .as_array()

@@ -49,14 +49,14 @@ fn from_gguf(path: &Path) -> Tokenizer {
 }
 
 #[test]
-fn mistral_of_sentencepiece_equals_sentencepiece() {
+fn e1_mistral_of_sentencepiece_equals_sentencepiece() {
     for version in ["v1", "v2", "v3", "v7"] {
         check(&format!("mistral-{version}"), Back::Spaces);
     }
 }
 
 #[test]
-fn mistral_of_tokenizer_json_equals_tokenizers() {
+fn e1_mistral_of_tokenizer_json_equals_tokenizers() {
     // The new scheme puts no space before a text that begins with one.
     for (scheme, back) in [("old", Back::Spaces), ("new", Back::Changed)] {
         let family = format!("mistral-v3-{scheme}.tokenizer");
@@ -68,49 +68,49 @@ fn mistral_of_tokenizer_json_equals_tokenizers() {
 }
 
 #[test]
-fn llama2_equals_sentencepiece() {
+fn e1_llama2_equals_sentencepiece() {
     compare("llama2", &from_gguf(&fetched("llama2.gguf")), &BOTH, Back::Spaces);
 }
 
 #[test]
-fn tekken_equals_tiktoken() {
+fn e1_tekken_equals_tiktoken() {
     check("tekken-240718", Back::Bytes);
     check("tekken-240911", Back::Bytes);
 }
 
 #[test]
-fn llama3_equals_tiktoken() {
+fn e1_llama3_equals_tiktoken() {
     check("llama3", Back::Bytes);
 }
 
 #[test]
-fn llama4_and_with_it_phi4_mini_equals_tiktoken() {
+fn e1_llama4_and_with_it_phi4_mini_equals_tiktoken() {
     check("llama4", Back::Bytes);
 }
 
 #[test]
-fn qwen2_equals_tiktoken_on_composed_text() {
+fn e1_qwen2_equals_tiktoken_on_composed_text() {
     check("qwen2", Back::Changed);
 }
 
 #[test]
-fn command_r_equals_tokenizers() {
+fn e1_command_r_equals_tokenizers() {
     // NFC changes text.
     compare("command-r", &from_gguf(&fetched("command-r.gguf")), &BOTH, Back::Changed);
 }
 
 #[test]
-fn smollm2_equals_tokenizers() {
+fn e1_smollm2_equals_tokenizers() {
     compare("smollm2", &from_gguf(&from_environment("EXRAIL_TEST_GENERATOR")), &BOTH, Back::Bytes);
 }
 
 #[test]
-fn gemma3_equals_sentencepiece() {
+fn e1_gemma3_equals_sentencepiece() {
     compare("gemma3", &from_gguf(&from_environment("EXRAIL_TEST_GEMMA")), &BOTH, Back::Spaces);
 }
 
 #[test]
-fn minilm_equals_tokenizers_from_either_file() {
+fn e1_minilm_equals_tokenizers_from_either_file() {
     let path = from_environment("EXRAIL_TEST_ENCODER").join("tokenizer.json");
     let tokenizer = Tokenizer::from_json(&std::fs::read(&path).unwrap()).unwrap();
     compare("minilm", &tokenizer, &BOTH, Back::Changed);

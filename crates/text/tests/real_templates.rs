@@ -6,11 +6,47 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, UNIX_EPOCH};
 
-use exrail_text::{ChatMessage, ChatTemplate, RenderOptions, TemplateError, ToolCall};
+use exrail_text::tools::ToolFormat;
+use exrail_text::{
+    ChatMessage, ChatTemplate, RenderOptions, TemplateError, Tokenizer, ToolCall, Vocabulary,
+};
 use serde_json::Value;
 
 /// 2025-07-04 12:30 UTC, as in make_families.py.
 const NOW_S: u64 = 1_751_632_200;
+
+/// Template, family, whether it describes the tools, whether it thinks.
+const FORMATS: [(&str, &str, bool, bool); 24] = [
+    ("cohere2", "generic", false, false),
+    ("cohere2-tools", "generic", false, false),
+    ("gemma2", "gemma", false, false),
+    ("gemma3", "gemma", false, false),
+    ("granite3.3", "generic", false, true),
+    ("granite4.0", "hermes", true, false),
+    ("granite4.1", "hermes", true, false),
+    ("llama2", "generic", false, false),
+    ("llama3", "generic", false, false),
+    ("llama3.1", "llama3", true, false),
+    ("llama3.2", "llama3", true, false),
+    ("mistral-small3.2", "mistral", true, false),
+    ("mistral-tekken", "mistral", true, false),
+    ("mistral-v0.1", "generic", false, false),
+    ("mistral-v0.3", "mistral", true, false),
+    ("mixtral", "generic", false, false),
+    ("mixtral-8x22b", "mistral", true, false),
+    ("phi3", "generic", false, false),
+    ("phi3.5", "generic", false, false),
+    ("qwen2", "hermes", true, false),
+    ("qwen2.5", "hermes", true, false),
+    ("qwen3", "hermes", true, true),
+    ("qwen3-2507", "hermes", true, false),
+    ("smollm3", "generic", false, true),
+];
+
+fn folder() -> PathBuf {
+    let folder = std::env::var("EXRAIL_TEST_TEMPLATES");
+    folder.expect("EXRAIL_TEST_TEMPLATES is the folder that make_families.py wrote").into()
+}
 
 fn text_of(json: &Value, key: &str) -> Option<String> {
     json[key].as_str().map(str::to_owned)
@@ -58,11 +94,8 @@ fn fault(template: &ChatTemplate, history: &Value, row: &Value) -> Option<String
 }
 
 #[test]
-fn every_family_renders_every_history_as_jinja2_does() {
-    let folder = PathBuf::from(
-        std::env::var("EXRAIL_TEST_TEMPLATES")
-            .expect("EXRAIL_TEST_TEMPLATES is the folder that make_families.py wrote"),
-    );
+fn e6_every_family_renders_every_history_as_jinja2_does() {
+    let folder = folder();
     let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../golden/templates/families.json");
     let golden = std::fs::read_to_string(golden).expect("the golden file is readable");
     let golden: Value = serde_json::from_str(&golden).expect("the golden file is JSON");
@@ -89,4 +122,22 @@ fn every_family_renders_every_history_as_jinja2_does() {
     }
     assert!(table.values().all(|&(_, all)| all >= 8), "at least 8 histories a family");
     assert!(wrong.is_empty(), "{} of {} differ\n{}", wrong.len(), rows.len(), wrong.join("\n"));
+}
+
+/// Nobody has to say which format a model writes (field-faults B20).
+#[test]
+fn b20_the_format_of_every_original_template_is_found() {
+    let [tokens, [model, pre]] = [["</s>", "a"], ["gpt2", "gpt-2"]].map(|it| it.map(str::to_owned));
+    let (tokens, kinds, eos) = (tokens.to_vec(), vec![3, 1], Some(0));
+    let vocabulary = Vocabulary { model, pre, tokens, kinds, eos, ..Vocabulary::default() };
+    let tokenizer = Tokenizer::from_vocabulary(vocabulary).expect("a small vocabulary");
+    let found = FORMATS.map(|(name, ..)| {
+        let source = std::fs::read_to_string(folder().join(format!("{name}.jinja")));
+        let source = source.unwrap_or_else(|error| panic!("template of {name}: {error}"));
+        let template = ChatTemplate::compile(&source, "<s>", "</s>")
+            .unwrap_or_else(|error| panic!("{name}: {error}"));
+        let format = ToolFormat::detect(Some(&template), &tokenizer);
+        (name, format.family().name(), format.describes_tools(), format.thoughts().is_some())
+    });
+    assert_eq!(found, FORMATS);
 }

@@ -54,21 +54,26 @@ pub struct UnknownCitation {
 
 /// Takes a reply apart. `[S1]`, `[s1]`, `[1]`, `(S1)`, `[S1, S2]` and `[` at least eight digits of
 /// a snippet id `]` are labels. A bare number is a label only if no snippet contains the same
-/// bracket, because then it may be copied text. Labels belong to the sentence that they stand in
-/// or directly follow. A sentence that repeats an earlier one word for word is dropped.
+/// bracket, because then it may be copied text. In a reply that begins with a label, labels belong to what
+/// follows them, up to the next one: cite, then explain, as it was asked for. In any other one they belong to the
+/// sentence that they stand in or directly follow. A sentence that repeats an earlier one word for word is dropped.
 #[must_use]
 pub fn parse_answer(reply: &str, live: &Live) -> ParsedAnswer {
     let mut unknown_citations = Vec::new();
     let mut text = String::with_capacity(reply.len());
     let mut segments: Vec<Segment> = Vec::new();
-    for sentence in sentences(reply.trim()) {
-        let (plain, labels) = take_labels(sentence, live);
+    for (plain, labels) in cited_sentences(reply.trim(), live) {
         let mut snippet_ids = Vec::new();
         for label in labels {
             match label {
                 Label::Known(id) if snippet_ids.contains(&id) => {}
                 Label::Known(id) => snippet_ids.push(id),
-                Label::Unknown(label) => unknown_citations.push(UnknownCitation { label }),
+                Label::Unknown(label) => {
+                    let unknown = UnknownCitation { label };
+                    if !unknown_citations.contains(&unknown) {
+                        unknown_citations.push(unknown);
+                    }
+                }
             }
         }
         if plain.is_empty() {
@@ -99,6 +104,58 @@ pub fn parse_answer(reply: &str, live: &Live) -> ParsedAnswer {
     ParsedAnswer { text, segments, unknown_citations, refusal }
 }
 
+/// Sentences without labels, each with its own.
+fn cited_sentences(reply: &str, live: &Live) -> Vec<(String, Vec<Label>)> {
+    if !begins_with_label(reply, live) {
+        return sentences(reply).into_iter().map(|sentence| take_labels(sentence, live)).collect();
+    }
+    let mut found: Vec<(String, Vec<Label>)> = Vec::new();
+    let mut labels: Vec<Label> = Vec::new();
+    // Whether the labels have a sentence already; the next label then begins anew.
+    let mut is_used = false;
+    let mut rest = reply;
+    while !rest.is_empty() {
+        let end = next_label(rest, live);
+        for sentence in sentences(&rest[..end]) {
+            let (plain, own) = take_labels(sentence, live);
+            labels.extend(own);
+            if !plain.is_empty() {
+                found.push((plain, labels.clone()));
+                is_used = true;
+            }
+        }
+        rest = &rest[end..];
+        if let Some(close) = rest.find(']') {
+            if is_used {
+                labels.clear();
+                is_used = false;
+            }
+            read_bracket(&rest[..=close], live, &mut labels);
+            rest = &rest[close + 1..];
+        }
+    }
+    if !is_used {
+        // Labels that nothing follows.
+        found.push((String::new(), labels));
+    }
+    found
+}
+
+fn begins_with_label(reply: &str, live: &Live) -> bool {
+    reply.starts_with('[') && next_label(reply, live) == 0
+}
+
+/// Where the next label in square brackets begins, or the end of the text.
+fn next_label(text: &str, live: &Live) -> usize {
+    let is_label = |at: &usize| {
+        let bracket = &text[*at..];
+        bracket
+            .find(']')
+            .is_some_and(|close| read_bracket(&bracket[..=close], live, &mut Vec::new()))
+    };
+    text.match_indices('[').map(|(at, _)| at).find(is_label).unwrap_or(text.len())
+}
+
 fn cite(segment: &mut Segment, snippet_ids: Vec<String>, live: &Live) {
     for id in snippet_ids {
         if !segment.snippet_ids.contains(&id) {
@@ -119,6 +176,7 @@ fn is_refusal(text: &str) -> bool {
         .is_some_and(|rest| rest.chars().next().is_none_or(|c| !c.is_alphanumeric()))
 }
 
+#[derive(Clone)]
 enum Label {
     Known(String),
     Unknown(String),
@@ -268,6 +326,21 @@ mod tests {
         assert_eq!(parsed.segments[0].citation_source, Some(CitationSource::Model));
         assert_eq!(&parsed.text[parsed.segments[1].text_span.clone()], "Rotate it.");
         assert!(parsed.unknown_citations.is_empty() && !parsed.refusal);
+    }
+
+    /// Cite, then explain: a label in front belongs to what follows, up to the next one.
+    #[test]
+    fn a_label_in_front_belongs_to_the_sentences_behind_it() {
+        let (live, ids) = (live(), ids(&live()));
+        let reply = "[S1] A page has 256 tokens. It is one. [S2] Rotate it.\n[S2][S1] Both hold.";
+        let parsed = parse_answer(reply, &live);
+        assert_eq!(parsed.text, "A page has 256 tokens. It is one. Rotate it. Both hold.");
+        let cited: Vec<&[String]> = parsed.segments.iter().map(|it| &it.snippet_ids[..]).collect();
+        let both = [ids[1].clone(), ids[0].clone()];
+        assert_eq!(cited, [&ids[..1], &ids[..1], &ids[1..], &both[..]]);
+        let parsed = parse_answer("[S1] A page. [S9] Invented. [S2]", &live);
+        assert_eq!(parsed.unknown_citations[0].label, "S9");
+        assert_eq!(parsed.segments[1].snippet_ids, [ids[1].clone()]);
     }
 
     #[test]

@@ -3,13 +3,17 @@
 //! [`begin`] decides before the generator runs, [`conclude`] after it; both are pure, and the
 //! server calls them around its own generation. [`ask`] is the same way for synchronous callers.
 
+use std::sync::Arc;
+
 use exrail_metrics::{Band, Calibration, Ds, Fitness, SetDs, UndefinedDs, Unfit, set_ds};
 use exrail_retrieval::{Hit, SearchOptions};
+use exrail_wire::PromptRecord;
 use serde::{Deserialize, Serialize};
 
 use crate::answer::{CitationSource, ParsedAnswer, Segment, UnknownCitation, parse_answer};
 use crate::attribution::{attribute, containment};
 use crate::error::VerifyError;
+use crate::leak::LeakGuard;
 use crate::prompt::{Live, Nonce, PromptFrame, REFUSAL_TOKEN};
 use crate::system::{Generate, GenerateError, Generated, GeneratedEnd, Retrieve};
 
@@ -26,6 +30,8 @@ pub struct AskPolicy {
     pub min_cited_share: f64,
     /// Whether replies are checked for citations.
     pub check: AnswerCheck,
+    /// Whether replies are kept from repeating the system message.
+    pub leak: LeakCheck,
 }
 
 impl Default for AskPolicy {
@@ -37,6 +43,7 @@ impl Default for AskPolicy {
             min_label_containment: 0.4,
             min_cited_share: 0.5,
             check: AnswerCheck::Enforce,
+            leak: LeakCheck::Enforce,
         }
     }
 }
@@ -45,6 +52,15 @@ impl Default for AskPolicy {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum AnswerCheck {
     /// An answer without valid citations is refused.
+    Enforce,
+    /// The guard is off. For mutation tests, which show what it holds back.
+    Off,
+}
+
+/// Whether the leak guard of G-21 is on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LeakCheck {
+    /// A reply that repeats a stretch of the system message is refused.
     Enforce,
     /// The guard is off. For mutation tests, which show what it holds back.
     Off,
@@ -206,6 +222,8 @@ pub enum RefusalReason {
         /// The snippet.
         snippet_id: String,
     },
+    /// The reply repeats the system message.
+    Leak,
     /// The model wrote the refusal token itself.
     Model,
     /// The reply has no sentence.
@@ -230,6 +248,7 @@ impl RefusalReason {
             RefusalReason::NoEvidence => "no_evidence",
             RefusalReason::DeltaS { .. } | RefusalReason::DeltaSUndefined { .. } => "delta_s",
             RefusalReason::FenceBroken { .. } => "fence",
+            RefusalReason::Leak => "leak",
             RefusalReason::Model => "model_refusal",
             RefusalReason::EmptyReply => "empty_reply",
             RefusalReason::UnknownCitation { .. } | RefusalReason::NoValidCitation { .. } => {
@@ -250,6 +269,7 @@ impl RefusalReason {
             RefusalReason::FenceBroken { snippet_id } => {
                 format!("snippet {snippet_id} holds the fence mark of this request")
             }
+            RefusalReason::Leak => "the reply repeats the system message".to_owned(),
             RefusalReason::Model => "the model found no answer in the sources".to_owned(),
             RefusalReason::EmptyReply => "the model wrote nothing".to_owned(),
             RefusalReason::UnknownCitation { labels } => {
@@ -279,8 +299,8 @@ pub struct AskOutcome {
     pub gate: GateReading,
     /// The reply as generated; none if the generator did not run.
     pub reply: Option<Generated>,
-    /// [`PromptFrame::shape_sha256`]; none if no prompt was built.
-    pub shape_sha256: Option<String>,
+    /// [`PromptFrame::record`]; none if no prompt was built.
+    pub prompt: Option<PromptRecord>,
 }
 
 impl AskOutcome {
@@ -301,6 +321,13 @@ impl AskOutcome {
     pub fn model_cited_share(&self) -> Option<f64> {
         let by_model = |s: &Segment| s.citation_source == Some(CitationSource::Model);
         share(self.segments.iter().filter(|segment| by_model(segment)).count(), self.segments.len())
+    }
+
+    /// Share of the sentences with a snippet; none for a refusal.
+    #[must_use]
+    pub fn cited_share(&self) -> Option<f64> {
+        let is_cited = |segment: &&Segment| !segment.snippet_ids.is_empty();
+        share(self.segments.iter().filter(is_cited).count(), self.segments.len())
     }
 }
 
@@ -368,11 +395,11 @@ pub fn conclude(
         AnswerCheck::Enforce => refusal_of(&parsed, policy),
         AnswerCheck::Off => None,
     };
-    let shape_sha256 = Some(frame.shape_sha256());
+    let prompt = Some(frame.record());
     match refusal {
         Some(reason) => {
             let outcome = refused(reason, hits, gate, Some(reply));
-            AskOutcome { shape_sha256, ..outcome }
+            AskOutcome { prompt, ..outcome }
         }
         None => AskOutcome {
             text: match policy.check {
@@ -384,7 +411,7 @@ pub fn conclude(
             evidence: hits.to_vec(),
             gate,
             reply: Some(reply),
-            shape_sha256,
+            prompt,
         },
     }
 }
@@ -402,7 +429,7 @@ fn refused(
         evidence: hits.to_vec(),
         gate,
         reply,
-        shape_sha256: None,
+        prompt: None,
     }
 }
 
@@ -411,6 +438,7 @@ fn refused(
 fn drop_cut_sentence(parsed: &mut ParsedAnswer, end: GeneratedEnd) {
     let cut = match end {
         GeneratedEnd::Length => !parsed.text.ends_with(['.', '!', '?']),
+        GeneratedEnd::Closed => true,
         GeneratedEnd::Stop | GeneratedEnd::Looped => false,
     };
     if cut && parsed.segments.len() > 1 {
@@ -431,8 +459,12 @@ fn drop_unsupported_labels(parsed: &mut ParsedAnswer, live: &Live, min_containme
             chunk.is_some_and(|chunk| containment(sentence, &chunk.text) >= min_containment)
         };
         segment.snippet_ids.retain(holds);
-        let first = segment.snippet_ids.first();
-        let chunk = first.and_then(|id| live.iter().find(|chunk| chunk.snippet_id == *id));
+        let of = |id: &str| live.iter().find(|chunk| chunk.snippet_id == id);
+        let chunk = segment.snippet_ids.first().and_then(|id| of(id));
+        // A segment rests on one section, that of its first snippet (G-15).
+        let section = chunk.map(|chunk| chunk.section_id.as_str());
+        let same = |id: &String| of(id).map(|chunk| chunk.section_id.as_str()) == section;
+        segment.snippet_ids.retain(same);
         segment.section_id = chunk.map(|chunk| chunk.section_id.clone());
         segment.citation_source = chunk.map(|_| CitationSource::Model);
     }
@@ -500,7 +532,11 @@ pub fn answer_over(
         let tokens = system.count_tokens(frame.messages())?;
         let limit = system.prompt_limit();
         if tokens <= limit {
-            let reply = system.generate(frame.messages(), seed)?;
+            let reply = system.generate(&frame, seed)?;
+            if policy.leak == LeakCheck::Enforce && leaks(system, &frame, &reply.text)? {
+                let outcome = refused(RefusalReason::Leak, hits, reading, Some(reply));
+                return Ok(AskOutcome { prompt: Some(frame.record()), ..outcome });
+            }
             return Ok(conclude(&frame, hits, reading, reply, policy));
         }
         if hits.len() == 1 {
@@ -508,6 +544,16 @@ pub fn answer_over(
         }
         hits = &hits[..hits.len() - 1];
     }
+}
+
+/// Whether a reply repeats the system message of its prompt (G-21). That text is the same for everybody and no
+/// secret, so it has no canary; a reply that recites it answers no question.
+fn leaks(system: &dyn Generate, frame: &PromptFrame, reply: &str) -> Result<bool, GenerateError> {
+    let mut guard = LeakGuard::new();
+    for message in frame.messages().iter().filter(|message| message.role == "system") {
+        guard = guard.with_text(&message.content, &system.token_ends(&message.content)?);
+    }
+    Ok(Arc::new(guard).screen(reply).leak.is_some())
 }
 
 /// Retrieves and answers: the way of a request of `/v1/ask`.

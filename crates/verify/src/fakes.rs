@@ -11,7 +11,7 @@ use exrail_retrieval::{
     EncoderFacts, Hit, SearchOptions, Section, SpanUnit, TokenizerFacts,
 };
 
-use crate::prompt::FrameMessage;
+use crate::prompt::{FrameMessage, PromptFrame};
 use crate::system::{
     Generate, GenerateError, Generated, GeneratedEnd, GeneratorFacts, Retrieve, RetrieveError,
     SamplingKind,
@@ -231,7 +231,8 @@ impl<F: Fn(&[FrameMessage], u64) -> String> FakeGenerator<F> {
 }
 
 impl<F: Fn(&[FrameMessage], u64) -> String> Generate for FakeGenerator<F> {
-    fn generate(&self, messages: &[FrameMessage], seed: u64) -> Result<Generated, GenerateError> {
+    fn generate(&self, prompt: &PromptFrame, seed: u64) -> Result<Generated, GenerateError> {
+        let messages = prompt.messages();
         let text = (self.reply)(messages, seed);
         let n_output_tokens = text.split_whitespace().count();
         let n_prompt_tokens = self.count_tokens(messages)?;
@@ -240,6 +241,10 @@ impl<F: Fn(&[FrameMessage], u64) -> String> Generate for FakeGenerator<F> {
 
     fn count_tokens(&self, messages: &[FrameMessage]) -> Result<usize, GenerateError> {
         Ok(messages.iter().map(|message| message.content.split_whitespace().count()).sum())
+    }
+
+    fn token_ends(&self, text: &str) -> Result<Vec<usize>, GenerateError> {
+        Ok(text.match_indices(' ').map(|(at, _)| at).chain([text.len()]).collect())
     }
 
     fn prompt_limit(&self) -> usize {
@@ -270,7 +275,7 @@ pub(crate) fn sources(messages: &[FrameMessage]) -> Vec<String> {
 
 /// Copies the best source and cites it.
 pub(crate) fn perfect(messages: &[FrameMessage], _seed: u64) -> String {
-    format!("{} [S1]", sources(messages)[0])
+    format!("[S1] {}", sources(messages)[0])
 }
 
 const N_ITEMS: usize = 60;

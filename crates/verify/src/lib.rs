@@ -13,6 +13,7 @@ mod ask;
 mod attribution;
 mod cache;
 mod calibrate;
+mod cite;
 mod collection;
 mod encode;
 mod error;
@@ -20,12 +21,16 @@ mod evaluate;
 mod fix;
 mod gates;
 mod gold;
+mod injection;
+mod leak;
 mod positions;
 mod probe;
 mod prompt;
 mod render;
 mod report;
 mod system;
+mod tool_fence;
+pub mod trace;
 
 #[cfg(test)]
 mod fakes;
@@ -34,8 +39,8 @@ mod tests;
 
 pub use answer::{CitationSource, ParsedAnswer, Segment, UnknownCitation, parse_answer};
 pub use ask::{
-    AnswerCheck, AskOutcome, AskPolicy, Begun, DeltaSGate, GateReading, RefusalReason, answer_over,
-    ask, begin, conclude, evidence_ds, retrieve,
+    AnswerCheck, AskOutcome, AskPolicy, Begun, DeltaSGate, GateReading, LeakCheck, RefusalReason,
+    answer_over, ask, begin, conclude, evidence_ds, retrieve,
 };
 pub use attribution::{Attribution, attribute};
 pub use cache::{
@@ -43,6 +48,7 @@ pub use cache::{
     MIN_PROBE_TOKENS, ProbeText, UntilDrift, cache_probe, drift,
 };
 pub use calibrate::{CorpusCalibration, FamilyFit, MaskedNull, calibrate};
+pub use cite::cite_lark;
 pub use collection::CollectionIndex;
 pub use error::{CalibrationError, GoldError, VerifyError};
 pub use evaluate::{Progress, Stage, System, VerifyOptions, verify};
@@ -51,8 +57,14 @@ pub use fix::Fix;
 pub use gold::{
     AnchorMode, EvidenceQuote, GoldItem, GoldKind, GoldSet, ResolvedItem, ResolvedSpan,
 };
+pub use injection::{
+    Attack, AttackClass, AttackOutcome, InjectionTally, SuccessClass, injection_suite,
+};
+pub use leak::{LEAK_TOKENS, Leak, LeakGuard, LeakWatch, Screened};
 pub use probe::{ItemLambda, ModeLambda, ProbeRun, lambda_probe};
-pub use prompt::{FenceBroken, FrameMessage, Live, Nonce, PromptFrame, REFUSAL_TOKEN, Slot};
+pub use prompt::{
+    FenceBroken, FrameMessage, Live, Nonce, PromptFrame, REFUSAL_TOKEN, Slot, constraints_sha256,
+};
 pub use render::Color;
 pub use report::{
     Config, Cost, CoverageSection, DeltaSSection, Gate, LambdaSection, Measured, NotMeasured, Pins,
@@ -61,4 +73,7 @@ pub use report::{
 pub use system::{
     Generate, GenerateError, Generated, GeneratedEnd, GeneratorFacts, Retrieve, RetrieveError,
     SamplingKind,
+};
+pub use tool_fence::{
+    Refusal, TAINT_WORDS, TaintPolicy, ToolCircuit, ToolFence, Verdict as ToolVerdict, dedupe_key,
 };

@@ -114,7 +114,7 @@ pub fn lambda_probe(
     let shapes: BTreeSet<&String> = frozen
         .iter()
         .chain(&live)
-        .filter_map(|attempt| attempt.outcome.as_ref()?.shape_sha256.as_ref())
+        .filter_map(|attempt| Some(&attempt.outcome.as_ref()?.prompt.as_ref()?.shape_sha256))
         .collect();
     let assemble_convergent = shapes.len() <= 1;
     let live_lambda = summarise(&live, calibrated_ds)?;
@@ -185,9 +185,11 @@ fn outcome_class(outcome: &AskOutcome) -> Outcome {
     match &outcome.refusal {
         None => Outcome::Answer(AnswerText::Text(outcome.text.clone())),
         Some(RefusalReason::EmptyReply) => Outcome::Empty,
-        Some(RefusalReason::UnknownCitation { .. } | RefusalReason::FenceBroken { .. }) => {
-            Outcome::Invalid
-        }
+        Some(
+            RefusalReason::UnknownCitation { .. }
+            | RefusalReason::FenceBroken { .. }
+            | RefusalReason::Leak,
+        ) => Outcome::Invalid,
         Some(
             RefusalReason::NoEvidence
             | RefusalReason::DeltaS { .. }
@@ -245,14 +247,16 @@ fn kind_of(attempt: &Attempt) -> RunKind {
         }
         Outcome::Answer(_) | Outcome::Refusal => match reply_of(attempt).map(|reply| reply.end) {
             Some(GeneratedEnd::Looped) => RunKind::Looped,
-            Some(GeneratedEnd::Stop | GeneratedEnd::Length) | None => match attempt.answer {
-                Outcome::Refusal => RunKind::NoCitationRequired,
-                Outcome::Answer(_)
-                | Outcome::Invalid
-                | Outcome::Empty
-                | Outcome::TimedOut
-                | Outcome::Numeric => RunKind::Answer,
-            },
+            Some(GeneratedEnd::Stop | GeneratedEnd::Length | GeneratedEnd::Closed) | None => {
+                match attempt.answer {
+                    Outcome::Refusal => RunKind::NoCitationRequired,
+                    Outcome::Answer(_)
+                    | Outcome::Invalid
+                    | Outcome::Empty
+                    | Outcome::TimedOut
+                    | Outcome::Numeric => RunKind::Answer,
+                }
+            }
         },
     }
 }

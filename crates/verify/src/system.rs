@@ -6,21 +6,28 @@ use std::sync::Arc;
 
 use exrail_retrieval::{Document, Hit, SearchOptions};
 
-use crate::prompt::FrameMessage;
+use crate::prompt::{FrameMessage, PromptFrame};
 
 /// A text generator behind a chat template, with the sampling of production.
 pub trait Generate {
-    /// Generates a reply to the messages. Two calls with equal arguments give equal text.
+    /// Generates a reply to the prompt, one that [`crate::cite_lark`] allows where answers are locked. Two calls with
+    /// equal arguments give equal text.
     ///
     /// # Errors
     /// See [`GenerateError`].
-    fn generate(&self, messages: &[FrameMessage], seed: u64) -> Result<Generated, GenerateError>;
+    fn generate(&self, prompt: &PromptFrame, seed: u64) -> Result<Generated, GenerateError>;
 
     /// Tokens of the rendered prompt of these messages.
     ///
     /// # Errors
     /// The template refuses the messages.
     fn count_tokens(&self, messages: &[FrameMessage]) -> Result<usize, GenerateError>;
+
+    /// Byte offsets at which the tokens of a text end, ascending.
+    ///
+    /// # Errors
+    /// The tokenizer refuses the text.
+    fn token_ends(&self, text: &str) -> Result<Vec<usize>, GenerateError>;
 
     /// Most tokens that a prompt may have so that a whole reply still fits.
     fn prompt_limit(&self) -> usize;
@@ -52,6 +59,9 @@ pub enum GeneratedEnd {
     Stop,
     /// The token budget ended it; the last sentence may be cut.
     Length,
+    /// The token budget ended it, and the grammar wrote the shortest end: the last sentence is cut, whole as it
+    /// looks.
+    Closed,
     /// The loop detector ended it (G-19).
     Looped,
 }

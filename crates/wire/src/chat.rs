@@ -3,7 +3,8 @@
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    AskMetrics, Citation, Grounding, RotationFields, RotationRecord, Stop, Unknown, Usage,
+    AskMetrics, Citation, Grounding, RequestCall, RotationFields, RotationRecord, Stop,
+    ToolCallDelta, ToolCallMessage, Unknown, Usage,
 };
 
 /// A chat request.
@@ -43,10 +44,18 @@ pub struct ChatRequest {
 /// One message of the conversation.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 pub struct RequestMessage {
-    /// `system`, `user` or `assistant`.
+    /// `system`, `user`, `assistant` or `tool`.
     pub role: String,
-    /// Text.
-    pub content: Content,
+    /// Text; null or absent beside tool calls.
+    pub content: Option<Content>,
+    /// What an assistant thought before it answered.
+    pub reasoning_content: Option<String>,
+    /// Calls that an assistant made.
+    pub tool_calls: Option<Vec<RequestCall>>,
+    /// The call that a `tool` message answers.
+    pub tool_call_id: Option<String>,
+    /// Who speaks, or the function that a `tool` message comes from.
+    pub name: Option<String>,
     /// Everything else.
     #[serde(flatten)]
     pub unknown: Unknown,
@@ -129,7 +138,7 @@ pub struct ChatChoice {
     pub index: usize,
     /// The answer.
     pub message: AssistantMessage,
-    /// `stop` or `length`.
+    /// `stop`, `length` or `tool_calls`.
     pub finish_reason: &'static str,
     /// The reason itself, where OpenAI's list has no word for it and `finish_reason` has the nearest.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -149,10 +158,16 @@ pub struct ChatChoice {
 pub struct AssistantMessage {
     /// Always `assistant`.
     pub role: &'static str,
-    /// The text.
-    pub content: String,
+    /// The text; null when there is none beside tool calls.
+    pub content: Option<String>,
     /// Always null: this server refuses in `content`.
     pub refusal: Option<String>,
+    /// What the model thought before it answered; absent when it did not, or when its thoughts are not told apart.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reasoning_content: Option<String>,
+    /// Functions to call, each whole and valid; absent without any.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub tool_calls: Vec<ToolCallMessage>,
 }
 
 /// Log-probabilities of one choice.
@@ -238,4 +253,10 @@ pub struct Delta {
     /// New text.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub content: Option<String>,
+    /// New thoughts.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reasoning_content: Option<String>,
+    /// A call, told when it is whole.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub tool_calls: Vec<ToolCallDelta>,
 }

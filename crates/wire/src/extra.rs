@@ -28,6 +28,20 @@ pub struct ExtraFields {
     pub loop_guard: Option<LoopGuardField>,
     /// Whether cached prefixes are read, and this request's left for others.
     pub prefix_cache: Option<bool>,
+    /// Whether the answer is kept from repeating the system messages.
+    pub leak_guard: Option<bool>,
+    /// What becomes of a tool call whose arguments were copied from the results of tools.
+    pub tool_taint: Option<ToolTaintName>,
+}
+
+/// What becomes of a tool call whose arguments were copied from the results of tools.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ToolTaintName {
+    /// It is marked.
+    Annotate,
+    /// It does not leave.
+    Refuse,
 }
 
 /// A switch, or options, which switch it on.
@@ -99,6 +113,8 @@ impl ExtraFields {
             deadline_ms: field(unknown, "deadline_ms")?,
             loop_guard: field(unknown, "loop_guard")?,
             prefix_cache: field(unknown, "prefix_cache")?,
+            leak_guard: field(unknown, "leak_guard")?,
+            tool_taint: field(unknown, "tool_taint")?,
         })
     }
 }

@@ -13,8 +13,10 @@ mod extra;
 mod models;
 mod rotation;
 mod sampling;
+pub mod schemas;
 mod sessions;
 pub mod sse;
+mod structured;
 mod tokenize;
 mod trace;
 
@@ -33,6 +35,7 @@ pub use embeddings::{
 pub use error::{ErrorBody, ErrorDetail};
 pub use extra::{
     ExemptName, ExtraFields, LoopGuardField, LoopGuardFields, OnLoopName, PriorityName,
+    ToolTaintName,
 };
 pub use models::{ModelCard, ModelList};
 pub use rotation::{RotationFields, RotationRecord};
@@ -40,10 +43,16 @@ pub use sampling::{FieldError, SamplingFields, Stop, Usage, UsageDetails};
 pub use sessions::{
     RestoreRequest, SessionCard, SessionDeleted, SessionList, SessionRequest, SessionResponse,
 };
+pub use structured::{
+    CalledFunction, ContractRecord, FunctionDelta, FunctionField, GrammarField, GrammarKind,
+    NamedSchema, RequestCall, RequestCallFunction, ResponseFormat, StructuredFields,
+    StructuredRecord, ToolCallDelta, ToolCallMessage, ToolChoiceField, ToolField, ToolKind,
+};
 pub use tokenize::{DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse};
 pub use trace::{
-    AnswerMetrics, AnswerRecord, Latency, Pins, QueryRecord, RetrievedItem, SegmentRecord,
-    TRACE_SCHEMA_VERSION, TokenCounts, TraceBody, TraceEnvelope,
+    AnswerMetrics, AnswerRecord, Latency, Pins, PromptRecord, QueryRecord, RetrievedItem,
+    SegmentRecord, SlotRecord, SpanRecord, TRACE_SCHEMA_VERSION, TokenCounts, TraceBody,
+    TraceEnvelope,
 };
 
 /// Fields of a request that its type does not declare.

@@ -1,9 +1,12 @@
-//! Trace records (guardrails G-14): one envelope, one body per event, JSON lines.
+//! Trace records (guardrails G-14): one envelope, one body per event, JSON lines. Their published JSON Schemas are
+//! in [`crate::schemas`].
 
 use serde::Serialize;
 
-/// Version of the record layout; a reader refuses another major.
-pub const TRACE_SCHEMA_VERSION: &str = "1.0";
+use crate::StructuredRecord;
+
+/// Version of the record layout; a reader refuses another one.
+pub const TRACE_SCHEMA_VERSION: &str = "2.0";
 
 /// The pins that an answer depends on.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
@@ -18,7 +21,7 @@ pub struct Pins {
     pub index_hash: Option<String>,
     /// sha256 of the chat template.
     pub template_hash: Option<String>,
-    /// Version of this layout.
+    /// [`crate::schemas::SHA256`]: the layout, and what is required of it.
     pub schema_hash: String,
     /// Weight format.
     pub quant: String,
@@ -92,7 +95,8 @@ pub enum TraceBody {
         route: &'static str,
         /// Seed that was used.
         seed: u64,
-        /// `stop`, `length`, `degenerate`, `context_rotation_required`, `cancelled` or the fault.
+        /// `stop`, `length`, `degenerate`, `context_rotation_required`, `schema_incomplete`, `leak`, `cancelled` or the
+        /// fault.
         finish_reason: String,
         /// sha256 of the text of the choices, in order.
         answer_sha256: String,
@@ -100,6 +104,9 @@ pub enum TraceBody {
         tokens: TokenCounts,
         /// Times.
         latency_ms: Latency,
+        /// What it was held to; absent when to nothing.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        structured: Option<StructuredRecord>,
     },
     /// Part of a context was dropped, and the rest computed anew (G-16).
     #[serde(rename = "cache.rotate")]
@@ -199,8 +206,16 @@ pub struct RetrievedItem {
     pub snippet_id: String,
     /// Its section.
     pub section_id: String,
-    /// Its tokens by the index tokenizer.
+    /// Its document.
+    pub doc_id: String,
+    /// Revision of the document.
+    pub rev: String,
+    /// Where it stands in the document's canonical text.
+    pub span: SpanRecord,
+    /// Its tokens by the index tokenizer; at least 1.
     pub tokens: usize,
+    /// sha256 of its text.
+    pub text_sha256: String,
     /// Fused score.
     pub score_raw: f64,
     /// Fused score over the best one's.
@@ -221,6 +236,55 @@ pub struct RetrievedItem {
     pub selected: bool,
 }
 
+/// A range of a text.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct SpanRecord {
+    /// First byte.
+    pub start: usize,
+    /// One past the last byte; greater than `start`.
+    pub end: usize,
+    /// `byte`, of UTF-8: records of other programs count characters.
+    pub unit: &'static str,
+}
+
+impl From<std::ops::Range<usize>> for SpanRecord {
+    fn from(bytes: std::ops::Range<usize>) -> SpanRecord {
+        SpanRecord { start: bytes.start, end: bytes.end, unit: "byte" }
+    }
+}
+
+/// The prompt over evidence: its slots, its rules and what it allows to cite (G-14, G-31).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct PromptRecord {
+    /// Hash of the fixed text, the roles and the slot order.
+    pub shape_sha256: String,
+    /// sha256 of the system slot.
+    pub system_sha256: String,
+    /// The task.
+    pub task: String,
+    /// The rules, as they stand in the prompt.
+    pub constraints: Vec<String>,
+    /// sha256 of the rules in sorted order, each followed by a zero byte.
+    pub constraints_sha256: String,
+    /// The snippets in the order of their labels.
+    pub citations: Vec<String>,
+    /// The slots in their order.
+    pub slots: Vec<SlotRecord>,
+}
+
+/// A slot of a prompt.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct SlotRecord {
+    /// `system`, `task`, `constraints`, `citations`, `question` or `answer`.
+    pub slot: &'static str,
+    /// `system` or `user`.
+    pub role: &'static str,
+    /// Where it stands in the content of that message.
+    pub span: SpanRecord,
+    /// Its tokens in the prompt; null where they were not told apart.
+    pub token_range: Option<[usize; 2]>,
+}
+
 /// An answer with its evidence.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct AnswerRecord {
@@ -228,8 +292,8 @@ pub struct AnswerRecord {
     pub query: QueryRecord,
     /// The collection.
     pub collection: String,
-    /// Hash of the prompt's fixed text and slot order; null when no prompt was built.
-    pub prompt_shape_sha256: Option<String>,
+    /// The prompt frame; null when no prompt was built.
+    pub prompt: Option<PromptRecord>,
     /// What was found, best first.
     pub retrieved: Vec<RetrievedItem>,
     /// The answer as released.
@@ -246,7 +310,7 @@ pub struct AnswerRecord {
     pub withheld_sha256: Option<String>,
     /// Seed that was used.
     pub seed: u64,
-    /// `stop`, `length`, or null when nothing was generated.
+    /// `stop`, `length`, `degenerate`, `schema_incomplete`, or null when nothing was generated.
     pub finish_reason: Option<String>,
     /// What was measured.
     pub metrics: AnswerMetrics,
@@ -259,8 +323,8 @@ pub struct AnswerRecord {
 /// A part of an answer that rests on one section.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct SegmentRecord {
-    /// Byte range in the answer.
-    pub text_span: [usize; 2],
+    /// Where it stands in the answer.
+    pub text_span: SpanRecord,
     /// The section; null without support.
     pub section_id: Option<String>,
     /// The snippets.
@@ -282,6 +346,8 @@ pub struct AnswerMetrics {
     pub ds_status: String,
     /// Mean next-token entropy, nats.
     pub h_mean: Option<f64>,
+    /// Share of the segments with a snippet, in [0, 1]; null for a refusal.
+    pub cited_share: Option<f64>,
     /// Times.
     pub latency_ms: Latency,
     /// Tokens.

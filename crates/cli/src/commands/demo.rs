@@ -22,7 +22,7 @@ use super::{
     verify::{self, SampleArgs},
 };
 use crate::{
-    Ended,
+    Ended, keys,
     load::{Boot, CollectionSpec, Prepare, phases_json, print_phases},
     options::{Access, EncoderArgs, EngineArgs, Sources},
     output::Output,
@@ -78,6 +78,7 @@ impl Demo {
         output.line(format!("exrail {} — demo on {url}", env!("CARGO_PKG_VERSION")));
         let server =
             runtime.spawn(exrail_server::serve(Arc::clone(&state), listener, serve::stopped()));
+        runtime.spawn(keys::follow(self.access.clone(), Arc::clone(&state)));
         let services = self.boot(&state, &pack, &gold, &spec, *output)?;
         show_boot(&state, started.elapsed(), *output);
         ask_all(&Client::new(&url, self.access.first_key()?), &gold, started, *output)?;
@@ -87,7 +88,7 @@ impl Demo {
         record(&runtime, state.traces(), &services, &report)?;
         if output.is_terminal() && !self.exit {
             invite(&url, *output);
-            runtime.block_on(server)??;
+            runtime.block_on(server)?;
         }
         services.engine.shutdown();
         Ok(Ended::Done)

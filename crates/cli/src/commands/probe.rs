@@ -1,5 +1,7 @@
 //! `exrail probe`.
 
+mod injection;
+
 use std::{path::PathBuf, sync::Arc};
 
 use anyhow::{Context, Result};
@@ -9,6 +11,7 @@ use exrail_text::Specials;
 use exrail_verify::{CacheFault, CacheReport, ProbeText, Verdict, cache_probe};
 use serde_json::{Value, json};
 
+use self::injection::InjectionProbe;
 use super::demo::sample_text;
 use crate::{
     Ended,
@@ -41,6 +44,16 @@ enum Part {
   exrail probe cache model.gguf                          4,096 tokens of the sample corpus
   exrail probe cache model.gguf --text book.txt --tokens 16384")]
     Cache(CacheProbe),
+    /// Try to inject control tokens, roles and leaks with 180 texts of strangers.
+    ///
+    /// Each text stands where a user speaks. Counts how many become control tokens, how many change what the
+    /// chat template writes around them, and how many answers tell a stretch of the system message past the leak
+    /// guard. Prints the share that may get through at most, with 95 % confidence. Exits 0 when none did, 3
+    /// otherwise.
+    #[command(after_help = "Examples:
+  exrail probe injection model.gguf                its template and tokenizer; a stub that always obeys
+  exrail probe injection model.gguf --generate     and what the model itself says")]
+    Injection(InjectionProbe),
 }
 
 #[derive(Debug, Args)]
@@ -65,6 +78,7 @@ impl Probe {
     pub(crate) fn run(&self, output: &Output) -> Result<Ended> {
         match &self.part {
             Part::Cache(probe) => probe.run(*output),
+            Part::Injection(probe) => probe.run(*output),
         }
     }
 }

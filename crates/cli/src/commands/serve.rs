@@ -9,12 +9,12 @@ use std::{
 
 use anyhow::{Context, Result};
 use clap::Args;
-use exrail_server::{AppState, BootBoard, BootPlan, Fleet, Keys, Limits, TraceLog};
+use exrail_server::{AppState, BootBoard, BootPlan, Fleet, Keys, Limits, TraceLog, TraceMode};
 use serde_json::json;
 use tokio::{net::TcpListener, runtime::Runtime};
 
 use crate::{
-    Ended, environment,
+    Ended, environment, keys,
     load::{AsItIs, Boot, CollectionSpec, phases_json, print_phases},
     options::{Access, EncoderArgs, EngineArgs, RotateArgs, SessionArgs, Sources, SwapArgs},
     output::Output,
@@ -202,6 +202,10 @@ pub(crate) struct Listen {
     /// Trace log; traces/trace.jsonl in the data folder when absent.
     #[arg(long, value_name = "FILE", env = environment::TRACE_LOG)]
     pub(crate) trace_log: Option<PathBuf>,
+    /// What happens with a record that breaks the trace contract: its answer is withheld, it is written with a
+    /// warning, or records are not checked.
+    #[arg(long, value_name = "MODE", default_value = "enforce")]
+    pub(crate) trace_mode: TraceModeArg,
     /// Milliseconds for the answer to a request that has no `deadline_ms` of its own; no limit when absent.
     #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u64).range(1..))]
     pub(crate) default_deadline_ms: Option<u64>,
@@ -213,12 +217,33 @@ pub(crate) struct Listen {
     /// Let answers that go round in a circle go on to their limit, unless a request says `loop_guard`.
     #[arg(long)]
     pub(crate) no_loop_guard: bool,
+    /// Keep chats from repeating their system messages, unless a request says `leak_guard`.
+    #[arg(long)]
+    pub(crate) leak_guard: bool,
+}
+
+/// `--trace-mode`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum TraceModeArg {
+    Enforce,
+    Warn,
+    Off,
+}
+
+impl From<TraceModeArg> for TraceMode {
+    fn from(mode: TraceModeArg) -> TraceMode {
+        match mode {
+            TraceModeArg::Enforce => TraceMode::Enforce,
+            TraceModeArg::Warn => TraceMode::Warn,
+            TraceModeArg::Off => TraceMode::Off,
+        }
+    }
 }
 
 impl Listen {
     /// The trace log, opened.
     pub(crate) fn traces(&self) -> Result<TraceLog> {
-        Ok(TraceLog::open(&self.trace_path()?)?)
+        Ok(TraceLog::open(&self.trace_path()?)?.checked(self.trace_mode.into()))
     }
 
     fn trace_path(&self) -> Result<PathBuf> {
@@ -233,7 +258,8 @@ impl Listen {
         let default_deadline = self.default_deadline_ms.map(Duration::from_millis);
         let watchdog = Duration::from_secs(self.watchdog_s);
         let loop_guard = !self.no_loop_guard;
-        Limits { default_deadline, watchdog, loop_guard, ..Limits::default() }
+        let leak_guard = self.leak_guard;
+        Limits { default_deadline, watchdog, loop_guard, leak_guard, ..Limits::default() }
     }
 
     /// A listener on the address.
@@ -261,6 +287,7 @@ impl Serve {
         output.note(format!("listening on http://{address}, starting"));
         output.value(&json!({ "event": "listening", "url": format!("http://{address}") }));
         let server = runtime.spawn(exrail_server::serve(Arc::clone(&state), listener, stopped()));
+        runtime.spawn(keys::follow(self.started.access.clone(), Arc::clone(&state)));
         let booted = boot.run().with_context(|| failed_phase(state.board()));
         let booted = booted.and_then(|services| Ok(state.open_fleet(services, fleet)?));
         let record = record_boot(Arc::clone(&state));
@@ -275,7 +302,7 @@ impl Serve {
         self.inject(&state);
         output.line(format!("ready: http://{address}"));
         output.value(&json!({ "event": "ready", "url": format!("http://{address}") }));
-        runtime.block_on(server)??;
+        runtime.block_on(server)?;
         if let Some(models) = state.models() {
             models.stop();
         }

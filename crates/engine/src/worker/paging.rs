@@ -108,6 +108,10 @@ impl<B: Backend> Worker<B> {
                 if let Some(admitted) = self.running.last() {
                     self.gauges.leave_queue(admitted.tenant.as_deref(), Left::Admitted);
                     admitted.announce();
+                    let at = self.running.len() - 1;
+                    if let Some(ending) = self.begin(at) {
+                        self.retire(at, ending);
+                    }
                 }
                 Head::Left
             }

@@ -7,6 +7,7 @@ use exrail_kernels::Backend;
 
 use super::Worker;
 use crate::counters::Total;
+use crate::sequence::Ending;
 
 impl<B: Backend> Worker<B> {
     /// Behind a step.
@@ -26,7 +27,9 @@ impl<B: Backend> Worker<B> {
             flight.disown(sequence.id);
         }
         self.gauges.count(sequence.traffic, Total::RollBacks, 1);
-        sequence.roll_back();
+        if let Some(fault) = sequence.roll_back() {
+            return self.finish(sequence, Ending::Fault(fault));
+        }
         // They come from the last to the first.
         self.suspended.push_front(sequence);
         self.publish();

@@ -133,6 +133,7 @@ impl<B: Backend> Worker<B> {
             Asked::Tokens(found) => Some(found),
             Asked::Logits | Asked::Panicked(_) => None,
         });
+        self.ask_masks(spans);
         let asked = self.forward(spans, last);
         let rows = |span: &PlannedSpan| FlightRows {
             id: self.running[span.sequence_idx].id,
@@ -147,6 +148,15 @@ impl<B: Backend> Worker<B> {
             }
         }
         flight
+    }
+
+    /// Has the masks computed that this step's tokens are drawn under, while it is computed. A sequence with a
+    /// grammar needs logits, so that no step is asked for behind one whose token is not taken: a mask is never
+    /// of another place than the token (B12).
+    fn ask_masks(&mut self, spans: &[PlannedSpan]) {
+        for span in spans.iter().filter(|span| span.n_logit_rows > 0) {
+            self.running[span.sequence_idx].ask_mask(&mut self.masks);
+        }
     }
 
     /// How the device finds the token of each logit row, where it does. One that computes in this thread
@@ -256,6 +266,22 @@ impl<B: Backend> Worker<B> {
         for (at, ending) in ended.into_iter().rev() {
             self.retire(at, ending);
         }
+    }
+
+    /// Right behind an admission: what the grammar forces before anything is computed. `Some`: it is the whole
+    /// answer.
+    pub(super) fn begin(&mut self, at: usize) -> Option<Ending> {
+        let Loaded { tokenizer, .. } = &self.loaded;
+        let sequence = &mut self.running[at];
+        let mut shared = Shared { tokenizer, eos: &self.eos, scratch: &mut self.sampling };
+        let begun = catch_unwind(AssertUnwindSafe(|| sequence.begin(&mut shared)));
+        let ending = begun.unwrap_or_else(|panic| {
+            let (step, message) = (self.n_steps, panic_message(panic.as_ref()));
+            Some(Ending::Fault(SequenceFault::StepPanicked { step, message }))
+        });
+        let n_tokens = sequence.n_completion();
+        self.gauges.count(sequence.traffic, Total::GeneratedTokens, n_tokens);
+        ending
     }
 
     fn accept_rows(

@@ -360,7 +360,10 @@ proptest! {
                     match answer.finished().finish {
                         Finish::Length => prop_assert_eq!(answer.tokens.len(), max_tokens),
                         Finish::Cancelled => prop_assert!(answer.tokens.len() <= max_tokens),
-                        Finish::Stop | Finish::Degenerate | Finish::RotationRequired => {
+                        Finish::Stop
+| Finish::Degenerate
+| Finish::RotationRequired
+| Finish::SchemaIncomplete => {
                             prop_assert!(false, "nothing stops these");
                         }
                     }

@@ -134,7 +134,7 @@ fn the_device_draws_what_the_host_draws() {
 
 /// I3 of the field faults.
 #[test]
-fn a_stop_string_over_several_tokens_never_leaks() {
+fn i3_a_stop_string_over_several_tokens_never_leaks() {
     let engine = start(options());
     let whole = generate(&engine, greedy(prompt(2, 10), 48)).text();
     let characters: Vec<(usize, char)> = whole.char_indices().collect();
@@ -151,7 +151,7 @@ fn a_stop_string_over_several_tokens_never_leaks() {
 }
 
 #[test]
-fn text_is_the_repaired_bytes_of_all_tokens_and_log_probabilities_carry_them() {
+fn i1_i6_text_is_the_repaired_bytes_of_all_tokens_and_log_probabilities_carry_them() {
     let engine = start(options());
     for n in 0..6 {
         let mut request = greedy(prompt(n, 8), 64);
@@ -223,7 +223,7 @@ fn log_probabilities_and_entropy_are_those_of_the_raw_logits() {
 }
 
 #[test]
-fn the_end_of_sequence_ends_an_answer_and_is_not_part_of_it() {
+fn e10_each_end_of_sequence_ends_an_answer_and_is_not_part_of_it() {
     let engine = start(options());
     let eos = engine.tokenizer().eos_ids().to_vec();
     assert!(eos.len() >= 2, "tiny models have <|endoftext|> and <|im_end|>");
@@ -307,7 +307,7 @@ fn warm_up_measures_and_leaves_no_trace() {
 
 /// J3 of the field faults: padding of the output matrix gets no probability.
 #[test]
-fn rows_beyond_the_tokenizer_are_never_sampled() {
+fn e11_j3_rows_beyond_the_tokenizer_are_never_sampled() {
     use std::sync::Arc;
 
     use exrail_checkpoint::VocabularyTable;

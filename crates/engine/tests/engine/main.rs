@@ -2,6 +2,7 @@
 
 #![expect(clippy::unwrap_used, reason = "the helpers of tests may fail like tests")]
 
+mod constrained;
 mod cpu;
 mod encoder;
 mod faults;
@@ -12,5 +13,6 @@ mod memory;
 mod prefixes;
 mod rotation;
 mod scheduling;
+mod schemas;
 mod sessions;
 mod support;

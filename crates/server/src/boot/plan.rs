@@ -178,8 +178,8 @@ impl BootPlan {
     /// The graph of this program is wrong, see [`GraphError`].
     pub fn of_generator(retrieval: Retrieval, keys: bool) -> Result<Self, GraphError> {
         use Phase::{
-            Config, Device, Encoder, Index, KvPool, Policy, Preflight, Ready, Secrets, Sentinel,
-            Tokenizer, WarmUp, Weights,
+            Config, Device, Encoder, Grammar, Index, KvPool, Policy, Preflight, Ready, Secrets,
+            Sentinel, Tokenizer, WarmUp, Weights,
         };
         let reads_weights = Deadline::ByBytes(WEIGHTS);
         let mut nodes = vec![
@@ -206,7 +206,16 @@ impl BootPlan {
         let mut last = vec![WarmUp];
         if keys {
             nodes.push(Node::new(Secrets, &[Config], "keys are there and long enough"));
-            last.push(Secrets);
+            // Only servers are asked for more than one kind of answer.
+            nodes.push(
+                Node::new(
+                    Grammar,
+                    &[KvPool],
+                    "a schema is compiled, or it is said why none can be",
+                )
+                .within(Deadline::Fixed(REMOTE)),
+            );
+            last.extend([Secrets, Grammar]);
         }
         if retrieval != Retrieval::Without {
             // Slow machines compute here: what is not hung must not be given up.
@@ -307,6 +316,7 @@ mod tests {
             "tokenizer",
             "kv_pool",
             "warmup",
+            "grammar",
             "encoder",
             "index",
             "policy",

@@ -12,6 +12,7 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use exrail_retrieval::Hit;
+use exrail_text::OddCharacters;
 use exrail_verify::{CitationSource, GateReading, GeneratedEnd, Segment};
 use exrail_wire::{
     AnswerMetrics, AnswerRecord, AskMetrics, AskRequest, AskResponse, AssistantMessage, ChatChoice,
@@ -27,6 +28,7 @@ use crate::{
     error::ApiError,
     extract::{Body, Ready, refuse_unknown},
     generation::{Told, hex},
+    messages, odd,
     pipeline::{ASK_K, ASK_MAX_TOKENS, AskCall, Asked, Asker, ask_sampling},
     sse::{self, EventSink, Gone},
     state::Services,
@@ -37,6 +39,9 @@ use crate::{
 
 /// Longest question in bytes.
 const MAX_QUESTION_BYTES: usize = 8 << 10;
+
+/// Why a grounded answer cannot do without it.
+const ALWAYS_GUARDED: &str = "a grounded answer is always guarded";
 
 /// A question that was accepted.
 struct Question {
@@ -55,6 +60,9 @@ pub(crate) async fn ask(
     Body(mut request): Body<AskRequest>,
 ) -> Result<Json<AskResponse>, ApiError> {
     let (received, fields) = (Instant::now(), Fields::take(&mut request.unknown)?);
+    fields.refuse_structured()?;
+    fields.refuse_leak_guard(false, ALWAYS_GUARDED)?;
+    fields.tool_taint(false)?;
     let Arrival { asking, .. } = fields.arrival(received, &caller, &state.limits)?;
     let pass = ready.generator(request.model.as_deref(), &asking).await?;
     let header = chat::header(&pass, "ask")?;
@@ -132,11 +140,22 @@ async fn decide(state: Arc<AppState>, mut question: Question) -> Result<AskRespo
             state.metrics.count_guard(guard);
         }
         let pins = question.asker.pins()?;
+        if let Some(body) = odd::traced(odd_characters(&question, &asked)) {
+            state.metrics.count_guard(odd::GUARD);
+            state.traces.append_blocking(&question.identity, &pins, body)?;
+        }
         let body = TraceBody::Answer(Box::new(record));
-        state.traces.append_blocking(&question.identity, &pins, body)?;
+        let collection = question.asker.index().collection();
+        state.traces.append_grounded(&question.identity, &pins, body, collection)?;
         Ok(response(question.identity.trace_id, asked))
     });
     blocking.await.map_err(|_| ApiError::Internal("ask task"))?
+}
+
+/// Those of the question and of the evidence.
+fn odd_characters(question: &Question, asked: &Asked) -> OddCharacters {
+    let evidence = asked.outcome.evidence.iter().map(|hit| OddCharacters::of(&hit.chunk.text));
+    evidence.fold(OddCharacters::of(&question.text), OddCharacters::and)
 }
 
 fn response(trace_id: String, asked: Asked) -> AskResponse {
@@ -162,7 +181,7 @@ fn response(trace_id: String, asked: Asked) -> AskResponse {
 fn finish_reason(end: GeneratedEnd) -> &'static str {
     match end {
         GeneratedEnd::Stop => "stop",
-        GeneratedEnd::Length => "length",
+        GeneratedEnd::Length | GeneratedEnd::Closed => "length",
         GeneratedEnd::Looped => "degenerate",
     }
 }
@@ -254,7 +273,7 @@ fn record(question: &Question, asked: &Asked) -> AnswerRecord {
     AnswerRecord {
         query: query(question),
         collection: question.collection.clone(),
-        prompt_shape_sha256: outcome.shape_sha256.clone(),
+        prompt: outcome.prompt.clone(),
         retrieved: retrieved
             .map(|(index, hit)| item(hit, question.asker.calibrated(hit), index < selected))
             .collect(),
@@ -284,6 +303,7 @@ fn answer_metrics(asked: &Asked, ds_mean: Option<f64>) -> AnswerMetrics {
         ds_mean,
         ds_status: status(&asked.outcome.gate).into(),
         h_mean: asked.measured.and_then(|measured| measured.entropy_mean),
+        cited_share: asked.outcome.cited_share(),
         latency_ms: Latency {
             retrieve: asked.retrieve_ms,
             queue: measured.queue_ms,
@@ -307,7 +327,11 @@ fn item(hit: &Hit, ds_cal: Option<f64>, selected: bool) -> RetrievedItem {
     RetrievedItem {
         snippet_id: hit.chunk.snippet_id.clone(),
         section_id: hit.chunk.section_id.clone(),
+        doc_id: hit.chunk.doc_id.clone(),
+        rev: hit.chunk.rev.clone(),
+        span: hit.chunk.range().into(),
         tokens: hit.chunk.tokens,
+        text_sha256: hit.chunk.text_sha256.clone(),
         score_raw: f64::from(hit.score_raw),
         score_norm: f64::from(hit.score_norm),
         cosine: f64::from(hit.cosine),
@@ -328,7 +352,7 @@ fn segments(segments: &[Segment], evidence: &[Hit]) -> Vec<SegmentRecord> {
     segments
         .iter()
         .map(|segment| SegmentRecord {
-            text_span: [segment.text_span.start, segment.text_span.end],
+            text_span: segment.text_span.clone().into(),
             section_id: segment.section_id.clone(),
             snippet_ids: segment.snippet_ids.clone(),
             citation_source: source_name(segment.citation_source),
@@ -350,6 +374,9 @@ pub(crate) async fn grounded_chat(
         return Err(ApiError::Internal("a grounded request without grounding"));
     };
     refuse_unknown("exrail.", &grounding.unknown)?;
+    fields.refuse_structured()?;
+    fields.refuse_leak_guard(false, ALWAYS_GUARDED)?;
+    fields.tool_taint(false)?;
     refuse_with_grounding(&request)?;
     let include_usage = chat::include_usage(request.stream, request.stream_options)?;
     let limit = chat::one_limit(request.max_tokens, request.max_completion_tokens)?;
@@ -391,7 +418,7 @@ fn refuse_with_grounding(request: &ChatRequest) -> Result<(), ApiError> {
 
 /// The guards own system prompt and evidence, so that a conversation has no place in this prompt.
 fn single_question(messages: Vec<exrail_wire::RequestMessage>) -> Result<String, ApiError> {
-    let mut messages = translate::messages(messages)?;
+    let mut messages = messages::of_wire(messages)?;
     match (messages.pop(), messages.is_empty()) {
         (Some(last), true) if last.role == "user" => Ok(last.content.unwrap_or_default()),
         _ => Err(ApiError::BadField {
@@ -418,7 +445,13 @@ fn whole(header: Header, answer: AskResponse) -> ChatResponse {
     let system_fingerprint = header.system_fingerprint();
     let exrail = Some(grounded(&answer));
     let told = Told::named(answer.finish_reason.unwrap_or("stop"));
-    let message = AssistantMessage { role: "assistant", content: answer.answer, refusal: None };
+    let message = AssistantMessage {
+        role: "assistant",
+        content: Some(answer.answer),
+        refusal: None,
+        reasoning_content: None,
+        tool_calls: Vec::new(),
+    };
     ChatResponse {
         id: header.id,
         object: "chat.completion",
@@ -467,7 +500,7 @@ async fn send(
     sink: &EventSink,
 ) -> Result<(), Gone> {
     let content = Some(answer.answer.clone());
-    let delta = Delta { role: Some("assistant"), content };
+    let delta = Delta { role: Some("assistant"), content, ..Delta::default() };
     sink.send(&header.chunk(vec![piece(0, delta)])).await?;
     let mut last = piece(0, Delta::default());
     let told = Told::named(answer.finish_reason.unwrap_or("stop"));

@@ -8,10 +8,12 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use exrail_engine::{GenerateRequest, ModelFingerprint, Sampling};
-use exrail_text::PlacedPrompt;
+use exrail_text::{ChatMessage, PlacedPrompt};
+use exrail_verify::LeakGuard;
 use exrail_wire::{
-    AssistantMessage, ChatChoice, ChatChunk, ChatChunkChoice, ChatLogprobs, ChatRequest,
-    ChatResponse, Delta, StreamOptions, TokenLogprob, TopLogprob,
+    AssistantMessage, CalledFunction, ChatChoice, ChatChunk, ChatChunkChoice, ChatLogprobs,
+    ChatRequest, ChatResponse, Delta, FunctionDelta, StreamOptions, TokenLogprob, ToolCallDelta,
+    ToolCallMessage, ToolKind, TopLogprob,
 };
 
 use super::ask;
@@ -20,11 +22,14 @@ use crate::{
     auth::Caller,
     error::ApiError,
     extract::{Body, Ready, refuse_unknown},
-    generation::{self, Choice, LogprobAt, Told},
-    ids,
+    generation::{self, Choice, LogprobAt},
+    ids, leak,
+    messages::{self, Conversation},
+    odd,
     relay::{self, Job, News, Wording},
     rotation, sse,
     state::{Services, system_fingerprint},
+    structured::{Call, Demand, Part, Reply, Structured},
     trace::TraceIdentity,
     translate::{self, Arrival, Fields},
 };
@@ -59,7 +64,7 @@ pub(crate) async fn complete(
         return ask::grounded_chat(state, pass, request, &fields, arrival).await;
     }
     let stream = request.stream.unwrap_or(false);
-    let accepted = accept(&state, &pass, request, &fields, arrival);
+    let accepted = accept(&state, &pass, request, &fields, arrival).await;
     let (job, wording) = accepted.map_err(|error| pass.explain(error))?;
     if stream {
         let (sink, response) = sse::channel();
@@ -70,7 +75,7 @@ pub(crate) async fn complete(
     Ok(Json(whole_answer(wording.header, choices)).into_response())
 }
 
-fn accept(
+async fn accept(
     state: &AppState,
     services: &Services,
     request: ChatRequest,
@@ -80,37 +85,79 @@ fn accept(
     let Arrival { received, asking } = arrival;
     let include_usage = include_usage(request.stream, request.stream_options)?;
     let choices = translate::choices(request.n, state.limits.choices)?;
-    let messages = translate::messages(request.messages)?;
+    let logprobs = logprobs(request.logprobs, request.top_logprobs)?;
+    let demand = Demand::of_chat(&fields.structured, &state.limits.structured)?;
+    let mut said = messages::of_wire(request.messages)?;
+    let odd = odd::of_chat(&said);
+    let taint = fields.tool_taint(!demand.tools().is_empty())?;
+    let returned = returned(&said);
+    let leak = leak_guard(state, services, (fields, asking.tenant.as_deref()), &mut said)?;
+    if leak.is_some() && logprobs.is_some() {
+        return Err(ApiError::UnsupportedField {
+            field: "logprobs".into(),
+            why: "they would tell the tokens that `leak_guard` holds back",
+        });
+    }
     let sampling = translate::sampling(&fields.sampling, Sampling::default())?;
-    let PlacedPrompt { ids: prompt, places } =
-        translate::placed_prompt(&services.engine, &messages)?;
-    let rotation = rotation::of_chat(&services.engine, request.rotation, &messages, &places)?;
+    let conversation = Conversation::new(services, said, demand.tools())?;
+    let rotation = conversation.rotation(&services.engine, request.rotation)?;
+    let Conversation { placed: PlacedPrompt { ids: prompt, .. }, opening, .. } = conversation;
     let asked = one_limit(request.max_tokens, request.max_completion_tokens)?;
     translate::reserve_output(&services.engine, asked, prompt.len())?;
     let default = state.limits.default_max_tokens;
     let max_tokens = translate::max_tokens(&services.engine, asked, default, prompt.len());
+    let loop_guard = fields.loop_guard(&state.limits, request.stream)?;
+    // The last thing before the queue: it takes a core.
+    let Structured { grammar, lock } =
+        demand.compile(&services.engine, &state.compiling, opening).await?;
+    let lock = lock.map(|lock| Arc::new(lock.fenced(returned, taint)));
+    if logprobs.is_some() && lock.as_ref().is_some_and(|lock| lock.has_calls()) {
+        let why = "log-probabilities of tool calls are not told";
+        return Err(ApiError::UnsupportedField { field: "logprobs".into(), why });
+    }
     let seed = sampling.seed;
     let generate = GenerateRequest {
         prompt,
         max_tokens,
         sampling,
         stop: translate::stops(request.stop),
-        logprobs: logprobs(request.logprobs, request.top_logprobs)?,
+        logprobs,
         entropy: false,
         stop_at_eos: true,
         tenant: asking.tenant.clone(),
         priority: fields.priority(),
         deadline: asking.deadline,
-        loop_guard: fields.loop_guard(&state.limits, request.stream)?,
+        loop_guard,
         prefix_cache: fields.prefix_cache(),
         rotation,
+        grammar,
     };
-    let generations = generation::submit(&services.engine, &generate, choices)?;
+    let requests = generation::requests(&generate, choices);
+    let generations = generation::submit(&services.engine, &requests)?;
     let header = header(services, "chatcmpl")?;
     let identity = identity(&header, asking.tenant, request.user)?;
     let route = "/v1/chat/completions";
-    let job = Job { route, generations, seed, identity, received };
+    let job = Job { route, generations, lock, requests, seed, identity, received, leak, odd };
     Ok((job, ChatWording { header, include_usage }))
+}
+
+/// What tools have returned in a conversation, which nobody vouches for.
+fn returned(said: &[ChatMessage]) -> Vec<String> {
+    let results = said.iter().filter(|message| message.role == "tool");
+    results.filter_map(|message| message.content.clone()).collect()
+}
+
+/// Keeps an answer from repeating the system messages, where that is asked for.
+fn leak_guard(
+    state: &AppState,
+    services: &Services,
+    (fields, tenant): (&Fields, Option<&str>),
+    said: &mut [ChatMessage],
+) -> Result<Option<Arc<LeakGuard>>, ApiError> {
+    if !fields.leak_guard(&state.limits) {
+        return Ok(None);
+    }
+    leak::guard(&services.engine, said, (state.canary_secret()?, tenant))
 }
 
 /// Names and times of a response.
@@ -179,16 +226,16 @@ fn whole_answer(header: Header, choices: Vec<Choice>) -> ChatResponse {
     let system_fingerprint = header.system_fingerprint();
     let usage = generation::usage(&choices);
     let choices = choices.into_iter().enumerate().map(|(index, choice)| {
-        let told = Told::of(choice.finished.as_ref());
-        let logprobs = Some(&choice.logprobs).filter(|list| !list.is_empty());
+        let told = choice.told();
+        let logprobs = Some(choice.told_logprobs()).filter(|list| !list.is_empty());
         ChatChoice {
             index,
             finish_reason: told.finish_reason.unwrap_or("stop"),
             exrail_finish_reason: told.exrail_finish_reason,
-            logprobs: logprobs.map(|list| chat_logprobs(list)),
+            logprobs: logprobs.map(chat_logprobs),
             rotations: rotation::records(&choice.rotations),
             rolled_back_tokens: choice.rolled_back,
-            message: AssistantMessage { role: "assistant", content: choice.text, refusal: None },
+            message: message(choice),
         }
     });
     ChatResponse {
@@ -200,6 +247,26 @@ fn whole_answer(header: Header, choices: Vec<Choice>) -> ChatResponse {
         usage,
         system_fingerprint,
         exrail: None,
+    }
+}
+
+fn message(choice: Choice) -> AssistantMessage {
+    let Reply { content, reasoning, calls } = match choice.reply {
+        Some(reply) => reply,
+        None => Reply { content: choice.text, ..Reply::default() },
+    };
+    let call = |call: Call| ToolCallMessage {
+        id: call.id,
+        kind: ToolKind::Function,
+        function: CalledFunction { name: call.name, arguments: call.arguments },
+        exrail_tainted: call.tainted,
+    };
+    AssistantMessage {
+        role: "assistant",
+        content: Some(content).filter(|text| !text.is_empty() || calls.is_empty()),
+        refusal: None,
+        reasoning_content: reasoning,
+        tool_calls: calls.into_iter().map(call).collect(),
     }
 }
 
@@ -242,23 +309,28 @@ impl Wording for ChatWording {
     fn opening(&self, n_choices: usize) -> Vec<ChatChunk> {
         let role = |index| {
             let content = Some(String::new());
-            piece(index, Delta { role: Some("assistant"), content })
+            piece(index, Delta { role: Some("assistant"), content, ..Delta::default() })
         };
         vec![self.header.chunk((0..n_choices).map(role).collect())]
     }
 
-    fn news(&self, news: &News<'_>) -> ChatChunk {
-        let delta = Delta { role: None, content: Some(news.text.into()) };
-        let mut piece = piece(news.index, delta);
-        piece.rotations = rotation::records(news.rotations);
-        piece.logprobs = (!news.logprobs.is_empty()).then(|| chat_logprobs(news.logprobs));
-        self.header.chunk(vec![piece])
+    fn news(&self, news: &News<'_>) -> Vec<ChatChunk> {
+        let mut deltas: Vec<Delta> = news.parts.iter().flat_map(deltas).collect();
+        if deltas.is_empty() {
+            deltas.push(Delta { content: Some(String::new()), ..Delta::default() });
+        }
+        let mut pieces: Vec<_> = deltas.into_iter().map(|delta| piece(news.index, delta)).collect();
+        // What was dropped is told before the text that does not see it, and numbers with the first of it.
+        let first = &mut pieces[0];
+        first.rotations = rotation::records(news.rotations);
+        first.logprobs = (!news.logprobs.is_empty()).then(|| chat_logprobs(news.logprobs));
+        pieces.into_iter().map(|piece| self.header.chunk(vec![piece])).collect()
     }
 
     fn closing(&self, choices: &[Choice]) -> Vec<ChatChunk> {
         let last = |(index, choice): (usize, &Choice)| {
             let mut last = piece(index, Delta::default());
-            let told = Told::of(choice.finished.as_ref());
+            let told = choice.told();
             last.finish_reason = told.finish_reason;
             last.exrail_finish_reason = told.exrail_finish_reason;
             self.header.chunk(vec![last])
@@ -271,6 +343,29 @@ impl Wording for ChatWording {
         }
         events
     }
+}
+
+/// The events of a part: a call is named in the first one, and its arguments follow.
+fn deltas(part: &Part) -> Vec<Delta> {
+    let call = match part {
+        Part::Content(text) => {
+            return vec![Delta { content: Some(text.clone()), ..Delta::default() }];
+        }
+        Part::Reasoning(text) => {
+            return vec![Delta { reasoning_content: Some(text.clone()), ..Delta::default() }];
+        }
+        Part::Call(call) => call,
+    };
+    let Call { index, id, name, arguments, tainted } = call.clone();
+    let named = FunctionDelta { name: Some(name), arguments: String::new() };
+    let kind = Some(ToolKind::Function);
+    let called =
+        ToolCallDelta { index, id: Some(id), kind, function: named, exrail_tainted: tainted };
+    let function = FunctionDelta { name: None, arguments };
+    let exrail_tainted = Vec::new();
+    let filled = ToolCallDelta { index, id: None, kind: None, function, exrail_tainted };
+    let delta = |call| Delta { tool_calls: vec![call], ..Delta::default() };
+    vec![delta(called), delta(filled)]
 }
 
 fn chat_logprobs(logprobs: &[LogprobAt]) -> ChatLogprobs {

@@ -9,7 +9,7 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use exrail_engine::{GenerateRequest, Sampling};
-use exrail_text::Specials;
+use exrail_text::{OddCharacters, Specials, tools::ThoughtLead};
 use exrail_wire::{
     CompletionChoice, CompletionLogprobs, CompletionRequest, CompletionResponse, Prompt, Usage,
 };
@@ -21,10 +21,11 @@ use crate::{
     auth::Caller,
     error::ApiError,
     extract::{Body, Ready},
-    generation::{self, Choice, LogprobAt, Told},
+    generation::{self, Choice, LogprobAt},
     relay::{self, Job, News, Wording},
     rotation, sse,
     state::Services,
+    structured::{Demand, Opening, Part, Structured},
     translate::{self, Arrival, Fields},
 };
 
@@ -50,10 +51,12 @@ pub(crate) async fn complete(
 ) -> Result<Response, ApiError> {
     let received = Instant::now();
     let fields = Fields::take(&mut request.unknown)?;
+    fields.refuse_leak_guard(true, "a text completion has no system message to guard")?;
+    fields.tool_taint(false)?;
     let arrival = fields.arrival(received, &caller, &state.limits)?;
     let pass = ready.generator(Some(&request.model), &arrival.asking).await?;
     let stream = request.stream.unwrap_or(false);
-    let accepted = accept(&state, &pass, request, &fields, arrival);
+    let accepted = accept(&state, &pass, request, &fields, arrival).await;
     let (job, wording) = accepted.map_err(|error| pass.explain(error))?;
     if stream {
         let (sink, response) = sse::channel();
@@ -64,7 +67,7 @@ pub(crate) async fn complete(
     Ok(Json(wording.whole(&choices)).into_response())
 }
 
-fn accept(
+async fn accept(
     state: &AppState,
     services: &Services,
     request: CompletionRequest,
@@ -101,7 +104,13 @@ fn accept(
     let stop = translate::stops(request.stop);
     let rotation = rotation::of_text(engine, request.rotation.as_ref())?;
     let loop_guard = fields.loop_guard(&state.limits, request.stream)?;
-    let mut generations = Vec::new();
+    let demand = Demand::of_text(&fields.structured)?;
+    // Thoughts have no place of their own here: they are text.
+    let format = services.tool_format().clone();
+    let opening = Opening { format, lead: ThoughtLead::Absent };
+    let Structured { grammar, lock } = demand.compile(engine, &state.compiling, opening).await?;
+    let lock = lock.map(Arc::new);
+    let mut requests = Vec::new();
     for prompt in prompts {
         let max_tokens =
             translate::max_tokens(engine, request.max_tokens, DEFAULT_MAX_TOKENS, prompt.len());
@@ -119,12 +128,25 @@ fn accept(
             deadline: asking.deadline,
             loop_guard,
             rotation: rotation.clone(),
+            grammar: grammar.clone(),
         };
-        generations.extend(generation::submit(engine, &generate, per_prompt)?);
+        requests.extend(generation::requests(&generate, per_prompt));
     }
+    let generations = generation::submit(engine, &requests)?;
     let header = chat::header(services, "cmpl")?;
     let identity = chat::identity(&header, asking.tenant, request.user)?;
-    let job = Job { route: ROUTE, generations, seed, identity, received };
+    let odd = OddCharacters::default(); // A raw prompt may be ids, and is its caller's own.
+    let job = Job {
+        route: ROUTE,
+        generations,
+        lock,
+        requests,
+        seed,
+        identity,
+        received,
+        leak: None,
+        odd,
+    };
     Ok((job, TextWording { header, per_prompt, echo, told_prompts, include_usage }))
 }
 
@@ -174,7 +196,7 @@ impl TextWording {
 
     fn whole(&self, choices: &[Choice]) -> CompletionResponse {
         let wire = choices.iter().enumerate().map(|(index, choice)| {
-            let told = Told::of(choice.finished.as_ref());
+            let told = choice.told();
             CompletionChoice {
                 index,
                 text: format!("{}{}", self.echo_of(index), choice.text),
@@ -212,16 +234,21 @@ impl Wording for TextWording {
             .collect()
     }
 
-    fn news(&self, news: &News<'_>) -> CompletionResponse {
-        let mut piece = piece(news.index, news.text, news.logprobs);
+    fn news(&self, news: &News<'_>) -> Vec<CompletionResponse> {
+        // Nothing is told apart here, so that there is no other part than text.
+        let text = news.parts.iter().map(|part| match part {
+            Part::Content(text) | Part::Reasoning(text) => text.as_str(),
+            Part::Call(call) => call.arguments.as_str(),
+        });
+        let mut piece = piece(news.index, &text.collect::<String>(), news.logprobs);
         piece.rotations = rotation::records(news.rotations);
-        self.response(vec![piece], None)
+        vec![self.response(vec![piece], None)]
     }
 
     fn closing(&self, choices: &[Choice]) -> Vec<CompletionResponse> {
         let last = |(index, choice): (usize, &Choice)| {
             let mut last = piece(index, "", &[]);
-            let told = Told::of(choice.finished.as_ref());
+            let told = choice.told();
             last.finish_reason = told.finish_reason;
             last.exrail_finish_reason = told.exrail_finish_reason;
             self.response(vec![last], None)

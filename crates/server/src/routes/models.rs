@@ -2,18 +2,15 @@
 
 use std::sync::Arc;
 
-use axum::{
-    Json,
-    extract::{Path, State},
-};
+use axum::{Json, extract::State};
 use exrail_engine::{EngineOptions, FingerprintState, ModelFingerprint};
 use exrail_wire::{ModelCard, ModelList};
 use serde_json::{Value, json};
 
 use crate::{
-    AppState,
+    AppState, StructuredLimits,
     error::ApiError,
-    extract::Ready,
+    extract::{Name, Ready},
     state::{Services, kv_name},
     swap::{ModelStatus, Models},
 };
@@ -22,10 +19,7 @@ pub(crate) async fn list(ready: Ready) -> Json<ModelList> {
     Json(ModelList { object: "list", data: cards(&ready.models) })
 }
 
-pub(crate) async fn one(
-    ready: Ready,
-    Path(model): Path<String>,
-) -> Result<Json<ModelCard>, ApiError> {
+pub(crate) async fn one(ready: Ready, Name(model): Name) -> Result<Json<ModelCard>, ApiError> {
     let cards = cards(&ready.models);
     let known = cards.iter().map(|card| format!("`{}`", card.id)).collect::<Vec<_>>().join(", ");
     let card = cards.into_iter().find(|card| card.id == model);
@@ -55,6 +49,7 @@ pub(crate) async fn config(State(state): State<Arc<AppState>>, ready: Ready) -> 
         "watchdog_s": state.limits.watchdog.as_secs(),
         "step_target_ms": options.and_then(|it| it.step_target).map(|target| target.as_millis()),
         "loop_guard": state.limits.loop_guard,
+        "leak_guard": state.limits.leak_guard,
         "kv_dtype": facts.map(|facts| kv_name(facts.kv_dtype)),
         "kv_pages": facts.map(|facts| facts.kv_pages),
         "kv_bytes": facts.map(|facts| facts.kv_bytes),
@@ -62,6 +57,7 @@ pub(crate) async fn config(State(state): State<Arc<AppState>>, ready: Ready) -> 
         "prefix_cache": options.map(|options| options.prefix_cache),
         "kv_host_bytes": options.map(|options| options.kv_host_bytes),
         "sessions": state.sessions.get().is_some(),
+        "structured": structured(&state.limits.structured, loaded),
         "rotation": options.map(|EngineOptions { rotation, .. }| json!({
             "policy": rotation.policy.name(),
             "rotate_at": rotation.rotate_at,
@@ -77,6 +73,23 @@ pub(crate) async fn config(State(state): State<Arc<AppState>>, ready: Ready) -> 
         },
         "collections": collections,
     }))
+}
+
+/// What structured answers may take; the family is that of the loaded generator.
+fn structured(limits: &StructuredLimits, loaded: Option<&Services>) -> Value {
+    let grammars = exrail_grammar::Limits::default();
+    json!({
+        "tools": limits.tools,
+        "tool_calls": limits.tool_calls,
+        "tool_call_bytes": limits.tool_call_bytes,
+        "repairs": limits.repairs,
+        "grammar_bytes": grammars.source_bytes,
+        "grammar_depth": grammars.depth,
+        "grammar_cache_bytes": grammars.cache_bytes,
+        "tool_family": loaded.map(|services| services.tool_format().family().name()),
+        "template_describes_tools":
+            loaded.map(|services| services.tool_format().describes_tools()),
+    })
 }
 
 /// What is known of the model's hash.

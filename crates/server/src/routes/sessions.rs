@@ -2,11 +2,8 @@
 
 use std::{sync::Arc, time::SystemTime};
 
-use axum::{
-    Extension, Json,
-    extract::{Path, State},
-};
-use exrail_engine::{Listed, SessionName, SessionOwner, SessionSize};
+use axum::{Extension, Json, extract::State};
+use exrail_engine::{Listed, SessionError, SessionName, SessionOwner, SessionSize};
 use exrail_wire::{
     RestoreRequest, SessionCard, SessionDeleted, SessionList, SessionRequest, SessionResponse,
 };
@@ -15,11 +12,12 @@ use super::completions;
 use crate::{
     AppState,
     auth::{Caller, KeyFolder},
+    echo::brief,
     error::ApiError,
-    extract::{Body, MaybeBody, Ready, refuse_unknown},
+    extract::{Body, MaybeBody, Name, Ready, refuse_unknown},
+    messages::{self, Conversation},
     sessions::SessionKeeper,
     state::{Services, hashed},
-    translate,
 };
 
 const OBJECT: &str = "exrail.session";
@@ -29,10 +27,10 @@ pub(crate) async fn save(
     Extension(caller): Extension<Caller>,
     Extension(folder): Extension<KeyFolder>,
     ready: Ready,
-    Path(name): Path<String>,
+    Name(name): Name,
     Body(request): Body<SessionRequest>,
 ) -> Result<Json<SessionResponse>, ApiError> {
-    let (keeper, name) = (keeper(&state)?, SessionName::new(&name)?);
+    let (keeper, name) = (keeper(&state)?, session_name(&name)?);
     refuse_unknown("", &request.unknown)?;
     let pass = ready.generator_for(&caller, request.model.as_deref()).await?;
     let tokens = conversation(pass.services(), request)?;
@@ -48,10 +46,10 @@ pub(crate) async fn restore(
     Extension(caller): Extension<Caller>,
     Extension(folder): Extension<KeyFolder>,
     ready: Ready,
-    Path(name): Path<String>,
+    Name(name): Name,
     MaybeBody(request): MaybeBody<RestoreRequest>,
 ) -> Result<Json<SessionResponse>, ApiError> {
-    let (keeper, name) = (keeper(&state)?, SessionName::new(&name)?);
+    let (keeper, name) = (keeper(&state)?, session_name(&name)?);
     refuse_unknown("", &request.unknown)?;
     let pass = ready.generator_for(&caller, request.model.as_deref()).await?;
     let (owner, engine) = (owner(caller, folder), pass.engine.clone());
@@ -75,9 +73,9 @@ pub(crate) async fn remove(
     State(state): State<Arc<AppState>>,
     Extension(caller): Extension<Caller>,
     Extension(folder): Extension<KeyFolder>,
-    Path(name): Path<String>,
+    Name(name): Name,
 ) -> Result<Json<SessionDeleted>, ApiError> {
-    let (keeper, session) = (keeper(&state)?, SessionName::new(&name)?);
+    let (keeper, session) = (keeper(&state)?, session_name(&name)?);
     let owner = owner(caller, folder);
     keeper.call(move |store| store.remove(&owner, &session)).await?;
     Ok(Json(SessionDeleted { object: OBJECT, name, deleted: true }))
@@ -90,6 +88,15 @@ fn keeper(state: &AppState) -> Result<&SessionKeeper, ApiError> {
     })
 }
 
+/// A name that cannot leave its folder.
+fn session_name(name: &str) -> Result<SessionName, SessionError> {
+    let named = SessionName::new(name);
+    if let Err(SessionError::Name { found, longest }) = &named {
+        return Err(SessionError::Name { found: brief(found), longest: *longest });
+    }
+    named
+}
+
 fn owner(Caller(tenant): Caller, KeyFolder(folder): KeyFolder) -> SessionOwner {
     SessionOwner { tenant, folder }
 }
@@ -100,8 +107,8 @@ fn conversation(services: &Services, request: SessionRequest) -> Result<Vec<u32>
         |problem: &str| ApiError::BadField { field: "messages".into(), problem: problem.into() };
     match (request.messages, request.prompt) {
         (Some(messages), None) => {
-            let messages = translate::messages(messages)?;
-            Ok(translate::placed_prompt(&services.engine, &messages)?.ids)
+            let messages = messages::of_wire(messages)?;
+            Ok(Conversation::new(services, messages, &[])?.placed.ids)
         }
         (None, Some(prompt)) => {
             let mut prompts = completions::prompts(services, prompt)?;

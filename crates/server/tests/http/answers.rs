@@ -177,7 +177,7 @@ async fn unsupported_and_unknown_fields_are_named() {
     let server = warm(&[], None);
     let cases = [
         (json!({"tools": []}), "tools"),
-        (json!({"response_format": {"type": "json_object"}}), "response_format"),
+        (json!({"response_format": {"type": "yaml"}}), "response_format"),
         (json!({"guided_json": {}}), "guided_json"),
         (json!({"top_p": 0}), "top_p"),
         (json!({"temperature": "hot"}), "temperature"),
@@ -278,7 +278,7 @@ async fn text_completions_echo_count_and_stream() {
 
 /// I6 of the field faults: they are there when they are asked for.
 #[tokio::test]
-async fn logprobs_of_a_token_are_those_of_the_model() {
+async fn i6_logprobs_of_a_token_are_those_of_the_model() {
     let server = warm(&[], None);
     let body = chat(&json!({"logprobs": true, "top_logprobs": 4, "max_tokens": 2}));
     let answer = server.post("/v1/chat/completions", &body).await.json();
@@ -295,7 +295,7 @@ async fn logprobs_of_a_token_are_those_of_the_model() {
 
 /// I5 of the field faults: one record a token, of the token that was drawn and not of the likeliest.
 #[tokio::test]
-async fn logprobs_are_of_the_tokens_that_were_drawn() {
+async fn i5_logprobs_are_of_the_tokens_that_were_drawn() {
     let server = warm(&[], None);
     let drawn = json!({"temperature": 2.0, "seed": 5, "max_tokens": 8});
     let mut body = chat(&json!({"logprobs": true, "top_logprobs": 1}));

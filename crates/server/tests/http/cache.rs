@@ -49,7 +49,7 @@ async fn a_request_without_the_cache_reads_nothing_and_leaves_nothing() {
 
 #[tokio::test]
 async fn a_key_finds_its_own_prefixes_and_nobody_elses() {
-    let server = warm(&[KEY, OTHER_KEY], None);
+    let server = warm(&[KEY, &format!("{OTHER_KEY} admin")], None);
     assert_eq!(cached(&server, KEY).await, 0);
     assert_eq!(cached(&server, KEY).await, 256);
     assert_eq!(cached(&server, OTHER_KEY).await, 0);
@@ -66,7 +66,8 @@ async fn a_key_finds_its_own_prefixes_and_nobody_elses() {
         assert!(metrics.contains(line), "{line}{metrics}");
     }
     assert!(!metrics.contains("exrail_kv_audits_total 0\n"), "{metrics}");
-    let config: Value = get("/v1/exrail/config").await.json();
+    let config = request(Method::GET, "/v1/exrail/config", Some(OTHER_KEY), Body::empty());
+    let config: Value = server.send(config).await.json();
     assert_eq!(config["prefix_cache"], true);
     assert!(config["kv_audit_every"].as_u64().unwrap() >= 1);
 }

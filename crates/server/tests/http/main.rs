@@ -5,16 +5,22 @@
 mod access;
 mod answers;
 mod cache;
+mod contract;
 #[path = "../../../engine/tests/engine/faulty.rs"]
 mod faulty;
 mod fence;
 mod fingerprint;
 mod hang_up;
+mod hostile;
+mod leak;
+mod limits;
 mod lint;
 mod rotation;
 mod scheduling;
 mod sessions;
+mod structured;
 mod support;
 mod swap;
+mod tools;
 mod traces;
 mod watchdog;

@@ -22,7 +22,7 @@ use exrail_server::{
 };
 use exrail_testkit::{TinyLlama, tiny_llama};
 use exrail_text::ChatTemplate;
-use exrail_verify::{CollectionIndex, DeltaSGate};
+use exrail_verify::{CollectionIndex, DeltaSGate, trace::verify_log};
 use serde_json::Value;
 use tempfile::TempDir;
 use tower::ServiceExt;
@@ -88,15 +88,19 @@ pub(crate) fn start_seeded<B: Backend>(
     options: EngineOptions,
     change: impl FnOnce(&mut Loaded<B>),
 ) -> EngineHandle {
+    let mut loaded = prepared(seed, backend);
+    change(&mut loaded);
+    Engine::start(loaded, options).unwrap()
+}
+
+fn prepared<B: Backend>(seed: u64, backend: B) -> Loaded<B> {
     let bytes = tiny_llama(seed, TinyLlama::default());
     let sha256 = sha256_hex(&bytes);
     let gguf = Gguf::parse(bytes).unwrap();
     let who = Identity { name: MODEL.to_owned(), sha256 };
     let load = LoadOptions::default();
     let checkpoint = Checkpoint::Gguf(gguf);
-    let mut loaded = prepare_generator(backend, &checkpoint, who, load, &mut |_| {}).unwrap();
-    change(&mut loaded);
-    Engine::start(loaded, options).unwrap()
+    prepare_generator(backend, &checkpoint, who, load, &mut |_| {}).unwrap()
 }
 
 const PAGE: &str = "# Cabinets\n\nThe spare key of cabinet B lies in the red box on the second shelf \
@@ -142,6 +146,7 @@ pub(crate) fn services_of(engine: EngineHandle, folder: &Path) -> Services {
         encoder: Some(ServedEncoder { name: "fake".into(), encoder }),
         collections: [("cabinets".to_owned(), asker)].into(),
         loaded_at: 0,
+        tool_format: std::sync::OnceLock::new(),
     }
 }
 
@@ -235,8 +240,12 @@ impl Server {
         self.send(request(Method::POST, path, None, Body::from(body.to_string()))).await
     }
 
+    /// The records, each as the published schemas and the collection say (G-14).
     pub(crate) fn trace_lines(&self) -> Vec<Value> {
         let text = std::fs::read_to_string(self.folder.path().join("trace.jsonl")).unwrap();
+        let stored = Collection::read(&self.folder.path().join("index")).ok();
+        let report = verify_log(text.as_bytes(), stored.as_ref()).unwrap();
+        assert_eq!(report.n_breaches, 0, "{:#?}", report.breaches);
         text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
     }
 }

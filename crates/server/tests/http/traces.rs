@@ -48,7 +48,7 @@ async fn every_kind_of_request_leaves_a_record_with_its_pins() {
     assert_eq!(names, ["infer.run", "infer.run", "answer.decide"]);
     assert_eq!(lines[0]["session_id"], "me");
     for line in &lines {
-        assert_eq!(line["schema_version"], "1.0");
+        assert_eq!(line["schema_version"], "2.0");
         assert_eq!(line["pins"]["model_fp"].as_str().unwrap().len(), 64);
     }
     assert!(lines[2]["pins"]["index_hash"].is_string());

@@ -1,0 +1,44 @@
+//! The published JSON Schemas (draft 2020-12) of what exrail writes: a record of the trace log for each event, and
+//! a stored snippet. Every one stands alone and allows no field that it does not name.
+
+/// A published schema.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Published {
+    /// The event, or `chunk`.
+    pub name: &'static str,
+    /// The schema.
+    pub json: &'static str,
+}
+
+macro_rules! published {
+    ($($name:literal),+ $(,)?) => {
+        &[$(Published { name: $name, json: include_str!(concat!("../schemas/", $name, ".json")) }),+]
+    };
+}
+
+/// One for each event of the trace log, by name.
+pub const TRACE: &[Published] = published![
+    "answer.decide",
+    "boot.phase",
+    "cache.rotate",
+    "guard.fire",
+    "infer.run",
+    "ingest.write",
+    "model.load",
+    "model.unload",
+    "probe.run",
+    "retrieve.run",
+];
+
+/// One for each other thing that is stored.
+pub const STORED: &[Published] = published!["chunk"];
+
+/// SHA-256 over [`TRACE`], each followed by a zero byte, 64 hexadecimal digits: the `schema_hash` among the pins of a
+/// record.
+pub const SHA256: &str = "3ea5fb5d22bb0f13baeaf44962a44af02a3dfb27c78b7fbd3d772df346c52092";
+
+/// The schema of this name.
+#[must_use]
+pub fn find(name: &str) -> Option<&'static Published> {
+    TRACE.iter().chain(STORED).find(|published| published.name == name)
+}
