@@ -34,7 +34,7 @@ fn a_short_soak_passes_every_demand_but_those_of_long_ones() {
     let told = String::from_utf8(output.stderr).unwrap();
     let record: Value = serde_json::from_slice(&output.stdout).unwrap();
     let checks = record["checks"].as_array().unwrap();
-    assert_eq!(checks.len(), 12);
+    assert_eq!(checks.len(), 13);
     for check in checks {
         let demand = check["demand"].as_str().unwrap();
         // Of memory and pace a few seconds tell nothing, whatever they do.

@@ -19,6 +19,8 @@ pub(super) struct Answer {
     pub(super) choices: Vec<(String, String)>,
     /// Tokens, or pieces of a stream.
     pub(super) generated: u64,
+    /// Whether it was held to a schema.
+    pub(super) is_held: bool,
 }
 
 /// What became of one request.
@@ -39,8 +41,24 @@ pub(super) enum Outcome {
 impl Plan {
     /// Sends the request and judges the form of the answer.
     pub(super) fn run(&self, target: Target<'_>) -> Outcome {
-        self.exchange(target)
-            .unwrap_or_else(|error| Outcome::Odd(format!("no answer, or not to its end: {error}")))
+        let outcome = self
+            .exchange(target)
+            .unwrap_or_else(|error| Outcome::Odd(format!("no answer, or not to its end: {error}")));
+        self.held_to(outcome)
+    }
+
+    /// A whole answer that is not what it was held to is an odd one.
+    fn held_to(&self, outcome: Outcome) -> Outcome {
+        let (Some(held), Outcome::Complete { mut answer, body }) = (self.held, outcome.clone())
+        else {
+            return outcome;
+        };
+        let fault = answer.choices.iter().find_map(|(text, finish)| held.fault(text, finish));
+        if let Some(fault) = fault {
+            return Outcome::Odd(format!("an answer that was held to a schema: {fault}"));
+        }
+        answer.is_held = true;
+        Outcome::Complete { answer, body }
     }
 
     fn exchange(&self, target: Target<'_>) -> io::Result<Outcome> {
@@ -77,7 +95,8 @@ impl Plan {
             (Some(choices), Some(generated))
                 if !choices.is_empty() && generated <= self.most_tokens =>
             {
-                Outcome::Complete { answer: Answer { choices, generated }, body: Some(body) }
+                let answer = Answer { choices, generated, is_held: false };
+                Outcome::Complete { answer, body: Some(body) }
             }
             (_, _) => Outcome::Odd(format!("answer of another form: {body}")),
         }
@@ -109,15 +128,29 @@ fn refused(status: u16, text: &str) -> Outcome {
     }
 }
 
-/// Text of a choice, or of a piece of one.
+/// Text of a choice, or of a piece of one; of calls their arguments, one behind the other.
 fn text_of(choice: &Value) -> Option<String> {
+    for calls in [&choice["message"]["tool_calls"], &choice["delta"]["tool_calls"]] {
+        if let Some(calls) = calls.as_array() {
+            let arguments =
+                |call: &Value| call["function"]["arguments"].as_str().map(str::to_owned);
+            return Some(calls.iter().filter_map(arguments).collect());
+        }
+    }
+    // A cut answer that was to be calls has none, and no text either.
+    if choice["message"].get("content").is_some_and(Value::is_null) {
+        return Some(String::new());
+    }
     let places = [&choice["text"], &choice["message"]["content"], &choice["delta"]["content"]];
     places.into_iter().find_map(Value::as_str).map(str::to_owned)
 }
 
+/// The reasons that OpenAI's list has, as far as a soak meets them.
+const FINISHES: [&str; 3] = ["stop", "length", "tool_calls"];
+
 /// Why a choice ended; none of a piece within.
 fn finish_of(choice: &Value) -> Option<String> {
-    let finish = choice["finish_reason"].as_str().filter(|name| ["stop", "length"].contains(name));
+    let finish = choice["finish_reason"].as_str().filter(|name| FINISHES.contains(name));
     let exact = choice["exrail_finish_reason"].as_str();
     Some(exact.unwrap_or(finish?).to_owned())
 }
@@ -185,7 +218,8 @@ mod tests {
                      data: {\"choices\":[{\"delta\":{},\"finish_reason\":\"stop\"}]}\n\n\
                      data: [DONE]\n\n";
         let Outcome::Complete { answer, .. } = judge_stream(whole) else { panic!("it is whole") };
-        assert_eq!(answer, Answer { choices: vec![("a".into(), "stop".into())], generated: 1 });
+        let choices = vec![("a".into(), "stop".into())];
+        assert_eq!(answer, Answer { choices, generated: 1, is_held: false });
         assert!(is_odd(&whole.replace("data: [DONE]\n\n", "")));
         assert!(is_odd(&whole.replace("\"stop\"", "null")));
         assert!(is_odd(&format!("data: {{\"error\":{{}}}}\n\n{whole}")));
@@ -227,6 +261,7 @@ mod tests {
             is_stream: false,
             patience: Patience::ToTheEnd,
             is_compared: false,
+            held: None,
         };
         let answer = |generated: u64| {
             json!({

@@ -335,7 +335,7 @@ mod tests {
 
     fn complete(text: &str) -> Outcome {
         let choices = vec![(text.to_owned(), "stop".to_owned())];
-        Outcome::Complete { answer: Answer { choices, generated: 1 }, body: None }
+        Outcome::Complete { answer: Answer { choices, generated: 1, is_held: false }, body: None }
     }
 
     fn refused(code: &str) -> Outcome {

@@ -5,6 +5,7 @@
 
 mod client;
 mod faults;
+mod held;
 mod http;
 mod oracle;
 mod random;

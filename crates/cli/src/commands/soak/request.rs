@@ -6,6 +6,7 @@ use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
 use super::{
+    held::Held,
     random::Random,
     server::{N_TENANTS, Server},
 };
@@ -19,6 +20,10 @@ const WORDS: [&str; 16] = [
 const N_PREFIXES: u64 = 2;
 /// Prompts in 100 that begin with one of them.
 const SHARED_PERCENT: u64 = 60;
+/// Requests in 100, of those that can be, whose answers are held to a schema.
+const HELD_PERCENT: u64 = 25;
+/// Tokens that a template may take to tell of a tool.
+const TOOL_TOKENS: usize = 512;
 /// Longest prompt plus answer in tokens, whatever the context has room for.
 const LONGEST: usize = 1024;
 /// Context below which templates and system messages, which are always kept, leave no room.
@@ -53,6 +58,8 @@ pub(super) struct Plan {
     pub(super) patience: Patience,
     /// Whether its distributions are compared with those of a fresh prefill.
     pub(super) is_compared: bool,
+    /// What its answer is held to.
+    pub(super) held: Option<Held>,
 }
 
 /// What requests are drawn from.
@@ -63,6 +70,8 @@ pub(super) struct Mix {
     /// Token ids of the words.
     ids: Vec<u32>,
     has_chat: bool,
+    /// Whether chats have room for tools.
+    has_tools: bool,
     /// Tokens of the longest prompt plus answer.
     longest: usize,
     /// Requests in 100 that are given up midway.
@@ -89,11 +98,13 @@ impl Mix {
         let pool = usize::try_from(server.gauges()?.pages_total)? * PAGE_TOKENS;
         // No request may fill the pool alone.
         let longest = LONGEST.min(usize::try_from(context)?).min(pool / 4);
+        let has_chat =
+            longest >= SHORTEST_CHAT && server.json("/v1/chat/completions", Some(&hello)).is_ok();
         Ok(Self {
             model: model.to_owned(),
             ids: serde_json::from_value(tokenized["tokens"].clone())?,
-            has_chat: longest >= SHORTEST_CHAT
-                && server.json("/v1/chat/completions", Some(&hello)).is_ok(),
+            has_chat,
+            has_tools: has_chat && usize::try_from(context)? >= longest + TOOL_TOKENS,
             longest,
             cancel_percent,
             compare_percent: 5,
@@ -128,6 +139,12 @@ impl Mix {
         body["max_tokens"] = json!(most);
         body["n"] = json!(n_choices);
         body["stream"] = json!(is_stream);
+        let may_be_held = !is_compared && body.get("rotation").is_none();
+        let held = (may_be_held && random.chance(HELD_PERCENT))
+            .then(|| Held::draw(random, is_chat && self.has_tools));
+        if let Some(held) = held {
+            held.ask(&mut body);
+        }
         body["priority"] = json!(["high", "normal", "normal", "low"][below(random, 4)]);
         sampled(random, &mut body);
         if is_compared {
@@ -136,7 +153,7 @@ impl Mix {
         }
         let tenant = below(random, N_TENANTS);
         let most_tokens = most * n_choices;
-        Plan { path, body, tenant, most_tokens, is_stream, patience, is_compared }
+        Plan { path, body, tenant, most_tokens, is_stream, patience, is_compared, held }
     }
 
     fn chat(&self, random: &mut Random) -> Value {
@@ -216,6 +233,7 @@ pub(super) fn mix_for_tests() -> Mix {
         model: "m".into(),
         ids: (3..40).collect(),
         has_chat: true,
+        has_tools: true,
         longest: 1024,
         cancel_percent: 30,
         compare_percent: 5,
@@ -247,6 +265,8 @@ mod tests {
                 "compared and rotated",
                 share(&|plan| plan.is_compared && plan.body.get("rotation").is_some()),
             ),
+            ("held to a value", share(&|plan| matches!(plan.held, Some(Held::Value(_))))),
+            ("held to calls", share(&|plan| matches!(plan.held, Some(Held::Calls(_))))),
             ("two choices", share(&|plan| plan.body["n"] == 2)),
             ("greedy", share(&|plan| plan.body["temperature"] == 0.0)),
             ("low", share(&|plan| plan.body["priority"] == "low")),

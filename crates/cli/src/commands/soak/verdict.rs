@@ -56,6 +56,8 @@ pub(super) struct Counts {
     pub(super) cancelled: u64,
     pub(super) full: u64,
     pub(super) generated: u64,
+    /// Whole answers that were held to a schema, and conform or say that they are incomplete.
+    pub(super) held: u64,
     /// The first few in words; their number is `n_faults`.
     pub(super) faults: Vec<String>,
     pub(super) n_faults: u64,
@@ -71,6 +73,7 @@ impl Counts {
                 self.took.push(took);
                 self.complete += 1;
                 self.generated += answer.generated;
+                self.held += u64::from(answer.is_held);
             }
             Outcome::Cancelled => self.cancelled += 1,
             Outcome::Full => self.full += 1,
@@ -123,6 +126,7 @@ pub(super) fn judge(findings: &Findings<'_>) -> Vec<Check> {
     let mut checks = clients(counts);
     checks.extend([
         mixed(counts, &end),
+        held(counts),
         pages(&end),
         check(
             "no panic and no page fault in the engine",
@@ -169,6 +173,16 @@ fn mixed(counts: &[Counts], end: &Gauges) -> Check {
             "{cancelled} cancelled, {} rotations, {} pages read from the cache",
             end.rotations, end.prefix_hits
         ),
+    )
+}
+
+/// One that does not conform is an odd answer; a soak without any has not looked.
+fn held(counts: &[Counts]) -> Check {
+    let n_held: u64 = counts.iter().map(|c| c.held).sum();
+    check(
+        "answers held to a schema conform, or say they are cut",
+        n_held > 0,
+        format!("{n_held} looked at"),
     )
 }
 
@@ -354,7 +368,10 @@ mod tests {
     /// Ten answers a second of two clients, all as fast.
     fn counts() -> Vec<Counts> {
         let took = (0..1500u32).map(|n| Took { at: f64::from(n) * 0.2, seconds: 2.0 }).collect();
-        vec![Counts { complete: 3, cancelled: 1, generated: 30, took, ..Counts::default() }; 2]
+        vec![
+            Counts { complete: 3, cancelled: 1, generated: 30, held: 1, took, ..Counts::default() };
+            2
+        ]
     }
 
     const SECOND: Took = Took { at: 1.0, seconds: 1.0 };
@@ -404,6 +421,8 @@ mod tests {
         assert_eq!(never, fail("requests were cancelled, rotated and shared"));
         let unshared = failed_with(|_, _, end| end.prefix_hits = 0);
         assert_eq!(unshared, fail("requests were cancelled, rotated and shared"));
+        let free = failed_with(|counts, _, _| counts.iter_mut().for_each(|c| c.held = 0));
+        assert_eq!(free, fail("answers held to a schema conform, or say they are cut"));
         let leak = failed_with(|_, _, end| end.pages_free = 63);
         assert_eq!(leak, fail("every page is back at the end"));
         let panic = failed_with(|_, _, end| end.panics = 1);
