@@ -428,7 +428,10 @@ fn constraint_told(
     told: impl Fn(StatusCode, &'static str, &'static str) -> Told,
     param: impl Fn(&'static str, &str) -> Told,
 ) -> Told {
+    // A regular expression and a grammar have no keywords that could be unsupported.
+    let is_text = field == "regex" || field.starts_with("grammar");
     match error {
+        GrammarError::Unsupported { .. } if is_text => param("invalid_grammar", field),
         GrammarError::Unsupported { .. } => param("unsupported_schema", field),
         GrammarError::Malformed(_) => param("invalid_grammar", field),
         GrammarError::TooLarge { .. } => param("grammar_too_large", field),
