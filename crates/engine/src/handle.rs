@@ -397,8 +397,8 @@ impl EngineHandle {
         self.shared.template.as_ref()
     }
 
-    /// The compiler of grammars over this model's vocabulary. The first call makes it, which takes about a second
-    /// for 128,000 tokens; never call it first where somebody waits for a step.
+    /// The compiler of grammars over this model's vocabulary. The first call makes it, for which the
+    /// whole vocabulary is read: never call it first where somebody waits for a step.
     ///
     /// # Errors
     /// [`GrammarError::Vocabulary`], the same each time: no answer of this model can be constrained.

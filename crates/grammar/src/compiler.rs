@@ -86,7 +86,7 @@ struct Prepared {
 }
 
 impl Compiler {
-    /// A compiler without grammars. Takes about a second for 128,000 tokens.
+    /// A compiler without grammars. Reads the whole vocabulary.
     ///
     /// # Errors
     /// [`GrammarError::Vocabulary`].
