@@ -11,7 +11,8 @@
 use exrail_grammar::MatcherError;
 use exrail_text::Tokenizer;
 
-use super::{Ending, Generating, Purpose, Running, Shared};
+use super::generating::Generating;
+use super::{Ending, Purpose, Running, Shared};
 use crate::constraint::{Mark, Taken, Tally};
 use crate::distribution::Summary;
 use crate::event::{Finish, SequenceFault};
