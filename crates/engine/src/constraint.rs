@@ -168,8 +168,11 @@ impl Constraint {
         }
     }
 
-    /// Has the next mask computed beside the engine's thread.
+    /// Has the next mask computed beside the engine's thread, where there is a core for it.
     pub(crate) fn ask_mask(&mut self, threads: &mut MaskThreads) {
+        if !threads.have_a_core() {
+            return;
+        }
         if !self.must.is_empty() || !matches!(self.place, Place::Here { mask: None, .. }) {
             return;
         }

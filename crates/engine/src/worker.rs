@@ -138,7 +138,7 @@ impl<B: Backend> Worker<B> {
             commands,
             gauges,
             sampling: SamplerScratch::default(),
-            masks: MaskThreads::default(),
+            masks: MaskThreads::beside(loaded.backend.host_threads()),
             logits: vec![0.0; loaded.config.vocab_size],
             runs_ahead: loaded.backend.runs_ahead(),
             flight: None,

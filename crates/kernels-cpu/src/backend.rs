@@ -195,6 +195,10 @@ impl Backend for CpuBackend {
         format!("cpu {}, {threads}, {activation} activations", self.isa())
     }
 
+    fn host_threads(&self) -> usize {
+        self.n_threads()
+    }
+
     fn release_unused(&self) {
         self.shared.arena.release_rest();
         release_free_pages();

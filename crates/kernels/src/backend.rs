@@ -504,6 +504,12 @@ pub trait Backend: Send + Sync + 'static {
         false
     }
 
+    /// Threads of the host that a step keeps busy to its end, the caller's included. Other work of a step finds a
+    /// free core only where there are more than these.
+    fn host_threads(&self) -> usize {
+        1
+    }
+
     /// What it has built since it was opened; all zeros of a device that builds nothing. Asked for after
     /// every step.
     fn built(&self) -> DeviceCounters {
