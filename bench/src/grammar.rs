@@ -10,7 +10,7 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 use clap::Args;
-use exrail_grammar::{Compiler, Grammar, Limits, Source, Vocabulary};
+use exrail_grammar::{Compiler, Grammar, Limits, Source, Vocabulary, written};
 use exrail_text::Tokenizer;
 use rustix::time::{ClockId, clock_gettime};
 use serde_json::{Value, json};
@@ -65,7 +65,7 @@ pub(crate) fn run(arguments: &GrammarArguments) -> Result<()> {
         let case: Value =
             serde_json::from_slice(&text).with_context(|| path.display().to_string())?;
         let valid = case["tests"].as_array().into_iter().flatten().filter(|it| it["valid"] == true);
-        let texts: Vec<String> = valid.map(|it| it["data"].to_string()).collect();
+        let texts: Vec<String> = valid.map(|it| written(&it["data"])).collect();
         measure(&compiler, &case["schema"], &texts, &mut bench)?;
     }
     let mut contract = Times::default();
@@ -198,10 +198,9 @@ fn contract_schema() -> Value {
 
 fn contract_answer() -> String {
     let citation = |at: usize| json!({"snippet_id": snippet(at), "section_id": section(at), "tokens": {"start": at, "end": at + 40}});
-    json!({"citations": [citation(3), citation(17)],
+    written(&json!({"citations": [citation(3), citation(17)],
         "answer": "The lease ends on the last day of the month in which notice was given, and not before.",
-        "confidence": 0.75})
-    .to_string()
+        "confidence": 0.75}))
 }
 
 fn snippet(at: usize) -> String {

@@ -1,5 +1,6 @@
 //! From what was written to an automaton.
 
+use std::panic::resume_unwind;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use jsonschema::Draft;
@@ -14,7 +15,7 @@ use crate::cache::{Cache, estimate};
 use crate::screen::pattern::{Reach, rewrite};
 use crate::screen::{Keep, screen, unsupported};
 use crate::validate::Validator;
-use crate::worker::{Places, within};
+use crate::worker::{Places, STACK_BYTES, within};
 use crate::{GrammarError, Matcher, Source, Vocabulary, gbnf, lark, measure};
 
 /// Lexer states that one sequence may build; each takes one to two kilobytes.
@@ -239,8 +240,11 @@ fn build(
     let mut refusal: Option<String> = None;
     for keep in Keep::ALL {
         let prepared = prepared(source, limits, keep)?;
-        let validator = validator(source, &prepared.drafts)?;
-        match start(factory, &vocabulary, prepared.grammar) {
+        let drafts = prepared.drafts.clone();
+        let automaton = || start(factory, &vocabulary, prepared.grammar);
+        let (validator, automaton) = beside(|| validator(source, &drafts), automaton);
+        let validator = validator?;
+        match automaton {
             Ok(start) => {
                 let inner = Inner { sha256, start, validator, checked: prepared.checked };
                 return Ok(Grammar { inner: Arc::new(inner) });
@@ -249,11 +253,25 @@ fn build(
             Err(error) => refusal = refusal.or(Some(error)),
         }
         let has_no_value = refusal.as_ref().is_some_and(|it| it.contains("nsatisfiable"));
-        if prepared.drafts.is_empty() || has_no_value {
+        if drafts.is_empty() || has_no_value {
             break;
         }
     }
     Err(refused(source, &refusal.unwrap_or_default()))
+}
+
+/// Both at once, where the system gives a thread; a panic of either is one here.
+fn beside<A: Send, B>(first: impl FnOnce() -> A + Send, second: impl FnOnce() -> B) -> (A, B) {
+    let first = Mutex::new(Some(first));
+    let run = || first.lock().unwrap_or_else(PoisonError::into_inner).take().map(|first| first());
+    std::thread::scope(|scope| {
+        let named = std::thread::Builder::new().name("exrail-grammar".into());
+        let thread = named.stack_size(STACK_BYTES).spawn_scoped(scope, run);
+        let second = second();
+        let done = thread.map(|thread| thread.join().unwrap_or_else(|panic| resume_unwind(panic)));
+        let first = done.ok().flatten().or_else(run);
+        (first.expect("what no thread has run is run here"), second)
+    })
 }
 
 /// The automaton, and its first mask, so that what cannot begin is refused here.

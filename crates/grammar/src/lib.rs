@@ -22,6 +22,7 @@ mod strict_json;
 mod validate;
 mod vocabulary;
 mod worker;
+mod written;
 
 pub use compiler::{Compiler, Grammar, Limits};
 pub use error::{GrammarError, MatcherError};
@@ -29,3 +30,4 @@ pub use matcher::{Mask, Matcher};
 pub use source::Source;
 pub use validate::{Invalid, Validator};
 pub use vocabulary::Vocabulary;
+pub use written::written;

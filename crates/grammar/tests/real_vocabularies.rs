@@ -57,11 +57,11 @@ fn forced_of(file: &str) {
     let written = json!({"type": "object", "properties": {"citations": {"const": "not in context"}, "answer": {"type": "string"}},
         "required": ["citations", "answer"], "additionalProperties": false});
     let grammar = compiler.compile(&Source::JsonSchema(written)).unwrap();
-    // A model that writes without blanks is forced along; what is forced is how the tokenizer writes it.
+    // What is forced is how the tokenizer writes it.
     let mut matcher = grammar.matcher();
     let mut bytes = Vec::new();
     let mut n_forced = 0;
-    let wanted = "{\"citations\":\"not in context\",\"answer\":\"";
+    let wanted = "{\"citations\": \"not in context\", \"answer\": \"";
     while bytes.len() < wanted.len() {
         let forced = matcher.forced();
         n_forced += forced.len();

@@ -240,10 +240,10 @@ fn b7_blanks_do_not_stall() {
     let (text, is_complete) = follow(&written, 400, blanks);
     assert!(is_complete, "{text:?}");
     let longest = text.split(|it: char| !it.is_whitespace()).map(str::len).max().unwrap();
-    assert!((1..=26).contains(&longest), "{longest}: {text:?}");
+    assert_eq!(longest, 1, "{text:?}");
     // Behind the end nothing is left but ends.
     let mut matcher = schema(&written).unwrap().matcher();
-    for id in compiler().vocabulary().spell("{\"a\":1}") {
+    for id in compiler().vocabulary().spell("{\"a\": 1}") {
         matcher.advance(id).unwrap();
     }
     assert!(matcher.is_over());
@@ -259,10 +259,12 @@ fn b7_blanks_are_bounded_in_composed_grammars_and_free_objects_too() {
         ],
     };
     let grammar = compiler().compile(&composed).unwrap();
-    assert!(walks(&grammar, "<call>{\"a\":1}</call>"));
-    assert!(walks(&grammar, "<call>{\n    \"a\": 1\n}</call>"));
-    assert!(!walks(&grammar, &format!("<call>{{{}\"a\":1}}</call>", " ".repeat(40))));
-    assert!(!walks(&grammar, "<call>{\n\n\"a\":1}</call>"));
+    assert!(walks(&grammar, "<call>{\"a\": 1}</call>"));
+    for blanks in ["", "  ", "\n", "\t", " \n"] {
+        assert!(!walks(&grammar, &format!("<call>{{\"a\":{blanks}1}}</call>")), "{blanks:?}");
+        let is_blank = !blanks.is_empty();
+        assert!(!is_blank || !walks(&grammar, &format!("<call>{{{blanks}\"a\": 1}}</call>")));
+    }
     let object = compiler().compile(&Source::JsonObject).unwrap();
     assert!(accepts(&object, "{\"a\": [1, 2]}"));
     assert!(!walks(&object, &format!("{{{}}}", "\n".repeat(3))));
@@ -285,7 +287,7 @@ fn b11_an_answer_that_is_cut_is_not_complete_and_can_be_closed() {
         "required": ["name", "tags"], "additionalProperties": false});
     let grammar = schema(&written).unwrap();
     let mut matcher = grammar.matcher();
-    for id in compiler().vocabulary().spell("{\"name\":\"a") {
+    for id in compiler().vocabulary().spell("{\"name\": \"a") {
         matcher.advance(id).unwrap();
     }
     assert!(!matcher.is_complete());
@@ -358,15 +360,15 @@ fn b17_digits_are_ascii_and_without_the_rewriting_they_would_not_be() {
 #[test]
 fn what_only_the_validator_can_check_is_let_through_by_the_mask_and_then_refused() {
     for (written, invalid) in [
-        (json!({"type": "array", "uniqueItems": true}), "[1,1]"),
+        (json!({"type": "array", "uniqueItems": true}), "[1, 1]"),
         (json!({"not": {"type": "string"}}), "\"a\""),
         (json!({"if": {"type": "string"}, "then": {"minLength": 2}}), "\"a\""),
         (json!({"type": "array", "contains": {"type": "null"}}), "[1]"),
-        (json!({"type": "object", "propertyNames": {"maxLength": 1}}), "{\"ab\":1}"),
-        (json!({"type": "object", "dependentRequired": {"a": ["b"]}}), "{\"a\":1}"),
+        (json!({"type": "object", "propertyNames": {"maxLength": 1}}), "{\"ab\": 1}"),
+        (json!({"type": "object", "dependentRequired": {"a": ["b"]}}), "{\"a\": 1}"),
         (json!({"oneOf": [{"type": "integer"}, {"minimum": 3}]}), "4"),
         (json!({"type": "string", "format": "date"}), "\"2026-02-29\""),
-        (json!({"type": "object", "minProperties": 2, "properties": {"a": {}}}), "{\"a\":1}"),
+        (json!({"type": "object", "minProperties": 2, "properties": {"a": {}}}), "{\"a\": 1}"),
     ] {
         let grammar = schema(&written).unwrap();
         assert!(!grammar.is_exact() && !grammar.checked().is_empty(), "{written}");
@@ -424,7 +426,7 @@ fn a_matcher_keeps_its_state_over_illegal_tokens_and_comes_back_over_forced_ones
     matcher.roll_back(forced.len()).unwrap();
     assert_eq!(matcher.mask().unwrap().ids().collect::<Vec<_>>(), first);
     matcher.roll_back(n_before).unwrap();
-    for id in compiler().vocabulary().spell("{\"name\":\"true name\"}") {
+    for id in compiler().vocabulary().spell("{\"name\": \"true name\"}") {
         matcher.advance(id).unwrap();
     }
     let end = common::tokenizer().eos_ids()[0];

@@ -80,7 +80,9 @@ fn run(written: &Value, tests: &[(String, bool)], counts: &mut Counts) -> Vec<St
 
 fn instances(tests: &Value) -> Vec<(String, bool)> {
     let tests = tests.as_array().unwrap().iter();
-    tests.map(|test| (test["data"].to_string(), test["valid"].as_bool().unwrap())).collect()
+    tests
+        .map(|test| (exrail_grammar::written(&test["data"]), test["valid"].as_bool().unwrap()))
+        .collect()
 }
 
 /// Runs a draft and compares it with its ratchet; `EXRAIL_WRITE_RATCHET=1` writes that instead.

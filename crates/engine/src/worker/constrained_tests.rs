@@ -98,11 +98,12 @@ fn regex(pattern: &str) -> Grammar {
     compile(&Source::Regex(pattern.to_owned()))
 }
 
-/// Three required members with fixed names, no text.
+/// Three required members with fixed names and numbers of four digits, no text.
 fn record() -> Value {
     let names = ["alpha", "beta", "gamma"];
+    let number = json!({"type": "integer", "minimum": 1000, "maximum": 9999});
     let members: serde_json::Map<_, _> =
-        names.iter().map(|&name| (name.to_owned(), json!({"enum": [true, false, null]}))).collect();
+        names.iter().map(|&name| (name.to_owned(), number.clone())).collect();
     json!({"type": "object", "properties": members, "required": names,
         "additionalProperties": false})
 }
@@ -292,7 +293,7 @@ fn b11_with_any_number_of_tokens_an_answer_is_whole_or_told_as_incomplete() {
     }
     assert!((1..64).contains(&n_whole), "{n_whole}");
     // The mutation: what is cut is told as an answer that ended.
-    let broken = run_broken(&asked(grammar.clone(), 9, 1), Broken::Telling);
+    let broken = run_broken(&asked(grammar.clone(), 25, 1), Broken::Telling);
     assert!(broken.constrained().is_complete && !is_valid(&grammar, &broken.text));
 }
 
@@ -435,6 +436,9 @@ fn an_answer_over_several_pages_of_forced_tokens_is_that_of_a_cold_cache() {
             run(&mut Bench::with(EngineOptions { prefix_cache: false, ..options() }), &chat);
         let found = run(&mut warm, &chat);
         assert_eq!(found.ids, expected.ids);
+        // The pages of the answer that were computed are found again.
+        let n_cached = found.finished().usage.cached_tokens;
+        assert!(n_cached > 0, "{n_cached} of {}", chat.prompt.len());
     }
     assert_eq!(warm.gauges.snapshot().kv_faults, 0);
 }

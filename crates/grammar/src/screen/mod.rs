@@ -11,13 +11,11 @@ mod references;
 use jsonschema::Draft;
 use serde_json::{Map, Value, json};
 
+use crate::written::SEPARATORS;
 use crate::{GrammarError, Limits, measure};
 use keywords::{By, Role};
 use pattern::{Reach, rewrite};
 use references::References;
-
-/// Blanks between the tokens of JSON: one line break with an indentation up to 24, or up to two blanks.
-const WHITESPACE: &str = r"\r?\n[ \t]{0,24}|[ \t]{1,2}";
 
 /// How much of a schema the mask keeps. Each lets through what those before it do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -81,7 +79,9 @@ pub(crate) fn screen(
 
 /// Options of the automaton for a value of JSON.
 fn options() -> Value {
-    json!({"whitespace_flexible": true, "whitespace_pattern": WHITESPACE, "coerce_one_of": true})
+    let [between_items, behind_key] = SEPARATORS;
+    json!({"whitespace_flexible": false, "item_separator": between_items,
+        "key_separator": behind_key, "coerce_one_of": true})
 }
 
 pub(crate) fn unsupported(pointer: &str, reason: impl Into<String>) -> GrammarError {
