@@ -1,8 +1,9 @@
 //! `exrail-bench`: what must be measured on a real machine and cannot be a unit test.
 //!
 //! `cpu` compares `exrail bench` with llama.cpp's own programs on the same files, prints a table and writes a
-//! record. `grammar` measures what a mask costs. It is no part of the product, and nothing depends on this crate.
+//! record. `grammar` measures what a mask costs, and `constrained` what an answer under a grammar does. It is no part of the product, and nothing depends on this crate.
 
+mod constrained;
 mod cpu;
 mod grammar;
 mod machine;
@@ -26,6 +27,8 @@ struct Arguments {
 enum Command {
     /// Compare speed, load time and memory with llama.cpp, in turns
     Cpu(cpu::CpuArguments),
+    /// Speed of an answer under a grammar beside a free one, in turns
+    Constrained(constrained::ConstrainedArguments),
     /// Processor time of a token's mask, over MaskBench and an answer with citations
     Grammar(grammar::GrammarArguments),
 }
@@ -37,6 +40,7 @@ fn main() -> ExitCode {
             cpu::Verdict::Pass => ExitCode::SUCCESS,
             cpu::Verdict::Fail => ExitCode::from(3),
         }),
+        Command::Constrained(arguments) => constrained::run(&arguments).map(|()| ExitCode::SUCCESS),
         Command::Grammar(arguments) => grammar::run(&arguments).map(|()| ExitCode::SUCCESS),
     };
     result.unwrap_or_else(|error| {
