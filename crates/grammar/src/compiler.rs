@@ -1,25 +1,28 @@
 //! From what was written to an automaton.
 
-use std::panic::resume_unwind;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use jsonschema::Draft;
 use llguidance::ParserFactory;
 use llguidance::api::{ParserLimits, TopLevelGrammar};
-use llguidance::earley::SlicedBiasComputer;
+use llguidance::earley::{BiasComputer, SlicedBiasComputer};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use toktrie::InferenceCapabilities;
 
 use crate::cache::{Cache, estimate};
+use crate::plain::PlainTokens;
 use crate::screen::pattern::{Reach, rewrite};
 use crate::screen::{Keep, screen, unsupported};
 use crate::validate::Validator;
-use crate::worker::{Places, STACK_BYTES, within};
+use crate::worker::{Places, within};
 use crate::{GrammarError, Matcher, Source, Vocabulary, gbnf, lark, measure};
 
 /// Lexer states that one sequence may build; each takes one to two kilobytes.
 const LEXER_STATES: usize = 50_000;
+
+/// Most work of the lexer for one mask, about 40 ms. The places that [`PlainTokens`] visits take part of it.
+pub(crate) const STEP_FUEL: u64 = 600_000;
 
 /// Bounds of one grammar and of the cache of them. Grammars come from clients.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -57,10 +60,17 @@ impl Default for Limits {
 /// Compiles grammars for one vocabulary and keeps the last ones. Share it behind an `Arc`.
 pub struct Compiler {
     vocabulary: Vocabulary,
-    factory: Arc<ParserFactory>,
+    automata: Arc<Automata>,
     limits: Limits,
     places: Places,
     cache: Mutex<Cache>,
+}
+
+/// What makes automata over one vocabulary.
+struct Automata {
+    vocabulary: Vocabulary,
+    factory: ParserFactory,
+    masks: Arc<dyn BiasComputer>,
 }
 
 /// A compiled grammar. Cheap to clone.
@@ -92,23 +102,10 @@ impl Compiler {
     /// # Errors
     /// [`GrammarError::Vocabulary`].
     pub fn new(vocabulary: Vocabulary, limits: Limits) -> Result<Compiler, GrammarError> {
-        let capabilities = InferenceCapabilities { ff_tokens: true, ..Default::default() };
-        let slices = SlicedBiasComputer::json_slices();
-        let mut factory = ParserFactory::new(&vocabulary.environment(), capabilities, &slices)
-            .map_err(|error| GrammarError::Vocabulary(error.to_string()))?;
-        factory.quiet();
-        *factory.limits_mut() = ParserLimits {
-            verbose_errors: false,
-            max_lexer_states: LEXER_STATES,
-            ..ParserLimits::default()
-        };
-        Ok(Compiler {
-            vocabulary,
-            factory: Arc::new(factory),
-            limits,
-            places: Places::new(limits.compiled_at_once),
-            cache: Mutex::new(Cache::new(limits.cache_bytes)),
-        })
+        let automata = Arc::new(Automata::new(vocabulary.clone())?);
+        let places = Places::new(limits.compiled_at_once);
+        let cache = Mutex::new(Cache::new(limits.cache_bytes));
+        Ok(Compiler { vocabulary, automata, limits, places, cache })
     }
 
     /// The vocabulary.
@@ -140,11 +137,9 @@ impl Compiler {
         if let Some(grammar) = self.cache().get(&key) {
             return Ok(grammar);
         }
-        let (factory, vocabulary) = (Arc::clone(&self.factory), self.vocabulary.clone());
-        let (limits, source) = (self.limits, source.clone());
-        let grammar = within(&self.places, limits.compile_ms, move || {
-            build(&factory, vocabulary, &source, &limits, sha256)
-        })?;
+        let (automata, limits, source) = (Arc::clone(&self.automata), self.limits, source.clone());
+        let work = move || build(&automata, &source, &limits, sha256);
+        let grammar = within(&self.places, limits.compile_ms, work)?;
         self.cache().insert(&key, grammar.clone(), estimate(source_bytes));
         Ok(grammar)
     }
@@ -182,6 +177,34 @@ impl Compiler {
 impl std::fmt::Debug for Compiler {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Compiler").field("vocabulary", &self.vocabulary).finish_non_exhaustive()
+    }
+}
+
+impl Automata {
+    fn new(vocabulary: Vocabulary) -> Result<Automata, GrammarError> {
+        let capabilities = InferenceCapabilities { ff_tokens: true, ..Default::default() };
+        let slices = SlicedBiasComputer::json_slices();
+        let mut factory = ParserFactory::new(&vocabulary.environment(), capabilities, &slices)
+            .map_err(|error| GrammarError::Vocabulary(error.to_string()))?;
+        factory.quiet();
+        *factory.limits_mut() = ParserLimits {
+            verbose_errors: false,
+            max_lexer_states: LEXER_STATES,
+            step_lexer_fuel: STEP_FUEL,
+            ..ParserLimits::default()
+        };
+        let masks = Arc::new(PlainTokens::new(factory.slicer()));
+        Ok(Automata { vocabulary, factory, masks })
+    }
+
+    /// The automaton, and its first mask, so that what cannot begin is refused here.
+    fn start(&self, grammar: TopLevelGrammar) -> Result<Matcher, String> {
+        let parser = self.factory.create_parser(grammar);
+        let mut parser = parser.map_err(|error| format!("{error:#}"))?;
+        parser.bias_computer = Arc::clone(&self.masks);
+        let mut start = Matcher::new(parser, self.vocabulary.clone())?;
+        start.mask().map_err(|error| error.to_string())?;
+        Ok(start)
     }
 }
 
@@ -231,8 +254,7 @@ impl PartialEq for Grammar {
 }
 
 fn build(
-    factory: &ParserFactory,
-    vocabulary: Vocabulary,
+    automata: &Automata,
     source: &Source,
     limits: &Limits,
     sha256: String,
@@ -240,11 +262,8 @@ fn build(
     let mut refusal: Option<String> = None;
     for keep in Keep::ALL {
         let prepared = prepared(source, limits, keep)?;
-        let drafts = prepared.drafts.clone();
-        let automaton = || start(factory, &vocabulary, prepared.grammar);
-        let (validator, automaton) = beside(|| validator(source, &drafts), automaton);
-        let validator = validator?;
-        match automaton {
+        let validator = validator(source, &prepared.drafts)?;
+        match automata.start(prepared.grammar) {
             Ok(start) => {
                 let inner = Inner { sha256, start, validator, checked: prepared.checked };
                 return Ok(Grammar { inner: Arc::new(inner) });
@@ -253,37 +272,11 @@ fn build(
             Err(error) => refusal = refusal.or(Some(error)),
         }
         let has_no_value = refusal.as_ref().is_some_and(|it| it.contains("nsatisfiable"));
-        if drafts.is_empty() || has_no_value {
+        if prepared.drafts.is_empty() || has_no_value {
             break;
         }
     }
     Err(refused(source, &refusal.unwrap_or_default()))
-}
-
-/// Both at once, where the system gives a thread; a panic of either is one here.
-fn beside<A: Send, B>(first: impl FnOnce() -> A + Send, second: impl FnOnce() -> B) -> (A, B) {
-    let first = Mutex::new(Some(first));
-    let run = || first.lock().unwrap_or_else(PoisonError::into_inner).take().map(|first| first());
-    std::thread::scope(|scope| {
-        let named = std::thread::Builder::new().name("exrail-grammar".into());
-        let thread = named.stack_size(STACK_BYTES).spawn_scoped(scope, run);
-        let second = second();
-        let done = thread.map(|thread| thread.join().unwrap_or_else(|panic| resume_unwind(panic)));
-        let first = done.ok().flatten().or_else(run);
-        (first.expect("what no thread has run is run here"), second)
-    })
-}
-
-/// The automaton, and its first mask, so that what cannot begin is refused here.
-fn start(
-    factory: &ParserFactory,
-    vocabulary: &Vocabulary,
-    grammar: TopLevelGrammar,
-) -> Result<Matcher, String> {
-    let parser = factory.create_parser(grammar).map_err(|error| format!("{error:#}"))?;
-    let mut start = Matcher::new(parser, vocabulary.clone())?;
-    start.mask().map_err(|error| error.to_string())?;
-    Ok(start)
 }
 
 /// What checks the whole answer; a schema that is none of its draft is refused here.

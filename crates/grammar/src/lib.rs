@@ -16,6 +16,7 @@ mod gbnf;
 mod lark;
 mod matcher;
 mod measure;
+mod plain;
 mod screen;
 mod source;
 mod strict_json;

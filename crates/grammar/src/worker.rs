@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use crate::GrammarError;
 
 /// Compilers recurse once or twice for each property of an object. Memory that is not touched is not used.
-pub(crate) const STACK_BYTES: usize = 64 << 20;
+const STACK_BYTES: usize = 64 << 20;
 /// How often somebody who waits for a place looks again.
 const LOOK_EVERY: Duration = Duration::from_millis(2);
 
