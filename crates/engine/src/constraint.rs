@@ -58,6 +58,8 @@ pub(crate) enum Broken {
     Nothing,
     /// Every token may come.
     Mask,
+    /// The mask ends where text does: control tokens behind it are drawn as if it did not know of them.
+    Width,
     /// Nobody looks for an end.
     Closing,
     /// What was cut is told as whole.

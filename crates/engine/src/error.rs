@@ -135,6 +135,17 @@ pub enum SubmitError {
         /// Tokens of the vocabulary.
         vocab_len: usize,
     },
+    /// The grammar was compiled over the ids of another tokenizer.
+    #[error(
+        "grammar: expected one of this model's tokenizer, {expected}, found one of {found}; compile it with the \
+         `grammars` of this engine"
+    )]
+    ForeignGrammar {
+        /// Fingerprint of the engine's tokenizer.
+        expected: String,
+        /// Of the grammar's.
+        found: String,
+    },
     /// An option that cannot be honoured.
     #[error("`{field}`: expected {expected}, found {found}")]
     BadOption {

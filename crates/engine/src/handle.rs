@@ -249,6 +249,7 @@ impl EngineHandle {
     /// What the engine's thread gets of a request, and where its events come out.
     fn job(&self, request: GenerateRequest) -> Result<(Job, flume::Receiver<Event>), SubmitError> {
         request.validate(self.shared.facts.vocab_len)?;
+        self.refuse_foreign_grammar(&request)?;
         let rotation = self.rotation(&request)?;
         if rotation.is_none() {
             self.check_lengths(request.prompt.len(), request.max_tokens)?;
@@ -257,6 +258,19 @@ impl EngineHandle {
         let constraint = Constraint::of(&request);
         let request = Box::new(request);
         Ok((Job::Generate { request, constraint, rotation, events: sender }, events))
+    }
+
+    /// A grammar is of token ids: over those of another tokenizer its masks let through what it forbids, and
+    /// nothing would tell.
+    fn refuse_foreign_grammar(&self, request: &GenerateRequest) -> Result<(), SubmitError> {
+        let Some(grammar) = &request.grammar else { return Ok(()) };
+        let expected = self.shared.tokenizer.fingerprint();
+        let found = grammar.vocabulary_fingerprint();
+        if found == expected {
+            return Ok(());
+        }
+        let [expected, found] = [expected, found].map(str::to_owned);
+        Err(SubmitError::ForeignGrammar { expected, found })
     }
 
     fn rotation(&self, request: &GenerateRequest) -> Result<Option<RotationPlan>, SubmitError> {

@@ -310,7 +310,7 @@ impl TextParts {
     }
 }
 
-fn vocabulary(table: VocabularyTable) -> Vocabulary {
+pub(crate) fn vocabulary(table: VocabularyTable) -> Vocabulary {
     Vocabulary {
         model: table.model,
         pre: table.pre,

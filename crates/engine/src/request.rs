@@ -52,8 +52,8 @@ pub struct GenerateRequest {
     pub deadline: Option<Instant>,
     /// Whether the answer ends when it goes round in a circle; `None` lets it go on to `max_tokens`.
     pub loop_guard: Option<LoopGuard>,
-    /// What the answer may be, of [`crate::EngineHandle::grammars`] of the same engine; `None`: any text. It
-    /// needs `stop_at_eos`.
+    /// What the answer may be, of [`crate::EngineHandle::grammars`] of the same engine or of one with the same
+    /// tokenizer; `None`: any text. It needs `stop_at_eos`.
     pub grammar: Option<Grammar>,
 }
 

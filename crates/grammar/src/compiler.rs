@@ -221,6 +221,12 @@ impl Grammar {
         &self.inner.sha256
     }
 
+    /// Fingerprint of the tokenizer whose ids its masks are of. Over other ids they mean nothing.
+    #[must_use]
+    pub fn vocabulary_fingerprint(&self) -> &str {
+        self.inner.start.vocabulary().fingerprint()
+    }
+
     /// What checks a whole answer, where its source is a schema or any JSON object.
     #[must_use]
     pub fn validator(&self) -> Option<&Validator> {
@@ -250,6 +256,7 @@ impl std::fmt::Debug for Grammar {
 impl PartialEq for Grammar {
     fn eq(&self, other: &Grammar) -> bool {
         self.inner.sha256 == other.inner.sha256
+            && self.vocabulary_fingerprint() == other.vocabulary_fingerprint()
     }
 }
 
@@ -316,10 +323,7 @@ fn prepared(source: &Source, limits: &Limits, keep: Keep) -> Result<Prepared, Gr
                 .map_err(|error| unsupported(&format!("column {}", error.column), error.reason))?;
             exact(TopLevelGrammar::from_regex(&pattern))
         }
-        Source::Lark(text) => {
-            lark::screen(text)?;
-            exact(TopLevelGrammar::from_lark(text.clone()))
-        }
+        Source::Lark(text) => exact(TopLevelGrammar::from_lark(lark::rewrite(text)?)),
         Source::Gbnf(text) => {
             exact(TopLevelGrammar::from_lark(gbnf::to_lark(text, limits.source_bytes)?))
         }

@@ -97,6 +97,42 @@ mod tests {
         assert_eq!(within(&places, 10_000, || Ok(7)), Ok(7));
     }
 
+    type Answer = Result<u32, GrammarError>;
+    type Work = fn() -> Answer;
+
+    /// What two clients hear of one thread that serves both, as an engine's does: one whose grammar breaks the
+    /// compiler, and one behind it.
+    fn heard(compile: fn(Work) -> Answer) -> [Option<Answer>; 2] {
+        let (ask, asked) = mpsc::channel::<(Work, mpsc::Sender<Answer>)>();
+        std::thread::scope(|scope| {
+            let serving = scope.spawn(move || {
+                for (work, reply) in asked {
+                    reply.send(compile(work)).unwrap();
+                }
+            });
+            let works: [Work; 2] = [|| panic!("on purpose"), || Ok(7)];
+            let heard = works.map(|work| {
+                let (reply, answer) = mpsc::channel();
+                ask.send((work, reply)).ok()?;
+                answer.recv().ok()
+            });
+            drop(ask);
+            assert_eq!(serving.join().is_ok(), heard[1].is_some());
+            heard
+        })
+    }
+
+    /// B2 with its mutation: compiled in the thread of all, one client's panic is the end of everybody's service.
+    #[test]
+    fn mutation_b2_without_a_thread_that_catches_one_panic_ends_the_service_of_all() {
+        let guarded = heard(|work| within(&Places::new(1), 10_000, work));
+        assert!(
+            matches!(guarded, [Some(Err(GrammarError::Malformed(_))), Some(Ok(7))]),
+            "{guarded:?}"
+        );
+        assert_eq!(heard(|work| work()), [None, None]);
+    }
+
     #[test]
     fn b14_work_past_its_limit_is_refused_and_so_is_what_finds_no_place() {
         let places = Places::new(1);

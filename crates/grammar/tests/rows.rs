@@ -4,6 +4,7 @@
 
 mod common;
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -58,126 +59,48 @@ fn b1_without_the_screen_the_pattern_would_be_taken() {
     assert!(factory.create_parser(grammar).is_ok());
 }
 
+/// Sources that cannot be honoured, `[kind, source]`. The tests of the server include them, too.
+fn broken() -> Vec<Source> {
+    let rows: Vec<(String, Value)> =
+        serde_json::from_str(include_str!("corpus/broken.json")).unwrap();
+    let of = |(kind, source): (String, Value)| match (kind.as_str(), source) {
+        ("schema", schema) => Source::JsonSchema(schema),
+        ("regex", Value::String(text)) => Source::Regex(text),
+        ("gbnf", Value::String(text)) => Source::Gbnf(text),
+        ("lark", Value::String(text)) => Source::Lark(text),
+        (kind, source) => panic!("{kind}: {source}"),
+    };
+    rows.into_iter().map(of).collect()
+}
+
 #[test]
-#[expect(clippy::too_many_lines, reason = "a list of broken sources")]
-fn b2_broken_schemas_and_grammars_are_errors_and_none_panics() {
-    let mut sources: Vec<Source> = Vec::new();
-    for pattern in [
-        "\\", "\\d{", "[a-z", "(", ")", "a{2,1}", "*", "(?=a)", "(?<!a)b", "\\1", "[b-a]",
-        "\\p{X}", "a**", "(?i)x",
-    ] {
-        sources.push(Source::Regex(pattern.into()));
-        for shape in [
-            json!({"type": "string", "pattern": pattern}),
-            json!({"patternProperties": {pattern: {}}}),
-            json!({"anyOf": [{"type": "null"}, {"pattern": pattern}]}),
-            json!({"not": {"pattern": pattern}}),
-        ] {
-            sources.push(Source::JsonSchema(shape));
+fn b2_two_hundred_broken_schemas_and_grammars_are_errors_that_name_their_place() {
+    let sources = broken();
+    let distinct: BTreeSet<String> = sources.iter().map(|it| format!("{it:?}")).collect();
+    assert_eq!(distinct.len(), sources.len());
+    assert!(sources.len() >= 200, "{}", sources.len());
+    for source in &sources {
+        let error = match compiler().compile(source) {
+            Ok(_) => panic!("it was taken: {source:?}"),
+            Err(error) => error,
+        };
+        match (source, &error) {
+            (Source::JsonSchema(schema), GrammarError::Unsupported { pointer, reason }) => {
+                let is_there = schema.pointer(pointer).is_some();
+                assert!(is_there && !reason.is_empty(), "{source:?}: {error}");
+            }
+            (_, GrammarError::Unsupported { pointer, .. }) => {
+                let is_place = pointer.starts_with("line ") || pointer.starts_with("column ");
+                assert!(is_place, "{source:?}: {error}");
+            }
+            // What only the automaton's parser knows: its words begin with line and column.
+            (Source::Lark(_), GrammarError::Malformed(message)) => {
+                assert!(!message.is_empty(), "{source:?}");
+            }
+            (_, error) => panic!("{source:?}: {error}"),
         }
     }
-    for keyword in [
-        "type",
-        "enum",
-        "required",
-        "properties",
-        "items",
-        "allOf",
-        "anyOf",
-        "oneOf",
-        "$ref",
-        "minLength",
-        "pattern",
-        "maximum",
-        "format",
-        "additionalProperties",
-        "$defs",
-        "not",
-        "if",
-        "contains",
-        "multipleOf",
-        "prefixItems",
-    ] {
-        sources.push(Source::JsonSchema(json!({keyword: 17.5e300, "type": 3})));
-        if keyword != "enum" {
-            sources.push(Source::JsonSchema(json!({"properties": {"a": {keyword: [[[]]]}}})));
-        }
-        sources.push(Source::JsonSchema(json!({keyword: {"$ref": "#/nowhere"}})));
-    }
-    for text in [
-        "",
-        "root",
-        "Root ::= \"a\"",
-        "root ::= missing",
-        "root ::= \"a",
-        "root ::= [a",
-        "root ::= [b-a]",
-        "root ::= (\"a\"",
-        "root ::= \"a\"{2",
-        "root ::= \"a\"{3,1}",
-        "root ::= root \"a\"",
-        "root ::= \"\\q\"",
-        "root ::= *",
-        "root ::= \"a\"\nroot ::= \"b\"",
-        "root ::= <[7]>",
-        "root ::= \"a\" ) ",
-        "root = \"a\"",
-        "root ::= a\na ::= b\nb ::= a",
-        "root ::= \"\\x4\"",
-        "root ::= \"\\uD800\"",
-        "root ::= []",
-        "root ::= x? root",
-        "root ::= \"a\"{99999}",
-        "::= \"a\"",
-        "root ::= \"a\" | | * ",
-    ] {
-        sources.push(Source::Gbnf(text.into()));
-    }
-    for text in [
-        "",
-        "start",
-        "start: missing",
-        "start: \"a",
-        "start: /[a/",
-        "begin: \"a\"",
-        "start: <|tool|>",
-        "start: %json {\"type\": \"object\"}",
-        "%llguidance {}\nstart: \"a\"",
-        "start: \"a\" \"",
-        "start: (",
-        "start: a{3,1}\na: \"x\"",
-        "start: /(?=a)/",
-        "%import nothing\nstart: \"a\"",
-        "start: \"a\"\nstart: \"b\"",
-    ] {
-        sources.push(Source::Lark(text.into()));
-    }
-    for written in [
-        json!({"$schema": "http://json-schema.org/draft-03/schema#"}),
-        json!({"$schema": 7}),
-        json!({"type": "strin"}),
-        json!({"enum": []}),
-        json!({"minLength": 3, "maxLength": 2, "type": "string"}),
-        json!({"type": "string", "enum": [1, 2]}),
-        json!({"$ref": "#"}),
-        json!({"$ref": "http://example.com/schema"}),
-        json!({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}),
-        json!(false),
-        json!(3),
-        json!(null),
-        json!(["a"]),
-        json!("text"),
-        json!({"format": "no-such-format"}),
-        json!({"maxlength": 3}),
-        json!({"nullable": true}),
-        json!({"x-guidance": {"lenient": true}}),
-    ] {
-        sources.push(Source::JsonSchema(written));
-    }
-    assert!(sources.len() >= 170, "{}", sources.len());
-    let taken: Vec<&Source> = sources.iter().filter(|it| compiler().compile(it).is_ok()).collect();
-    assert!(taken.is_empty(), "{taken:?}");
-    // A healthy one beside them is not disturbed.
+    // A healthy one behind them is not disturbed.
     assert!(schema(&json!({"type": "object"})).is_ok());
 }
 
@@ -344,6 +267,44 @@ fn b14_sixty_four_schemas_at_once_all_compile_and_the_cache_stays_within_its_byt
     assert!(bytes <= 1 << 20, "{bytes}");
 }
 
+/// The mutation: without the limits what was refused is taken, and all of it is kept.
+#[test]
+fn mutation_b14_without_the_limits_anything_is_compiled_and_kept() {
+    let compiler =
+        |limits| Compiler::new(Vocabulary::new(&common::tokenizer()).unwrap(), limits).unwrap();
+    let names: Vec<String> = (0..10_001).map(|at| format!("value number {at}")).collect();
+    let mut deep = json!({"type": "null"});
+    for _ in 0..100 {
+        deep = json!({"type": "array", "items": deep});
+    }
+    let slow = Limits { compile_ms: 1, enum_values: usize::MAX, ..Limits::default() };
+    let hostile = [json!({"enum": names}), deep].map(Source::JsonSchema);
+    for source in &hostile {
+        let refused = compiler(Limits::default()).compile(source);
+        assert!(matches!(refused, Err(GrammarError::TooLarge { .. })), "{refused:?}");
+    }
+    let refused = compiler(slow).compile(&hostile[0]);
+    assert!(matches!(refused, Err(GrammarError::TooLarge { limit: 1, .. })), "{refused:?}");
+    let unlimited = compiler(Limits {
+        depth: usize::MAX,
+        values: usize::MAX,
+        enum_values: usize::MAX,
+        compile_ms: 600_000,
+        cache_bytes: usize::MAX,
+        ..Limits::default()
+    });
+    for source in &hostile {
+        unlimited.compile(source).unwrap();
+    }
+    for at in 0..64 {
+        let written = json!({"type": "object", "properties": {format!("key{at}"): {}}});
+        unlimited.compile(&Source::JsonSchema(written)).unwrap();
+    }
+    let (n_kept, bytes) = unlimited.kept();
+    assert_eq!(n_kept, 66);
+    assert!(bytes > 1 << 20, "{bytes}");
+}
+
 #[test]
 fn b17_digits_are_ascii_and_without_the_rewriting_they_would_not_be() {
     let grammar = schema(&json!({"type": "string", "pattern": "^\\d+$"})).unwrap();
@@ -352,6 +313,24 @@ fn b17_digits_are_ascii_and_without_the_rewriting_they_would_not_be() {
     let regex = compiler().compile(&Source::Regex("\\d+".into())).unwrap();
     assert!(walks(&regex, "123"));
     assert!(!walks(&regex, "１２３"));
+    // What checks the whole answer reads the pattern alike, so that nobody's `\d` is another's.
+    let validator = grammar.validator().unwrap();
+    assert!(validator.check_text("\"123\"").is_ok());
+    assert!(validator.check_text("\"１２３\"").is_err());
+    for (text, yes, no) in [
+        (r"start: /\d+/", "123", "１２３"),
+        (r"start: NUMBER\nNUMBER: /[-\d]+/", "-7", "-７"),
+        (r"start: /\w+/", "az_9", "é"),
+        (r"start: /\W/", "é", "z"),
+        (r"start: /\D+/i", "１", "1"),
+        (r"start: /a\sb/", "a\u{feff}b", "a\u{85}b"),
+    ] {
+        let text = text.replace(r"\n", "\n");
+        let lark = compiler().compile(&Source::Lark(text.clone())).unwrap();
+        assert!(walks(&lark, yes), "{text}: {yes}");
+        assert!(!walks(&lark, no), "{text}: {no}");
+    }
+    // The mutation: what the automaton makes of it by itself.
     let mut builder = llguidance::derivre::RegexBuilder::new();
     let expression = builder.mk_regex("\\d+").unwrap();
     assert!(builder.to_regex(expression).is_match("１２３"));
@@ -446,6 +425,24 @@ fn a_grammar_is_kept_by_its_source_and_found_again() {
         schema(&json!({"type": "object", "properties": {"other": {"type": "null"}}})).unwrap()
     );
     compiler().prepare().unwrap();
+}
+
+#[test]
+fn a_clients_lark_cannot_reach_a_control_token_over_the_end_of_a_line() {
+    for text in ["start: /a\n/ <|tool|>", "start: \"a\"%json {}"] {
+        let refused = compiler().compile(&Source::Lark(text.into()));
+        assert!(matches!(refused, Err(GrammarError::Unsupported { .. })), "{text}: {refused:?}");
+    }
+    // The mutation: unscreened, the automaton takes what the first one says.
+    let vocabulary = Vocabulary::new(&common::tokenizer()).unwrap();
+    let unscreened = Compiler::new(vocabulary, Limits::default()).unwrap();
+    let lark = "start: /a\n/ <[2]>".to_owned();
+    let grammar = unscreened.compile(&Source::Composed { lark, schemas: vec![] }).unwrap();
+    let mut matcher = grammar.matcher();
+    for id in compiler().vocabulary().spell("a\n") {
+        matcher.advance(id).unwrap();
+    }
+    assert!(matcher.mask().unwrap().allows(2), "the control token <|tool|>");
 }
 
 #[test]

@@ -9,12 +9,22 @@ const HEAD: usize = 120;
 /// What stands for those between.
 const GAP: &str = " … ";
 
+#[cfg(test)]
+thread_local! {
+    /// Switches the guard off in a test's own thread, to show what it is for.
+    static IS_OFF: std::cell::Cell<bool> = const { std::cell::Cell::new(false) };
+}
+
 /// A text of a client, as it may be repeated: at most 200 characters, and none that a terminal obeys or that
 /// turns the text after it around.
 pub(crate) struct Brief<'a>(pub(crate) &'a str);
 
 impl Display for Brief<'_> {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        #[cfg(test)]
+        if IS_OFF.get() {
+            return f.write_str(self.0);
+        }
         let n_chars = self.0.chars().map(len_told).sum::<usize>();
         if n_chars <= LIMIT {
             return self.0.chars().try_for_each(|char| tell(f, char));
@@ -60,7 +70,37 @@ fn is_unsafe(char: char) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use exrail_grammar::GrammarError;
+
     use super::*;
+    use crate::error::ApiError;
+
+    /// The mutation: a name of a megabyte comes back whole, with what its reader's terminal obeys.
+    #[test]
+    fn mutation_l9_without_the_limit_a_megabyte_and_its_escapes_are_told() {
+        let found = format!("\u{1b}[2J{}", "Q".repeat(1 << 20));
+        let grammar =
+            GrammarError::Unsupported { pointer: format!("/{found}"), reason: found.clone() };
+        let failures = [
+            ApiError::UnknownModel { found: found.clone(), known: "tiny".into() },
+            ApiError::Constraint { field: "json_schema".into(), error: grammar },
+            ApiError::ContractMismatch {
+                field: "tools[0]".into(),
+                expected: "0".repeat(64),
+                found: found.clone(),
+            },
+        ];
+        let told = |failure: &ApiError| serde_json::to_string(&failure.body()).unwrap();
+        for failure in &failures {
+            let guarded = told(failure);
+            assert!(guarded.matches('Q').count() <= 2 * LIMIT, "{guarded}");
+            assert!(!guarded.contains("\\u001b"), "{guarded}");
+            IS_OFF.set(true);
+            let broken = told(failure);
+            IS_OFF.set(false);
+            assert!(broken.len() > 1 << 20 && broken.contains("\\u001b[2J"));
+        }
+    }
 
     #[test]
     fn l9_a_long_text_is_told_by_its_ends() {

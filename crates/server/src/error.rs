@@ -103,7 +103,7 @@ pub enum ApiError {
         why: &'static str,
     },
     /// A constraint that cannot be honoured; nothing was generated.
-    #[error("`{field}`: {error}")]
+    #[error("`{field}`: {}", grammar_words(error))]
     Constraint {
         /// Path of the field that it came in.
         field: String,
@@ -111,7 +111,10 @@ pub enum ApiError {
         error: GrammarError,
     },
     /// A contract that is not the one that the client takes it for.
-    #[error("`{field}`: expected the hash of these parameters, {expected}, found `{found}`")]
+    #[error(
+        "`{field}`: expected the hash of these parameters, {expected}, found `{}`",
+        Brief(found)
+    )]
     ContractMismatch {
         /// Path of the field.
         field: String,
@@ -422,6 +425,17 @@ fn session_told(
     }
 }
 
+/// What is wrong with a constraint. Its place and the reason hold names that the client made up.
+fn grammar_words(error: &GrammarError) -> String {
+    match error {
+        GrammarError::Unsupported { pointer, reason } => {
+            format!("{}: {}", Brief(pointer), Brief(reason))
+        }
+        GrammarError::Malformed(problem) => GrammarError::Malformed(brief(problem)).to_string(),
+        GrammarError::TooLarge { .. } | GrammarError::Vocabulary(_) => error.to_string(),
+    }
+}
+
 fn constraint_told(
     field: &str,
     error: &GrammarError,
@@ -476,6 +490,10 @@ fn submit_told(
         SubmitError::EmptyPrompt => param("empty_prompt", "prompt"),
         SubmitError::UnknownToken { .. } => param("unknown_token", "prompt"),
         SubmitError::BadOption { field, .. } => param("invalid_value", field),
+        // Clients name no vocabulary: the server has mixed up two of its models.
+        SubmitError::ForeignGrammar { .. } => {
+            told(StatusCode::INTERNAL_SERVER_ERROR, SERVER, "foreign_grammar")
+        }
         // `SubmitError` is open: a refusal that this server does not know yet is still the
         // client's.
         _ => told(StatusCode::BAD_REQUEST, INVALID, "refused"),

@@ -224,10 +224,19 @@ mod tests {
     use std::path::{Path, PathBuf};
 
     use axum::{body::Body, http::StatusCode};
+    use exrail_checkpoint::{Checkpoint, Gguf};
+    use exrail_engine::{
+        Engine, EngineHandle, EngineOptions, Identity, LoadOptions, prepare_generator,
+    };
+    use exrail_kernels_cpu::{CpuBackend, CpuOptions};
+    use exrail_testkit::{TinyLlama, tiny_llama};
     use tower::ServiceExt;
 
     use super::*;
-    use crate::{Keys, Limits, TraceLog, auth::Role};
+    use crate::{
+        BootFault, BootPlan, Keys, Limits, Node, Pace, Phase, Shelf, TraceLog,
+        auth::{KeyFolder, Role},
+    };
 
     /// The state of a server with these keys, and the folder that it writes to.
     fn state(keys: &[&str]) -> (Arc<AppState>, tempfile::TempDir) {
@@ -248,6 +257,8 @@ mod tests {
     fn unguarded(state: Arc<AppState>) -> Router {
         let let_in = |mut request: Request, next: Next| async {
             request.extensions_mut().insert(Role::Admin);
+            request.extensions_mut().insert(Caller(None));
+            request.extensions_mut().insert(KeyFolder("default".to_owned()));
             next.run(request).await
         };
         guarded().layer(middleware::from_fn(let_in)).with_state(state)
@@ -267,6 +278,50 @@ mod tests {
         let answer = told(router(Arc::clone(&state)), "evil.example").await;
         assert_eq!(answer, StatusCode::FORBIDDEN);
         assert_eq!(told(unguarded(state), "evil.example").await, StatusCode::OK);
+    }
+
+    /// Opens a server over a tiny model.
+    fn open(state: &Arc<AppState>) -> EngineHandle {
+        let options = CpuOptions { threads: Some(1), ..CpuOptions::default() };
+        let gguf = Gguf::parse(tiny_llama(7, TinyLlama::default())).unwrap();
+        let who = Identity { name: "tiny".into(), sha256: "0".repeat(64) };
+        let (backend, checkpoint) = (CpuBackend::new(options).unwrap(), Checkpoint::Gguf(gguf));
+        let load = LoadOptions::default();
+        let loaded = prepare_generator(backend, &checkpoint, who, load, &mut |_| {}).unwrap();
+        let options = EngineOptions { kv_pages: Some(4), ..EngineOptions::default() };
+        let engine = Engine::start(loaded, options).unwrap();
+        let nodes = vec![
+            Node::new(Phase::WarmUp, &[], "tokens"),
+            Node::new(Phase::Sentinel, &[Phase::WarmUp], "answered"),
+            Node::new(Phase::Ready, &[Phase::Sentinel], "all of it"),
+        ];
+        let plan = BootPlan::new(nodes).unwrap();
+        let owner = state.board().own(plan, Pace::default(), |_| {}).unwrap();
+        for phase in [Phase::WarmUp, Phase::Sentinel] {
+            let passed: Result<(), BootFault> = owner.run(phase, || Ok(()), |()| Ok(String::new()));
+            passed.unwrap();
+        }
+        state.open(Shelf::default().services("tiny".into(), engine.clone(), None)).unwrap();
+        engine
+    }
+
+    /// The mutation: a page of a stranger has the server at its reader's machine generate for it.
+    #[tokio::test]
+    async fn mutation_l3_without_the_guard_a_page_of_another_origin_drives_the_model() {
+        let (state, _folder) = state(&[]);
+        let engine = open(&state);
+        let post = async |router: Router| {
+            let request = Request::builder().method("POST").uri("/v1/completions");
+            let request = request
+                .header("host", "localhost")
+                .header("origin", "https://evil.example")
+                .body(Body::from(r#"{"model": "tiny", "prompt": "ab", "max_tokens": 2}"#))
+                .unwrap();
+            let status = router.oneshot(request).await.unwrap().status();
+            (status, engine.counters().submitted)
+        };
+        assert_eq!(post(router(Arc::clone(&state))).await, (StatusCode::FORBIDDEN, 0));
+        assert_eq!(post(unguarded(state)).await, (StatusCode::OK, 1));
     }
 
     /// Field fault L4: a route that was merged without its guard would answer strangers; here nobody.

@@ -36,6 +36,7 @@ mod splitter;
 mod stop;
 mod template;
 mod template_functions;
+mod template_parts;
 mod token_table;
 mod tokenizer;
 pub mod tools;

@@ -17,6 +17,7 @@ use crate::prompt::Prompt;
 use crate::provenance::{Marks, masked};
 use crate::sha256::sha256_hex;
 use crate::template_functions::{Raised, register};
+use crate::template_parts::{self, TooLong};
 
 const NAME: &str = "chat_template";
 /// Longest template accepted; the longest published ones are below 20 kB.
@@ -39,10 +40,20 @@ const UNKNOWN_NAME: [ErrorKind; 5] = [
 /// allow some 10⁵ levels, which need about 1 kB each. Only pages that are touched take memory.
 const STACK_BYTES: usize = 256 * 1024 * 1024;
 
+/// Work that each message of a chat adds to what a render may do; templates take up to half of it.
+const FUEL_OF_MESSAGE: u64 = 500;
+/// Bytes of a chat that add one unit of work: each may be copied sixteen times, or written as JSON once.
+const BYTES_OF_FUEL: u64 = 4;
+/// A long chat gets at most this many times the work of a short one.
+const MOST_TIMES: u64 = 4;
+/// Short chats that a template is tried on when it is compiled; together they get what one chat gets.
+const N_PROBES: u64 = 12;
+
 /// What a render may cost before it is given up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TemplateLimits {
-    /// About one per instruction and per 64 bytes created, so memory is bounded by 64 × this.
+    /// Work for the chat without messages: about one per instruction and per 64 bytes created. Each message adds 500
+    /// and every 4 bytes one, up to four times this, so memory is bounded by 256 × this.
     pub fuel: u64,
     /// Most bytes of output.
     pub output_bytes: usize,
@@ -52,10 +63,11 @@ pub struct TemplateLimits {
 }
 
 impl Default for TemplateLimits {
-    /// Room for some thousand messages or several megabytes.
+    /// Room for some thousand messages or several megabytes. What a template can do with a short chat takes 50 ms on
+    /// a core of 2023, whatever it is.
     fn default() -> TemplateLimits {
         TemplateLimits {
-            fuel: 1_000_000,
+            fuel: 250_000,
             output_bytes: 16 * 1024 * 1024,
             wall_clock: Duration::from_secs(2),
         }
@@ -174,10 +186,10 @@ impl ChatTemplate {
             let found = source.len();
             return Err(TemplateError::SourceTooLong { found, limit: MAX_SOURCE_BYTES });
         }
+        template_parts::check(&without_generation_tags(source)).map_err(too_long)?;
         let [source, bos, eos] = [source, bos, eos].map(str::to_owned);
         let (sender, receiver) = std::sync::mpsc::sync_channel(1);
-        // Not joined: minijinja folds a chain of constants in quadratic time (57 s for 64 kB of
-        // `1~1~1…`), and a compilation cannot be stopped, only left alone.
+        // Not joined: a compilation cannot be stopped, only left alone.
         let thread = builder().spawn(move || {
             // The receiver is gone if time was up, and then nobody wants the template.
             sender.send(ChatTemplate::build(&source, &bos, &eos, limits)).ok()
@@ -202,7 +214,6 @@ impl ChatTemplate {
         environment.set_auto_escape_callback(|_| AutoEscape::None);
         environment.set_debug(false);
         environment.set_recursion_limit(MAX_RECURSION);
-        environment.set_fuel(Some(limits.fuel));
         register(&mut environment);
         environment
             .add_template_owned(NAME, without_generation_tags(source))
@@ -251,18 +262,20 @@ impl ChatTemplate {
         messages: &[ChatMessage],
         options: &RenderOptions,
     ) -> Result<Prompt, TemplateError> {
-        let deadline = Instant::now() + self.limits.wall_clock;
         // All three show one time, also where a second ends between them.
         let now = Some(options.now.unwrap_or_else(SystemTime::now));
         let options = RenderOptions { now, ..options.clone() };
+        let mut walk = Walk::new(&str::to_owned);
+        let variables = walk.context(messages, &options);
+        let Walk { texts, fixed, .. } = walk;
+        let n_bytes = texts.iter().chain(&fixed).map(String::len).sum();
+        let budget = self.budget(self.fuel_of(messages.len(), n_bytes));
         let render_with = |walk: &mut Walk| {
             let variables = walk.context(messages, &options);
-            self.render_text(variables, deadline)
+            self.render_text(variables, &budget)
         };
 
-        let mut walk = Walk::new(&str::to_owned);
-        let plain = render_with(&mut walk)?;
-        let Walk { texts, fixed, .. } = walk;
+        let plain = self.render_text(variables, &budget)?;
         let marks = Marks::draw(texts.iter().chain(&fixed).map(String::as_str));
         let marked = render_with(&mut Walk::new(&|text| marks.around(text)));
         let veiled = render_with(&mut Walk::new(&masked));
@@ -276,22 +289,36 @@ impl ChatTemplate {
         Ok(Prompt::unproven(plain, texts, fixed))
     }
 
+    /// Work for one render of a chat with so many messages, and so many bytes in all of its texts.
+    fn fuel_of(&self, n_messages: usize, n_bytes: usize) -> u64 {
+        let of_messages = (n_messages as u64).saturating_mul(FUEL_OF_MESSAGE);
+        let fuel = self.limits.fuel.saturating_add(of_messages);
+        let fuel = fuel.saturating_add(n_bytes as u64 / BYTES_OF_FUEL);
+        fuel.min(self.limits.fuel.saturating_mul(MOST_TIMES))
+    }
+
+    /// From now on; each render with it may do so much work.
+    fn budget(&self, fuel: u64) -> Budget {
+        let mut environment = self.environment.clone();
+        environment.set_fuel(Some(fuel));
+        Budget { environment, fuel, deadline: Instant::now() + self.limits.wall_clock }
+    }
+
     fn render_text(
         &self,
         mut variables: Vec<(String, Value)>,
-        deadline: Instant,
+        budget: &Budget,
     ) -> Result<String, TemplateError> {
+        let Budget { environment, fuel, deadline } = budget;
         variables.push(("bos_token".to_owned(), Value::from(self.bos.as_str())));
         variables.push(("eos_token".to_owned(), Value::from(self.eos.as_str())));
         let context = Value::from_pairs(variables);
-        let template =
-            self.environment.get_template(NAME).map_err(|error| self.render_error(&error))?;
-        let mut output = BoundedOutput { bytes: Vec::new(), limits: self.limits, deadline };
-        template
-            .render_captured_to(context, &mut output)
-            .map(drop)
-            .map_err(|error| self.render_error(&error))?;
-        if Instant::now() > deadline {
+        let refused = |error: Error| self.render_error(&error, *fuel);
+        let template = environment.get_template(NAME).map_err(refused)?;
+        let mut output =
+            BoundedOutput { bytes: Vec::new(), limits: self.limits, deadline: *deadline };
+        template.render_captured_to(context, &mut output).map(drop).map_err(refused)?;
+        if Instant::now() > *deadline {
             return Err(TemplateError::OutOfTime { limit: self.limits.wall_clock });
         }
         Ok(String::from_utf8(output.bytes).expect("minijinja writes whole strings"))
@@ -301,7 +328,7 @@ impl ChatTemplate {
     /// its limits even on these.
     /// (field-faults B19: first-turn chats worked, every later one gave status 500.)
     fn refuse_at_once(&self) -> Result<(), TemplateError> {
-        let deadline = Instant::now() + self.limits.wall_clock;
+        let budget = self.budget(self.limits.fuel / N_PROBES);
         let options = RenderOptions::default();
         let with_tools = RenderOptions { tools: Some(vec![probe_tool()]), ..options.clone() };
         let chats: [(&[&str], &RenderOptions); 6] = [
@@ -317,7 +344,7 @@ impl ChatTemplate {
             for add_generation_prompt in [false, true] {
                 let options = RenderOptions { add_generation_prompt, ..options.clone() };
                 let variables = Walk::new(&str::to_owned).context(&messages, &options);
-                match self.render_text(variables, deadline) {
+                match self.render_text(variables, &budget) {
                     // It may well raise: a chat of these roles need not be one that it takes.
                     Ok(_) | Err(TemplateError::Raised { .. } | TemplateError::Render { .. }) => {}
                     Err(refused) => return Err(refused),
@@ -327,7 +354,7 @@ impl ChatTemplate {
         Ok(())
     }
 
-    fn render_error(&self, error: &Error) -> TemplateError {
+    fn render_error(&self, error: &Error, fuel: u64) -> TemplateError {
         let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(error);
         while let Some(current) = cause {
             if let Some(Raised(message)) = current.downcast_ref() {
@@ -344,7 +371,7 @@ impl ChatTemplate {
             }
             if let Some(inner) = current.downcast_ref::<Error>() {
                 if inner.kind() == ErrorKind::OutOfFuel {
-                    return TemplateError::OutOfFuel { fuel: self.limits.fuel };
+                    return TemplateError::OutOfFuel { fuel };
                 }
                 // A string method on something else fails in Python too, and says nothing about us.
                 let misplaced = inner.kind() == ErrorKind::UnknownMethod
@@ -357,6 +384,14 @@ impl ChatTemplate {
         }
         TemplateError::Render { line: error.line().unwrap_or(0), reason: reason(error) }
     }
+}
+
+/// What the renderings of one chat may take.
+struct Budget {
+    /// The template's, with this much fuel for each rendering.
+    environment: Environment<'static>,
+    fuel: u64,
+    deadline: Instant,
 }
 
 /// Runs `work` on a thread of its own, which ends before this returns.
@@ -394,6 +429,13 @@ impl io::Write for BoundedOutput {
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
     }
+}
+
+fn too_long(TooLong { line, n_parts }: TooLong) -> TemplateError {
+    let reason = format!(
+        "its expressions would take too long to compile: expected shorter ones, found one of {n_parts} parts here"
+    );
+    TemplateError::Unsupported { line, reason }
 }
 
 fn unsupported(error: &Error) -> TemplateError {
@@ -458,4 +500,63 @@ fn without_generation_tags(source: &str) -> String {
     }
     text.push_str(rest);
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Half a second of folding and more, where 64 kB take a minute.
+    fn chain() -> String {
+        format!("{{{{ 1{} }}}}", "~1".repeat(5_000))
+    }
+
+    #[test]
+    fn l7_an_expression_that_folds_for_ever_is_refused_before_it_is_compiled() {
+        let error = ChatTemplate::compile(&chain(), "", "").unwrap_err();
+        let TemplateError::Unsupported { line: 1, reason } = &error else { panic!("{error}") };
+        assert!(reason.contains("10001 parts"), "{reason}");
+    }
+
+    /// The mutation: nobody counts, and a thread of the server is busy with it whatever the limits are.
+    #[test]
+    fn mutation_l7_without_the_count_of_parts_a_template_takes_a_core() {
+        let (sender, ended) = std::sync::mpsc::channel();
+        let limits = TemplateLimits { wall_clock: Duration::ZERO, ..TemplateLimits::default() };
+        let built = builder().spawn(move || {
+            sender.send(ChatTemplate::build(&chain(), "", "", limits).is_ok()).ok();
+        });
+        let built = built.unwrap();
+        let waited = ended.recv_timeout(Duration::from_millis(100));
+        assert_eq!(waited, Err(RecvTimeoutError::Timeout), "long behind its limit");
+        built.join().unwrap();
+    }
+
+    /// Work that a chat gets grows with the chat, and not without end.
+    #[test]
+    fn a_long_chat_gets_more_work_and_never_more_than_four_times() {
+        let template = ChatTemplate::compile("{{ messages[0].content }}", "", "").unwrap();
+        let fuel = template.limits.fuel;
+        for (n_messages, n_bytes, expected) in [
+            (0, 0, fuel),
+            (10, 4_000, fuel + 6_000),
+            (1_000, 400_000, fuel + 600_000),
+            (100_000, 0, 4 * fuel),
+            (1, usize::MAX, 4 * fuel),
+        ] {
+            assert_eq!(template.fuel_of(n_messages, n_bytes), expected);
+        }
+        // A hundred rounds a message are more than the short chat's work.
+        let source = "{% for m in messages %}{% for i in range(100) %}{% endfor %}{% endfor %}";
+        let template = ChatTemplate::compile(source, "", "").unwrap();
+        let chat = vec![ChatMessage::new("user", ""); 1_500];
+        template.render(&chat, &RenderOptions::default()).unwrap();
+        let Err(error) = template.render_text(
+            Walk::new(&str::to_owned).context(&chat, &RenderOptions::default()),
+            &template.budget(fuel),
+        ) else {
+            panic!("it was enough")
+        };
+        assert!(matches!(error, TemplateError::OutOfFuel { fuel: 250_000 }), "{error}");
+    }
 }

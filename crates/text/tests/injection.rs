@@ -6,8 +6,8 @@
 use std::path::Path;
 
 use exrail_text::{
-    ChatMessage, ChatTemplate, Prompt, PromptError, RenderOptions, Specials, Tokenizer, Vocabulary,
-    encode_prompt,
+    ChatMessage, ChatTemplate, Prompt, PromptError, RenderOptions, Specials, TemplateError,
+    Tokenizer, Vocabulary, encode_prompt,
 };
 use serde_json::{Value, json};
 
@@ -212,10 +212,11 @@ fn l7_a_template_of_the_field_runs_no_code_and_ends() {
         let outcome = ChatTemplate::compile(source, "", "")
             .and_then(|it| it.render(&[ChatMessage::new("user", "x")], &RenderOptions::default()));
         let took = started.elapsed();
-        let error = outcome.map(|prompt| prompt.text()).unwrap_err().to_string();
-        eprintln!("{took:>9.1?} {source} -> {error}");
-        assert!(error.len() < 300, "{source}: {error}");
-        assert!(took < std::time::Duration::from_secs(4), "{source}: {took:?}");
+        let error = outcome.map(|prompt| prompt.text()).unwrap_err();
+        // Work that is counted ends it, see `TemplateLimits`; the clock would be too late.
+        assert!(!matches!(error, TemplateError::OutOfTime { .. }), "{source}: {took:?}");
+        assert!(error.to_string().len() < 300, "{source}: {error}");
+        assert!(took < std::time::Duration::from_secs(2), "{source}: {took:?}");
     }
     // Templates after it are as ever.
     assert!(render(&template("smollm2"), Place::User, "x").is_some());

@@ -208,13 +208,47 @@ fn l7_hostile_templates_end_in_an_error_within_the_budget() {
         let outcome = ChatTemplate::compile(&source, "", "")
             .and_then(|it| it.render(&[message("user", "x")], &options(false)));
         let took = start.elapsed();
-        eprintln!("{took:>9.1?} {shown} -> {:?}", outcome.as_ref().map(|it| it.text().len()));
         if HOSTILE.contains(&source.as_str()) {
             assert!(outcome.is_err(), "{shown} ended well");
         }
-        // Compiling has one budget for its probe chats, rendering has one of its own.
-        assert!(took < 3 * limits.wall_clock, "{shown} took {took:?}");
+        // What ends it is work that was counted, and no clock: at most what 50 ms are enough for, see `TemplateLimits`.
+        match &outcome {
+            Err(TemplateError::OutOfTime { .. }) => panic!("{shown} ran until its time was up"),
+            Err(TemplateError::OutOfFuel { fuel }) => {
+                assert!(*fuel <= limits.fuel, "{shown}: {fuel}")
+            }
+            Ok(_) | Err(_) => {}
+        }
+        assert!(took < limits.wall_clock, "{shown} took {took:?}");
     }
+    assert!(limits.fuel <= 250_000, "{limits:?}");
+}
+
+/// The mutation: without a limit of work nothing but the clock ends it, and without one of output nothing but the
+/// memory.
+#[test]
+fn mutation_l7_without_the_limits_a_template_takes_the_time_and_the_memory_that_it_likes() {
+    let looping = HOSTILE[1];
+    let wall_clock = Duration::from_millis(300);
+    let unlimited = TemplateLimits { fuel: u64::MAX, output_bytes: usize::MAX, wall_clock };
+    let start = Instant::now();
+    let error = ChatTemplate::compile_with_limits(looping, "", "", unlimited).unwrap_err();
+    assert!(matches!(error, TemplateError::OutOfTime { .. }), "{error}");
+    assert!(start.elapsed() >= wall_clock);
+    let error = ChatTemplate::compile(looping, "", "").unwrap_err();
+    assert!(matches!(error, TemplateError::OutOfFuel { .. }), "{error}");
+
+    let source = "{% if messages | length > 6 %}{{ 'x' * 64000000 }}{% endif %}";
+    let chat: Vec<ChatMessage> = (0..7).map(|_| message("user", "x")).collect();
+    let wall_clock = Duration::from_secs(60);
+    let unlimited = TemplateLimits { wall_clock, ..unlimited };
+    let rendered = |limits| {
+        ChatTemplate::compile_with_limits(source, "", "", limits)
+            .and_then(|it| it.render(&chat, &options(false)))
+    };
+    assert_eq!(rendered(unlimited).unwrap().text().len(), 64_000_000);
+    assert!(rendered(TemplateLimits { fuel: u64::MAX, ..TemplateLimits::default() }).is_err());
+    assert!(rendered(TemplateLimits::default()).is_err());
 }
 
 #[test]

@@ -79,6 +79,15 @@ impl Generating {
         let step = self.n_completion;
         let failed =
             |error: &MatcherError| SequenceFault::GrammarFault { step, message: error.to_string() };
+        #[cfg(test)]
+        if constraint.broken == crate::constraint::Broken::Width {
+            let id = self.sampler.sample(logits, tokens, shared.scratch).expect("finite");
+            let is_end = shared.eos.contains(&id);
+            if !is_end && shared.tokenizer.is_control(id) {
+                constraint.take(id, n_left).map_err(|error| failed(&error))?;
+            }
+            return Ok((id, is_end));
+        }
         let id = if let Some(id) = constraint.must() {
             id
         } else {

@@ -4,7 +4,7 @@
 
 use std::sync::{Arc, OnceLock};
 
-use exrail_checkpoint::{Checkpoint, Gguf};
+use exrail_checkpoint::{Checkpoint, Gguf, VocabularyTable};
 use exrail_grammar::{Compiler, Grammar, Limits, Source, Vocabulary};
 use exrail_kernels::KvDtype;
 use exrail_kernels::reference::Reference;
@@ -14,9 +14,10 @@ use serde_json::{Value, json};
 
 use super::tests::Bench;
 use crate::constraint::Broken;
+use crate::error::SubmitError;
 use crate::event::{Constrained, Event, Finish, Finished, SequenceFault};
-use crate::handle::EngineOptions;
-use crate::load::{Identity, LoadOptions, prepare_generator};
+use crate::handle::{Engine, EngineOptions};
+use crate::load::{Identity, LoadOptions, Loaded, prepare_generator};
 use crate::loops::{LoopGuard, OnLoop};
 use crate::request::{GenerateRequest, Sampling};
 use crate::rotation::{RotatePolicy, RotationOptions};
@@ -71,15 +72,26 @@ impl Heard {
     }
 }
 
+fn loaded() -> Loaded<Reference> {
+    let checkpoint = Checkpoint::Gguf(Gguf::parse(tiny_llama(7, TinyLlama::default())).unwrap());
+    let who = Identity { name: "tiny".to_owned(), sha256: String::new() };
+    let load = LoadOptions::default();
+    prepare_generator(Reference, &checkpoint, who, load, &mut |_| {}).unwrap()
+}
+
 fn tokenizer() -> &'static Arc<Tokenizer> {
     static TOKENIZER: OnceLock<Arc<Tokenizer>> = OnceLock::new();
-    TOKENIZER.get_or_init(|| {
-        let checkpoint =
-            Checkpoint::Gguf(Gguf::parse(tiny_llama(7, TinyLlama::default())).unwrap());
-        let who = Identity { name: "tiny".to_owned(), sha256: String::new() };
-        let load = LoadOptions::default();
-        prepare_generator(Reference, &checkpoint, who, load, &mut |_| {}).unwrap().tokenizer
-    })
+    TOKENIZER.get_or_init(|| loaded().tokenizer)
+}
+
+/// A grammar over a vocabulary of the same size, in which each byte has the id of the one before.
+fn over_other_ids(source: &Source) -> Grammar {
+    let gguf = Gguf::parse(tiny_llama(7, TinyLlama::default())).unwrap();
+    let mut table = VocabularyTable::from_gguf(&gguf).unwrap();
+    table.tokens[3..259].rotate_left(1);
+    let tokenizer = Tokenizer::from_vocabulary(crate::load::vocabulary(table)).unwrap();
+    let vocabulary = Vocabulary::new(&Arc::new(tokenizer)).unwrap();
+    Compiler::new(vocabulary, Limits::default()).unwrap().compile(source).unwrap()
 }
 
 fn compile(source: &Source) -> Grammar {
@@ -246,6 +258,67 @@ fn b6_control_tokens_that_rank_highest_never_come() {
         let broken = run_broken(&request, Broken::Mask);
         assert!(!is_valid(&grammar, &broken.text), "mutation: {}", broken.text);
     }
+}
+
+/// The mutation of B6: a mask that ends where text does. The favourite is drawn, the automaton does not take it, and
+/// that is what the client hears, whatever the seed.
+#[test]
+fn mutation_b6_a_control_token_that_no_mask_covers_is_drawn_and_ends_the_answer_in_a_fault() {
+    let grammar = schema(json!({"oneOf": [{"const": "yes"}, {"const": "no"}, {"const": 12}]}));
+    for favourite in [0, 1, 2] {
+        for seed in 0..3 {
+            let mut request = asked(grammar.clone(), 100, seed);
+            request.sampling.logit_bias = vec![(favourite, 100.0)];
+            let heard = run(&mut bench(false), &request);
+            assert!(is_valid(&grammar, &heard.text), "{}", heard.text);
+            let broken = run_broken(&request, Broken::Width);
+            let expected = format!("token {favourite} is not allowed here");
+            let Some(Err(SequenceFault::GrammarFault { step: 0, message })) = &broken.end else {
+                panic!("{:?}", broken.end)
+            };
+            assert_eq!((message, broken.text.as_str()), (&expected, ""));
+        }
+    }
+}
+
+/// The mutation of B3: a constraint that turns out to be broken in the engine's thread, where others are served,
+/// and not before the queue. It takes a place and a step, and its client hears of a fault instead of a refusal.
+#[test]
+fn mutation_b3_a_constraint_that_breaks_behind_the_queue_takes_steps() {
+    let mut bench = bench(false);
+    let events = bench.send(asked(schema(record()), 100, 1));
+    bench.worker.take_commands();
+    bench.worker.admit();
+    assert_eq!(bench.worker.running.len(), 1, "a place");
+    bench.worker.running[0].constraint().broken = Broken::Automaton;
+    finish(&mut bench);
+    let heard = Heard::of(&events);
+    assert!(matches!(heard.end, Some(Err(SequenceFault::GrammarFault { .. }))), "{heard:?}");
+    assert!(bench.gauges.snapshot().steps > 0);
+}
+
+/// A grammar of token ids that mean something else here is refused before it is queued.
+#[test]
+fn a_grammar_over_another_vocabulary_is_refused_with_both_fingerprints() {
+    let engine = Engine::start(loaded(), options()).unwrap();
+    let foreign = over_other_ids(&Source::JsonSchema(record()));
+    assert_ne!(foreign, schema(record()), "of one source, and not the same grammar");
+    let found = foreign.vocabulary_fingerprint().to_owned();
+    let error = engine.submit(asked(foreign, 100, 1)).unwrap_err();
+    let expected = tokenizer().fingerprint().to_owned();
+    assert_eq!(error, SubmitError::ForeignGrammar { expected, found });
+    assert_eq!((engine.counters().submitted, engine.counters().steps), (0, 0));
+    // One that another compiler made over the same ids is as good as the engine's own.
+    engine.submit(asked(schema(record()), 100, 1)).unwrap();
+}
+
+/// The mutation: nobody compares, as the queue itself does not. An answer that is told as whole is no value.
+#[test]
+fn mutation_a_grammar_over_other_ids_is_told_as_obeyed_and_was_not() {
+    let grammar = over_other_ids(&Source::JsonSchema(record()));
+    let heard = run(&mut bench(false), &asked(grammar.clone(), 100, 1));
+    assert_eq!((heard.finish(), heard.constrained().is_complete), (Finish::Stop, true));
+    assert!(!is_valid(&grammar, &heard.text), "{}", heard.text);
 }
 
 /// B7: a model that prefers blanks gets no further with them, and nothing comes behind the last brace.

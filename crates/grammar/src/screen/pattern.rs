@@ -15,7 +15,7 @@ const DIGIT: &str = "0-9";
 const WORD: &str = "0-9A-Za-z_";
 /// `WhiteSpace` and `LineTerminator` of ECMA-262.
 const SPACE: &str =
-    r"\x09-\x0D \x{A0}\x{1680}\x{2000}-\x{200A}\x{2028}\x{2029}\x{202F}\x{205F}\x{3000}\x{FEFF}";
+    r"\x09-\x0D\x20\x{A0}\x{1680}\x{2000}-\x{200A}\x{2028}\x{2029}\x{202F}\x{205F}\x{3000}\x{FEFF}";
 const DOT: &str = r"[^\n\r\x{2028}\x{2029}]";
 
 /// What is wrong with a pattern.
@@ -34,6 +34,26 @@ pub(crate) enum Reach {
     Anywhere,
     /// A text as a whole.
     Whole,
+}
+
+/// The set that `\d`, `\w`, `\s` or the opposite of one is in ECMA-262, in the syntax of the automaton; `None` for
+/// another escape. The automaton's own are those of Unicode: its `\d` takes full-width digits (field fault B17).
+pub(crate) fn set_of(escape: char) -> Option<String> {
+    let (is_negated, members) = match escape {
+        'd' | 'D' => (escape == 'D', DIGIT),
+        'w' | 'W' => (escape == 'W', WORD),
+        's' | 'S' => (escape == 'S', SPACE),
+        _ => return None,
+    };
+    Some(format!("[{}{members}]", if is_negated { "^" } else { "" }))
+}
+
+/// Whether the automaton can read a pattern that is in its syntax.
+///
+/// # Errors
+/// Why not, in its own words.
+pub(crate) fn readable(ast: &RegexAst) -> Result<(), String> {
+    RegexBuilder::new().mk(ast).map(drop).map_err(|error| error.to_string())
 }
 
 /// The pattern in the syntax of the automaton, which can enforce it.
@@ -57,8 +77,7 @@ pub(crate) fn rewrite(pattern: &str, reach: Reach) -> Result<String, PatternErro
         Reach::Anywhere => RegexAst::SearchRegex(reader.out.clone()),
         Reach::Whole => RegexAst::Regex(reader.out.clone()),
     };
-    if let Err(error) = RegexBuilder::new().mk(&ast) {
-        let error = error.to_string();
+    if let Err(error) = readable(&ast) {
         let reason = if error.contains("lookarounds") {
             "`^` and `$` can be enforced only at the ends of the pattern or of its alternatives"
                 .into()
@@ -314,13 +333,10 @@ impl Reader<'_> {
         let Some(kind) = self.next() else {
             return Err(self.fault("`\\` escapes nothing"));
         };
-        let set = |negated: bool, members: &str| {
-            Ok(Member::Set(format!("[{}{members}]", if negated { "^" } else { "" })))
-        };
+        if let Some(set) = set_of(kind) {
+            return Ok(Member::Set(set));
+        }
         match kind {
-            'd' | 'D' => set(kind == 'D', DIGIT),
-            'w' | 'W' => set(kind == 'W', WORD),
-            's' | 'S' => set(kind == 'S', SPACE),
             't' => Ok(Member::Char('\t')),
             'n' => Ok(Member::Char('\n')),
             'r' => Ok(Member::Char('\r')),

@@ -139,7 +139,11 @@ impl Demand {
     }
 
     /// The same in this thread, which may take as long as the limits of grammars allow.
-    fn compiled(self, engine: &EngineHandle, opening: Opening) -> Result<Structured, ApiError> {
+    pub(super) fn compiled(
+        self,
+        engine: &EngineHandle,
+        opening: Opening,
+    ) -> Result<Structured, ApiError> {
         let field = match &self {
             Demand::Free => "",
             Demand::Answer { field, .. } => field,
@@ -437,6 +441,25 @@ mod tests {
             let ApiError::BadField { field, .. } = &error else { panic!("{fields}: {error}") };
             assert_eq!(field, expected, "{fields}");
         }
+    }
+
+    /// B14: every tool is a grammar to compile and a text to read. Without the limit, which is the mutation, as many
+    /// are taken as a body has room for.
+    #[test]
+    fn b14_more_tools_than_allowed_are_refused_and_without_the_limit_taken() {
+        let tool = |at: usize| json!({"type": "function", "function": {"name": format!("f{at}")}});
+        let demand = |n_tools: usize, limits: StructuredLimits| {
+            let tools: Vec<Value> = (0..n_tools).map(tool).collect();
+            let mut unknown: Unknown = serde_json::from_value(json!({"tools": tools})).unwrap();
+            let fields = StructuredFields::take(&mut unknown)?;
+            Demand::of_chat(&fields, &limits).map(|demand| demand.tools().len())
+        };
+        let limits = StructuredLimits::default();
+        assert_eq!(demand(limits.tools, limits).unwrap(), limits.tools);
+        let error = demand(limits.tools + 1, limits).unwrap_err();
+        assert_eq!(error.to_string(), "`tools`: expected 1 to 128, found 129");
+        let unlimited = StructuredLimits { tools: usize::MAX, ..limits };
+        assert_eq!(demand(5_000, unlimited).unwrap(), 5_000);
     }
 
     /// G-13: another contract than the client's is refused before anything is called by it.

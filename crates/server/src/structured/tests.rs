@@ -208,6 +208,55 @@ fn b15_thoughts_are_told_apart_and_the_value_is_checked() {
     assert_eq!(may.reply("{\"n\": 3}", Finish::Stop).unwrap().content, "{\"n\": 3}");
 }
 
+/// The mutation of B15: who does not know that the template has opened a thought. A grammar that held from the first
+/// token puts the value into the thought and nothing into the content; a reader without thoughts tells all of it.
+#[test]
+fn mutation_b15_without_the_lead_the_value_lands_in_the_thought_or_the_thought_in_the_value() {
+    let value = "{\"n\": 3}";
+    let lock = Lock::new(Form::Value(grammar(&schema())), opening(ThoughtLead::IsOpen));
+    let reply = Arc::new(lock.unchecked()).reply(value, Finish::Stop).unwrap();
+    assert_eq!((reply.content.as_str(), reply.reasoning.as_deref()), ("", Some(value)));
+    let lock = Lock::new(Form::Value(grammar(&schema())), opening(ThoughtLead::Absent));
+    let text = format!("hm\n</think>{value}");
+    let reply = Arc::new(lock.unchecked()).reply(&text, Finish::Stop).unwrap();
+    assert_eq!((reply.content, reply.reasoning), (text, None));
+}
+
+/// Turns that another task of the same thread gets until this one is done.
+async fn turns_beside<T>(work: impl Future<Output = T>) -> (usize, T) {
+    let mut work = std::pin::pin!(work);
+    let mut n_turns = 0;
+    loop {
+        tokio::select! {
+            biased;
+            done = &mut work => return (n_turns, done),
+            () = tokio::task::yield_now() => n_turns += 1,
+        }
+    }
+}
+
+/// B14: what is compiled leaves its thread to the streams of others. The mutation compiles in that thread, and nobody
+/// else gets a turn until it is done.
+#[tokio::test]
+async fn b14_streams_get_their_turns_while_a_schema_is_compiled_and_without_the_thread_none() {
+    let (_, engine) = services(exrail_testkit::CHAT_TEMPLATE);
+    engine.grammars().unwrap().prepare().unwrap();
+    let large = |name: &str| {
+        let values: Vec<String> = (0..5_000).map(|at| format!("{name} {at}")).collect();
+        let source = Source::JsonSchema(json!({"enum": values}));
+        Demand::Answer { field: "json_schema", source }
+    };
+    let turns = tokio::sync::Semaphore::new(1);
+    let compiling = large("beside").compile(&engine, &turns, opening(ThoughtLead::Absent));
+    let (n_turns, compiled) = turns_beside(compiling).await;
+    assert!(compiled.unwrap().grammar.is_some());
+    assert!(n_turns > 0);
+    let in_place = async { large("in place").compiled(&engine, opening(ThoughtLead::Absent)) };
+    let (n_turns, compiled) = turns_beside(in_place).await;
+    assert!(compiled.unwrap().grammar.is_some());
+    assert_eq!(n_turns, 0);
+}
+
 fn services(template: &str) -> (Services, EngineHandle) {
     let mut loaded = loaded();
     let template = ChatTemplate::compile(template, "<|im_start|>", "<|im_end|>").unwrap();

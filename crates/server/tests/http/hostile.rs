@@ -1,17 +1,25 @@
 //! What strangers send: addresses to fetch, names that point elsewhere, bodies that are none. Each gets a short 4xx.
 
-use std::{io::ErrorKind, net::TcpListener, path::Path};
+use std::{
+    io::ErrorKind,
+    net::TcpListener,
+    path::Path,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+};
 
 use axum::{
     body::{Body, Bytes},
     http::{Method, Request, StatusCode, header},
 };
 use exrail_engine::SessionStore;
-use exrail_server::{ROUTES, SessionKeeper};
+use exrail_server::{Limits, ROUTES, SessionKeeper};
 use futures_util::stream;
 use serde_json::{Value, json};
 
-use crate::support::{Answer, MODEL, request, warm};
+use crate::support::{Answer, MODEL, cpu, four, request, start, warm, warm_on};
 
 /// Most characters of its own text that a client is told.
 const MOST_ECHO: usize = 200;
@@ -276,6 +284,44 @@ async fn l9_no_more_than_200_characters_are_echoed() {
     assert!(server.get(&path[..60_000]).await.text.matches('Q').count() <= MOST_ECHO);
 }
 
+/// Field fault L9: nor is a name deep inside a schema, a tool or a grammar, which its fault's place is told with.
+#[tokio::test]
+async fn l9_no_more_than_200_characters_of_a_constraint_are_echoed() {
+    let server = warm(&[], None);
+    let long = "Q".repeat(100_000);
+    let tool = |function: Value| json!({"tools": [{"type": "function", "function": function}]});
+    let constraints = [
+        json!({"json_schema": {"type": "object", "properties": { long.as_str(): {"type": "strin"}}}}),
+        json!({"json_schema": { long.as_str(): 1, "type": long }}),
+        json!({"json_schema": {"type": "string", "format": long}}),
+        json!({"json_schema": {"$ref": format!("#/{long}")}}),
+        json!({"json_schema": {"$schema": long}}),
+        json!({"json_schema": {"type": "string", "pattern": format!("{long}(")}}),
+        json!({"response_format": {"type": "json_schema", "json_schema": {"name": long, "schema": {}}}}),
+        json!({"response_format": {"type": long}}),
+        json!({"regex": format!("{long}\\{long}[")}),
+        json!({"grammar": {"type": "gbnf", "text": format!("root ::= {long}")}}),
+        json!({"grammar": {"type": "lark", "text": format!("start: {}", long.to_lowercase())}}),
+        json!({"grammar": {"type": "lark", "text": format!("start: /{long}[/")}}),
+        json!({"grammar": {"type": long, "text": "x"}}),
+        tool(json!({"name": long})),
+        tool(
+            json!({"name": "f", "parameters": {"properties": { long.as_str(): {"type": "strin"}}}}),
+        ),
+        tool(json!({"name": "f", "contract_hash": long})),
+    ];
+    for constraint in constraints {
+        let mut body = json!({"model": MODEL, "max_tokens": 1,
+            "messages": [{"role": "user", "content": "hi"}]});
+        body.as_object_mut().unwrap().extend(constraint.as_object().unwrap().clone());
+        let answer = server.post("/v1/chat/completions", &body).await;
+        let shown: String = constraint.to_string().chars().take(80).collect();
+        refused(&answer, &shown);
+        let echoed = answer.text.matches(['Q', 'q']).count();
+        assert!(echoed <= 2 * MOST_ECHO, "{shown}: {}", answer.text);
+    }
+}
+
 /// Field fault L9: a hundred megabytes are refused by their length, and otherwise at the limit.
 #[tokio::test]
 async fn l9_a_body_of_100_mb_is_refused_before_it_is_read() {
@@ -292,6 +338,54 @@ async fn l9_a_body_of_100_mb_is_refused_before_it_is_read() {
     }));
     let endless = request(Method::POST, "/v1/chat/completions", None, Body::from_stream(chunks));
     assert_eq!(server.send(endless).await.status, StatusCode::PAYLOAD_TOO_LARGE);
+}
+
+/// The mutation: without the limit whoever sends is read to the end, and the whole of it is kept meanwhile.
+#[tokio::test]
+async fn mutation_l9_without_the_limit_a_body_of_any_length_is_read() {
+    let read_of = async |body_bytes| {
+        let limits = Limits { body_bytes, ..Limits::default() };
+        let server = warm_on(start(cpu(), four(), |_| {}), &[], limits);
+        let n_read = Arc::new(AtomicUsize::new(0));
+        let counted = Arc::clone(&n_read);
+        let chunks = stream::iter((0..64).map(move |_| {
+            counted.fetch_add(1, Ordering::Relaxed);
+            Ok::<_, std::convert::Infallible>(Bytes::from(vec![b' '; 1 << 20]))
+        }));
+        let sent = request(Method::POST, "/v1/chat/completions", None, Body::from_stream(chunks));
+        (server.send(sent).await.status, n_read.load(Ordering::Relaxed))
+    };
+    let (status, n_read) = read_of(Limits::default().body_bytes).await;
+    assert_eq!(status, StatusCode::PAYLOAD_TOO_LARGE);
+    assert!(n_read < 10, "{n_read} MiB were read");
+    let blanks_are_no_json = (StatusCode::BAD_REQUEST, 64);
+    assert_eq!(read_of(usize::MAX).await, blanks_are_no_json);
+}
+
+/// Makes this very test a process of its own, which does what a reader without a limit of depth would.
+const CHILD: &str = "EXRAIL_TEST_DEEP_CHILD";
+
+/// The mutation of the limit of depth: a reader without one is gone with the process that it runs in. What is read
+/// with the limit is a 400, see above.
+#[test]
+fn mutation_l9_without_a_limit_of_depth_a_body_ends_the_process() {
+    let deep = "[".repeat(1_000_000);
+    assert!(serde_json::from_str::<Value>(&deep).is_err());
+    if std::env::var_os(CHILD).is_some() {
+        // What such a reader builds, and gives back when the request has ended.
+        let value = deep.bytes().fold(Value::Null, |inner, _| Value::Array(vec![inner]));
+        drop(value);
+        return;
+    }
+    let name = "hostile::mutation_l9_without_a_limit_of_depth_a_body_ends_the_process";
+    let child = |is_deep: bool| {
+        let mut command = std::process::Command::new(std::env::current_exe().unwrap());
+        command.args(["--exact", if is_deep { name } else { "none" }]).env(CHILD, "1");
+        command.stdout(std::process::Stdio::null()).stderr(std::process::Stdio::null());
+        command.status().unwrap()
+    };
+    assert!(child(false).success());
+    assert_eq!(child(true).code(), None, "a signal ended it, and no failed test");
 }
 
 /// Field fault L1: a compressed body is a thousand times as long as it says.

@@ -7,7 +7,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use exrail_server::{Limits, bind, serve};
+use exrail_server::{Limits, bind, router, serve};
+use hyper::server::conn::http1;
+use hyper_util::{rt::TokioIo, service::TowerToHyperService};
+use tokio::net::TcpListener;
 
 use crate::support::{Server, cpu, four, start, warm_on};
 
@@ -69,15 +72,17 @@ async fn a_body_that_does_not_come_is_408() {
     assert!(answer.starts_with("HTTP/1.1 408"), "{answer}");
 }
 
+/// A request with so many header fields of such a length.
+fn fields(n: usize, len: usize) -> Vec<u8> {
+    let field = |i| format!("x-{i}: {}\r\n", "a".repeat(len));
+    let fields: String = (0..n).map(field).collect();
+    format!("GET /livez HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n{fields}\r\n")
+        .into_bytes()
+}
+
 #[tokio::test]
 async fn too_many_header_fields_and_too_long_ones_are_431() {
     let (_server, address) = listen().await;
-    let fields = |n: usize, len: usize| {
-        let field = |i| format!("x-{i}: {}\r\n", "a".repeat(len));
-        let fields: String = (0..n).map(field).collect();
-        format!("GET /livez HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n{fields}\r\n")
-            .into_bytes()
-    };
     let (answer, _) = told(address, fields(20, 100)).await;
     assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
     for (n, len) in [(100, 10), (1, 100_000)] {
@@ -85,4 +90,34 @@ async fn too_many_header_fields_and_too_long_ones_are_431() {
         let closed = answer.is_empty();
         assert!(closed || answer.starts_with("HTTP/1.1 431"), "{n} of {len}: {answer}");
     }
+}
+
+/// The mutation: the same routes behind a connection without our limits. What is 431 or closed above is answered, and
+/// a head that does not come keeps its connection for as long as its sender likes.
+#[tokio::test]
+async fn mutation_without_the_limits_of_a_connection_any_head_is_read_and_waited_for() {
+    let (server, _) = listen().await;
+    let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let router = router(Arc::clone(&server.state));
+    tokio::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            let service = TowerToHyperService::new(router.clone());
+            let mut connection = http1::Builder::new();
+            connection.max_headers(10_000).max_buf_size(64 << 20);
+            tokio::spawn(connection.serve_connection(TokioIo::new(stream), service));
+        }
+    });
+    for (n, len) in [(100, 10), (1, 100_000)] {
+        let (answer, _) = told(address, fields(n, len)).await;
+        assert!(answer.starts_with("HTTP/1.1 200"), "{n} of {len}: {answer}");
+    }
+    let waits = move || {
+        let mut stream = TcpStream::connect(address).unwrap();
+        stream.set_read_timeout(Some(TIME * 5)).unwrap();
+        stream.write_all(b"GET /livez HTTP/1.1\r\nhost: local").unwrap();
+        stream.read(&mut [0; 64]).map_err(|error| error.kind())
+    };
+    let heard = tokio::task::spawn_blocking(waits).await.unwrap();
+    assert!(matches!(heard, Err(ErrorKind::WouldBlock | ErrorKind::TimedOut)), "{heard:?}");
 }

@@ -1,9 +1,28 @@
 //! Answers that have to be something: schemas, regular expressions, grammars (G-13).
 
-use axum::http::StatusCode;
-use serde_json::{Value, json};
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, Instant},
+};
 
-use crate::support::{Answer, MODEL, events, warm, warm_speaking};
+use axum::{
+    body::Body,
+    http::{Method, StatusCode},
+};
+use exrail_checkpoint::{Gguf, VocabularyTable};
+use exrail_server::{Limits, router};
+use exrail_testkit::{TinyLlama, tiny_llama};
+use exrail_text::{ChatTemplate, Tokenizer, Vocabulary};
+use futures_util::{StreamExt, future::join_all};
+use serde_json::{Value, json};
+use tower::ServiceExt;
+
+use crate::support::{
+    Answer, MODEL, Server, cpu, endless, events, four, request, start, warm, warm_on, warm_speaking,
+};
 
 const CHAT: &str = "/v1/chat/completions";
 
@@ -172,6 +191,130 @@ async fn b3_a_broken_constraint_is_refused_before_any_step() {
     assert_eq!(engine.counters().steps, steps.steps, "no step was made");
 }
 
+/// A plain answer whose log-probabilities show the last bit of every logit, over and over until `is_done`. Each time
+/// it is what it was alone. How often it was heard.
+async fn undisturbed(server: &Server, alone: &[Value], is_done: &AtomicBool) -> usize {
+    let mut n_heard = 0;
+    while n_heard == 0 || !is_done.load(Ordering::Acquire) {
+        assert_eq!(heard(server).await, alone);
+        n_heard += 1;
+    }
+    n_heard
+}
+
+/// What a client hears of one plain stream, token by token.
+async fn heard(server: &Server) -> Vec<Value> {
+    let plain = json!({"stream": true, "max_tokens": 60, "logprobs": true, "top_logprobs": 3,
+        "logit_bias": endless(server)});
+    let answer = server.post(CHAT, &chat(&plain)).await;
+    let chunks = chunks(&answer);
+    let of_chunk = |chunk: &Value| chunk["choices"][0]["logprobs"]["content"].as_array().cloned();
+    let tokens: Vec<Value> = chunks.iter().filter_map(of_chunk).flatten().collect();
+    assert_eq!(tokens.len(), 60, "{}", answer.text);
+    tokens
+}
+
+/// B2: two hundred constraints that are none are each a 400 that says where, and who streams beside them hears the
+/// same as without them, to the last bit. That none of it panics is the corpus's own test, in crate `grammar`.
+#[tokio::test]
+async fn b2_two_hundred_broken_constraints_are_400_and_disturb_no_stream() {
+    let server = warm(&[], None);
+    let alone = heard(&server).await;
+    let rows: Vec<(String, Value)> =
+        serde_json::from_str(include_str!("../../../grammar/tests/corpus/broken.json")).unwrap();
+    assert!(rows.len() >= 200, "{}", rows.len());
+    let is_done = AtomicBool::new(false);
+    let (n_heard, ()) = tokio::join!(undisturbed(&server, &alone, &is_done), async {
+        for (kind, source) in &rows {
+            let (constraint, field) = match kind.as_str() {
+                "schema" => (json!({"json_schema": source}), "json_schema"),
+                "regex" => (json!({"regex": source}), "regex"),
+                text => (json!({"grammar": {"type": text, "text": source}}), "grammar.text"),
+            };
+            let answer = server.post(CHAT, &chat(&constraint)).await;
+            assert_eq!(answer.status, StatusCode::BAD_REQUEST, "{constraint}: {}", answer.text);
+            let error = &answer.json()["error"];
+            assert_eq!(error["param"], field, "{constraint}: {error}");
+            let code = if kind == "schema" { "unsupported_schema" } else { "invalid_grammar" };
+            assert_eq!(error["code"], code, "{constraint}: {error}");
+        }
+        is_done.store(true, Ordering::Release);
+    });
+    assert!(n_heard > 1, "nothing ran beside them");
+    let engine = server.state.services().unwrap().engine.clone();
+    assert_eq!((engine.counters().panics, engine.counters().failed), (0, 0));
+}
+
+/// B14: sixty-four schemas of their own at once, and hostile ones among them. A plain stream goes on beside them and
+/// hears what it hears alone; nobody hears a 5xx; what is kept is within its bytes.
+#[tokio::test]
+async fn b14_sixty_four_schemas_at_once_stall_no_plain_stream() {
+    let server = warm(&[], None);
+    let engine = server.state.services().unwrap().engine.clone();
+    let alone = heard(&server).await;
+    let own = |at: usize| {
+        let mut schema = schema();
+        schema["properties"]["color_of_the_box"] = json!({"enum": [format!("red{at}"), "blue"]});
+        chat(&json!({"json_schema": schema, "seed": at}))
+    };
+    let is_done = AtomicBool::new(false);
+    let asked = async {
+        let asked: Vec<Value> = (0..64).map(own).chain(hostile()).collect();
+        let answers = join_all(asked.iter().map(|body| server.post(CHAT, body))).await;
+        is_done.store(true, Ordering::Release);
+        answers
+    };
+    let longest = longest_gap(&server, &is_done);
+    let beside = undisturbed(&server, &alone, &is_done);
+    let (longest, _, answers) = tokio::join!(longest, beside, asked);
+    for (at, answer) in answers.iter().enumerate() {
+        if at < 64 {
+            let value: Value = serde_json::from_str(&content(answer)).unwrap();
+            let color = value["color_of_the_box"].as_str().unwrap();
+            assert!(color == "blue" || color == format!("red{at}"), "{value}");
+        } else {
+            assert_eq!(answer.status, StatusCode::BAD_REQUEST, "{}", answer.text);
+            assert_eq!(answer.code(), "grammar_too_large", "{}", answer.text);
+        }
+    }
+    // A step of this model takes a thousandth of it. In the field one compilation took two minutes.
+    assert!(longest < Duration::from_secs(5), "{longest:?}");
+    let (n_kept, bytes) = engine.grammars().unwrap().kept();
+    assert!(n_kept >= 64 && bytes <= exrail_grammar::Limits::default().cache_bytes);
+}
+
+/// What takes longer to compile, or more memory, than a limit allows.
+fn hostile() -> Vec<Value> {
+    let many: Vec<usize> = (0..10_001).collect();
+    let mut deep = json!({"type": "null"});
+    for _ in 0..70 {
+        deep = json!({"type": "array", "items": deep});
+    }
+    let long = json!({"type": "string", "description": "x".repeat(1 << 20)});
+    [json!({"enum": many}), deep, long].map(|schema| chat(&json!({"json_schema": schema}))).to_vec()
+}
+
+/// The longest time between two tokens of a plain stream that was begun, until `is_done`.
+async fn longest_gap(server: &Server, is_done: &AtomicBool) -> Duration {
+    let plain = json!({"stream": true, "max_tokens": 400, "seed": 5, "loop_guard": false,
+        "logit_bias": endless(server)});
+    let mut longest = Duration::ZERO;
+    while !is_done.load(Ordering::Acquire) {
+        let sent = request(Method::POST, CHAT, None, Body::from(chat(&plain).to_string()));
+        let response = router(Arc::clone(&server.state)).oneshot(sent).await.unwrap();
+        let mut events = response.into_body().into_data_stream();
+        // The first may wait its turn in the queue.
+        events.next().await;
+        events.next().await;
+        let mut last = Instant::now();
+        while events.next().await.is_some() {
+            longest = longest.max(last.elapsed());
+            last = Instant::now();
+        }
+    }
+    longest
+}
+
 fn broken() -> Vec<(Value, &'static str)> {
     let format = |schema: Value| json!({"response_format": named(&schema)});
     let field = "response_format.json_schema.schema";
@@ -265,6 +408,101 @@ async fn b15_inside_an_open_thought_nothing_is_content() {
     }
     let refused = server.post(CHAT, &chat(&json!({"regex": "a"}))).await;
     assert_eq!(refused.code(), "unsupported_field", "{}", refused.text);
+}
+
+/// The token `</think>` of [`thinking`].
+const CLOSES: &str = "303";
+
+/// A model whose template opens a thought, and whose vocabulary has a token that closes one: `CONTROL` as a control
+/// token, `ADDED` as one of text.
+fn thinking(kind: i32) -> Server {
+    let gguf = Gguf::parse(tiny_llama(7, TinyLlama::default())).unwrap();
+    let mut table = VocabularyTable::from_gguf(&gguf).unwrap();
+    // In place of the last merge, so that every other token keeps its id.
+    table.merges.pop();
+    *table.tokens.last_mut().unwrap() = "</think>".into();
+    *table.kinds.last_mut().unwrap() = kind;
+    assert_eq!((table.tokens.len() - 1).to_string(), CLOSES);
+    let vocabulary = Vocabulary {
+        model: table.model,
+        pre: table.pre,
+        tokens: table.tokens,
+        kinds: table.kinds,
+        merges: table.merges,
+        bos: table.bos,
+        eos: table.eos,
+        unknown: table.unknown,
+        padding: table.padding,
+        ..Vocabulary::default()
+    };
+    let tokenizer = Tokenizer::from_vocabulary(vocabulary).unwrap();
+    let template = ChatTemplate::compile(THINKS, "<|im_start|>", "<|im_end|>").unwrap();
+    let engine = start(cpu(), four(), |loaded| {
+        loaded.tokenizer = Arc::new(tokenizer);
+        loaded.template = Some(Arc::new(template));
+    });
+    warm_on(engine, &[], Limits::default())
+}
+
+const CONTROL: i32 = 3;
+const ADDED: i32 = 4;
+
+/// The whole answer, and the parts of the same one as a stream tells them.
+async fn both(server: &Server, mut body: Value) -> (Value, [String; 2], Value) {
+    let whole = server.post(CHAT, &body).await;
+    assert_eq!(whole.status, StatusCode::OK, "{}", whole.text);
+    let choice = whole.json()["choices"][0].clone();
+    body["stream"] = json!(true);
+    let stream = server.post(CHAT, &body).await;
+    let last = chunks(&stream).pop().unwrap()["choices"][0].clone();
+    (choice, ["reasoning_content", "content"].map(|field| joined(&stream, field)), last)
+}
+
+/// B15: the thought is free, and what is behind it is a value of the schema; whole and in streams.
+#[tokio::test]
+async fn b15_behind_a_thought_that_ends_the_content_is_a_value() {
+    for kind in [CONTROL, ADDED] {
+        let server = thinking(kind);
+        let mut n_thoughts = 0;
+        for seed in 0..8 {
+            let body = chat(&json!({"response_format": named(&schema()), "seed": seed,
+                "max_tokens": 400, "logit_bias": {CLOSES: 4}}));
+            let (choice, told, last) = both(&server, body).await;
+            let message = &choice["message"];
+            assert!(is_a_box(message["content"].as_str().unwrap()), "{choice}");
+            let thought = message["reasoning_content"].as_str().unwrap_or_default();
+            assert!(!thought.contains("</think>") && !is_a_box(thought), "{choice}");
+            assert_eq!(choice["finish_reason"], "stop");
+            assert_eq!(told[0], thought);
+            assert_eq!(told[1], message["content"].as_str().unwrap());
+            assert_eq!(last["finish_reason"], "stop");
+            n_thoughts += usize::from(!thought.is_empty());
+        }
+        assert!(n_thoughts > 4, "{n_thoughts} of 8 thought");
+    }
+}
+
+/// B15: a thought that does not end before its tokens do, however many. Nothing is content, and nobody is told that the
+/// answer is whole.
+#[tokio::test]
+async fn b15_a_thought_that_max_tokens_cuts_leaves_no_content_and_is_no_stop() {
+    for kind in [CONTROL, ADDED] {
+        let server = thinking(kind);
+        let body = |max_tokens: usize| {
+            chat(&json!({"response_format": named(&schema()), "max_tokens": max_tokens,
+                "logit_bias": {CLOSES: -100}}))
+        };
+        for max_tokens in [1, 8, 16, 300] {
+            let (choice, told, last) = both(&server, body(max_tokens)).await;
+            assert_eq!(choice["message"]["content"].as_str().unwrap_or_default(), "", "{choice}");
+            let thought = choice["message"]["reasoning_content"].as_str().unwrap_or_default();
+            assert_eq!(told, [thought, ""]);
+            for choice in [&choice, &last] {
+                assert_eq!(choice["finish_reason"], "length", "{choice}");
+                assert_eq!(choice["exrail_finish_reason"], "schema_incomplete", "{choice}");
+            }
+        }
+    }
 }
 
 /// I3: a stop string inside a value ends the answer, and not the value.

@@ -262,6 +262,21 @@ fn calls_beyond_the_limits_are_told() {
     }
 }
 
+/// The mutation: without the limit of bytes a call that does not end is held for as long as the model writes.
+#[test]
+fn mutation_without_the_limit_of_bytes_a_call_without_an_end_is_held_for_ever() {
+    let (format, _) = family("hermes");
+    let told_at = |bytes: usize| {
+        let limits = CallLimits { bytes, ..CallLimits::default() };
+        let mut parser = format.parser(&tools(), ThoughtLead::Absent, limits);
+        let opened = parser.push("<tool_call>{\"name\": \"ping\", \"arguments\": {\"a\": \"");
+        assert_eq!(opened, []);
+        (1..=1_000).find(|_| !parser.push(&"x".repeat(1_000)).is_empty())
+    };
+    assert_eq!(told_at(64_000), Some(64));
+    assert_eq!(told_at(usize::MAX), None, "a megabyte, and more if more comes");
+}
+
 #[test]
 fn b15_a_thought_is_taken_off_and_holds_no_call() {
     let one = "<tool_call>\n{\"name\": \"ping\", \"arguments\": {}}\n</tool_call>";

@@ -187,6 +187,27 @@ fn mutation_without_the_exclusion_b5_a_broken_call_is_let_through() {
     assert!(matches!(&read(&parser, [broken])[..], [Piece::Malformed(_)]));
 }
 
+/// The mutation of the border: a grammar that begins with the first token behind the one that completed the marker.
+/// What that one carries beside is held against nothing, and the reader gets a call that is none.
+#[test]
+fn mutation_b5_a_lock_that_begins_behind_the_token_lets_its_rest_through() {
+    let (format, tokenizer) = crossing();
+    let mut composed = format
+        .grammar(&tools(), CallChoice::Auto, ThoughtLead::Absent, CallLimits::default())
+        .unwrap();
+    let begins = "| lead calls";
+    assert!(composed.lark.contains(begins), "{}", composed.lark);
+    composed.lark = composed.lark.replace(begins, "| lead REST calls");
+    composed.lark.push_str("REST: /=[a-z]*/\n");
+    let first = u32::try_from(tokenizer.vocab_len()).unwrap() - 6;
+    let lock = Lock::new(tokenizer, composed);
+    assert_eq!(lock.reach_ids(&[first, first + 1]), Reach::Unfinished, "`<tool` `_call>=list`");
+    let call = "<tool_call>=list\n{\"name\": \"ping\", \"arguments\": {}}\n</tool_call>";
+    assert_eq!(lock.reach(call), Reach::Whole);
+    let parser = format.parser(&tools(), ThoughtLead::Absent, CallLimits::default());
+    assert!(matches!(&read(&parser, [call])[..], [Piece::Malformed(_)]));
+}
+
 /// The literal of a control token, spelled in ordinary tokens, does not open a call either.
 #[test]
 fn e2_a_marker_spelled_out_is_no_marker() {
