@@ -165,9 +165,14 @@ impl Client {
     }
 
     fn save(&self, name: &str) -> Option<Value> {
-        let url = format!("{}/v1/exrail/sessions/{name}", self.url);
-        let mut response =
-            self.agent.put(url).send_json(json!({ "prompt": conversation() })).ok()?;
+        let url = format!("{}/v1/exrail/sessions", self.url);
+        let listed: Value = self.agent.get(&url).call().ok()?.body_mut().read_json().ok()?;
+        let mut cards = listed["data"].as_array()?.iter();
+        let now = cards.find(|card| card["name"] == name).map(|card| card["context_id"].clone());
+        // What a kill left has a revision, or it would not be here.
+        assert_ne!(now, Some(Value::Null), "{name}: {listed}");
+        let body = json!({ "prompt": conversation(), "context_id": now });
+        let mut response = self.agent.put(format!("{url}/{name}")).send_json(body).ok()?;
         assert_eq!(response.status(), 200, "{name}: {:?}", response.body_mut().read_to_string());
         response.body_mut().read_json().ok()
     }

@@ -83,7 +83,10 @@ pub use rotation::{
     DEFAULT_ROTATE_AT, DEFAULT_SINK, DEFAULT_WINDOW, MAX_HELD_TOKENS, MAX_ROTATED_TOKENS,
     RotatePolicy, Rotated, Rotation, RotationOptions,
 };
-pub use session::{Listed, SessionError, SessionName, SessionOwner, SessionSize, SessionStore};
+pub use session::{
+    Difference, Listed, Memory, Remembered, SavedSession, Saving, SessionError, SessionName,
+    SessionOwner, SessionState, SessionStore,
+};
 pub use spans::Exempt;
 pub use warm_up::{
     BucketReport, Prompt, WarmUpError, WarmUpPlan, WarmUpReport, warm_up, warm_up_told,

@@ -5,9 +5,9 @@ use axum::{
     http::{HeaderName, HeaderValue, StatusCode, header},
     response::{IntoResponse, Response},
 };
-use exrail_engine::{SequenceFault, SessionError, SubmitError};
+use exrail_engine::{Difference, Memory, SequenceFault, SessionError, SubmitError};
 use exrail_grammar::GrammarError;
-use exrail_wire::{ErrorBody, ErrorDetail, FieldError};
+use exrail_wire::{ErrorBody, ErrorDetail, FieldDifference, FieldError};
 use thiserror::Error;
 
 use crate::{
@@ -381,8 +381,38 @@ impl ApiError {
                 kind: told.kind,
                 param: told.param,
                 code: told.code,
+                diff: self.diff(),
             },
         }
+    }
+
+    /// What a session and a request do not agree on.
+    fn diff(&self) -> Vec<FieldDifference> {
+        let Self::Session(error) = self else { return Vec::new() };
+        let told = |Difference { field, expected, found }: &Difference| FieldDifference {
+            field: field.clone(),
+            expected: expected.clone(),
+            found: found.clone(),
+        };
+        if let SessionError::Conflict { differences, .. } = error {
+            return differences.iter().map(told).collect();
+        }
+        if let SessionError::Pin { pin, expected, found } = error {
+            let (expected, found) = (expected.clone().into(), found.clone().into());
+            return vec![FieldDifference { field: pin.clone(), expected, found }];
+        }
+        Vec::new()
+    }
+
+    /// The session that was asked for and is not what it was taken for.
+    fn session(&self) -> Option<(String, Option<Memory>)> {
+        let Self::Session(
+            SessionError::Conflict { name, memory, .. } | SessionError::Busy { name, memory },
+        ) = self
+        else {
+            return None;
+        };
+        Some((name.clone(), memory.clone()))
     }
 }
 
@@ -400,6 +430,8 @@ fn session_told(
         SessionError::Name { .. } => param("invalid_value", "name"),
         SessionError::NotFound { .. } => told(StatusCode::NOT_FOUND, INVALID, "session_not_found"),
         SessionError::NoPrefixCache => told(StatusCode::NOT_IMPLEMENTED, INVALID, "not_available"),
+        SessionError::Conflict { .. } => conflict("session_conflict"),
+        SessionError::Busy { .. } => conflict("session_busy"),
         SessionError::NothingCached { .. } => conflict("session_not_cached"),
         SessionError::Lost => conflict("session_lost"),
         SessionError::Pin { .. } => conflict("session_pin_mismatch"),
@@ -505,13 +537,16 @@ fn submit_told(
 pub(crate) struct Failure {
     pub(crate) code: &'static str,
     pub(crate) message: String,
+    /// Name and memory of a session that is not what it was taken for.
+    pub(crate) session: Option<(String, Option<Memory>)>,
 }
 
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
         let told = self.told();
         let mut response = (told.status, Json(self.body())).into_response();
-        response.extensions_mut().insert(Failure { code: told.code, message: self.to_string() });
+        let (message, session) = (self.to_string(), self.session());
+        response.extensions_mut().insert(Failure { code: told.code, message, session });
         if let Some(seconds) = told.retry_after_s {
             response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds));
         }

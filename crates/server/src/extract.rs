@@ -7,14 +7,16 @@ use axum::{
     extract::{FromRequest, FromRequestParts, Path, Request},
     http::{HeaderMap, header, request::Parts},
 };
+use exrail_engine::Memory;
 use exrail_wire::Unknown;
 use serde::de::DeserializeOwned;
 
 use crate::{
     AppState,
-    auth::Caller,
+    auth::{Caller, KeyFolder},
     boot::BootState,
     error::ApiError,
+    sessions::{Origin, Turn},
     state::Services,
     swap::{Asking, Models, Pass},
 };
@@ -138,13 +140,30 @@ pub(crate) struct Ready {
     answerer: Answerer,
 }
 
-/// Who answers a request, for the record of its failure; empty as long as nobody does.
+/// Who answers a request, and from which session, for the record of its failure; empty as long as nobody does.
 #[derive(Clone, Default)]
-pub(crate) struct Answerer(Arc<OnceLock<Arc<Services>>>);
+pub(crate) struct Answerer(Arc<Answering>);
+
+#[derive(Default)]
+struct Answering {
+    services: OnceLock<Arc<Services>>,
+    /// Name and memory of the session that the turn began from.
+    session: OnceLock<(String, Memory)>,
+}
 
 impl Answerer {
     pub(crate) fn services(&self) -> Option<Arc<Services>> {
-        self.0.get().cloned()
+        self.0.services.get().cloned()
+    }
+
+    /// A turn of this request has begun. The first one stays.
+    pub(crate) fn turned(&self, turn: &Turn) {
+        self.0.session.get_or_init(|| (turn.name().to_owned(), turn.memory().clone()));
+    }
+
+    /// Name and memory of the session that its turn began from.
+    pub(crate) fn session(&self) -> Option<(String, Memory)> {
+        self.0.session.get().cloned()
     }
 }
 
@@ -156,8 +175,13 @@ impl Ready {
         asking: &Asking,
     ) -> Result<Pass, ApiError> {
         let pass = self.models.pass(model, asking).await?;
-        self.answerer.0.get_or_init(|| Arc::clone(pass.services()));
+        self.answerer.0.services.get_or_init(|| Arc::clone(pass.services()));
         Ok(pass)
+    }
+
+    /// Whose sessions this request may begin from.
+    pub(crate) fn origin(&self, caller: &Caller, folder: KeyFolder) -> Origin {
+        Origin::new(caller, folder, self.answerer.clone())
     }
 
     /// The same for a caller who waits as long as it takes.

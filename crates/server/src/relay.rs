@@ -16,6 +16,7 @@ use crate::{
     generation::{self, Choice, LogprobAt, RotatedAt},
     leak::{self, LEAK},
     odd, rotation,
+    sessions::Turn,
     sse::{self, EventSink, Gone},
     state::Services,
     structured::{self, Broken, Gate, Hold, Lock, Part, Reply, settle},
@@ -38,6 +39,8 @@ pub(crate) struct Job {
     pub(crate) leak: Option<Arc<LeakGuard>>,
     /// What the messages have of characters that hide something.
     pub(crate) odd: OddCharacters,
+    /// The turn of the session that it began from.
+    pub(crate) turn: Option<Turn>,
 }
 
 /// What is new in one choice.
@@ -80,10 +83,16 @@ async fn gather(
 ) -> Result<Vec<Choice>, ApiError> {
     let generations = std::mem::take(&mut job.generations);
     let mut choices = vec![Choice::held_to(job.lock.as_ref()); generations.len()];
-    let gathered = tokio::select! {
-        gathered = conforming(&state, &pass, &job, generations, &mut choices) => {
-            gathered.map_err(|error| pass.explain(error))
+    let turn = job.turn.take();
+    let to_the_end = async {
+        conforming(&state, &pass, &job, generations, &mut choices).await?;
+        match turn {
+            Some(turn) => turn.end().await,
+            None => Ok(()),
         }
+    };
+    let gathered = tokio::select! {
+        gathered = to_the_end => gathered.map_err(|error| pass.explain(error)),
         _ = hung_up.recv_async() => Err(ApiError::HungUp),
     };
     let mut record = generation::trace_body(job.route, job.seed, &choices);
@@ -180,10 +189,11 @@ pub(crate) async fn stream(
 ) {
     let generations = std::mem::take(&mut job.generations);
     let mut choices = vec![Choice::held_to(job.lock.as_ref()); generations.len()];
+    let turn = job.turn.take();
     let sending =
         Sending { state: &state, services: &pass, job: &job, wording: &wording, sink: &sink };
     let streamed = sending.pass_on(generations, &mut choices).await;
-    let streamed = streamed.map_err(|cut| cut.explained(&pass));
+    let streamed = sending.turned(streamed, turn).await.map_err(|cut| cut.explained(&pass));
     let mut record = generation::trace_body(job.route, job.seed, &choices);
     if let TraceBody::Infer { finish_reason, .. } = &mut record {
         match &streamed {
@@ -279,6 +289,16 @@ impl<W: Wording> Sending<'_, W> {
             return Err(Cut::Failed(ApiError::Lost));
         }
         Ok(())
+    }
+
+    /// The end of the stream, which ends its turn: before anybody is told of it, so that the next one may begin.
+    async fn turned(&self, streamed: Result<(), Cut>, turn: Option<Turn>) -> Result<(), Cut> {
+        let (Ok(()), Some(turn)) = (&streamed, turn) else { return streamed };
+        let ended = self.sink.alive_while(turn.end()).await;
+        ended.map_err(|error| {
+            self.state.metrics.count_guard(error.code());
+            Cut::Failed(error)
+        })
     }
 
     /// What is new goes on as it is.

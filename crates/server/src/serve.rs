@@ -176,7 +176,12 @@ async fn trace_failure(
     let named = ids::name("request").and_then(|id| Ok((id, ids::name("trace")?)));
     let Ok((request_id, trace_id)) = named else { return response };
     let agent_id = caller.and_then(|caller| caller.0);
-    let identity = TraceIdentity { trace_id, request_id, session_id: None, agent_id };
+    let identity = TraceIdentity { trace_id, request_id, agent_id, ..TraceIdentity::default() };
+    let turned = answerer.session().map(|(name, memory)| (name, Some(memory)));
+    let identity = match turned.or(failure.session) {
+        None => identity,
+        Some((name, memory)) => identity.of_session(&name, memory.as_ref()),
+    };
     state.metrics.count_guard(failure.code);
     let body = TraceBody::Guard { guard: failure.code.into(), detail: failure.message };
     // Who was to answer, or else who could have.

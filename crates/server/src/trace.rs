@@ -15,7 +15,7 @@ use std::{
     sync::{Arc, OnceLock},
 };
 
-use exrail_engine::{Fault, FaultBoard, FingerprintError, Guard};
+use exrail_engine::{Fault, FaultBoard, FingerprintError, Guard, Memory};
 use exrail_retrieval::Collection;
 use exrail_verify::trace::{Breach, Contract, seal};
 use exrail_wire::{Pins, TRACE_SCHEMA_VERSION, TraceBody, TraceEnvelope};
@@ -86,10 +86,20 @@ pub struct TraceIdentity {
     pub trace_id: String,
     /// Unique per request.
     pub request_id: String,
-    /// The `user` of the request.
+    /// The session that the request goes on from; without one, the `user` of the request.
     pub session_id: Option<String>,
     /// Which key asked.
     pub agent_id: Option<String>,
+    /// Which state of the session (G-22); none without one.
+    pub memory: Option<Memory>,
+}
+
+impl TraceIdentity {
+    /// The same of a request that goes on from a session, or failed to.
+    #[must_use]
+    pub(crate) fn of_session(self, name: &str, memory: Option<&Memory>) -> Self {
+        Self { session_id: Some(name.to_owned()), memory: memory.cloned(), ..self }
+    }
 }
 
 impl TraceLog {
@@ -212,8 +222,8 @@ impl TraceLog {
             request_id: identity.request_id.clone(),
             session_id: identity.session_id.clone(),
             agent_id: identity.agent_id.clone(),
-            mem_rev: 0,
-            mem_hash: None,
+            mem_rev: identity.memory.as_ref().map_or(0, |memory| memory.rev),
+            mem_hash: identity.memory.as_ref().map(|memory| memory.hash.clone()),
             forced: self.forced.get().cloned(),
             pins: pins.clone(),
             body,

@@ -14,7 +14,10 @@ use exrail_wire::{
 };
 use serde_json::Value;
 
-use crate::{Limits, auth::Caller, error::ApiError, extract::refuse_unknown, ids, swap::Asking};
+use crate::{
+    Limits, auth::Caller, error::ApiError, extract::refuse_unknown, ids, sessions::Claim,
+    swap::Asking,
+};
 
 /// The fields that every route which generates has.
 #[derive(Clone, Debug, Default)]
@@ -97,6 +100,26 @@ impl Fields {
             return Err(ApiError::UnsupportedField { field: "leak_guard".into(), why });
         }
         Ok(())
+    }
+
+    /// The session that the turn begins from (G-22). It begins in the cache.
+    pub(crate) fn claim(&self) -> Result<Option<Claim>, ApiError> {
+        let Some(session) = &self.extra.session else { return Ok(None) };
+        if !self.prefix_cache() {
+            return Err(ApiError::UnsupportedField {
+                field: "session".into(),
+                why: "a turn without `prefix_cache` reads nothing of it",
+            });
+        }
+        Claim::of(session).map(Some)
+    }
+
+    /// Refuses one where it has no meaning.
+    pub(crate) fn refuse_session(&self, why: &'static str) -> Result<(), ApiError> {
+        match self.extra.session {
+            None => Ok(()),
+            Some(_) => Err(ApiError::UnsupportedField { field: "session".into(), why }),
+        }
     }
 
     /// What becomes of tainted calls; it means nothing where no tool can be called.

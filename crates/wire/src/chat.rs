@@ -111,6 +111,9 @@ pub struct ChatResponse {
     pub usage: Usage,
     /// Fingerprint of model and engine; null in events that came before the model's hash was known.
     pub system_fingerprint: Option<String>,
+    /// Revision and hash of the session that the turn began from; absent without one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub context_id: Option<String>,
     /// Citations and measures of an answer from a collection.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub exrail: Option<ChatGrounded>,
@@ -219,6 +222,9 @@ pub struct ChatChunk {
     /// In the last event when asked for.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub usage: Option<Usage>,
+    /// Revision and hash of the session that the turn began from; absent without one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub context_id: Option<String>,
     /// In the last content event of a grounded answer.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub exrail: Option<ChatGrounded>,

@@ -64,6 +64,9 @@ pub struct CompletionResponse {
     pub model: String,
     /// Fingerprint of model and engine; null in events that came before the model's hash was known.
     pub system_fingerprint: Option<String>,
+    /// Revision and hash of the session that the turn began from; absent without one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub context_id: Option<String>,
     /// One a choice.
     pub choices: Vec<CompletionChoice>,
     /// Tokens spent; absent in most events of a stream.

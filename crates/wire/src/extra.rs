@@ -3,7 +3,7 @@
 use serde::Deserialize;
 use serde_json::Value;
 
-use crate::{FieldError, Unknown, sampling::field};
+use crate::{FieldError, SessionField, Unknown, sampling::field};
 
 /// Before which of the same key's requests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
@@ -32,6 +32,8 @@ pub struct ExtraFields {
     pub leak_guard: Option<bool>,
     /// What becomes of a tool call whose arguments were copied from the results of tools.
     pub tool_taint: Option<ToolTaintName>,
+    /// The session that the turn begins from.
+    pub session: Option<SessionField>,
 }
 
 /// What becomes of a tool call whose arguments were copied from the results of tools.
@@ -115,6 +117,7 @@ impl ExtraFields {
             prefix_cache: field(unknown, "prefix_cache")?,
             leak_guard: field(unknown, "leak_guard")?,
             tool_taint: field(unknown, "tool_taint")?,
+            session: field(unknown, "session")?,
         })
     }
 }

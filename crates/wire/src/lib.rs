@@ -32,7 +32,7 @@ pub use completions::{
 pub use embeddings::{
     Embedding, EmbeddingInput, EmbeddingRequest, EmbeddingResponse, EmbeddingUsage,
 };
-pub use error::{ErrorBody, ErrorDetail};
+pub use error::{ErrorBody, ErrorDetail, FieldDifference};
 pub use extra::{
     ExemptName, ExtraFields, LoopGuardField, LoopGuardFields, OnLoopName, PriorityName,
     ToolTaintName,
@@ -41,7 +41,8 @@ pub use models::{ModelCard, ModelList};
 pub use rotation::{RotationFields, RotationRecord};
 pub use sampling::{FieldError, SamplingFields, Stop, Usage, UsageDetails};
 pub use sessions::{
-    RestoreRequest, SessionCard, SessionDeleted, SessionList, SessionRequest, SessionResponse,
+    BeliefFields, DeleteRequest, RestoreRequest, SessionCard, SessionDeleted, SessionField,
+    SessionList, SessionRequest, SessionResponse,
 };
 pub use structured::{
     CalledFunction, ContractRecord, FunctionDelta, FunctionField, GrammarField, GrammarKind,

@@ -44,13 +44,13 @@ pub struct TraceEnvelope {
     pub trace_id: String,
     /// Unique per request.
     pub request_id: String,
-    /// The `user` of the request.
+    /// The session that the request goes on from; without one, the `user` of the request.
     pub session_id: Option<String>,
     /// Which key asked (never the key).
     pub agent_id: Option<String>,
-    /// Revision of a session's memory; 0: this server keeps none.
+    /// Revision of the session that the request goes on from; 0: it goes on from none.
     pub mem_rev: u64,
-    /// Hash of a session's memory; null: this server keeps none.
+    /// Hash of what that session holds; null: it goes on from none.
     pub mem_hash: Option<String>,
     /// Why a mismatch between the model's manifest and its surroundings is overlooked; absent when none is.
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -4,6 +4,8 @@ use std::path::PathBuf;
 
 use thiserror::Error;
 
+use super::memory::{Difference, Memory};
+
 /// A session that was refused. What was refused on the way in left nothing in the cache that did not pass its
 /// own checks, and the next request computes what is missing.
 #[derive(Debug, Error)]
@@ -25,6 +27,28 @@ pub enum SessionError {
     NotFound {
         /// Its name.
         name: String,
+    },
+    /// It is not what the request takes it for (G-22).
+    #[error(
+        "session `{name}`: expected {}; read what it is now with `GET /v1/exrail/sessions`, and ask again from \
+         there",
+        told(differences)
+    )]
+    Conflict {
+        /// Its name.
+        name: String,
+        /// What it is; `None`: there is none.
+        memory: Option<Memory>,
+        /// What differs, at least one.
+        differences: Vec<Difference>,
+    },
+    /// A turn that may write it has not ended (G-22).
+    #[error("session `{name}`: a turn of it has not ended; ask again when it has")]
+    Busy {
+        /// Its name.
+        name: String,
+        /// What it is; `None`: there is none.
+        memory: Option<Memory>,
     },
     /// The folder belongs to another process.
     #[error(
@@ -89,7 +113,8 @@ pub enum SessionError {
     NotASession,
     /// A file of another version.
     #[error(
-        "session file: expected format version {expected}, found {found}; save the session again"
+        "session file: expected format version {expected}, found {found}; delete the session and save its \
+         conversation again"
     )]
     Version {
         /// What this program writes.
@@ -143,6 +168,13 @@ pub enum SessionError {
     /// The engine no longer runs.
     #[error("the engine stopped")]
     Stopped,
+}
+
+fn told(differences: &[Difference]) -> String {
+    let one = |Difference { field, expected, found }: &Difference| {
+        format!("`{field}` {expected}, found {found}")
+    };
+    differences.iter().map(one).collect::<Vec<_>>().join("; ")
 }
 
 impl SessionError {

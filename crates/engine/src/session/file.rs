@@ -14,12 +14,16 @@ use exrail_kernels::PAGE_TOKENS;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use super::error::SessionError;
+use super::{
+    SavedSession,
+    error::SessionError,
+    memory::{Life, Memory, SessionState},
+};
 use crate::checksum::checksum;
 
 const MAGIC: [u8; 8] = *b"EXRAILKV";
-/// Of this layout, the order of a page's bytes on every device included.
-const VERSION: u32 = 1;
+/// Of this layout, the order of a page's bytes on every device included. 1 had no memory.
+const VERSION: u32 = 2;
 /// Magic, version, and length of the header.
 const FRONT_BYTES: u64 = 16;
 const CHECKSUM_BYTES: u64 = 8;
@@ -32,6 +36,12 @@ pub(super) struct Header {
     pub(super) name: String,
     /// Whose it is.
     pub(super) owner: String,
+    /// Which save of this name it is.
+    pub(super) life: Life,
+    /// What shapes the answers that go on from it.
+    pub(super) state: SessionState,
+    /// What follows from these and the tokens, to find a changed header without reading the pages.
+    pub(super) memory: Memory,
     /// Under which conditions the pages were computed, by name.
     pub(super) pins: Vec<(String, String)>,
     /// Bytes of a page.
@@ -43,6 +53,18 @@ pub(super) struct Header {
 impl Header {
     pub(super) fn n_pages(&self) -> usize {
         self.tokens.len() / PAGE_TOKENS
+    }
+
+    /// What is told of the file with this header.
+    pub(super) fn saved(self) -> SavedSession {
+        let bytes = self.file_bytes(self.to_json().len() as u64).unwrap_or(u64::MAX);
+        SavedSession { tokens: self.tokens.len(), bytes, memory: self.memory }
+    }
+
+    /// Bytes of a page, in memory.
+    pub(super) fn page_len(&self) -> Result<usize, SessionError> {
+        let found = self.page_bytes;
+        usize::try_from(found).map_err(|_| damaged(format!("pages of {found} bytes")))
     }
 
     fn to_json(&self) -> Vec<u8> {
@@ -122,15 +144,10 @@ impl<R: Read + Seek> Checked<R> {
     /// Reads the whole file and compares it with what is expected and with its own sums.
     pub(super) fn open(mut source: R, expected: &Expected<'_>) -> Result<Checked<R>, SessionError> {
         let mut digest = Sha256::new();
-        let found = source.seek(SeekFrom::End(0)).map_err(unread)?;
-        source.rewind().map_err(unread)?;
-        let (header, header_bytes) = read_header(&mut source, found, &mut digest)?;
+        let (header, header_bytes, found) = read_front(&mut source, &mut digest)?;
         check_header(&header, expected)?;
-        let wanted = header.file_bytes(header_bytes).unwrap_or(u64::MAX);
-        if wanted != found {
-            return Err(SessionError::Length { expected: wanted, found });
-        }
-        let mut bytes = vec![0; page_len(&header)?];
+        check_length(&header, header_bytes, found)?;
+        let mut bytes = vec![0; header.page_len()?];
         let mut checksums = Vec::with_capacity(header.n_pages());
         for page in 0..header.n_pages() {
             take(&mut source, &mut bytes, &mut digest)?;
@@ -168,6 +185,43 @@ impl<R: Read + Seek> Checked<R> {
     }
 }
 
+/// The header alone, for callers who need no page: of the name and owner, and whole. The pages may be damaged.
+pub(super) fn peek(
+    mut source: impl Read + Seek,
+    (name, owner): (&str, &str),
+) -> Result<Header, SessionError> {
+    let (header, header_bytes, found) = read_front(&mut source, &mut Sha256::new())?;
+    check_owner(&header, name, owner)?;
+    check_length(&header, header_bytes, found)?;
+    Ok(header)
+}
+
+/// Compares a header with what is expected; the pages may be damaged.
+pub(super) fn check_header(header: &Header, expected: &Expected<'_>) -> Result<(), SessionError> {
+    check_owner(header, expected.name, expected.owner)?;
+    check_pins(header, expected)?;
+    check_pages(header, expected)
+}
+
+/// The header, its length, and the bytes of the file.
+fn read_front(
+    source: &mut (impl Read + Seek),
+    digest: &mut Sha256,
+) -> Result<(Header, u64, u64), SessionError> {
+    let found = source.seek(SeekFrom::End(0)).map_err(unread)?;
+    source.rewind().map_err(unread)?;
+    let (header, header_bytes) = read_header(source, found, digest)?;
+    Ok((header, header_bytes, found))
+}
+
+fn check_length(header: &Header, header_bytes: u64, found: u64) -> Result<(), SessionError> {
+    let expected = header.file_bytes(header_bytes).unwrap_or(u64::MAX);
+    if expected != found {
+        return Err(SessionError::Length { expected, found });
+    }
+    Ok(())
+}
+
 /// The header, and its length. Nothing larger than the file is allocated.
 fn read_header(
     source: &mut impl Read,
@@ -198,11 +252,24 @@ fn read_header(
     Ok((header, header_bytes))
 }
 
-fn check_header(header: &Header, expected: &Expected<'_>) -> Result<(), SessionError> {
-    let problem = |problem: String| Err(SessionError::Header { problem });
-    if header.name != expected.name || header.owner != expected.owner {
-        return Err(SessionError::Owner { name: expected.name.to_owned() });
+fn damaged(problem: String) -> SessionError {
+    SessionError::Header { problem }
+}
+
+/// Whose it is, and that its memory is the one of what it holds.
+fn check_owner(header: &Header, name: &str, owner: &str) -> Result<(), SessionError> {
+    if header.name != name || header.owner != owner {
+        return Err(SessionError::Owner { name: name.to_owned() });
     }
+    let expected = header.life.memory(&header.name, &header.state, &header.tokens);
+    if header.memory != expected || header.memory.rev == 0 {
+        let (expected, found) = (expected.context_id(), header.memory.context_id());
+        return Err(damaged(format!("expected memory {expected}, found {found}")));
+    }
+    Ok(())
+}
+
+fn check_pins(header: &Header, expected: &Expected<'_>) -> Result<(), SessionError> {
     for (pin, wanted) in expected.pins {
         let found = header.pins.iter().find(|(name, _)| name == pin);
         let found = found.map_or("nothing", |(_, value)| value);
@@ -211,31 +278,29 @@ fn check_header(header: &Header, expected: &Expected<'_>) -> Result<(), SessionE
             return Err(SessionError::Pin { pin, expected, found: found.to_owned() });
         }
     }
-    if header.pins.len() != expected.pins.len() {
-        return problem(format!(
-            "expected {} pins, found {}",
-            expected.pins.len(),
-            header.pins.len()
-        ));
+    let (wanted, found) = (expected.pins.len(), header.pins.len());
+    if wanted != found {
+        return Err(damaged(format!("expected {wanted} pins, found {found}")));
     }
+    Ok(())
+}
+
+fn check_pages(header: &Header, expected: &Expected<'_>) -> Result<(), SessionError> {
     if header.page_bytes != expected.page_bytes {
         let (wanted, found) = (expected.page_bytes, header.page_bytes);
-        return problem(format!("expected pages of {wanted} bytes, found {found}"));
+        return Err(damaged(format!("expected pages of {wanted} bytes, found {found}")));
     }
     if header.tokens.is_empty() || !header.tokens.len().is_multiple_of(PAGE_TOKENS) {
         let found = header.tokens.len();
-        return problem(format!("expected tokens in multiples of {PAGE_TOKENS}, found {found}"));
+        let problem = format!("expected tokens in multiples of {PAGE_TOKENS}, found {found}");
+        return Err(damaged(problem));
     }
     match header.tokens.iter().find(|&&id| id as usize >= expected.vocab_len) {
-        Some(id) => problem(format!("expected token ids below {}, found {id}", expected.vocab_len)),
+        Some(id) => {
+            Err(damaged(format!("expected token ids below {}, found {id}", expected.vocab_len)))
+        }
         None => Ok(()),
     }
-}
-
-fn page_len(header: &Header) -> Result<usize, SessionError> {
-    let found = header.page_bytes;
-    usize::try_from(found)
-        .map_err(|_| SessionError::Header { problem: format!("pages of {found} bytes") })
 }
 
 fn take_u32(source: &mut impl Read, digest: &mut Sha256) -> Result<u32, SessionError> {
@@ -270,14 +335,23 @@ mod tests {
             .to_vec()
     }
 
+    /// With the memory that follows from the rest.
+    fn remembered(header: Header) -> Header {
+        let memory = header.life.memory(&header.name, &header.state, &header.tokens);
+        Header { memory, ..header }
+    }
+
     fn header(n_pages: usize) -> Header {
-        Header {
+        remembered(Header {
             name: "talk".to_owned(),
             owner: "me".to_owned(),
             pins: pins(),
+            life: Life { lineage: "first".to_owned(), rev: 1 },
+            state: SessionState { system_rev: "none".to_owned(), policy: Vec::new() },
+            memory: Memory { rev: 0, hash: String::new() },
             page_bytes: PAGE_BYTES as u64,
             tokens: (0..n_pages * PAGE_TOKENS).map(|i| (i % 300) as u32).collect(),
-        }
+        })
     }
 
     fn page(n: usize) -> Vec<u8> {
@@ -319,7 +393,7 @@ mod tests {
         let refused = |change: &dyn Fn(&mut Header)| {
             let mut header = header(1);
             change(&mut header);
-            open(&written(&header)).unwrap_err()
+            open(&written(&remembered(header))).unwrap_err()
         };
         for at in 0..pins().len() {
             let error = refused(&|header| header.pins[at].1.push('x'));
@@ -351,14 +425,45 @@ mod tests {
         }
     }
 
+    /// A header is believed without its pages, so that its own parts have to fit together.
+    #[test]
+    fn a_header_that_is_read_alone_is_whole_or_refused() {
+        let whole = header(2);
+        let at = |bytes: &[u8]| peek(Cursor::new(bytes), ("talk", "me"));
+        assert_eq!(at(&written(&whole)).unwrap(), whole);
+        for change in [
+            |header: &mut Header| header.memory.rev = 2,
+            |header: &mut Header| header.life.rev = 2,
+            |header: &mut Header| header.life.lineage.push('x'),
+            |header: &mut Header| header.state.system_rev.push('x'),
+            |header: &mut Header| header.state.policy.push(("tools".into(), "x".into())),
+            |header: &mut Header| header.tokens[0] += 1,
+        ] {
+            let mut changed = whole.clone();
+            change(&mut changed);
+            let error = at(&written(&changed)).unwrap_err();
+            assert!(matches!(error, SessionError::Header { .. }), "{error}");
+        }
+        let none = Header { life: Life { rev: 0, ..whole.life.clone() }, ..whole.clone() };
+        assert!(matches!(at(&written(&remembered(none))), Err(SessionError::Header { .. })));
+        let bytes = written(&whole);
+        let error = at(&bytes[..bytes.len() - 1]).unwrap_err();
+        assert!(matches!(error, SessionError::Length { .. }), "{error}");
+        let error = peek(Cursor::new(&bytes[..]), ("talk", "you")).unwrap_err();
+        assert!(matches!(error, SessionError::Owner { .. }), "{error}");
+    }
+
     #[test]
     fn another_version_and_another_file_are_named() {
         let mut bytes = written(&header(1));
-        bytes[8] = 2;
-        assert!(matches!(
-            open(&bytes).unwrap_err(),
-            SessionError::Version { expected: 1, found: 2 }
-        ));
+        for other in [1, 3] {
+            bytes[8] = other;
+            let found = u32::from(other);
+            let error = open(&bytes).unwrap_err();
+            assert!(
+                matches!(error, SessionError::Version { expected: 2, found: at } if at == found)
+            );
+        }
         assert!(matches!(open(&[b'x'; 100]).unwrap_err(), SessionError::NotASession));
     }
 

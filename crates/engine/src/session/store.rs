@@ -44,15 +44,14 @@ impl SessionName {
     }
 }
 
-/// A session that is kept.
+/// A file that is kept.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Listed {
-    /// Its name.
-    pub name: String,
-    /// Bytes of its file.
-    pub bytes: u64,
-    /// When it was last saved or restored.
-    pub used: SystemTime,
+pub(super) struct Kept {
+    /// Of the session.
+    pub(super) name: SessionName,
+    pub(super) bytes: u64,
+    /// When it was last saved or opened.
+    pub(super) used: SystemTime,
 }
 
 /// A folder of files with a limit on their bytes.
@@ -124,10 +123,15 @@ impl Folder {
         written
     }
 
+    /// Opens a file for a look, which is no use of it.
+    pub(super) fn look(&self, owner: &str, name: &SessionName) -> Result<File, SessionError> {
+        let path = self.file(owner, name);
+        File::open(&path).map_err(|source| missing(name, &path, source))
+    }
+
     /// Opens a file, which counts as used now.
     pub(super) fn open_file(&self, owner: &str, name: &SessionName) -> Result<File, SessionError> {
-        let path = self.file(owner, name);
-        let file = File::open(&path).map_err(|source| missing(name, &path, source))?;
+        let file = self.look(owner, name)?;
         // On a medium that is read only the order of use stays what it was.
         file.set_modified(SystemTime::now()).ok();
         Ok(file)
@@ -141,16 +145,16 @@ impl Folder {
     }
 
     /// The sessions of an owner, by name.
-    pub(super) fn list(&self, owner: &str) -> Result<Vec<Listed>, SessionError> {
+    pub(super) fn list(&self, owner: &str) -> Result<Vec<Kept>, SessionError> {
         let folder = self.path.join(owner);
         let mut listed = Vec::new();
         for entry in self.entries()?.into_iter().filter(|entry| entry.owner == folder) {
-            let Some(name) = entry.path.file_stem().and_then(|name| name.to_str()) else {
-                continue;
-            };
-            listed.push(Listed { name: name.to_owned(), bytes: entry.bytes, used: entry.used });
+            let stem = entry.path.file_stem().and_then(|name| name.to_str());
+            // Whoever put a file of another name there has to find it himself.
+            let Some(Ok(name)) = stem.map(SessionName::new) else { continue };
+            listed.push(Kept { name, bytes: entry.bytes, used: entry.used });
         }
-        listed.sort_by(|a, b| a.name.cmp(&b.name));
+        listed.sort_by(|a, b| a.name.as_str().cmp(b.name.as_str()));
         Ok(listed)
     }
 
@@ -274,7 +278,7 @@ mod tests {
     }
 
     fn names(folder: &Folder, owner: &str) -> Vec<String> {
-        folder.list(owner).unwrap().into_iter().map(|listed| listed.name).collect()
+        folder.list(owner).unwrap().into_iter().map(|listed| listed.name.0).collect()
     }
 
     fn bytes_on_disk(path: &Path) -> u64 {

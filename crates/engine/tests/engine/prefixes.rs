@@ -5,7 +5,8 @@ use std::collections::BTreeMap;
 
 use exrail_engine::{
     Engine, EngineHandle, EngineOptions, Finish, GenerateRequest, Generation, RotatePolicy,
-    Rotation, RotationOptions, SessionError, SessionName, SessionOwner, SessionStore, TokenEvent,
+    Rotation, RotationOptions, Saving, SessionError, SessionName, SessionOwner, SessionState,
+    SessionStore, TokenEvent,
 };
 use exrail_kernels::reference::Reference;
 use proptest::prelude::*;
@@ -179,8 +180,9 @@ impl Warm {
             }
             Action::Cancel(_) | Action::Read(_) => {}
             Action::Save(ask) => {
-                let tokens = ask.request().prompt;
-                match self.store.save(&self.engine, &ask.owner(), &ask.session(), tokens) {
+                let (tokens, lineage) = (ask.request().prompt, "one".to_owned());
+                let saving = Saving { tokens, state: SessionState::default(), lineage };
+                match self.store.save(&self.engine, &ask.owner(), &ask.session(), saving) {
                     Ok(_) | Err(SessionError::NothingCached { .. } | SessionError::Lost) => {}
                     Err(error) => prop_assert!(false, "{}", error),
                 }

@@ -4,8 +4,8 @@ use std::path::Path;
 
 use exrail_checkpoint::{Checkpoint, Gguf};
 use exrail_engine::{
-    Engine, EngineHandle, EngineOptions, Identity, LoadOptions, SessionError, SessionName,
-    SessionOwner, SessionStore, prepare_generator,
+    Engine, EngineHandle, EngineOptions, Identity, LoadOptions, SavedSession, Saving, SessionError,
+    SessionName, SessionOwner, SessionState, SessionStore, prepare_generator,
 };
 use exrail_kernels::KvDtype;
 use exrail_kernels::reference::Reference;
@@ -27,6 +27,22 @@ fn name() -> SessionName {
     SessionName::new("talk").unwrap()
 }
 
+/// A conversation to save, in a life of this name.
+fn saving(tokens: Vec<u32>, lineage: &str) -> Saving {
+    let state = SessionState { system_rev: "none".to_owned(), policy: Vec::new() };
+    Saving { tokens, state, lineage: lineage.to_owned() }
+}
+
+/// Saves the beginning of the conversation of `saved`.
+fn save(
+    store: &mut SessionStore,
+    engine: &EngineHandle,
+    tenant: Option<&str>,
+    n_tokens: u32,
+) -> Result<SavedSession, SessionError> {
+    store.save(engine, &owner(tenant), &name(), saving(prompt(1, n_tokens), "first"))
+}
+
 /// An engine whose fresh pages hold no numbers, so that whoever reads one that was not filled says so (C14).
 fn poisoned(options: EngineOptions) -> EngineHandle {
     let backend = Faulty { poisons_pages: true, ..Faulty::new(Reference) };
@@ -40,7 +56,7 @@ fn saved(place: &Path, tenant: Option<&str>) -> Vec<u32> {
     let mut request = plain(prompt(1, 600), 20);
     request.tenant = tenant.map(str::to_owned);
     let answer = generate(&engine, request).ids();
-    let size = store.save(&engine, &owner(tenant), &name(), prompt(1, 600)).unwrap();
+    let size = save(&mut store, &engine, tenant, 600).unwrap();
     assert_eq!(size.tokens, 512);
     let file = place.join(owner(tenant).folder).join("talk.session");
     assert_eq!(size.bytes, std::fs::metadata(file).unwrap().len());
@@ -91,7 +107,7 @@ fn the_cpu_reads_its_own_pages_back() {
         let first = engine();
         let (_, answer) = ask(&first, None);
         let mut store = SessionStore::open(place.path(), CAP).unwrap();
-        store.save(&first, &owner(None), &name(), prompt(1, 600)).unwrap();
+        save(&mut store, &first, None, 600).unwrap();
         let second = engine();
         store.restore(&second, &owner(None), &name()).unwrap();
         assert_eq!(ask(&second, None), (512, answer), "{kv_dtype:?}");
@@ -197,7 +213,7 @@ fn what_cannot_be_saved_or_restored_says_why() {
     let place = tempfile::tempdir().unwrap();
     let mut store = SessionStore::open(place.path(), CAP).unwrap();
     let engine = start(options());
-    let error = store.save(&engine, &owner(None), &name(), prompt(1, 600)).unwrap_err();
+    let error = save(&mut store, &engine, None, 600).unwrap_err();
     assert!(matches!(error, SessionError::NothingCached { tokens: 600, .. }), "{error}");
     assert_eq!(store.list(&owner(None)).unwrap(), []);
     drop(store);
@@ -216,6 +232,75 @@ fn what_cannot_be_saved_or_restored_says_why() {
     engine.shutdown();
     let error = restore(&engine, place.path(), None).unwrap_err();
     assert!(matches!(error, SessionError::Stopped), "{error}");
+}
+
+/// G-22: a save is the next revision of its name, through restarts, and a name that was deleted begins anew as
+/// another one.
+#[test]
+fn every_save_is_a_state_of_its_own() {
+    let place = tempfile::tempdir().unwrap();
+    saved(place.path(), None);
+    let engine = poisoned(options());
+    ask(&engine, None);
+    let mut store = SessionStore::open(place.path(), CAP).unwrap();
+    let first = store.remembered(&owner(None), &name()).unwrap();
+    assert_eq!((first.memory.rev, first.tokens), (1, prompt(1, 600)[..512].to_vec()));
+    let second = save(&mut store, &engine, None, 600).unwrap();
+    assert_eq!(second.memory.rev, 2);
+    assert_ne!(second.memory.hash, first.memory.hash, "of the same tokens");
+    assert_eq!(store.list(&owner(None)).unwrap()[0].memory.as_ref(), Some(&second.memory));
+    drop(store);
+    let mut store = SessionStore::open(place.path(), CAP).unwrap();
+    assert_eq!(store.restore(&engine, &owner(None), &name()).unwrap(), second);
+    store.remove(&owner(None), &name()).unwrap();
+    let error = store.remembered(&owner(None), &name()).unwrap_err();
+    assert!(matches!(error, SessionError::NotFound { .. }), "{error}");
+    let again = saving(prompt(1, 600), "second");
+    let again = store.save(&engine, &owner(None), &name(), again).unwrap().memory;
+    assert_eq!(again.rev, 1);
+    assert_ne!(again.hash, first.memory.hash, "of the same tokens and revision");
+}
+
+/// What is not known cannot be the revision before: it is not replaced unseen.
+#[test]
+fn a_session_whose_revision_is_not_known_is_not_replaced() {
+    let place = tempfile::tempdir().unwrap();
+    saved(place.path(), None);
+    let path = place.path().join("default/talk.session");
+    let mut bytes = std::fs::read(&path).unwrap();
+    bytes[8] = 1;
+    std::fs::write(&path, &bytes).unwrap();
+    let engine = poisoned(options());
+    ask(&engine, None);
+    let mut store = SessionStore::open(place.path(), CAP).unwrap();
+    let error = save(&mut store, &engine, None, 600).unwrap_err();
+    assert!(matches!(error, SessionError::Version { found: 1, .. }), "{error}");
+    assert_eq!(store.list(&owner(None)).unwrap()[0].memory, None);
+    assert_eq!(std::fs::read(&path).unwrap(), bytes);
+    store.remove(&owner(None), &name()).unwrap();
+    assert_eq!(save(&mut store, &engine, None, 600).unwrap().memory.rev, 1);
+}
+
+/// What is cached is not read from the disk again, and what is not comes from there.
+#[test]
+fn a_session_that_is_cached_is_not_read_again() {
+    let place = tempfile::tempdir().unwrap();
+    let answer = saved(place.path(), None);
+    let engine = poisoned(options());
+    let path = place.path().join("default/talk.session");
+    let mut bytes = std::fs::read(&path).unwrap();
+    let last_page = bytes.len() - 100;
+    let store = SessionStore::open(place.path(), CAP).unwrap();
+    assert_eq!(store.warm(&engine, &owner(None), &name()).unwrap().tokens, 512);
+    bytes[last_page] ^= 1;
+    std::fs::write(&path, &bytes).unwrap();
+    assert_eq!(store.warm(&engine, &owner(None), &name()).unwrap().tokens, 512);
+    assert_eq!(ask(&engine, None), (512, answer));
+    let cold = poisoned(options());
+    let error = store.warm(&cold, &owner(None), &name()).unwrap_err();
+    assert!(matches!(error, SessionError::Page { page: 1 }), "{error}");
+    let error = store.warm(&other_model(), &owner(None), &name()).unwrap_err();
+    assert!(matches!(&error, SessionError::Pin { pin, .. } if pin == "model_sha256"), "{error}");
 }
 
 /// Answers go on while pages leave and come, and a session that needs the room of kept pages gets it.
@@ -244,9 +329,9 @@ fn a_session_of_pages_that_left_the_device_is_whole() {
     generate(&engine, plain(prompt(2, 600), 4));
     assert_eq!(engine.counters().host.pages, 2);
     let mut store = SessionStore::open(place.path(), CAP).unwrap();
-    let size = store.save(&engine, &owner(None), &name(), prompt(1, 600)).unwrap();
+    let size = save(&mut store, &engine, None, 600).unwrap();
     assert_eq!(size.tokens, 512);
-    let whole = store.save(&engine, &owner(None), &name(), prompt(1, 512)).unwrap();
+    let whole = save(&mut store, &engine, None, 512).unwrap();
     assert_eq!(whole.tokens, 512, "the end of a page is the end of the conversation");
     let later = poisoned(options());
     store.restore(&later, &owner(None), &name()).unwrap();

@@ -43,6 +43,9 @@ const MAX_QUESTION_BYTES: usize = 8 << 10;
 /// Why a grounded answer cannot do without it.
 const ALWAYS_GUARDED: &str = "a grounded answer is always guarded";
 
+/// Why it begins from no session.
+const NO_HISTORY: &str = "a grounded answer reads no history";
+
 /// A question that was accepted.
 struct Question {
     asker: Arc<Asker>,
@@ -63,6 +66,7 @@ pub(crate) async fn ask(
     fields.refuse_structured()?;
     fields.refuse_leak_guard(false, ALWAYS_GUARDED)?;
     fields.tool_taint(false)?;
+    fields.refuse_session(NO_HISTORY)?;
     let Arrival { asking, .. } = fields.arrival(received, &caller, &state.limits)?;
     let pass = ready.generator(request.model.as_deref(), &asking).await?;
     let header = chat::header(&pass, "ask")?;
@@ -377,6 +381,7 @@ pub(crate) async fn grounded_chat(
     fields.refuse_structured()?;
     fields.refuse_leak_guard(false, ALWAYS_GUARDED)?;
     fields.tool_taint(false)?;
+    fields.refuse_session(NO_HISTORY)?;
     refuse_with_grounding(&request)?;
     let include_usage = chat::include_usage(request.stream, request.stream_options)?;
     let limit = chat::one_limit(request.max_tokens, request.max_completion_tokens)?;
@@ -468,6 +473,7 @@ fn whole(header: Header, answer: AskResponse) -> ChatResponse {
         }],
         usage: answer.usage,
         system_fingerprint,
+        context_id: None,
         exrail,
     }
 }

@@ -7,19 +7,19 @@ use axum::{
     extract::State,
     response::{IntoResponse, Response},
 };
-use exrail_engine::{GenerateRequest, ModelFingerprint, Sampling};
-use exrail_text::{ChatMessage, PlacedPrompt};
+use exrail_engine::{GenerateRequest, ModelFingerprint, Sampling, SessionState};
+use exrail_text::{ChatMessage, OddCharacters, PlacedPrompt};
 use exrail_verify::LeakGuard;
 use exrail_wire::{
     AssistantMessage, CalledFunction, ChatChoice, ChatChunk, ChatChunkChoice, ChatLogprobs,
-    ChatRequest, ChatResponse, Delta, FunctionDelta, StreamOptions, TokenLogprob, ToolCallDelta,
-    ToolCallMessage, ToolKind, TopLogprob,
+    ChatRequest, ChatResponse, Delta, FunctionDelta, RequestMessage, StreamOptions, TokenLogprob,
+    ToolCallDelta, ToolCallMessage, ToolKind, TopLogprob,
 };
 
 use super::ask;
 use crate::{
     AppState,
-    auth::Caller,
+    auth::{Caller, KeyFolder},
     error::ApiError,
     extract::{Body, Ready, refuse_unknown},
     generation::{self, Choice, LogprobAt},
@@ -27,7 +27,9 @@ use crate::{
     messages::{self, Conversation},
     odd,
     relay::{self, Job, News, Wording},
-    rotation, sse,
+    rotation,
+    sessions::{self, LeakWatch, Origin, Turn},
+    sse,
     state::{Services, system_fingerprint},
     structured::{Call, Demand, Part, Reply, Structured},
     trace::TraceIdentity,
@@ -40,6 +42,8 @@ pub(crate) struct Header {
     pub(crate) id: String,
     pub(crate) created: i64,
     pub(crate) model: String,
+    /// Of the session that the turn began from.
+    pub(crate) context_id: Option<String>,
     /// Of the model, by the time of each event.
     pub(crate) fingerprint: ModelFingerprint,
 }
@@ -53,6 +57,7 @@ struct ChatWording {
 pub(crate) async fn complete(
     State(state): State<Arc<AppState>>,
     Extension(caller): Extension<Caller>,
+    Extension(folder): Extension<KeyFolder>,
     ready: Ready,
     Body(mut request): Body<ChatRequest>,
 ) -> Result<Response, ApiError> {
@@ -64,7 +69,8 @@ pub(crate) async fn complete(
         return ask::grounded_chat(state, pass, request, &fields, arrival).await;
     }
     let stream = request.stream.unwrap_or(false);
-    let accepted = accept(&state, &pass, request, &fields, arrival).await;
+    let origin = ready.origin(&caller, folder);
+    let accepted = accept(&state, &pass, request, &fields, (arrival, &origin)).await;
     let (job, wording) = accepted.map_err(|error| pass.explain(error))?;
     if stream {
         let (sink, response) = sse::channel();
@@ -80,18 +86,19 @@ async fn accept(
     services: &Services,
     request: ChatRequest,
     fields: &Fields,
-    arrival: Arrival,
+    (arrival, origin): (Arrival, &Origin),
 ) -> Result<(Job, ChatWording), ApiError> {
     let Arrival { received, asking } = arrival;
     let include_usage = include_usage(request.stream, request.stream_options)?;
     let choices = translate::choices(request.n, state.limits.choices)?;
     let logprobs = logprobs(request.logprobs, request.top_logprobs)?;
     let demand = Demand::of_chat(&fields.structured, &state.limits.structured)?;
-    let mut said = messages::of_wire(request.messages)?;
-    let odd = odd::of_chat(&said);
     let taint = fields.tool_taint(!demand.tools().is_empty())?;
-    let returned = returned(&said);
-    let leak = leak_guard(state, services, (fields, asking.tenant.as_deref()), &mut said)?;
+    let claim = fields.claim()?;
+    let watch = LeakWatch::of(fields.leak_guard(&state.limits));
+    let who = (watch, asking.tenant.as_deref());
+    let framed = framed(state, services, who, request.messages, &demand)?;
+    let Framed { conversation, odd, returned, leak, shape } = framed;
     if leak.is_some() && logprobs.is_some() {
         return Err(ApiError::UnsupportedField {
             field: "logprobs".into(),
@@ -99,7 +106,6 @@ async fn accept(
         });
     }
     let sampling = translate::sampling(&fields.sampling, Sampling::default())?;
-    let conversation = Conversation::new(services, said, demand.tools())?;
     let rotation = conversation.rotation(&services.engine, request.rotation)?;
     let Conversation { placed: PlacedPrompt { ids: prompt, .. }, opening, .. } = conversation;
     let asked = one_limit(request.max_tokens, request.max_completion_tokens)?;
@@ -107,6 +113,7 @@ async fn accept(
     let default = state.limits.default_max_tokens;
     let max_tokens = translate::max_tokens(&services.engine, asked, default, prompt.len());
     let loop_guard = fields.loop_guard(&state.limits, request.stream)?;
+    let turn = sessions::begin(state, services, origin, claim, (&prompt, shape)).await?;
     // The last thing before the queue: it takes a core.
     let Structured { grammar, lock } =
         demand.compile(&services.engine, &state.compiling, opening).await?;
@@ -134,11 +141,44 @@ async fn accept(
     };
     let requests = generation::requests(&generate, choices);
     let generations = generation::submit(&services.engine, &requests)?;
-    let header = header(services, "chatcmpl")?;
+    let header = header(services, "chatcmpl")?.of(turn.as_ref());
     let identity = identity(&header, asking.tenant, request.user)?;
+    let identity = Turn::identity(turn.as_ref(), identity);
     let route = "/v1/chat/completions";
-    let job = Job { route, generations, lock, requests, seed, identity, received, leak, odd };
+    let job = Job { route, generations, lock, requests, seed, identity, received, leak, odd, turn };
     Ok((job, ChatWording { header, include_usage }))
+}
+
+/// Messages as the model reads them, and what is known of them.
+pub(crate) struct Framed {
+    pub(crate) conversation: Conversation,
+    odd: OddCharacters,
+    /// What tools have returned.
+    returned: Vec<String>,
+    leak: Option<Arc<LeakGuard>>,
+    /// What shapes the answers that go on from it.
+    pub(crate) shape: SessionState,
+}
+
+/// Frames messages: with a canary where they are watched, and with the tools.
+pub(crate) fn framed(
+    state: &AppState,
+    services: &Services,
+    (watch, tenant): (LeakWatch, Option<&str>),
+    messages: Vec<RequestMessage>,
+    demand: &Demand,
+) -> Result<Framed, ApiError> {
+    let mut said = messages::of_wire(messages)?;
+    let (odd, returned) = (odd::of_chat(&said), returned(&said));
+    let shape = sessions::of_chat(services, &said, demand, watch);
+    let leak = match watch {
+        LeakWatch::On => {
+            leak::guard(&services.engine, &mut said, (state.canary_secret()?, tenant))?
+        }
+        LeakWatch::Off => None,
+    };
+    let conversation = Conversation::new(services, said, demand.tools())?;
+    Ok(Framed { conversation, odd, returned, leak, shape })
 }
 
 /// What tools have returned in a conversation, which nobody vouches for.
@@ -147,25 +187,13 @@ fn returned(said: &[ChatMessage]) -> Vec<String> {
     results.filter_map(|message| message.content.clone()).collect()
 }
 
-/// Keeps an answer from repeating the system messages, where that is asked for.
-fn leak_guard(
-    state: &AppState,
-    services: &Services,
-    (fields, tenant): (&Fields, Option<&str>),
-    said: &mut [ChatMessage],
-) -> Result<Option<Arc<LeakGuard>>, ApiError> {
-    if !fields.leak_guard(&state.limits) {
-        return Ok(None);
-    }
-    leak::guard(&services.engine, said, (state.canary_secret()?, tenant))
-}
-
 /// Names and times of a response.
 pub(crate) fn header(services: &Services, prefix: &str) -> Result<Header, ApiError> {
     Ok(Header {
         id: ids::name(prefix)?,
         created: jiff::Timestamp::now().as_second(),
         model: services.model_name.clone(),
+        context_id: None,
         fingerprint: services.engine.facts().model_sha256.clone(),
     })
 }
@@ -181,6 +209,7 @@ pub(crate) fn identity(
         request_id: header.id.clone(),
         session_id: user,
         agent_id: agent,
+        memory: None,
     })
 }
 
@@ -246,6 +275,7 @@ fn whole_answer(header: Header, choices: Vec<Choice>) -> ChatResponse {
         choices: choices.collect(),
         usage,
         system_fingerprint,
+        context_id: header.context_id,
         exrail: None,
     }
 }
@@ -271,6 +301,11 @@ fn message(choice: Choice) -> AssistantMessage {
 }
 
 impl Header {
+    /// The same of a turn of a session.
+    pub(crate) fn of(self, turn: Option<&Turn>) -> Header {
+        Header { context_id: turn.map(|turn| turn.memory().context_id()), ..self }
+    }
+
     /// None while the hash runs; a whole answer, and the end of a stream, come after it.
     pub(crate) fn system_fingerprint(&self) -> Option<String> {
         system_fingerprint(&self.fingerprint)
@@ -286,6 +321,7 @@ impl Header {
             system_fingerprint: self.system_fingerprint(),
             choices,
             usage: None,
+            context_id: self.context_id.clone(),
             exrail: None,
         }
     }

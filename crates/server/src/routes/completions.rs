@@ -18,12 +18,14 @@ use serde_json::Value;
 use super::chat::{self, Header};
 use crate::{
     AppState,
-    auth::Caller,
+    auth::{Caller, KeyFolder},
     error::ApiError,
     extract::{Body, Ready},
     generation::{self, Choice, LogprobAt},
     relay::{self, Job, News, Wording},
-    rotation, sse,
+    rotation,
+    sessions::{self, Claim, Origin, Turn},
+    sse,
     state::Services,
     structured::{Demand, Opening, Part, Structured},
     translate::{self, Arrival, Fields},
@@ -46,6 +48,7 @@ struct TextWording {
 pub(crate) async fn complete(
     State(state): State<Arc<AppState>>,
     Extension(caller): Extension<Caller>,
+    Extension(folder): Extension<KeyFolder>,
     ready: Ready,
     Body(mut request): Body<CompletionRequest>,
 ) -> Result<Response, ApiError> {
@@ -56,7 +59,8 @@ pub(crate) async fn complete(
     let arrival = fields.arrival(received, &caller, &state.limits)?;
     let pass = ready.generator(Some(&request.model), &arrival.asking).await?;
     let stream = request.stream.unwrap_or(false);
-    let accepted = accept(&state, &pass, request, &fields, arrival).await;
+    let origin = ready.origin(&caller, folder);
+    let accepted = accept(&state, &pass, request, &fields, (arrival, &origin)).await;
     let (job, wording) = accepted.map_err(|error| pass.explain(error))?;
     if stream {
         let (sink, response) = sse::channel();
@@ -72,9 +76,10 @@ async fn accept(
     services: &Services,
     request: CompletionRequest,
     fields: &Fields,
-    arrival: Arrival,
+    (arrival, origin): (Arrival, &Origin),
 ) -> Result<(Job, TextWording), ApiError> {
     let Arrival { received, asking } = arrival;
+    refuse_pairs(&request)?;
     let include_usage = chat::include_usage(request.stream, request.stream_options)?;
     let engine = &services.engine;
     let prompts = prompts(services, request.prompt)?;
@@ -85,26 +90,14 @@ async fn accept(
     let per_prompt = translate::choices(request.n, limit / prompts.len())?;
     let sampling = translate::sampling(&fields.sampling, Sampling::default())?;
     let seed = sampling.seed;
-    let echo = request.echo.unwrap_or(false);
-    if echo && request.logprobs.is_some() {
-        return Err(ApiError::UnsupportedField {
-            field: "logprobs".into(),
-            why: "log-probabilities of an echoed prompt are not supported",
-        });
-    }
-    let echo = echo.then(|| prompts.iter().map(|ids| engine.tokenizer().decode(ids)).collect());
-    let tells_ids = request.return_token_ids.unwrap_or(false);
-    if tells_ids && request.stream == Some(true) {
-        return Err(ApiError::UnsupportedField {
-            field: "return_token_ids".into(),
-            why: "the ids of a stream's tokens are not told",
-        });
-    }
-    let told_prompts = tells_ids.then(|| prompts.clone());
+    let texts = || prompts.iter().map(|ids| engine.tokenizer().decode(ids)).collect();
+    let echo = request.echo.unwrap_or(false).then(texts);
+    let told_prompts = request.return_token_ids.unwrap_or(false).then(|| prompts.clone());
     let stop = translate::stops(request.stop);
     let rotation = rotation::of_text(engine, request.rotation.as_ref())?;
     let loop_guard = fields.loop_guard(&state.limits, request.stream)?;
     let demand = Demand::of_text(&fields.structured)?;
+    let turn = turn(state, services, origin, fields.claim()?, (&prompts, &demand)).await?;
     // Thoughts have no place of their own here: they are text.
     let format = services.tool_format().clone();
     let opening = Opening { format, lead: ThoughtLead::Absent };
@@ -133,8 +126,9 @@ async fn accept(
         requests.extend(generation::requests(&generate, per_prompt));
     }
     let generations = generation::submit(engine, &requests)?;
-    let header = chat::header(services, "cmpl")?;
+    let header = chat::header(services, "cmpl")?.of(turn.as_ref());
     let identity = chat::identity(&header, asking.tenant, request.user)?;
+    let identity = Turn::identity(turn.as_ref(), identity);
     let odd = OddCharacters::default(); // A raw prompt may be ids, and is its caller's own.
     let job = Job {
         route: ROUTE,
@@ -146,8 +140,37 @@ async fn accept(
         received,
         leak: None,
         odd,
+        turn,
     };
     Ok((job, TextWording { header, per_prompt, echo, told_prompts, include_usage }))
+}
+
+/// Options that are not served together.
+fn refuse_pairs(request: &CompletionRequest) -> Result<(), ApiError> {
+    let refuse = |field: &str, why| Err(ApiError::UnsupportedField { field: field.into(), why });
+    if request.echo == Some(true) && request.logprobs.is_some() {
+        return refuse("logprobs", "log-probabilities of an echoed prompt are not supported");
+    }
+    if request.return_token_ids == Some(true) && request.stream == Some(true) {
+        return refuse("return_token_ids", "the ids of a stream's tokens are not told");
+    }
+    Ok(())
+}
+
+/// The turn of a session, which goes on with one prompt.
+async fn turn(
+    state: &AppState,
+    services: &Services,
+    origin: &Origin,
+    claim: Option<Claim>,
+    (prompts, demand): (&[Vec<u32>], &Demand),
+) -> Result<Option<Turn>, ApiError> {
+    let shape = sessions::of_text(demand);
+    match prompts {
+        [prompt] => sessions::begin(state, services, origin, claim, (prompt, shape)).await,
+        _ if claim.is_none() => Ok(None),
+        _ => Err(bad_prompt("expected one, which goes on from `session`, found several".into())),
+    }
 }
 
 pub(crate) fn prompts(services: &Services, prompt: Prompt) -> Result<Vec<Vec<u32>>, ApiError> {
@@ -189,6 +212,7 @@ impl TextWording {
             created: self.header.created,
             model: self.header.model.clone(),
             system_fingerprint: self.header.system_fingerprint(),
+            context_id: self.header.context_id.clone(),
             choices,
             usage,
         }

@@ -3,21 +3,22 @@
 use std::{sync::Arc, time::SystemTime};
 
 use axum::{Extension, Json, extract::State};
-use exrail_engine::{Listed, SessionError, SessionName, SessionOwner, SessionSize};
+use exrail_engine::{Listed, Memory, SavedSession, Saving, SessionOwner, SessionState};
 use exrail_wire::{
-    RestoreRequest, SessionCard, SessionDeleted, SessionList, SessionRequest, SessionResponse,
+    BeliefFields, DeleteRequest, RestoreRequest, SessionCard, SessionDeleted, SessionList,
+    SessionRequest, SessionResponse, StructuredFields, Unknown,
 };
 
-use super::completions;
+use super::{chat, completions};
 use crate::{
     AppState,
     auth::{Caller, KeyFolder},
-    echo::brief,
     error::ApiError,
     extract::{Body, MaybeBody, Name, Ready, refuse_unknown},
-    messages::{self, Conversation},
-    sessions::SessionKeeper,
+    ids,
+    sessions::{Belief, LeakWatch, Place, keeper, of_text, session_name},
     state::{Services, hashed},
+    structured::Demand,
 };
 
 const OBJECT: &str = "exrail.session";
@@ -28,17 +29,20 @@ pub(crate) async fn save(
     Extension(folder): Extension<KeyFolder>,
     ready: Ready,
     Name(name): Name,
-    Body(request): Body<SessionRequest>,
+    Body(mut request): Body<SessionRequest>,
 ) -> Result<Json<SessionResponse>, ApiError> {
     let (keeper, name) = (keeper(&state)?, session_name(&name)?);
-    refuse_unknown("", &request.unknown)?;
+    let fields = StructuredFields::take(&mut request.unknown)?;
+    let belief = belief(&mut request.unknown)?;
     let pass = ready.generator_for(&caller, request.model.as_deref()).await?;
-    let tokens = conversation(pass.services(), request)?;
-    let (owner, engine) = (owner(caller, folder), pass.engine.clone());
+    let (tokens, shape) = conversation(&state, pass.services(), &caller, (request, &fields))?;
+    let saving = Saving { tokens, state: shape, lineage: ids::name("life")? };
+    let (at, engine) = (Place { owner: owner(caller, folder), name }, pass.engine.clone());
     hashed(&engine).await;
-    let of = name.as_str().to_owned();
-    let size = keeper.call(move |store| store.save(&engine, &owner, &name, tokens)).await?;
-    Ok(response(of, size))
+    let of = at.name.as_str().to_owned();
+    let saved =
+        keeper.call(move |fenced| fenced.save(&engine, &at, belief.as_ref(), saving)).await?;
+    Ok(response(of, saved))
 }
 
 pub(crate) async fn restore(
@@ -47,16 +51,16 @@ pub(crate) async fn restore(
     Extension(folder): Extension<KeyFolder>,
     ready: Ready,
     Name(name): Name,
-    MaybeBody(request): MaybeBody<RestoreRequest>,
+    MaybeBody(mut request): MaybeBody<RestoreRequest>,
 ) -> Result<Json<SessionResponse>, ApiError> {
     let (keeper, name) = (keeper(&state)?, session_name(&name)?);
-    refuse_unknown("", &request.unknown)?;
+    let belief = belief(&mut request.unknown)?;
     let pass = ready.generator_for(&caller, request.model.as_deref()).await?;
-    let (owner, engine) = (owner(caller, folder), pass.engine.clone());
+    let (at, engine) = (Place { owner: owner(caller, folder), name }, pass.engine.clone());
     hashed(&engine).await;
-    let of = name.as_str().to_owned();
-    let size = keeper.call(move |store| store.restore(&engine, &owner, &name)).await?;
-    Ok(response(of, size))
+    let of = at.name.as_str().to_owned();
+    let saved = keeper.call(move |fenced| fenced.restore(&engine, &at, belief.as_ref())).await?;
+    Ok(response(of, saved))
 }
 
 pub(crate) async fn list(
@@ -65,7 +69,7 @@ pub(crate) async fn list(
     Extension(folder): Extension<KeyFolder>,
 ) -> Result<Json<SessionList>, ApiError> {
     let owner = owner(caller, folder);
-    let listed = keeper(&state)?.call(move |store| store.list(&owner)).await?;
+    let listed = keeper(&state)?.call(move |fenced| fenced.list(&owner)).await?;
     Ok(Json(SessionList { object: "list", data: listed.into_iter().map(card).collect() }))
 }
 
@@ -74,46 +78,51 @@ pub(crate) async fn remove(
     Extension(caller): Extension<Caller>,
     Extension(folder): Extension<KeyFolder>,
     Name(name): Name,
+    MaybeBody(mut request): MaybeBody<DeleteRequest>,
 ) -> Result<Json<SessionDeleted>, ApiError> {
     let (keeper, session) = (keeper(&state)?, session_name(&name)?);
-    let owner = owner(caller, folder);
-    keeper.call(move |store| store.remove(&owner, &session)).await?;
+    let belief = belief(&mut request.unknown)?;
+    let at = Place { owner: owner(caller, folder), name: session };
+    keeper.call(move |fenced| fenced.remove(&at, belief.as_ref())).await?;
     Ok(Json(SessionDeleted { object: OBJECT, name, deleted: true }))
 }
 
-fn keeper(state: &AppState) -> Result<&SessionKeeper, ApiError> {
-    state.sessions.get().ok_or(ApiError::NotAvailable {
-        what: "sessions",
-        why: "they are kept in a folder; start the server with --session-dir DIR",
-    })
-}
-
-/// A name that cannot leave its folder.
-fn session_name(name: &str) -> Result<SessionName, SessionError> {
-    let named = SessionName::new(name);
-    if let Err(SessionError::Name { found, longest }) = &named {
-        return Err(SessionError::Name { found: brief(found), longest: *longest });
-    }
-    named
+/// What the request takes the session for; nothing else may be left in it.
+fn belief(unknown: &mut Unknown) -> Result<Option<Belief>, ApiError> {
+    let fields = BeliefFields::take(unknown)?;
+    refuse_unknown("", unknown)?;
+    Belief::of("", &fields)
 }
 
 fn owner(Caller(tenant): Caller, KeyFolder(folder): KeyFolder) -> SessionOwner {
     SessionOwner { tenant, folder }
 }
 
-/// The tokens of a conversation as the other routes would have them.
-fn conversation(services: &Services, request: SessionRequest) -> Result<Vec<u32>, ApiError> {
+/// The tokens of a conversation as the other routes would have them, and what shapes the answers that go on.
+fn conversation(
+    state: &AppState,
+    services: &Services,
+    Caller(tenant): &Caller,
+    (request, fields): (SessionRequest, &StructuredFields),
+) -> Result<(Vec<u32>, SessionState), ApiError> {
     let one =
         |problem: &str| ApiError::BadField { field: "messages".into(), problem: problem.into() };
     match (request.messages, request.prompt) {
         (Some(messages), None) => {
-            let messages = messages::of_wire(messages)?;
-            Ok(Conversation::new(services, messages, &[])?.placed.ids)
+            let demand = Demand::of_chat(fields, &state.limits.structured)?;
+            let is_on = request.leak_guard.unwrap_or(state.limits.leak_guard);
+            let who = (LeakWatch::of(is_on), tenant.as_deref());
+            let framed = chat::framed(state, services, who, messages, &demand)?;
+            Ok((framed.conversation.placed.ids, framed.shape))
         }
+        (None, Some(_)) if request.leak_guard == Some(true) => Err(ApiError::UnsupportedField {
+            field: "leak_guard".into(),
+            why: "a text completion has no system message to guard",
+        }),
         (None, Some(prompt)) => {
             let mut prompts = completions::prompts(services, prompt)?;
             match (prompts.pop(), prompts.is_empty()) {
-                (Some(only), true) => Ok(only),
+                (Some(only), true) => Ok((only, of_text(&Demand::of_text(fields)?))),
                 (Some(_) | None, _) => Err(ApiError::BadField {
                     field: "prompt".into(),
                     problem: "expected one prompt, found several".into(),
@@ -125,12 +134,23 @@ fn conversation(services: &Services, request: SessionRequest) -> Result<Vec<u32>
     }
 }
 
-fn response(name: String, SessionSize { tokens, bytes }: SessionSize) -> Json<SessionResponse> {
-    Json(SessionResponse { object: OBJECT, name, tokens, bytes })
+fn response(name: String, saved: SavedSession) -> Json<SessionResponse> {
+    let SavedSession { tokens, bytes, memory } = saved;
+    let (context_id, Memory { rev, hash }) = (memory.context_id(), memory);
+    let (object, mem_rev, mem_hash) = (OBJECT, rev, hash);
+    Json(SessionResponse { object, name, tokens, bytes, mem_rev, mem_hash, context_id })
 }
 
-fn card(Listed { name, bytes, used }: Listed) -> SessionCard {
+fn card(Listed { name, bytes, used, memory }: Listed) -> SessionCard {
     // A clock before 1970 is no reason to hide the session.
     let used = jiff::Timestamp::try_from(used.max(SystemTime::UNIX_EPOCH)).unwrap_or_default();
-    SessionCard { object: OBJECT, name, bytes, used: used.to_string() }
+    SessionCard {
+        object: OBJECT,
+        name,
+        bytes,
+        used: used.to_string(),
+        context_id: memory.as_ref().map(Memory::context_id),
+        mem_rev: memory.as_ref().map(|memory| memory.rev),
+        mem_hash: memory.map(|memory| memory.hash),
+    }
 }

@@ -13,13 +13,14 @@ use exrail_wire::{
     ToolField,
 };
 use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
 use tokio::sync::Semaphore;
 
 use super::{
     contract::{self, Openness},
     lock::{Form, Lock, Tool},
 };
-use crate::{StructuredLimits, error::ApiError};
+use crate::{StructuredLimits, error::ApiError, generation::hex};
 
 /// What an answer has to be.
 #[derive(Clone, Debug, PartialEq)]
@@ -118,6 +119,33 @@ impl Demand {
             Demand::Free | Demand::Answer { .. } => &[],
             Demand::Calls(calls) => &calls.tools,
         }
+    }
+
+    /// What is held, by name and as the sha256 of what was asked for as it was written: the order of fields is one
+    /// of the answer, too. Which of the tools is called, and how many, is the turn's own.
+    pub(crate) fn policy(&self) -> Option<(&'static str, String)> {
+        let hash = |kind: &str, text: &str| {
+            hex(&Sha256::new().chain_update(kind).chain_update("\n").chain_update(text).finalize())
+        };
+        let source = match self {
+            Demand::Free => return None,
+            Demand::Calls(calls) => {
+                let told = calls.tools.iter().map(ToolSpec::definition).collect::<Vec<_>>();
+                return Some(("tools", hash("tools", &Value::from(told).to_string())));
+            }
+            Demand::Answer { source, .. } => source,
+        };
+        let hash = match source {
+            Source::JsonObject => hash("json_object", ""),
+            Source::JsonSchema(schema) => hash("json_schema", &schema.to_string()),
+            Source::Regex(text) => hash("regex", text),
+            Source::Lark(text) => hash("lark", text),
+            Source::Gbnf(text) => hash("gbnf", text),
+            Source::Composed { lark, schemas } => {
+                hash("composed", &json!([lark, schemas]).to_string())
+            }
+        };
+        Some(("constraint", hash))
     }
 
     /// Compiles it, beside the async threads.
@@ -460,6 +488,38 @@ mod tests {
         assert_eq!(error.to_string(), "`tools`: expected 1 to 128, found 129");
         let unlimited = StructuredLimits { tools: usize::MAX, ..limits };
         assert_eq!(demand(5_000, unlimited).unwrap(), 5_000);
+    }
+
+    /// G-22: what a session remembers of it is the same for the same demand and another one for each other.
+    #[test]
+    fn every_demand_has_a_policy_of_its_own() {
+        let tool = |description: &str, strict: bool| {
+            let function = json!({"name": "f", "description": description, "parameters": schema(),
+                "strict": strict});
+            json!({"tools": [{"type": "function", "function": function}]})
+        };
+        let demands = [
+            json!({}),
+            tool("a", true),
+            tool("b", true),
+            tool("a", false),
+            json!({"json_schema": schema()}),
+            json!({"json_schema": {"type": "object"}}),
+            json!({"response_format": {"type": "json_object"}}),
+            json!({"regex": "a"}),
+            json!({"grammar": {"type": "lark", "text": "a"}}),
+            json!({"grammar": {"type": "gbnf", "text": "a"}}),
+        ];
+        let policies = demands.map(|fields| demand(fields).unwrap().policy());
+        assert_eq!(policies[0], None);
+        for (at, policy) in policies.iter().enumerate() {
+            assert!(!policies[..at].contains(policy), "{at}: {policy:?}");
+        }
+        let again = demand(tool("a", true)).unwrap().policy();
+        assert_eq!((again.clone(), again.unwrap().0), (policies[1].clone(), "tools"));
+        let mut calling = tool("a", true);
+        calling["tool_choice"] = json!("required");
+        assert_eq!(demand(calling).unwrap().policy(), policies[1], "the turn's own");
     }
 
     /// G-13: another contract than the client's is refused before anything is called by it.

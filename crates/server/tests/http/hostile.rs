@@ -260,6 +260,9 @@ async fn l9_no_more_than_200_characters_are_echoed() {
         "response_format",
         "tools",
         "leak_guard",
+        "session",
+        "context_id",
+        "mem_hash",
     ];
     for route in ROUTES.iter().filter(|route| route.method == "POST") {
         let path = route.path.replace("{name}", "x");

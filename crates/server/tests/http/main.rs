@@ -17,6 +17,7 @@ mod limits;
 mod lint;
 mod rotation;
 mod scheduling;
+mod session_fence;
 mod sessions;
 mod structured;
 mod support;

@@ -80,7 +80,12 @@ async fn a_session_survives_a_restart_and_is_its_keys_only() {
     assert_eq!(ask(&second, KEY).await, (512, text));
 
     let list = |key| send(&second, Method::GET, "/v1/exrail/sessions", key, &Value::Null);
-    assert_eq!(list(KEY).await.json()["data"][0]["name"], "talk");
+    let card = list(KEY).await.json()["data"][0].clone();
+    assert_eq!((&card["name"], &card["mem_rev"]), (&json!("talk"), &json!(1)));
+    for told in ["mem_rev", "mem_hash", "context_id"] {
+        assert_eq!(card[told], saved.json()[told], "{told}");
+        assert_eq!(card[told], restored.json()[told], "{told}");
+    }
     assert_eq!(list(OTHER_KEY).await.json()["data"], json!([]));
     let remove = || send(&second, Method::DELETE, "/v1/exrail/sessions/talk", KEY, &Value::Null);
     assert_eq!(remove().await.json()["deleted"], true);
