@@ -131,6 +131,23 @@ pub enum ApiError {
         /// Answers that were generated.
         attempts: usize,
     },
+    /// An answer that a hard rule of the request forbids; it is withheld (G-31).
+    #[error(
+        "`constraints[{rule}]`: expected an answer that keeps this rule, found one that matches its \
+         forbid[{pattern}]; withheld. Contradictions in other words are not looked for: nli not_available"
+    )]
+    Contradiction {
+        /// The rule, from 0.
+        rule: usize,
+        /// The pattern among those of the rule, from 0.
+        pattern: usize,
+    },
+    /// The hard rules of the request are not in the context of its answer; nothing was told (G-31).
+    #[error("constraints: {problem}")]
+    ConstraintEcho {
+        /// Expected and found.
+        problem: String,
+    },
     /// No such model.
     #[error("model `{}`: expected one of {known}", Brief(found))]
     UnknownModel {
@@ -186,6 +203,17 @@ pub enum ApiError {
     ModelStuck {
         /// Why.
         reason: String,
+    },
+    /// Too few tool calls of the model could be read lately (G-29).
+    #[error(
+        "tools: expected that at least 98 % of the calls of model `{model}` in the last 5 minutes could be read, \
+         found fewer; ask again after {retry_after_s} s, or demand a call with tool_choice"
+    )]
+    ToolCircuitOpen {
+        /// What was asked.
+        model: String,
+        /// Seconds until it is closed, if no further call fails.
+        retry_after_s: u64,
     },
     /// No such collection.
     #[error("collection `{}`: expected one of {known}", Brief(found))]
@@ -282,6 +310,10 @@ impl ApiError {
             param: Some(brief(param)),
             ..told(StatusCode::BAD_REQUEST, INVALID, code)
         };
+        let failed = |code| told(StatusCode::INTERNAL_SERVER_ERROR, SERVER, code);
+        let unavailable = |code| told(StatusCode::SERVICE_UNAVAILABLE, SERVER, code);
+        let later =
+            |code, seconds: &u64| Told { retry_after_s: Some(*seconds), ..unavailable(code) };
         match self {
             Self::Unauthorized => {
                 told(StatusCode::UNAUTHORIZED, "authentication_error", "invalid_api_key")
@@ -291,26 +323,16 @@ impl ApiError {
             Self::Forbidden { .. } => told(StatusCode::FORBIDDEN, PERMISSION, "insufficient_role"),
             Self::Encoded { .. } => told(UNSUPPORTED, INVALID, "body_encoded"),
             Self::BodyLate { .. } => told(StatusCode::REQUEST_TIMEOUT, INVALID, "body_late"),
-            Self::ModelBusy { retry_after_s, .. } => Told {
-                retry_after_s: Some(*retry_after_s),
-                ..told(StatusCode::SERVICE_UNAVAILABLE, SERVER, "model_busy")
-            },
-            Self::LoadFailed { retry_after_s, .. } => Told {
-                retry_after_s: Some(*retry_after_s),
-                ..told(StatusCode::SERVICE_UNAVAILABLE, SERVER, "model_load_failed")
-            },
+            Self::ToolCircuitOpen { retry_after_s: s, .. } => later("tool_circuit_open", s),
+            Self::ModelBusy { retry_after_s, .. } => later("model_busy", retry_after_s),
+            Self::LoadFailed { retry_after_s, .. } => later("model_load_failed", retry_after_s),
             Self::ModelLate { .. } => {
                 told(StatusCode::GATEWAY_TIMEOUT, "timeout_error", "deadline_exceeded")
             }
-            Self::SwappedOut { .. } => {
-                told(StatusCode::SERVICE_UNAVAILABLE, SERVER, "model_swapped_out")
-            }
-            Self::ModelStuck { .. } => told(StatusCode::SERVICE_UNAVAILABLE, SERVER, "model_stuck"),
-            Self::NotReady { retry_after_s, .. } => Told {
-                retry_after_s: Some(*retry_after_s),
-                ..told(StatusCode::SERVICE_UNAVAILABLE, SERVER, "not_ready")
-            },
-            Self::BootFailed { .. } => told(StatusCode::SERVICE_UNAVAILABLE, SERVER, "boot_failed"),
+            Self::SwappedOut { .. } => unavailable("model_swapped_out"),
+            Self::ModelStuck { .. } => unavailable("model_stuck"),
+            Self::NotReady { retry_after_s, .. } => later("not_ready", retry_after_s),
+            Self::BootFailed { .. } => unavailable("boot_failed"),
             Self::BadJson { .. } => told(StatusCode::BAD_REQUEST, INVALID, "invalid_json"),
             Self::BodyTooLarge { .. } => {
                 told(StatusCode::PAYLOAD_TOO_LARGE, INVALID, "body_too_large")
@@ -324,6 +346,11 @@ impl ApiError {
             Self::NotConforming { .. } => {
                 told(StatusCode::UNPROCESSABLE_ENTITY, SERVER, "schema_violation")
             }
+            Self::Contradiction { rule, .. } => Told {
+                param: Some(format!("constraints[{rule}]")),
+                ..told(StatusCode::UNPROCESSABLE_ENTITY, SERVER, "constraint_contradiction")
+            },
+            Self::ConstraintEcho { .. } => failed("constraint_echo"),
             Self::UnknownModel { .. } => Told {
                 param: Some("model".into()),
                 ..told(StatusCode::NOT_FOUND, INVALID, "model_not_found")
@@ -342,20 +369,16 @@ impl ApiError {
             },
             Self::Submit(error) => submit_told(error, told, param),
             Self::Sequence(fault) => sequence_told(fault, told),
-            Self::Lost | Self::Ask(_) => {
-                told(StatusCode::INTERNAL_SERVER_ERROR, SERVER, "generation_failed")
-            }
+            Self::Lost | Self::Ask(_) => failed("generation_failed"),
             // Nobody reads it; the number is nginx's.
             Self::HungUp => told(client_closed_request(), INVALID, "client_gone"),
-            Self::Search(_) => told(StatusCode::INTERNAL_SERVER_ERROR, SERVER, "search_failed"),
+            Self::Search(_) => failed("search_failed"),
             Self::Encode(_) => told(StatusCode::BAD_REQUEST, INVALID, "encode_failed"),
             Self::Session(error) => session_told(error, told, param),
-            Self::Trace(TraceError::Contract(_)) => {
-                told(StatusCode::INTERNAL_SERVER_ERROR, SERVER, "trace_contract")
-            }
-            Self::Trace(_) => told(StatusCode::SERVICE_UNAVAILABLE, SERVER, "trace_unavailable"),
+            Self::Trace(TraceError::Contract(_)) => failed("trace_contract"),
+            Self::Trace(_) => unavailable("trace_unavailable"),
             Self::NoRoute { .. } => told(StatusCode::NOT_FOUND, INVALID, "no_such_route"),
-            Self::Internal(_) => told(StatusCode::INTERNAL_SERVER_ERROR, SERVER, "internal"),
+            Self::Internal(_) => failed("internal"),
         }
     }
 

@@ -13,6 +13,7 @@ use sha2::{Digest, Sha256};
 use crate::{
     error::ApiError,
     leak::LEAK,
+    rules::HeldRules,
     structured::{Lock, Reply},
     translate,
 };
@@ -31,6 +32,8 @@ pub(crate) struct Choice {
     pub(crate) finished: Option<Finished>,
     /// What it was held to.
     pub(crate) lock: Option<Arc<Lock>>,
+    /// Hard rules that its context must not lose.
+    pub(crate) rules: Option<Arc<HeldRules>>,
     /// What may be told of it; of a choice that is held to nothing, the text is all of it.
     pub(crate) reply: Option<Reply>,
     /// Answers before this one that did not conform, and the tokens that they took.
@@ -106,8 +109,8 @@ pub(crate) async fn collect(
 
 impl Choice {
     /// One that has not begun.
-    pub(crate) fn held_to(lock: Option<&Arc<Lock>>) -> Choice {
-        Choice { lock: lock.cloned(), ..Choice::default() }
+    pub(crate) fn held_to(lock: Option<&Arc<Lock>>, rules: Option<&Arc<HeldRules>>) -> Choice {
+        Choice { lock: lock.cloned(), rules: rules.cloned(), ..Choice::default() }
     }
 
     /// Why it ended; a choice without an end has been given up, and so has one that was about to leak.
@@ -154,6 +157,9 @@ impl Choice {
         match event {
             Event::Started { .. } => {}
             Event::Rotated(rotated) => {
+                if let Some(rules) = &self.rules {
+                    rules.stay(&rotated)?;
+                }
                 self.rotations.push(RotatedAt { at: self.ids.len(), rotated });
             }
             Event::Token(token) => {
@@ -258,18 +264,25 @@ pub(crate) fn trace_body(route: &'static str, seed: u64, choices: &[Choice]) -> 
         },
         latency_ms: latency,
         structured: structured(choices),
+        constraints: choices.first().and_then(|choice| Some(choice.rules.as_ref()?.record())),
     }
 }
 
 /// What the choices were held to, if to anything.
 fn structured(choices: &[Choice]) -> Option<wire::StructuredRecord> {
     let lock = choices.first()?.lock.as_ref()?;
-    let calls = choices.iter().filter_map(|choice| choice.reply.as_ref());
+    let replies = choices.iter().filter_map(|choice| choice.reply.as_ref());
+    let calls = replies.flat_map(|reply| &reply.calls).map(|call| wire::CallRecord {
+        name: call.name.clone(),
+        dedupe_key: call.dedupe_key.clone(),
+    });
+    let tool_calls: Vec<wire::CallRecord> = calls.collect();
     Some(wire::StructuredRecord {
         schema_hash: lock.schema_hash()?.into(),
         contracts: lock.contracts(),
         is_complete: choices.iter().all(|choice| choice.finish() == Finish::Stop),
-        n_tool_calls: calls.map(|reply| reply.calls.len()).sum(),
+        n_tool_calls: tool_calls.len(),
+        tool_calls,
         n_repairs: choices.iter().map(|choice| choice.n_repairs).sum(),
     })
 }

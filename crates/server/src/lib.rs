@@ -24,6 +24,7 @@ pub mod pipeline;
 mod relay;
 mod rotation;
 mod routes;
+mod rules;
 pub mod sentinel;
 mod serve;
 mod sessions;
@@ -32,6 +33,7 @@ mod state;
 mod structured;
 pub mod swap;
 mod table;
+mod tool_circuit;
 mod trace;
 mod translate;
 

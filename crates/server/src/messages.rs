@@ -3,16 +3,21 @@
 //! Everything in them is somebody else's text. It reaches a template as data and never becomes a control
 //! token; see `exrail_text::encode_prompt`.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, sync::Arc};
 
 use exrail_engine::{EngineHandle, Rotation};
-use exrail_text::{ChatMessage, PlacedPrompt, ToolCall, tools::ToolSpec};
+use exrail_text::{ChatMessage, PlacedPrompt, SlotTokens, ToolCall, tools::ToolSpec};
 use exrail_wire::{Content, ContentPart, RequestCall, RequestMessage, RotationFields};
 use serde_json::{Map, Value};
 
 use crate::{
-    error::ApiError, extract::refuse_unknown, rotation, state::Services, structured::Opening,
-    translate,
+    error::ApiError,
+    extract::refuse_unknown,
+    rotation,
+    rules::{self, HeldRules, Written},
+    state::Services,
+    structured::Opening,
+    translate::{self, Slotted},
 };
 
 /// Who speaks.
@@ -178,27 +183,40 @@ pub(crate) struct Conversation {
     pub(crate) placed: PlacedPrompt,
     /// Where its answer begins.
     pub(crate) opening: Opening,
+    /// The hard rules of the request, which its tokens say.
+    pub(crate) rules: Option<Arc<HeldRules>>,
+    /// The message that holds them.
+    ruled: Option<usize>,
 }
 
 impl Conversation {
-    /// Tells the model of the tools, renders and encodes it.
+    /// Tells the model of the tools, renders and encodes it. Hard rules that were written into it are read back out of
+    /// its tokens.
     pub(crate) fn new(
         services: &Services,
         said: Vec<ChatMessage>,
         tools: &[ToolSpec],
+        written: Option<&Written>,
     ) -> Result<Conversation, ApiError> {
         let format = services.tool_format();
-        let n_said = said.len();
+        let n_said = said.len() - written.map_or(0, |written| written.n_added);
         let has_calls = said.iter().any(|message| !message.tool_calls.is_empty());
         let (messages, told) = match tools.is_empty() && !has_calls {
             true => (said, None),
             false => format.frame(said, tools),
         };
-        let (placed, text) =
-            translate::placed_prompt(&services.engine, &messages, told.as_deref())?;
+        let engine = &services.engine;
+        let place = written.and_then(|written| rules::find(&written.set, &messages));
+        let slots: Vec<_> = place.iter().cloned().collect();
+        let Slotted { placed, slots, text } =
+            translate::slotted_prompt(engine, &messages, told.as_deref(), &slots)?;
+        let slot: Option<&SlotTokens> = slots.first().and_then(Option::as_ref);
+        let held = |written: &Written| HeldRules::of(&written.set, engine, &placed.ids, slot);
+        let rules = written.map(held).transpose()?.map(Arc::new);
+        let ruled = place.map(|(message, _)| message);
         let opening = Opening { lead: format.thought_lead(&text), format: format.clone() };
         let n_added = messages.len().saturating_sub(n_said);
-        Ok(Conversation { messages, n_added, placed, opening })
+        Ok(Conversation { messages, n_added, placed, opening, rules, ruled })
     }
 
     /// What happens when its answer outgrows the cache; the request counts its own messages only.
@@ -213,7 +231,7 @@ impl Conversation {
             }
             fields
         });
-        rotation::of_chat(engine, fields, &self.messages, &self.placed.places)
+        rotation::of_chat(engine, fields, (&self.messages, &self.placed.places), self.ruled)
     }
 }
 

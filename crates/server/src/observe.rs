@@ -321,6 +321,19 @@ fn host_lines(
     metric("kv_host_corrupt_total", "counter", corrupt, host.corrupt);
 }
 
+/// Of models that were asked with tools (G-29).
+pub(crate) fn tool_circuits(states: &[(String, bool)]) -> String {
+    let mut text = Text::default();
+    let name = "exrail_tool_circuit_open";
+    if !states.is_empty() {
+        text.head(name, "gauge", "1 while too few of the model's tool calls can be read (G-29).");
+    }
+    for (model, is_open) in states {
+        text.line(&format!("{name}{{model=\"{}\"}}", label(model)), u8::from(*is_open));
+    }
+    text.0
+}
+
 /// What was injected on demand; no line in a program that injects nothing.
 pub(crate) fn injected(counts: &[InjectedFaults]) -> String {
     let mut text = Text::default();

@@ -3,7 +3,12 @@
 //!
 //! Everything here blocks; the routes call it on a blocking thread.
 
-use std::{cell::Cell, convert::Infallible, sync::Arc, time::Instant};
+use std::{
+    cell::{Cell, RefCell},
+    convert::Infallible,
+    sync::Arc,
+    time::Instant,
+};
 
 use exrail_engine::{
     EngineHandle, Event, Finish, Finished, GenerateRequest, Generation, LoopGuard, Priority,
@@ -11,18 +16,18 @@ use exrail_engine::{
 };
 use exrail_grammar::{Grammar, Source};
 use exrail_retrieval::Hit;
-use exrail_text::ChatMessage;
+use exrail_text::{ChatMessage, SlotTokens};
 use exrail_verify::{
     AskOutcome, AskPolicy, CollectionIndex, DeltaSGate, FrameMessage, Generate, GenerateError,
-    Generated, GeneratedEnd, GeneratorFacts, Nonce, PromptFrame, Retrieve, SamplingKind,
-    answer_over, cite_lark, retrieve,
+    Generated, GeneratedEnd, GeneratorFacts, Nonce, PromptFrame, Retrieve, RuleSet, SamplingKind,
+    Slot, answer_over, cite_lark, retrieve,
 };
 use exrail_wire::Pins;
 use serde_json::{Value, json};
 
 use crate::{
     ENGINE_BUILD, baseline::EntropyBaseline, error::ApiError, generation::ms_since, ids, leak,
-    state, trace::TraceError, translate,
+    rules, state, trace::TraceError, translate,
 };
 
 /// The sampling of grounded answers: nearly greedy, because the answer should be the evidence's, and
@@ -60,6 +65,8 @@ pub struct EngineGenerate<'a> {
     lock: AnswerLock,
     /// Of the last call: submission to first token, and the engine's own account.
     last: Cell<Option<Measured>>,
+    /// Of the last prompt over evidence: first and last token of each slot, where they are known.
+    slots: RefCell<Vec<Option<[usize; 2]>>>,
 }
 
 /// What one generation took.
@@ -95,6 +102,7 @@ impl<'a> EngineGenerate<'a> {
             prefix_cache: true,
             lock: AnswerLock::default(),
             last: Cell::new(None),
+            slots: RefCell::default(),
         }
     }
 
@@ -118,6 +126,12 @@ impl<'a> EngineGenerate<'a> {
     #[must_use]
     pub fn last(&self) -> Option<Measured> {
         self.last.get()
+    }
+
+    /// The tokens of each slot of the last prompt over evidence, where the template left it as it is.
+    #[must_use]
+    pub fn slots(&self) -> Vec<Option<[usize; 2]>> {
+        self.slots.borrow().clone()
     }
 
     /// The next event; `None` when the engine is gone. Whoever hangs up takes the sequence along.
@@ -147,12 +161,12 @@ impl<'a> EngineGenerate<'a> {
     /// # Errors
     /// As [`Generate::generate`].
     pub fn say(&self, messages: &[FrameMessage], seed: u64) -> Result<Generated, GenerateError> {
-        self.reply(messages, None, seed)
+        self.reply(self.prompt(messages)?, None, seed)
     }
 
     fn reply(
         &self,
-        messages: &[FrameMessage],
+        prompt: Vec<u32>,
         grammar: Option<Grammar>,
         seed: u64,
     ) -> Result<Generated, GenerateError> {
@@ -166,7 +180,7 @@ impl<'a> EngineGenerate<'a> {
             deadline: self.deadline,
             loop_guard: self.loop_guard,
             prefix_cache: self.prefix_cache,
-            ..GenerateRequest::new(self.prompt(messages)?, self.max_tokens)
+            ..GenerateRequest::new(prompt, self.max_tokens)
         };
         let submitted = Instant::now();
         let generation = self.engine.submit(request).map_err(engine_error)?;
@@ -194,10 +208,31 @@ impl<'a> EngineGenerate<'a> {
     }
 
     fn prompt(&self, messages: &[FrameMessage]) -> Result<Vec<u32>, GenerateError> {
-        let messages: Vec<_> =
-            messages.iter().map(|m| ChatMessage::new(m.role, m.content.clone())).collect();
-        translate::chat_prompt(self.engine, &messages).map_err(engine_error)
+        translate::chat_prompt(self.engine, &chat_messages(messages)).map_err(engine_error)
     }
+
+    /// The ids of a frame. Where a request has rules, all of the frame's are read back out of them (G-31).
+    fn framed(&self, frame: &PromptFrame) -> Result<Vec<u32>, GenerateError> {
+        let bytes =
+            |(_, message, bytes): &(Slot, usize, std::ops::Range<usize>)| (*message, bytes.clone());
+        let slots: Vec<_> = frame.slots().iter().map(bytes).collect();
+        let messages = chat_messages(frame.messages());
+        let slotted = translate::slotted_prompt(self.engine, &messages, None, &slots);
+        let slotted = slotted.map_err(engine_error)?;
+        if frame.is_locked() {
+            let at = frame.slots().iter().position(|(slot, ..)| *slot == Slot::Constraints);
+            let slot = at.and_then(|at| slotted.slots[at].as_ref());
+            let (tokenizer, ids) = (self.engine.tokenizer(), &slotted.placed.ids);
+            rules::echo(tokenizer, ids, slot, frame.constraints()).map_err(engine_error)?;
+        }
+        let ends = |slot: &SlotTokens| [slot.tokens.start, slot.tokens.end];
+        self.slots.replace(slotted.slots.iter().map(|slot| slot.as_ref().map(ends)).collect());
+        Ok(slotted.placed.ids)
+    }
+}
+
+fn chat_messages(messages: &[FrameMessage]) -> Vec<ChatMessage> {
+    messages.iter().map(|m| ChatMessage::new(m.role, m.content.clone())).collect()
 }
 
 fn engine_error(error: impl std::error::Error + Send + Sync + 'static) -> GenerateError {
@@ -216,7 +251,7 @@ pub enum AnswerLock {
 
 impl Generate for EngineGenerate<'_> {
     fn generate(&self, prompt: &PromptFrame, seed: u64) -> Result<Generated, GenerateError> {
-        self.reply(prompt.messages(), self.grammar(prompt)?, seed)
+        self.reply(self.framed(prompt)?, self.grammar(prompt)?, seed)
     }
 
     fn count_tokens(&self, messages: &[FrameMessage]) -> Result<usize, GenerateError> {
@@ -322,6 +357,8 @@ pub struct AskCall {
     pub loop_guard: bool,
     /// Whether cached prefixes are read and left for others.
     pub prefix_cache: bool,
+    /// Hard rules that the answer must keep (G-31).
+    pub rules: Option<Arc<RuleSet>>,
 }
 
 impl Default for AskCall {
@@ -336,6 +373,7 @@ impl Default for AskCall {
             hung_up: None,
             loop_guard: true,
             prefix_cache: true,
+            rules: None,
         }
     }
 }
@@ -353,6 +391,9 @@ pub struct Asked {
     pub total_ms: f64,
     /// What the generation took; none when nothing was generated.
     pub measured: Option<Measured>,
+    /// First token of each slot of the prompt and one past its last, where they are known; empty when nothing was
+    /// generated.
+    pub slots: Vec<Option<[usize; 2]>>,
 }
 
 /// Largest number of snippets of one prompt.
@@ -404,6 +445,7 @@ impl Asker {
         let Grounds { index, gate, fence_secret, .. } = &*self.grounds;
         let mut policy = self.grounds.policy.clone();
         policy.search.k = call.k;
+        policy.rules.clone_from(&call.rules);
         let found = retrieve(index, question, &policy)
             .map_err(|error| ApiError::Search(error.to_string()))?;
         let retrieve_ms = ms_since(asked);
@@ -418,7 +460,8 @@ impl Asker {
         if let Some(nats) = measured.and_then(|m| m.entropy_mean).filter(|_| has_ended) {
             self.entropy.note(nats);
         }
-        Ok(Asked { outcome, found, retrieve_ms, total_ms, measured })
+        let slots = generator.slots();
+        Ok(Asked { outcome, found, retrieve_ms, total_ms, measured, slots })
     }
 
     /// Calibrated ΔS of one hit, where there is a calibration.

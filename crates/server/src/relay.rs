@@ -15,7 +15,8 @@ use crate::{
     error::ApiError,
     generation::{self, Choice, LogprobAt, RotatedAt},
     leak::{self, LEAK},
-    odd, rotation,
+    odd, rotation, rules,
+    rules::HeldRules,
     sessions::Turn,
     sse::{self, EventSink, Gone},
     state::Services,
@@ -37,10 +38,19 @@ pub(crate) struct Job {
     pub(crate) received: Instant,
     /// Keeps the answer from repeating the system messages.
     pub(crate) leak: Option<Arc<LeakGuard>>,
+    /// The hard rules of the request, which are in its prompt.
+    pub(crate) rules: Option<Arc<HeldRules>>,
     /// What the messages have of characters that hide something.
     pub(crate) odd: OddCharacters,
     /// The turn of the session that it began from.
     pub(crate) turn: Option<Turn>,
+}
+
+impl Job {
+    /// Choices that have not begun.
+    fn choices(&self, n: usize) -> Vec<Choice> {
+        vec![Choice::held_to(self.lock.as_ref(), self.rules.as_ref()); n]
+    }
 }
 
 /// What is new in one choice.
@@ -82,7 +92,7 @@ async fn gather(
     hung_up: flume::Receiver<Infallible>,
 ) -> Result<Vec<Choice>, ApiError> {
     let generations = std::mem::take(&mut job.generations);
-    let mut choices = vec![Choice::held_to(job.lock.as_ref()); generations.len()];
+    let mut choices = job.choices(generations.len());
     let turn = job.turn.take();
     let to_the_end = async {
         conforming(&state, &pass, &job, generations, &mut choices).await?;
@@ -120,13 +130,17 @@ async fn conforming(
     let first_token = || state.metrics.first_token.observe(job.received.elapsed());
     generation::collect(generations, choices, first_token).await?;
     let leak = job.leak.as_ref();
-    let Some(lock) = &job.lock else {
-        choices.iter_mut().for_each(|choice| leak::screen(leak, choice));
-        return Ok(());
-    };
     for (index, choice) in choices.iter_mut().enumerate() {
-        let hold = Hold { lock, leak };
-        settle(state, &services.engine, hold, job.requests.get(index), choice).await?;
+        match &job.lock {
+            None => leak::screen(leak, choice),
+            Some(lock) => {
+                let (hold, request) = (Hold { lock, leak }, job.requests.get(index));
+                settle(state, &services.engine, hold, request, choice, None).await?;
+            }
+        }
+        if let Some(rules) = &job.rules {
+            rules.check(choice)?;
+        }
     }
     Ok(())
 }
@@ -188,7 +202,7 @@ pub(crate) async fn stream(
     sink: EventSink,
 ) {
     let generations = std::mem::take(&mut job.generations);
-    let mut choices = vec![Choice::held_to(job.lock.as_ref()); generations.len()];
+    let mut choices = job.choices(generations.len());
     let turn = job.turn.take();
     let sending =
         Sending { state: &state, services: &pass, job: &job, wording: &wording, sink: &sink };
@@ -202,7 +216,13 @@ pub(crate) async fn stream(
             Err(Cut::Failed(error)) => *finish_reason = error.code().into(),
         }
     }
-    let before = noted(&state, &job, &choices);
+    let mut before = noted(&state, &job, &choices);
+    if let Err(Cut::Failed(error)) = &streamed
+        && let Some(fired) = rules::traced(error)
+    {
+        state.metrics.count_guard(error.code());
+        before.push(fired);
+    }
     let traced = append(&state, &pass, &job.identity, before, record);
     let traced = sink.alive_while(traced).await;
     match (streamed, traced) {
@@ -250,6 +270,10 @@ impl<W: Wording> Sending<'_, W> {
             choices.iter().map(|_| self.job.lock.as_ref().map(Lock::gate)).collect();
         let mut watches: Vec<Option<leak::Watch>> =
             choices.iter().map(|_| self.job.leak.as_ref().map(leak::Watch::new)).collect();
+        let of_rules = |rules: &Arc<HeldRules>| HeldRules::watch(rules, self.job.lock.as_ref());
+        let mut ruled: Vec<Option<rules::Watch>> =
+            choices.iter().map(|_| self.job.rules.as_ref().map(of_rules)).collect();
+        let is_held_back = self.job.lock.is_some() || self.job.rules.is_some();
         let generations: Vec<_> = generations.into_iter().map(Arc::new).collect();
         let mut events = std::pin::pin!(generation::events(generations.clone()));
         let mut heartbeats = sse::heartbeats();
@@ -259,7 +283,7 @@ impl<W: Wording> Sending<'_, W> {
                 next = events.next() => next,
                 () = self.sink.closed() => return Err(Cut::Gone),
                 // What is held back is no sign of life.
-                _ = heartbeats.tick(), if self.job.lock.is_some() => {
+                _ = heartbeats.tick(), if is_held_back => {
                     self.sink.heartbeat().await?;
                     continue;
                 }
@@ -280,9 +304,10 @@ impl<W: Wording> Sending<'_, W> {
                 // Nobody gets what follows.
                 generations[index].cancel();
             }
+            let way = (index, ruled[index].as_mut());
             match &mut gates[index] {
-                None => self.free(index, text, before, choice).await?,
-                Some(gate) => self.locked(index, &text, (before, gate), choice).await?,
+                None => self.free(way, text, before, choice).await?,
+                Some(gate) => self.locked(way, &text, (before, gate), choice).await?,
             }
         }
         if choices.iter().any(|choice| choice.finished.is_none()) {
@@ -304,21 +329,22 @@ impl<W: Wording> Sending<'_, W> {
     /// What is new goes on as it is.
     async fn free(
         &self,
-        index: usize,
+        (index, ruled): (usize, Option<&mut rules::Watch>),
         text: String,
         before: Before,
         choice: &Choice,
     ) -> Result<(), Cut> {
         let part = (!text.is_empty()).then_some(Part::Content(text));
+        let parts = allowed(ruled, part.into_iter().collect(), choice)?;
         let logprobs = &choice.logprobs[before.logprobs..];
         let rotations = &choice.rotations[before.rotations..];
-        self.tell(&News { index, parts: part.as_slice(), logprobs, rotations }).await
+        self.tell(&News { index, parts: &parts, logprobs, rotations }).await
     }
 
     /// What is new goes through the lock.
     async fn locked(
         &self,
-        index: usize,
+        (index, ruled): (usize, Option<&mut rules::Watch>),
         text: &str,
         (before, gate): (Before, &mut Gate),
         choice: &mut Choice,
@@ -337,6 +363,7 @@ impl<W: Wording> Sending<'_, W> {
             }
             Err(broken) => self.repaired(index, gate, broken, choice).await?,
         };
+        let parts = allowed(ruled, parts, choice)?;
         let is_plain = choice.lock.as_ref().is_some_and(|lock| lock.is_plain());
         let logprobs = match (is_plain, &choice.finished) {
             // A further attempt may have fewer of both than were there before.
@@ -353,17 +380,19 @@ impl<W: Wording> Sending<'_, W> {
         &self,
         index: usize,
         gate: &Gate,
-        Broken(problem): Broken,
+        broken: Broken,
         choice: &mut Choice,
     ) -> Result<Vec<Part>, Cut> {
         let is_over = choice.finished.is_some();
         let Some(lock) = choice.lock.clone().filter(|_| is_over && !gate.has_told()) else {
             self.state.metrics.count_guard(structured::GUARD);
+            let Broken(problem) = broken;
             return Err(Cut::Failed(ApiError::NotConforming { problem, attempts: 1 }));
         };
         let request = self.job.requests.get(index);
         let hold = Hold { lock: &lock, leak: self.job.leak.as_ref() };
-        let settled = settle(self.state, &self.services.engine, hold, request, choice);
+        let engine = &self.services.engine;
+        let settled = settle(self.state, engine, hold, request, choice, Some(broken));
         let settled = tokio::select! {
             settled = self.sink.alive_while(settled) => settled,
             () = self.sink.closed() => return Err(Cut::Gone),
@@ -380,6 +409,18 @@ impl<W: Wording> Sending<'_, W> {
             self.sink.send(&event).await?;
         }
         Ok(())
+    }
+}
+
+/// What of these parts keeps the hard rules of the request, as far as that is known.
+fn allowed(
+    ruled: Option<&mut rules::Watch>,
+    parts: Vec<Part>,
+    choice: &Choice,
+) -> Result<Vec<Part>, Cut> {
+    match ruled {
+        None => Ok(parts),
+        Some(watch) => watch.tell(parts, choice.finished.is_some()).map_err(Cut::Failed),
     }
 }
 

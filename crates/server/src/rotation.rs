@@ -14,12 +14,12 @@ use crate::{
 };
 
 /// A chat's rotation. `places` are the tokens of each message, where they are known: those of the system
-/// messages are pinned, and those of the messages that the request names.
+/// messages are pinned, that which holds the hard `rules`, and those of the messages that the request names.
 pub(crate) fn of_chat(
     engine: &EngineHandle,
     fields: Option<RotationFields>,
-    messages: &[ChatMessage],
-    places: &[Option<Range<usize>>],
+    (messages, places): (&[ChatMessage], &[Option<Range<usize>>]),
+    rules: Option<usize>,
 ) -> Result<Rotation, ApiError> {
     let is_asked = fields.is_some();
     let fields = fields.unwrap_or_default();
@@ -33,6 +33,7 @@ pub(crate) fn of_chat(
         return Err(bad("pin_messages", problem));
     }
     pins.extend((0..messages.len()).filter(|&at| messages[at].role == "system"));
+    pins.extend(rules);
     let text = |at: usize| messages[at].content.as_deref().unwrap_or_default();
     pins.retain(|&at| !text(at).trim().is_empty());
     let found: Result<Vec<_>, usize> =

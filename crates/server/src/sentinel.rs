@@ -147,7 +147,7 @@ fn generate(
 /// A question without evidence gets the exact refusal token and no generation.
 fn refuse() -> Result<(), SentinelError> {
     let nonce = Nonce::derive(&[b"sentinel"]);
-    match begin("What is the evidence?", &[], &DeltaSGate::NotCalibrated, &nonce) {
+    match begin("What is the evidence?", &[], &DeltaSGate::NotCalibrated, (None, &nonce)) {
         Begun::Refused(outcome) if outcome.text == REFUSAL_TOKEN => Ok(()),
         Begun::Refused(_) | Begun::Prompt { .. } => Err(SentinelError::Refusal),
     }

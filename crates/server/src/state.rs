@@ -23,6 +23,7 @@ use crate::{
     pipeline::{Asker, Grounds},
     sessions::SessionKeeper,
     swap::{Fleet, Models},
+    tool_circuit::ToolCircuits,
     trace::{TraceError, TraceIdentity, TraceLog},
 };
 
@@ -71,11 +72,19 @@ pub struct StructuredLimits {
     pub tool_call_bytes: usize,
     /// Further attempts when an answer does not conform.
     pub repairs: usize,
+    /// Whether requests that let a model call what it likes are refused while its calls cannot be read (G-29).
+    pub tool_circuit: bool,
 }
 
 impl Default for StructuredLimits {
     fn default() -> Self {
-        Self { tools: 128, tool_calls: 3, tool_call_bytes: 256 << 10, repairs: 1 }
+        Self {
+            tools: 128,
+            tool_calls: 3,
+            tool_call_bytes: 256 << 10,
+            repairs: 1,
+            tool_circuit: true,
+        }
     }
 }
 
@@ -265,6 +274,8 @@ pub struct AppState {
     canary_secret: OnceLock<u64>,
     /// Unset: nothing is kept on disk.
     pub(crate) sessions: OnceLock<SessionKeeper>,
+    /// Which models call tools that can be read.
+    pub(crate) tool_circuits: ToolCircuits,
 }
 
 impl AppState {
@@ -281,6 +292,7 @@ impl AppState {
             compiling: Semaphore::new(COMPILATIONS),
             canary_secret: OnceLock::new(),
             sessions: OnceLock::new(),
+            tool_circuits: ToolCircuits::default(),
         })
     }
 

@@ -1,16 +1,19 @@
 //! Wire requests into engine requests. A field is honoured here or refused here.
 
-use std::time::{Duration, Instant};
+use std::{
+    ops::Range,
+    time::{Duration, Instant},
+};
 
 use exrail_engine::{EngineHandle, Exempt, GenerateRequest, LoopGuard, OnLoop, Priority, Sampling};
 use exrail_text::{
-    ChatMessage, PlacedPrompt, Prompt, PromptError, RenderOptions, Tokenizer, encode_messages,
-    encode_prompt, lint_prompt,
+    ChatMessage, PlacedPrompt, Prompt, PromptError, RenderOptions, SlotTokens, Tokenizer,
+    encode_prompt, encode_slots, lint_prompt,
 };
 use exrail_verify::TaintPolicy;
 use exrail_wire::{
-    ExemptName, ExtraFields, LoopGuardField, OnLoopName, PriorityName, SamplingFields, Stop,
-    StructuredFields, ToolTaintName, Unknown,
+    ConstraintField, ExemptName, ExtraFields, LoopGuardField, OnLoopName, PriorityName,
+    SamplingFields, Stop, StructuredFields, ToolTaintName, Unknown,
 };
 use serde_json::Value;
 
@@ -119,6 +122,19 @@ impl Fields {
         match self.extra.session {
             None => Ok(()),
             Some(_) => Err(ApiError::UnsupportedField { field: "session".into(), why }),
+        }
+    }
+
+    /// The hard rules of the answer (G-31).
+    pub(crate) fn constraints(&self) -> Option<&[ConstraintField]> {
+        self.extra.constraints.as_deref()
+    }
+
+    /// Refuses them where no prompt frame has a place for them.
+    pub(crate) fn refuse_constraints(&self, why: &'static str) -> Result<(), ApiError> {
+        match self.extra.constraints {
+            None => Ok(()),
+            Some(_) => Err(ApiError::UnsupportedField { field: "constraints".into(), why }),
         }
     }
 
@@ -298,19 +314,27 @@ fn rendered(
     template.render(messages, &options).map_err(|error| ApiError::Template(error.to_string()))
 }
 
-/// [`chat_prompt`] with the tokens of each message, where the template left it as it is, and the prompt's text;
-/// `tools` are what the template tells the model that it may call.
-pub(crate) fn placed_prompt(
+/// A prompt with the tokens of each message and of each slot, where the template left them as they are.
+pub(crate) struct Slotted {
+    pub(crate) placed: PlacedPrompt,
+    pub(crate) slots: Vec<Option<SlotTokens>>,
+    pub(crate) text: String,
+}
+
+/// [`chat_prompt`] with the tokens of its parts; a slot is the index of a message and bytes of its content, and `tools` are what the template tells the model that it may call.
+pub(crate) fn slotted_prompt(
     engine: &EngineHandle,
     messages: &[ChatMessage],
     tools: Option<&[Value]>,
-) -> Result<(PlacedPrompt, String), ApiError> {
+    slots: &[(usize, Range<usize>)],
+) -> Result<Slotted, ApiError> {
     let contents = messages.iter().map(|message| message.content.as_deref().unwrap_or_default());
     let contents: Vec<&str> = contents.collect();
     let (tokenizer, prompt) = (engine.tokenizer(), rendered(engine, messages, tools)?);
-    let placed = encode_messages(tokenizer, &prompt, &contents).map_err(not_encoded)?;
+    let (placed, slots) =
+        encode_slots(tokenizer, &prompt, &contents, slots).map_err(not_encoded)?;
     lint(tokenizer, &prompt, &placed.ids)?;
-    Ok((placed, prompt.text()))
+    Ok(Slotted { placed, slots, text: prompt.text() })
 }
 
 fn not_encoded(error: PromptError) -> ApiError {

@@ -51,7 +51,8 @@ pub use from_json::TokenRoles;
 pub use lint::{LintFinding, LintRule, lint_prompt};
 pub use odd::OddCharacters;
 pub use prompt::{
-    PlacedPrompt, Prompt, PromptError, Segment, encode_completion, encode_messages, encode_prompt,
+    PlacedPrompt, Prompt, PromptError, Segment, SlotTokens, encode_completion, encode_messages,
+    encode_prompt, encode_slots,
 };
 pub use specials::Specials;
 pub use stop::{Released, StopMatcher};

@@ -152,6 +152,31 @@ pub fn encode_messages(
     prompt: &Prompt,
     contents: &[&str],
 ) -> Result<PlacedPrompt, PromptError> {
+    encode_slots(tokenizer, prompt, contents, &[]).map(|(placed, _)| placed)
+}
+
+/// The tokens of a stretch of a message.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SlotTokens {
+    /// Indexes into the ids.
+    pub tokens: Range<usize>,
+    /// Text in front of the stretch that its first token holds, too.
+    pub before: String,
+    /// Text behind it that its last token holds, too.
+    pub after: String,
+}
+
+/// [`encode_messages`] with the tokens of some stretches of the messages: each is the index of a content and bytes
+/// of it. `None` for a stretch of a text that the template changed, and for one without text.
+///
+/// # Errors
+/// As [`encode_prompt`].
+pub fn encode_slots(
+    tokenizer: &Tokenizer,
+    prompt: &Prompt,
+    contents: &[&str],
+    slots: &[(usize, Range<usize>)],
+) -> Result<(PlacedPrompt, Vec<Option<SlotTokens>>), PromptError> {
     let pieces = encode_ranges(tokenizer, prompt)?;
     let untrusted = prompt.untrusted();
     let text = prompt.text();
@@ -166,15 +191,46 @@ pub fn encode_messages(
     let ids = with_bos(tokenizer, ids);
     let shift = ids.len() - without_bos;
     let mut next = 0;
-    let message = |content: &&str| {
+    let found = |content: &&str| {
         let is_it = |bytes: &Range<usize>| text[bytes.clone()].trim() == content.trim();
         let at = next + untrusted[next..].iter().position(is_it)?;
         next = at + 1;
-        let start = if at == 0 { 0 } else { cuts[at] + shift };
-        Some(start..cuts[at + 1] + shift)
+        Some(at)
     };
-    let places = contents.iter().map(message).collect();
-    Ok(PlacedPrompt { ids, places })
+    let found: Vec<Option<usize>> = contents.iter().map(found).collect();
+    let place = |at: usize| {
+        let start = if at == 0 { 0 } else { cuts[at] + shift };
+        start..cuts[at + 1] + shift
+    };
+    let places = found.iter().map(|at| at.map(place)).collect();
+    let slot = |(content, slot): &(usize, Range<usize>)| {
+        let at = (*found.get(*content)?)?;
+        let bytes = in_prompt(&text, &untrusted[at], contents[*content], slot)?;
+        let tokens = inside(&bytes);
+        let (first, last) =
+            (&pieces.get(tokens.start)?.1, &pieces.get(tokens.end.checked_sub(1)?)?.1);
+        Some(SlotTokens {
+            before: text.get(first.start..bytes.start).unwrap_or_default().to_owned(),
+            after: text.get(bytes.end..last.end).unwrap_or_default().to_owned(),
+            tokens: tokens.start + shift..tokens.end + shift,
+        })
+    };
+    let slots = slots.iter().map(slot).collect();
+    Ok((PlacedPrompt { ids, places }, slots))
+}
+
+/// Where bytes of a content stand in the prompt, whose place of it may have lost blanks around it.
+fn in_prompt(
+    text: &str,
+    place: &Range<usize>,
+    content: &str,
+    slot: &Range<usize>,
+) -> Option<Range<usize>> {
+    let lead = |text: &str| text.len() - text.trim_start().len();
+    let (there, here) = (place.start + lead(&text[place.clone()]), lead(content));
+    let is_there =
+        slot.start >= here && slot.start < slot.end && slot.end <= content.trim_end().len();
+    is_there.then(|| there + slot.start - here..there + slot.end - here)
 }
 
 /// Where each text's message begins, and where the last one ends, as indexes of tokens.

@@ -2,7 +2,7 @@
 
 use exrail_text::{
     ChatMessage, ChatTemplate, PromptError, RenderOptions, Specials, Tokenizer, TokenizerError,
-    Vocabulary, encode_completion, encode_messages, encode_prompt,
+    Vocabulary, encode_completion, encode_messages, encode_prompt, encode_slots,
 };
 use proptest::prelude::*;
 
@@ -275,4 +275,76 @@ fn a_messages_tokens_are_its_text_and_what_the_template_writes_around_it() {
     let changed =
         "{% for m in messages %}{{ '<|im_start|>' + m.content|upper + '<|im_end|>' }}{% endfor %}";
     assert_eq!(placed(changed, &[("system", "be kind"), ("user", "hello")]).1, [None, None]);
+}
+
+/// G-31: a stretch of a message is found in the ids, with what its tokens hold beside it.
+#[test]
+fn a_stretch_of_a_message_has_its_tokens() {
+    const RULES: &str = "Rules:\n- say hello";
+    let tokenizer = tokenizer("smollm");
+    let merged = "{{ '<|im_start|>user\n' }}{% for m in messages %}{{ m.content|trim + '\n\n' }}{% endfor %}\
+                  {{ '<|im_end|>\n' }}";
+    let changed = "{% for m in messages %}{{ '<|im_start|>' + m.content|upper }}{% endfor %}";
+    for template in [CHATML, merged, changed] {
+        let template = ChatTemplate::compile(template, "<s>", "").unwrap();
+        let system = format!("  be kind\n\n{RULES}\n");
+        let start = system.find(RULES).unwrap();
+        let messages =
+            [ChatMessage::new("system", system.clone()), ChatMessage::new("user", "hello")];
+        let prompt = template.render(&messages, &RenderOptions::default()).unwrap();
+        let slots = [(0, start..start + RULES.len()), (0, 0..3), (1, 0..0), (2, 0..1)];
+        let (placed, found) =
+            encode_slots(&tokenizer, &prompt, &[&system, "hello"], &slots).unwrap();
+        assert_eq!(found[1..], [None, None, None], "blanks that are lost, nothing, nobody's");
+        let Some(slot) = &found[0] else {
+            assert!(prompt.text().contains("SAY HELLO"), "what the template changed");
+            continue;
+        };
+        let text = tokenizer.decode(&placed.ids[slot.tokens.clone()]);
+        assert_eq!(text, format!("{}{RULES}{}", slot.before, slot.after));
+        let alone = tokenizer.encode("hello", Specials::AsText).unwrap();
+        assert!(placed.ids[slot.tokens.clone()].ends_with(&alone), "{text}");
+    }
+}
+
+/// G-31: where a template says a system message at all, its stretches are found; where it refuses one, those of what
+/// the user says first.
+#[test]
+fn stretches_are_found_in_the_templates_of_all_families() {
+    const RULES: &str = "Rules:\n- say hello";
+    let tokenizer = tokenizer("smollm");
+    let families = [
+        ("gemma", include_str!("templates/gemma.jinja")),
+        ("llama3", include_str!("templates/llama3.jinja")),
+        ("llama3_1", include_str!("templates/llama3_1.jinja")),
+        ("mistral", include_str!("templates/mistral.jinja")),
+        ("mistral_tools", include_str!("templates/mistral_tools.jinja")),
+        ("qwen2_5", include_str!("templates/qwen2_5.jinja")),
+        ("qwen_coder", include_str!("templates/qwen_coder.jinja")),
+        ("smollm2", include_str!("templates/smollm2.jinja")),
+    ];
+    for (family, template) in families {
+        let template = ChatTemplate::compile(template, "<s>", "</s>").unwrap();
+        let system = format!("be kind\n\n{RULES}");
+        let user = format!("{RULES}\n\nhello");
+        let mut n_said = 0;
+        for (said, stretch) in [
+            (vec![ChatMessage::new("system", &*system), ChatMessage::new("user", "hello")], 9),
+            (vec![ChatMessage::new("user", &*user)], 0),
+        ] {
+            let Ok(prompt) = template.render(&said, &RenderOptions::default()) else { continue };
+            if !prompt.text().contains(RULES) {
+                continue;
+            }
+            n_said += 1;
+            let contents: Vec<&str> =
+                said.iter().map(|message| message.content.as_deref().unwrap()).collect();
+            let slot = (0, stretch..stretch + RULES.len());
+            let (placed, found) = encode_slots(&tokenizer, &prompt, &contents, &[slot]).unwrap();
+            let slot = found[0].as_ref().unwrap_or_else(|| panic!("{family}"));
+            let text = tokenizer.decode(&placed.ids[slot.tokens.clone()]);
+            assert_eq!(text, format!("{}{RULES}{}", slot.before, slot.after), "{family}");
+        }
+        assert!(n_said > 0, "{family}");
+    }
 }

@@ -15,6 +15,7 @@ use crate::attribution::{attribute, containment};
 use crate::error::VerifyError;
 use crate::leak::LeakGuard;
 use crate::prompt::{Live, Nonce, PromptFrame, REFUSAL_TOKEN};
+use crate::rules::{Contradiction, RuleSet};
 use crate::system::{Generate, GenerateError, Generated, GeneratedEnd, Retrieve};
 
 /// How a question is answered.
@@ -32,6 +33,10 @@ pub struct AskPolicy {
     pub check: AnswerCheck,
     /// Whether replies are kept from repeating the system message.
     pub leak: LeakCheck,
+    /// The hard rules of the request, if it has any (G-31).
+    pub rules: Option<Arc<RuleSet>>,
+    /// Whether replies are kept from contradicting them.
+    pub constraints: ConstraintCheck,
 }
 
 impl Default for AskPolicy {
@@ -44,6 +49,8 @@ impl Default for AskPolicy {
             min_cited_share: 0.5,
             check: AnswerCheck::Enforce,
             leak: LeakCheck::Enforce,
+            rules: None,
+            constraints: ConstraintCheck::Enforce,
         }
     }
 }
@@ -61,6 +68,15 @@ pub enum AnswerCheck {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LeakCheck {
     /// A reply that repeats a stretch of the system message is refused.
+    Enforce,
+    /// The guard is off. For mutation tests, which show what it holds back.
+    Off,
+}
+
+/// Whether the constraint lock of G-31 is on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ConstraintCheck {
+    /// An answer that matches what a hard rule forbids is refused.
     Enforce,
     /// The guard is off. For mutation tests, which show what it holds back.
     Off,
@@ -238,6 +254,13 @@ pub enum RefusalReason {
         /// Share of the sentences that have one.
         cited_share: f64,
     },
+    /// The answer matches what a hard rule of the request forbids.
+    ConstraintContradiction {
+        /// The rule, from 0.
+        rule: usize,
+        /// The pattern among those of the rule, from 0.
+        pattern: usize,
+    },
 }
 
 impl RefusalReason {
@@ -254,6 +277,7 @@ impl RefusalReason {
             RefusalReason::UnknownCitation { .. } | RefusalReason::NoValidCitation { .. } => {
                 "citations"
             }
+            RefusalReason::ConstraintContradiction { .. } => "constraint_contradiction",
         }
     }
 
@@ -280,6 +304,9 @@ impl RefusalReason {
                 "only {:.0}% of the reply's sentences are supported by a source",
                 100.0 * cited_share
             ),
+            RefusalReason::ConstraintContradiction { rule, pattern } => {
+                format!("the answer contradicts constraints[{rule}]: it matches forbid[{pattern}]")
+            }
         }
     }
 }
@@ -362,12 +389,17 @@ pub fn evidence_ds(hits: &[Hit]) -> SetDs {
 
 /// Decides whether the generator may answer the question over `hits`, and builds its prompt.
 #[must_use]
-pub fn begin(question: &str, hits: &[Hit], gate: &DeltaSGate, nonce: &Nonce) -> Begun {
+pub fn begin(
+    question: &str,
+    hits: &[Hit],
+    gate: &DeltaSGate,
+    (rules, nonce): (Option<&RuleSet>, &Nonce),
+) -> Begun {
     let gate = gate.read(evidence_ds(hits));
     if let Some(reason) = gate.refusal() {
         return Begun::Refused(refused(reason, hits, gate, None));
     }
-    match PromptFrame::new(question, Live::new(hits), nonce) {
+    match PromptFrame::with_rules(question, Live::new(hits), nonce, rules) {
         Ok(frame) => Begun::Prompt { frame, gate },
         Err(broken) => {
             let reason = RefusalReason::FenceBroken { snippet_id: broken.snippet_id };
@@ -395,6 +427,11 @@ pub fn conclude(
         AnswerCheck::Enforce => refusal_of(&parsed, policy),
         AnswerCheck::Off => None,
     };
+    let text = match policy.check {
+        AnswerCheck::Enforce => parsed.text,
+        AnswerCheck::Off => reply.text.clone(),
+    };
+    let refusal = refusal.or_else(|| contradiction(&text, policy));
     let prompt = Some(frame.record());
     match refusal {
         Some(reason) => {
@@ -402,10 +439,7 @@ pub fn conclude(
             AskOutcome { prompt, ..outcome }
         }
         None => AskOutcome {
-            text: match policy.check {
-                AnswerCheck::Enforce => parsed.text,
-                AnswerCheck::Off => reply.text.clone(),
-            },
+            text,
             refusal: None,
             segments: parsed.segments,
             evidence: hits.to_vec(),
@@ -414,6 +448,16 @@ pub fn conclude(
             prompt,
         },
     }
+}
+
+/// What of the text that the user would see contradicts a hard rule.
+fn contradiction(text: &str, policy: &AskPolicy) -> Option<RefusalReason> {
+    let rules = match policy.constraints {
+        ConstraintCheck::Enforce => policy.rules.as_ref()?,
+        ConstraintCheck::Off => return None,
+    };
+    let Contradiction { rule, pattern } = rules.contradiction(text)?;
+    Some(RefusalReason::ConstraintContradiction { rule, pattern })
 }
 
 fn refused(
@@ -525,7 +569,8 @@ pub fn answer_over(
     let (policy, nonce, seed) = call;
     let mut hits = hits;
     loop {
-        let (frame, reading) = match begin(question, hits, gate, nonce) {
+        let locked = (policy.rules.as_deref(), nonce);
+        let (frame, reading) = match begin(question, hits, gate, locked) {
             Begun::Refused(outcome) => return Ok(outcome),
             Begun::Prompt { frame, gate } => (frame, gate),
         };

@@ -28,6 +28,7 @@ mod probe;
 mod prompt;
 mod render;
 mod report;
+mod rules;
 mod system;
 mod tool_fence;
 pub mod trace;
@@ -39,8 +40,8 @@ mod tests;
 
 pub use answer::{CitationSource, ParsedAnswer, Segment, UnknownCitation, parse_answer};
 pub use ask::{
-    AnswerCheck, AskOutcome, AskPolicy, Begun, DeltaSGate, GateReading, LeakCheck, RefusalReason,
-    answer_over, ask, begin, conclude, evidence_ds, retrieve,
+    AnswerCheck, AskOutcome, AskPolicy, Begun, ConstraintCheck, DeltaSGate, GateReading, LeakCheck,
+    RefusalReason, answer_over, ask, begin, conclude, evidence_ds, retrieve,
 };
 pub use attribution::{Attribution, attribute};
 pub use cache::{
@@ -69,6 +70,10 @@ pub use render::Color;
 pub use report::{
     Config, Cost, CoverageSection, DeltaSSection, Gate, LambdaSection, Measured, NotMeasured, Pins,
     Report, RetrievalItem, Sample, Status, Unit, Verdict,
+};
+pub use rules::{
+    BadRule, Contradiction, EchoDiffers, HardRule, MAX_PATTERN_BYTES, MAX_PATTERNS, MAX_RULE_BYTES,
+    MAX_RULES, NLI, RuleSet, RuleWatch, compare_echo, read_rules, write_rules,
 };
 pub use system::{
     Generate, GenerateError, Generated, GeneratedEnd, GeneratorFacts, Retrieve, RetrieveError,

@@ -195,7 +195,8 @@ fn outcome_class(outcome: &AskOutcome) -> Outcome {
             | RefusalReason::DeltaS { .. }
             | RefusalReason::DeltaSUndefined { .. }
             | RefusalReason::Model
-            | RefusalReason::NoValidCitation { .. },
+            | RefusalReason::NoValidCitation { .. }
+            | RefusalReason::ConstraintContradiction { .. },
         ) => Outcome::Refusal,
     }
 }

@@ -14,6 +14,8 @@ use exrail_retrieval::{Chunk, Hit};
 use exrail_wire::{PromptRecord, SlotRecord};
 use sha2::{Digest, Sha256};
 
+use crate::rules::{RuleSet, write_rules};
+
 /// What is answered, exactly, when the evidence holds no answer (G-15).
 pub const REFUSAL_TOKEN: &str = "not in context";
 
@@ -145,6 +147,8 @@ pub struct PromptFrame {
     live: Live,
     question: String,
     nonce: Nonce,
+    /// Those of every prompt, and those of the request behind them.
+    constraints: Vec<String>,
 }
 
 impl PromptFrame {
@@ -153,14 +157,29 @@ impl PromptFrame {
     /// # Errors
     /// A snippet holds the nonce.
     pub fn new(question: &str, live: Live, nonce: &Nonce) -> Result<PromptFrame, FenceBroken> {
+        PromptFrame::with_rules(question, live, nonce, None)
+    }
+
+    /// The same with the hard rules of a request in the constraints slot, behind those of every prompt (G-31).
+    ///
+    /// # Errors
+    /// A snippet holds the nonce.
+    pub fn with_rules(
+        question: &str,
+        live: Live,
+        nonce: &Nonce,
+        rules: Option<&RuleSet>,
+    ) -> Result<PromptFrame, FenceBroken> {
         if let Some(chunk) = live.iter().find(|chunk| chunk.text.contains(nonce.as_str())) {
             return Err(FenceBroken { snippet_id: chunk.snippet_id.clone() });
         }
-        let constraints = CONSTRAINTS.map(|constraint| format!("- {constraint}")).join("\n");
+        let of_request = rules.map(RuleSet::texts).unwrap_or_default();
+        let constraints: Vec<String> =
+            CONSTRAINTS.into_iter().chain(of_request).map(str::to_owned).collect();
         let system = [
             (Slot::System, SYSTEM.to_owned()),
             (Slot::Task, TASK.to_owned()),
-            (Slot::Constraints, format!("Rules:\n{constraints}")),
+            (Slot::Constraints, write_rules(&constraints)),
         ];
         let user = [
             (Slot::Citations, citations(&live, nonce)),
@@ -173,6 +192,7 @@ impl PromptFrame {
             live,
             question: question.trim().to_owned(),
             nonce: nonce.clone(),
+            constraints,
         };
         frame.push("system", &system);
         frame.push("user", &user);
@@ -224,12 +244,24 @@ impl PromptFrame {
         &self.question
     }
 
-    /// Hex sha256 of the fixed text, the role order and the slot order: equal for two prompts that
+    /// Whether the request has hard rules of its own.
+    #[must_use]
+    pub fn is_locked(&self) -> bool {
+        self.constraints.len() > CONSTRAINTS.len()
+    }
+
+    /// Every rule of the prompt, those of the request last.
+    #[must_use]
+    pub fn constraints(&self) -> &[String] {
+        &self.constraints
+    }
+
+    /// Hex sha256 of the fixed text, the rules, the role order and the slot order: equal for two prompts that
     /// differ in question, snippets and nonce only. The assemble stage of λ compares it (§1.3.7).
     #[must_use]
     pub fn shape_sha256(&self) -> String {
         let mut hasher = Sha256::new();
-        for fixed in [SYSTEM, TASK, &CONSTRAINTS.join("\n")] {
+        for fixed in [SYSTEM, TASK, &self.constraints.join("\n")] {
             hasher.update(fixed.as_bytes());
             hasher.update([0]);
         }
@@ -255,8 +287,8 @@ impl PromptFrame {
             shape_sha256: self.shape_sha256(),
             system_sha256: sha256_hex(SYSTEM.as_bytes()),
             task: TASK.to_owned(),
-            constraints: CONSTRAINTS.map(str::to_owned).to_vec(),
-            constraints_sha256: constraints_sha256(&CONSTRAINTS),
+            constraints: self.constraints.clone(),
+            constraints_sha256: constraints_sha256(&self.constraints),
             citations: self.live.iter().map(|chunk| chunk.snippet_id.clone()).collect(),
             slots: self.slots.iter().map(slot).collect(),
         }
@@ -333,6 +365,25 @@ mod tests {
         let content = &frame.messages()[*message].content;
         assert_eq!(&content[range.clone()], "Question: How big is a page?");
         assert!(content.contains("[S1] A page has 256 tokens.\n[S2] Other."));
+    }
+
+    #[test]
+    fn g31_rules_of_a_request_stand_in_the_constraints_slot_and_in_the_record() {
+        let hits = [hit("a.md", 0, "A page has 256 tokens.", 0.9)];
+        let rule = crate::HardRule { text: "Name no price.".to_owned(), forbid: Vec::new() };
+        let rules = RuleSet::new(vec![rule]).unwrap();
+        let nonce = Nonce::derive(&[b"x"]);
+        let locked = PromptFrame::with_rules("q", Live::new(&hits), &nonce, Some(&rules)).unwrap();
+        let (slot, message, range) = &locked.slots()[2];
+        let content = &locked.messages()[*message].content;
+        assert_eq!(*slot, Slot::Constraints);
+        assert_eq!(crate::read_rules(&content[range.clone()]), locked.constraints());
+        assert_eq!(locked.constraints().last().unwrap(), "Name no price.");
+        let record = locked.record();
+        assert_eq!(record.constraints, locked.constraints());
+        let plain = frame("q", &["A page has 256 tokens."]).unwrap();
+        assert_ne!(record.constraints_sha256, plain.record().constraints_sha256);
+        assert_ne!(locked.shape_sha256(), plain.shape_sha256());
     }
 
     #[test]

@@ -269,6 +269,23 @@ impl ToolCircuit {
         n_calls >= MIN_CALLS && share(self.n_parsed, n_calls) < MIN_PARSED
     }
 
+    /// Time after which it is closed if no further call comes; `None` when it is closed.
+    #[must_use]
+    pub fn closes_in(&mut self, now: Instant) -> Option<Duration> {
+        if !self.is_open(now) {
+            return None;
+        }
+        let (mut n_calls, mut n_parsed) = (self.calls.len(), self.n_parsed);
+        for (at, is_parsed) in &self.calls {
+            n_calls -= 1;
+            n_parsed -= usize::from(*is_parsed);
+            if n_calls < MIN_CALLS || share(n_parsed, n_calls) >= MIN_PARSED {
+                return Some((*at + CIRCUIT_WINDOW).saturating_duration_since(now));
+            }
+        }
+        Some(CIRCUIT_WINDOW)
+    }
+
     fn forget(&mut self, now: Instant) {
         while let Some((at, is_parsed)) = self.calls.front().copied() {
             if now.duration_since(at) <= CIRCUIT_WINDOW {
@@ -386,6 +403,27 @@ mod tests {
         assert!(!circuit.is_open(start), "98 of 100");
         circuit.note(start, false);
         assert!(circuit.is_open(start), "98 of 101");
-        assert!(!circuit.is_open(start + CIRCUIT_WINDOW + Duration::from_secs(1)));
+        assert_eq!(circuit.closes_in(start), Some(CIRCUIT_WINDOW));
+        let later = start + CIRCUIT_WINDOW - Duration::from_secs(7);
+        assert_eq!(circuit.closes_in(later), Some(Duration::from_secs(7)));
+        let after = start + CIRCUIT_WINDOW + Duration::from_secs(1);
+        assert!(!circuit.is_open(after));
+        assert_eq!(circuit.closes_in(after), None);
+    }
+
+    /// The wait is as long as it takes until those calls are forgotten that keep it open, and no longer.
+    #[test]
+    fn g29_the_wait_ends_with_the_last_call_that_matters() {
+        let start = Instant::now();
+        let mut circuit = ToolCircuit::default();
+        for at in 0..60 {
+            circuit.note(start + Duration::from_secs(at), at >= 3);
+        }
+        // Without the three that failed, all of the rest could be read.
+        let now = start + Duration::from_secs(60);
+        let wait = circuit.closes_in(now).unwrap();
+        assert!(circuit.is_open(now));
+        assert!(!circuit.is_open(now + wait + Duration::from_millis(1)));
+        assert!(wait < CIRCUIT_WINDOW - Duration::from_secs(55), "{wait:?}");
     }
 }

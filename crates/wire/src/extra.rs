@@ -3,7 +3,7 @@
 use serde::Deserialize;
 use serde_json::Value;
 
-use crate::{FieldError, SessionField, Unknown, sampling::field};
+use crate::{ConstraintField, FieldError, SessionField, Unknown, constraints, sampling::field};
 
 /// Before which of the same key's requests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
@@ -34,6 +34,8 @@ pub struct ExtraFields {
     pub tool_taint: Option<ToolTaintName>,
     /// The session that the turn begins from.
     pub session: Option<SessionField>,
+    /// Hard rules that the answer must keep.
+    pub constraints: Option<Vec<ConstraintField>>,
 }
 
 /// What becomes of a tool call whose arguments were copied from the results of tools.
@@ -118,6 +120,10 @@ impl ExtraFields {
             leak_guard: field(unknown, "leak_guard")?,
             tool_taint: field(unknown, "tool_taint")?,
             session: field(unknown, "session")?,
+            constraints: match unknown.remove(constraints::FIELD) {
+                Some(value) => ConstraintField::list(value)?,
+                None => None,
+            },
         })
     }
 }

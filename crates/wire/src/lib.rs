@@ -7,6 +7,7 @@
 mod ask;
 mod chat;
 mod completions;
+mod constraints;
 mod embeddings;
 mod error;
 mod extra;
@@ -29,6 +30,7 @@ pub use chat::{
 pub use completions::{
     CompletionChoice, CompletionLogprobs, CompletionRequest, CompletionResponse, Prompt,
 };
+pub use constraints::{ConstraintField, ConstraintRecord};
 pub use embeddings::{
     Embedding, EmbeddingInput, EmbeddingRequest, EmbeddingResponse, EmbeddingUsage,
 };
@@ -45,8 +47,8 @@ pub use sessions::{
     SessionList, SessionRequest, SessionResponse,
 };
 pub use structured::{
-    CalledFunction, ContractRecord, FunctionDelta, FunctionField, GrammarField, GrammarKind,
-    NamedSchema, RequestCall, RequestCallFunction, ResponseFormat, StructuredFields,
+    CallRecord, CalledFunction, ContractRecord, FunctionDelta, FunctionField, GrammarField,
+    GrammarKind, NamedSchema, RequestCall, RequestCallFunction, ResponseFormat, StructuredFields,
     StructuredRecord, ToolCallDelta, ToolCallMessage, ToolChoiceField, ToolField, ToolKind,
 };
 pub use tokenize::{DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse};

@@ -35,7 +35,7 @@ pub const STORED: &[Published] = published!["chunk"];
 
 /// SHA-256 over [`TRACE`], each followed by a zero byte, 64 hexadecimal digits: the `schema_hash` among the pins of a
 /// record.
-pub const SHA256: &str = "d6fc0177f4686038569335463c2c9d2aeab546cce55c012328ec65d703638054";
+pub const SHA256: &str = "112845d1fc983f5c261118391d18e5647b841347ff53fbeca831a4d4ac413d2c";
 
 /// The schema of this name.
 #[must_use]

@@ -206,6 +206,10 @@ pub struct RequestCall {
     pub kind: ToolKind,
     /// What was called.
     pub function: RequestCallFunction,
+    /// Of an answer that comes back as it was told; it means nothing in a request.
+    pub exrail_tainted: Option<Vec<String>>,
+    /// The same.
+    pub exrail_dedupe_key: Option<String>,
     /// Everything else.
     #[serde(flatten)]
     pub unknown: Unknown,
@@ -233,6 +237,8 @@ pub struct ToolCallMessage {
     /// JSON pointers of the arguments that were copied from the results of tools.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub exrail_tainted: Vec<String>,
+    /// The same for the same call, whatever the order of its arguments: whoever runs tools runs it once (G-29).
+    pub exrail_dedupe_key: String,
 }
 
 /// The function of a call, and its arguments.
@@ -260,6 +266,9 @@ pub struct ToolCallDelta {
     /// JSON pointers of the arguments that were copied from the results of tools; in the call's first event.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub exrail_tainted: Vec<String>,
+    /// [`ToolCallMessage::exrail_dedupe_key`]; in the call's first event.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub exrail_dedupe_key: Option<String>,
 }
 
 /// What is new of a called function.
@@ -283,8 +292,20 @@ pub struct StructuredRecord {
     pub is_complete: bool,
     /// Calls that were released.
     pub n_tool_calls: usize,
+    /// The calls that were released, in order.
+    pub tool_calls: Vec<CallRecord>,
     /// Answers that did not conform and were generated once more.
     pub n_repairs: usize,
+}
+
+/// A call that was released (G-29).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct CallRecord {
+    /// The function.
+    pub name: String,
+    /// SHA-256 of the function, its arguments whatever the order of their keys, and the memory's revision, 64
+    /// hexadecimal digits.
+    pub dedupe_key: String,
 }
 
 /// What a function is called by.

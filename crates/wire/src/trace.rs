@@ -3,7 +3,7 @@
 
 use serde::Serialize;
 
-use crate::StructuredRecord;
+use crate::{ConstraintRecord, StructuredRecord};
 
 /// Version of the record layout; a reader refuses another one.
 pub const TRACE_SCHEMA_VERSION: &str = "2.0";
@@ -107,6 +107,9 @@ pub enum TraceBody {
         /// What it was held to; absent when to nothing.
         #[serde(skip_serializing_if = "Option::is_none")]
         structured: Option<StructuredRecord>,
+        /// The hard rules of the request; absent when it had none.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        constraints: Option<ConstraintRecord>,
     },
     /// Part of a context was dropped, and the rest computed anew (G-16).
     #[serde(rename = "cache.rotate")]
@@ -294,6 +297,9 @@ pub struct AnswerRecord {
     pub collection: String,
     /// The prompt frame; null when no prompt was built.
     pub prompt: Option<PromptRecord>,
+    /// The hard rules of the request; absent when it had none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub constraints: Option<ConstraintRecord>,
     /// What was found, best first.
     pub retrieved: Vec<RetrievedItem>,
     /// The answer as released.

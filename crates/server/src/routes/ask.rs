@@ -13,11 +13,11 @@ use axum::{
 };
 use exrail_retrieval::Hit;
 use exrail_text::OddCharacters;
-use exrail_verify::{CitationSource, GateReading, GeneratedEnd, Segment};
+use exrail_verify::{CitationSource, GateReading, GeneratedEnd, NLI, RefusalReason, Segment};
 use exrail_wire::{
     AnswerMetrics, AnswerRecord, AskMetrics, AskRequest, AskResponse, AssistantMessage, ChatChoice,
-    ChatGrounded, ChatRequest, ChatResponse, Citation, Delta, Latency, QueryRecord, RetrievedItem,
-    SamplingFields, SegmentRecord, TokenCounts, TraceBody, Usage,
+    ChatGrounded, ChatRequest, ChatResponse, Citation, Delta, Latency, PromptRecord, QueryRecord,
+    RetrievedItem, SamplingFields, SegmentRecord, TokenCounts, TraceBody, Usage,
 };
 use sha2::{Digest, Sha256};
 
@@ -30,6 +30,7 @@ use crate::{
     generation::{Told, hex},
     messages, odd,
     pipeline::{ASK_K, ASK_MAX_TOKENS, AskCall, Asked, Asker, ask_sampling},
+    rules,
     sse::{self, EventSink, Gone},
     state::Services,
     swap::{Asking, Pass},
@@ -74,7 +75,7 @@ pub(crate) async fn ask(
         collection: collection_name(&pass, request.collection.clone()),
         asker: Arc::clone(pass.collection(request.collection.as_deref())?),
         text: question_text("question", request.question)?,
-        call: call(&state, &asking, &fields, request.k, request.max_tokens)?,
+        call: call(&state, &asking, &fields, request.k, request.max_tokens).await?,
         identity: chat::identity(&header, asking.tenant, None)?,
         pass,
     };
@@ -96,7 +97,7 @@ fn question_text(field: &str, text: String) -> Result<String, ApiError> {
     Err(ApiError::BadField { field: field.into(), problem })
 }
 
-fn call(
+async fn call(
     state: &AppState,
     asking: &Asking,
     fields: &Fields,
@@ -119,6 +120,8 @@ fn call(
         hung_up: None,
         loop_guard: fields.grounded_loop_guard(&state.limits)?,
         prefix_cache: fields.prefix_cache(),
+        // The last thing: it takes a core.
+        rules: rules::compile(fields, &state.compiling).await?,
     })
 }
 
@@ -148,12 +151,32 @@ async fn decide(state: Arc<AppState>, mut question: Question) -> Result<AskRespo
             state.metrics.count_guard(odd::GUARD);
             state.traces.append_blocking(&question.identity, &pins, body)?;
         }
+        if let Some(body) = contradicted(&asked) {
+            state.traces.append_blocking(&question.identity, &pins, body)?;
+        }
         let body = TraceBody::Answer(Box::new(record));
         let collection = question.asker.index().collection();
         state.traces.append_grounded(&question.identity, &pins, body, collection)?;
         Ok(response(question.identity.trace_id, asked))
     });
     blocking.await.map_err(|_| ApiError::Internal("ask task"))?
+}
+
+/// The record of a rule that an answer was withheld for (G-31).
+fn contradicted(asked: &Asked) -> Option<TraceBody> {
+    let reason = asked.outcome.refusal.as_ref()?;
+    let is_it = matches!(reason, RefusalReason::ConstraintContradiction { .. });
+    let detail = format!("{}; nli {NLI}", reason.in_words());
+    is_it.then(|| TraceBody::Guard { guard: reason.guard().into(), detail })
+}
+
+/// The prompt with the tokens of its slots.
+fn prompt(asked: &Asked) -> Option<PromptRecord> {
+    let mut prompt = asked.outcome.prompt.clone()?;
+    for (slot, tokens) in prompt.slots.iter_mut().zip(&asked.slots) {
+        slot.token_range = *tokens;
+    }
+    Some(prompt)
 }
 
 /// Those of the question and of the evidence.
@@ -277,7 +300,12 @@ fn record(question: &Question, asked: &Asked) -> AnswerRecord {
     AnswerRecord {
         query: query(question),
         collection: question.collection.clone(),
-        prompt: outcome.prompt.clone(),
+        prompt: prompt(asked),
+        constraints: question
+            .call
+            .rules
+            .as_ref()
+            .map(|rules| rules::record(rules, outcome.prompt.is_some())),
         retrieved: retrieved
             .map(|(index, hit)| item(hit, question.asker.calibrated(hit), index < selected))
             .collect(),
@@ -390,7 +418,7 @@ pub(crate) async fn grounded_chat(
         asker: Arc::clone(pass.collection(Some(&grounding.collection))?),
         collection: grounding.collection,
         text: question_text("messages[0].content", single_question(request.messages)?)?,
-        call: call(&state, &asking, fields, grounding.k, limit)?,
+        call: call(&state, &asking, fields, grounding.k, limit).await?,
         identity: chat::identity(&header, asking.tenant, request.user)?,
         pass,
     };

@@ -9,7 +9,7 @@ use axum::{
 };
 use exrail_engine::{GenerateRequest, ModelFingerprint, Sampling, SessionState};
 use exrail_text::{ChatMessage, OddCharacters, PlacedPrompt};
-use exrail_verify::LeakGuard;
+use exrail_verify::{LeakGuard, RuleSet};
 use exrail_wire::{
     AssistantMessage, CalledFunction, ChatChoice, ChatChunk, ChatChunkChoice, ChatLogprobs,
     ChatRequest, ChatResponse, Delta, FunctionDelta, RequestMessage, StreamOptions, TokenLogprob,
@@ -27,11 +27,12 @@ use crate::{
     messages::{self, Conversation},
     odd,
     relay::{self, Job, News, Wording},
-    rotation,
+    rotation, rules,
     sessions::{self, LeakWatch, Origin, Turn},
     sse,
     state::{Services, system_fingerprint},
-    structured::{Call, Demand, Part, Reply, Structured},
+    structured::{Call, Demand, Lock, Part, Reply, Structured},
+    tool_circuit::ModelCircuit,
     trace::TraceIdentity,
     translate::{self, Arrival, Fields},
 };
@@ -93,21 +94,23 @@ async fn accept(
     let choices = translate::choices(request.n, state.limits.choices)?;
     let logprobs = logprobs(request.logprobs, request.top_logprobs)?;
     let demand = Demand::of_chat(&fields.structured, &state.limits.structured)?;
+    let circuit = circuit(state, services, &demand)?;
     let taint = fields.tool_taint(!demand.tools().is_empty())?;
     let claim = fields.claim()?;
+    if claim.is_some() {
+        fields.refuse_constraints("the messages of a session were written without them")?;
+    }
+    let rules = rules::compile(fields, &state.compiling).await?;
+    let is_forbidding = rules.as_ref().is_some_and(|rules| rules.n_patterns() > 0);
     let watch = LeakWatch::of(fields.leak_guard(&state.limits));
     let who = (watch, asking.tenant.as_deref());
-    let framed = framed(state, services, who, request.messages, &demand)?;
+    let framed = framed(state, services, who, request.messages, (&demand, rules))?;
     let Framed { conversation, odd, returned, leak, shape } = framed;
-    if leak.is_some() && logprobs.is_some() {
-        return Err(ApiError::UnsupportedField {
-            field: "logprobs".into(),
-            why: "they would tell the tokens that `leak_guard` holds back",
-        });
-    }
+    refuse_logprobs(logprobs.is_some(), leak.is_some(), is_forbidding)?;
     let sampling = translate::sampling(&fields.sampling, Sampling::default())?;
     let rotation = conversation.rotation(&services.engine, request.rotation)?;
-    let Conversation { placed: PlacedPrompt { ids: prompt, .. }, opening, .. } = conversation;
+    let Conversation { placed: PlacedPrompt { ids: prompt, .. }, opening, rules, .. } =
+        conversation;
     let asked = one_limit(request.max_tokens, request.max_completion_tokens)?;
     translate::reserve_output(&services.engine, asked, prompt.len())?;
     let default = state.limits.default_max_tokens;
@@ -117,7 +120,9 @@ async fn accept(
     // The last thing before the queue: it takes a core.
     let Structured { grammar, lock } =
         demand.compile(&services.engine, &state.compiling, opening).await?;
-    let lock = lock.map(|lock| Arc::new(lock.fenced(returned, taint)));
+    let mem_rev = turn.as_ref().map_or(0, |turn| turn.memory().rev);
+    let hold = |lock: Lock| lock.fenced(returned, taint).watched(circuit).remembering(mem_rev);
+    let lock = lock.map(|lock| Arc::new(hold(lock)));
     if logprobs.is_some() && lock.as_ref().is_some_and(|lock| lock.has_calls()) {
         let why = "log-probabilities of tool calls are not told";
         return Err(ApiError::UnsupportedField { field: "logprobs".into(), why });
@@ -145,7 +150,19 @@ async fn accept(
     let identity = identity(&header, asking.tenant, request.user)?;
     let identity = Turn::identity(turn.as_ref(), identity);
     let route = "/v1/chat/completions";
-    let job = Job { route, generations, lock, requests, seed, identity, received, leak, odd, turn };
+    let job = Job {
+        route,
+        generations,
+        lock,
+        requests,
+        seed,
+        identity,
+        received,
+        leak,
+        rules,
+        odd,
+        turn,
+    };
     Ok((job, ChatWording { header, include_usage }))
 }
 
@@ -160,16 +177,18 @@ pub(crate) struct Framed {
     pub(crate) shape: SessionState,
 }
 
-/// Frames messages: with a canary where they are watched, and with the tools.
+/// Frames messages: with the rules of the request, with a canary where they are watched, and with the tools.
 pub(crate) fn framed(
     state: &AppState,
     services: &Services,
     (watch, tenant): (LeakWatch, Option<&str>),
     messages: Vec<RequestMessage>,
-    demand: &Demand,
+    (demand, rules): (&Demand, Option<Arc<RuleSet>>),
 ) -> Result<Framed, ApiError> {
     let mut said = messages::of_wire(messages)?;
     let (odd, returned) = (odd::of_chat(&said), returned(&said));
+    let takes_system = services.tool_format().takes_system();
+    let written = rules.map(|rules| rules::write(rules, &mut said, takes_system));
     let shape = sessions::of_chat(services, &said, demand, watch);
     let leak = match watch {
         LeakWatch::On => {
@@ -177,8 +196,35 @@ pub(crate) fn framed(
         }
         LeakWatch::Off => None,
     };
-    let conversation = Conversation::new(services, said, demand.tools())?;
+    let conversation = Conversation::new(services, said, demand.tools(), written.as_ref())?;
     Ok(Framed { conversation, odd, returned, leak, shape })
+}
+
+/// Where it is noted whether calls of the model can be read; a request that lets it call what it likes is refused
+/// while they cannot (G-29).
+fn circuit(
+    state: &AppState,
+    services: &Services,
+    demand: &Demand,
+) -> Result<Option<Arc<ModelCircuit>>, ApiError> {
+    if demand.tools().is_empty() {
+        return Ok(None);
+    }
+    let circuit = state.tool_circuits.of(&services.model_name);
+    if demand.is_free_to_call() && state.limits.structured.tool_circuit {
+        circuit.admit(&services.model_name)?;
+    }
+    Ok(Some(circuit))
+}
+
+/// Log-probabilities go with their tokens, and some of those are held back.
+fn refuse_logprobs(are_wanted: bool, leak: bool, forbids: bool) -> Result<(), ApiError> {
+    let why = match (are_wanted, leak, forbids) {
+        (false, _, _) | (true, false, false) => return Ok(()),
+        (true, true, _) => "they would tell the tokens that `leak_guard` holds back",
+        (true, false, true) => "they would tell the tokens that `constraints` hold back",
+    };
+    Err(ApiError::UnsupportedField { field: "logprobs".into(), why })
 }
 
 /// What tools have returned in a conversation, which nobody vouches for.
@@ -290,6 +336,7 @@ fn message(choice: Choice) -> AssistantMessage {
         kind: ToolKind::Function,
         function: CalledFunction { name: call.name, arguments: call.arguments },
         exrail_tainted: call.tainted,
+        exrail_dedupe_key: call.dedupe_key,
     };
     AssistantMessage {
         role: "assistant",
@@ -392,14 +439,25 @@ fn deltas(part: &Part) -> Vec<Delta> {
         }
         Part::Call(call) => call,
     };
-    let Call { index, id, name, arguments, tainted } = call.clone();
+    let Call { index, id, name, arguments, tainted, dedupe_key } = call.clone();
     let named = FunctionDelta { name: Some(name), arguments: String::new() };
     let kind = Some(ToolKind::Function);
-    let called =
-        ToolCallDelta { index, id: Some(id), kind, function: named, exrail_tainted: tainted };
-    let function = FunctionDelta { name: None, arguments };
-    let exrail_tainted = Vec::new();
-    let filled = ToolCallDelta { index, id: None, kind: None, function, exrail_tainted };
+    let called = ToolCallDelta {
+        index,
+        id: Some(id),
+        kind,
+        function: named,
+        exrail_tainted: tainted,
+        exrail_dedupe_key: Some(dedupe_key),
+    };
+    let filled = ToolCallDelta {
+        index,
+        id: None,
+        kind: None,
+        function: FunctionDelta { name: None, arguments },
+        exrail_tainted: Vec::new(),
+        exrail_dedupe_key: None,
+    };
     let delta = |call| Delta { tool_calls: vec![call], ..Delta::default() };
     vec![delta(called), delta(filled)]
 }

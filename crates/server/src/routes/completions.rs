@@ -80,6 +80,8 @@ async fn accept(
 ) -> Result<(Job, TextWording), ApiError> {
     let Arrival { received, asking } = arrival;
     refuse_pairs(&request)?;
+    fields
+        .refuse_constraints("a text completion has no place for rules; use /v1/chat/completions")?;
     let include_usage = chat::include_usage(request.stream, request.stream_options)?;
     let engine = &services.engine;
     let prompts = prompts(services, request.prompt)?;
@@ -139,6 +141,7 @@ async fn accept(
         identity,
         received,
         leak: None,
+        rules: None,
         odd,
         turn,
     };

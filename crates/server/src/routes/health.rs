@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 use crate::{
     AppState,
     boot::{BootState, BootStatus, Wait},
-    observe::injected,
+    observe::{injected, tool_circuits},
     swap::{ModelStatus, Models},
 };
 
@@ -73,6 +73,7 @@ pub(crate) async fn readyz(State(state): State<Arc<AppState>>) -> Response {
         "attempt": status.attempt,
         "running": running(&status),
         "waits": waits(&status),
+        "open_tool_circuits": open_circuits(&state),
         "models": state.models().map(|models| models.lineup().models.iter().map(model).collect::<Vec<_>>()),
     });
     let code = if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
@@ -81,6 +82,12 @@ pub(crate) async fn readyz(State(state): State<Arc<AppState>>) -> Response {
         response.headers_mut().insert(header::RETRY_AFTER, seconds.into());
     }
     response
+}
+
+/// Models whose tool calls cannot be read for now: only requests with tools are refused (G-29).
+fn open_circuits(state: &AppState) -> Vec<String> {
+    let states = state.tool_circuits.states().into_iter();
+    states.filter(|(_, is_open)| *is_open).map(|(model, _)| model).collect()
 }
 
 /// What a model is doing, and how far its load is.
@@ -144,6 +151,7 @@ fn reason(status: &BootStatus, trouble: Option<String>) -> Option<String> {
 pub(crate) async fn metrics(State(state): State<Arc<AppState>>) -> Response {
     let lineup = state.models().map(Models::lineup);
     let mut text = state.metrics.render(&state.board.status(), lineup.as_deref());
+    text.push_str(&tool_circuits(&state.tool_circuits.states()));
     if let Some(services) = lineup.as_ref().and_then(|lineup| lineup.loaded.as_ref()) {
         text.push_str(&injected(&services.engine.faults().counts()));
     }

@@ -83,6 +83,7 @@ fn structured(limits: &StructuredLimits, loaded: Option<&Services>) -> Value {
         "tool_calls": limits.tool_calls,
         "tool_call_bytes": limits.tool_call_bytes,
         "repairs": limits.repairs,
+        "tool_circuit": limits.tool_circuit,
         "grammar_bytes": grammars.source_bytes,
         "grammar_depth": grammars.depth,
         "grammar_cache_bytes": grammars.cache_bytes,

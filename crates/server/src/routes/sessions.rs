@@ -112,7 +112,7 @@ fn conversation(
             let demand = Demand::of_chat(fields, &state.limits.structured)?;
             let is_on = request.leak_guard.unwrap_or(state.limits.leak_guard);
             let who = (LeakWatch::of(is_on), tenant.as_deref());
-            let framed = chat::framed(state, services, who, messages, &demand)?;
+            let framed = chat::framed(state, services, who, messages, (&demand, None))?;
             Ok((framed.conversation.placed.ids, framed.shape))
         }
         (None, Some(_)) if request.leak_guard == Some(true) => Err(ApiError::UnsupportedField {

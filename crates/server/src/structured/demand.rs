@@ -148,6 +148,14 @@ impl Demand {
         Some(("constraint", hash))
     }
 
+    /// Whether the model decides what is called.
+    pub(crate) fn is_free_to_call(&self) -> bool {
+        match self {
+            Demand::Free | Demand::Answer { .. } => false,
+            Demand::Calls(calls) => calls.choice == Choice::Auto,
+        }
+    }
+
     /// Compiles it, beside the async threads.
     pub(crate) async fn compile(
         self,

@@ -7,12 +7,12 @@ use exrail_grammar::{Grammar, Invalid, Validator};
 use exrail_text::tools::{
     CallFault, CallLimits, CallParser, ParsedCall, Piece, ThoughtLead, ToolSpec,
 };
-use exrail_verify::{TaintPolicy, ToolFence, ToolVerdict};
+use exrail_verify::{TaintPolicy, ToolFence, ToolVerdict, dedupe_key};
 use exrail_wire::ContractRecord;
 use serde_json::Value;
 
 use super::demand::Opening;
-use crate::{error::ApiError, ids};
+use crate::{error::ApiError, ids, tool_circuit::ModelCircuit};
 
 /// What the answers of one request are held to.
 #[derive(Debug)]
@@ -22,6 +22,10 @@ pub(crate) struct Lock {
     /// Of the grammar; none where only thoughts are told apart.
     schema_hash: Option<String>,
     fence: Option<Fence>,
+    /// Where it is noted whether calls could be read.
+    circuit: Option<Arc<ModelCircuit>>,
+    /// Revision of the session that calls are made from; 0 outside of one.
+    mem_rev: u64,
     /// True, but for the tests that show what it is for.
     validates: bool,
 }
@@ -89,6 +93,8 @@ pub(crate) struct Call {
     pub(crate) arguments: String,
     /// JSON pointers of the arguments that a stranger has written.
     pub(crate) tainted: Vec<String>,
+    /// The same for the same call (G-29).
+    pub(crate) dedupe_key: String,
 }
 
 /// A whole answer, taken apart.
@@ -121,7 +127,15 @@ impl Reply {
 
 impl Lock {
     pub(crate) fn new(form: Form, opening: Opening) -> Lock {
-        Lock { form, opening, schema_hash: None, fence: None, validates: true }
+        Lock {
+            form,
+            opening,
+            schema_hash: None,
+            fence: None,
+            circuit: None,
+            mem_rev: 0,
+            validates: true,
+        }
     }
 
     /// The same for a conversation in which tools have returned this.
@@ -129,6 +143,16 @@ impl Lock {
         let names = self.tools().iter().map(|tool| tool.spec.name());
         let fence = ToolFence::new(names, policy);
         Lock { fence: Some(Fence { fence, untrusted }), ..self }
+    }
+
+    /// The same of a model with this circuit.
+    pub(crate) fn watched(self, circuit: Option<Arc<ModelCircuit>>) -> Lock {
+        Lock { circuit, ..self }
+    }
+
+    /// The same in a session of this revision: a call that is made again behind a write is another one.
+    pub(crate) fn remembering(self, mem_rev: u64) -> Lock {
+        Lock { mem_rev, ..self }
     }
 
     pub(crate) fn with_hash(self, schema_hash: String) -> Lock {
@@ -169,6 +193,14 @@ impl Lock {
             Form::Calls { .. } => false,
         };
         is_free && self.opening.lead == ThoughtLead::Absent
+    }
+
+    /// Whether an answer is a JSON value.
+    pub(crate) fn is_value(&self) -> bool {
+        match &self.form {
+            Form::Object | Form::Value(_) => true,
+            Form::Text | Form::Calls { .. } => false,
+        }
     }
 
     /// Whether an answer may hold calls.
@@ -332,7 +364,10 @@ impl Gate {
                 Piece::Malformed(malformed) => match (malformed.fault, end) {
                     // What the answer's end cuts is no call, and no text either: nothing of it goes on.
                     (CallFault::Cut, Some(finish)) if !is_whole(finish) => {}
-                    (fault, _) => return Err(Broken(fault.to_string())),
+                    (fault, _) => {
+                        self.note_call(false);
+                        return Err(Broken(fault.to_string()));
+                    }
                 },
                 other => return Err(Broken(format!("expected text or a call, found {other:?}"))),
             }
@@ -351,22 +386,39 @@ impl Gate {
         (!rest.is_empty()).then_some(rest)
     }
 
-    fn call(&mut self, call: ParsedCall) -> Result<Call, Broken> {
-        let tools = self.lock.tools();
-        let Some(tool) = tools.iter().find(|tool| tool.spec.name() == call.name) else {
-            return Err(Broken(format!("expected a call of a tool, found one of `{}`", call.name)));
-        };
-        let arguments = Value::Object(call.arguments);
-        if self.lock.validates {
-            let checked = validator(&tool.value)?.check(&arguments);
-            checked.map_err(|invalid| Broken(format!("call of `{}`: {invalid}", call.name)))?;
+    /// Whether a call of this answer could be read as one of the tools' (G-29).
+    fn note_call(&self, is_parsed: bool) {
+        if let Some(circuit) = &self.lock.circuit {
+            circuit.note(is_parsed);
         }
+    }
+
+    /// Whether it is a call of a tool, with arguments that the tool takes.
+    fn conforms(&self, name: &str, arguments: &Value) -> Result<(), Broken> {
+        let tools = self.lock.tools();
+        let Some(tool) = tools.iter().find(|tool| tool.spec.name() == name) else {
+            return Err(Broken(format!("expected a call of a tool, found one of `{name}`")));
+        };
+        if self.lock.validates {
+            let checked = validator(&tool.value)?.check(arguments);
+            checked.map_err(|invalid| Broken(format!("call of `{name}`: {invalid}")))?;
+        }
+        Ok(())
+    }
+
+    fn call(&mut self, call: ParsedCall) -> Result<Call, Broken> {
+        let arguments = Value::Object(call.arguments);
+        let conforms = self.conforms(&call.name, &arguments);
+        self.note_call(conforms.is_ok());
+        conforms?;
         let tainted = self.lock.tainted(&call.name, &arguments)?;
         let shape = self.lock.opening.format.id_shape();
         let id = ids::call(shape).map_err(|error: ApiError| Broken(error.to_string()))?;
         let index = self.n_calls;
         self.n_calls += 1;
-        Ok(Call { index, id, name: call.name, arguments: call.arguments_json, tainted })
+        let dedupe_key = dedupe_key(&call.name, &arguments, self.lock.mem_rev);
+        let (name, arguments) = (call.name, call.arguments_json);
+        Ok(Call { index, id, name, arguments, tainted, dedupe_key })
     }
 }
 

@@ -27,25 +27,32 @@ pub(crate) struct Hold<'a> {
     pub(crate) leak: Option<&'a Arc<LeakGuard>>,
 }
 
-/// Takes a choice apart. One that does not conform is asked for again, as often as the limits allow.
+/// Takes a choice apart. One that does not conform is asked for again, as often as the limits allow; `known` is why
+/// it does not, where a stream has found that out.
 pub(crate) async fn settle(
     state: &AppState,
     engine: &EngineHandle,
     hold: Hold<'_>,
     request: Option<&GenerateRequest>,
     choice: &mut Choice,
+    mut known: Option<Broken>,
 ) -> Result<(), ApiError> {
     let lock = hold.lock;
     loop {
-        leak::screen(hold.leak, choice);
-        let Broken(problem) = match lock.reply(&choice.text, choice.finish()) {
-            Ok(mut reply) => {
-                // No call goes out of an answer that a guard has cut.
-                reply.calls.retain(|_| choice.leak.is_none());
-                choice.reply = Some(reply);
-                return Ok(());
+        let Broken(problem) = match known.take() {
+            Some(broken) => broken,
+            None => {
+                leak::screen(hold.leak, choice);
+                match lock.reply(&choice.text, choice.finish()) {
+                    Ok(mut reply) => {
+                        // No call goes out of an answer that a guard has cut.
+                        reply.calls.retain(|_| choice.leak.is_none());
+                        choice.reply = Some(reply);
+                        return Ok(());
+                    }
+                    Err(broken) => broken,
+                }
             }
-            Err(broken) => broken,
         };
         state.metrics.count_guard(GUARD);
         let may_repair = choice.n_repairs < state.limits.structured.repairs;
@@ -68,7 +75,7 @@ async fn attempt(
     let mut choices = [Choice {
         n_repairs,
         n_withheld_tokens: before.n_withheld_tokens + spent,
-        ..Choice::held_to(Some(lock))
+        ..Choice::held_to(Some(lock), before.rules.as_ref())
     }];
     let generation = engine.submit(again(request.clone(), n_repairs))?;
     generation::collect(vec![generation], &mut choices, || {}).await?;

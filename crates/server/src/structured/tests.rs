@@ -284,7 +284,7 @@ fn results_of_tools_never_become_control_tokens() {
                 {"role": "tool", "tool_call_id": "a", "content": result},
             ]);
             let said = crate::messages::of_wire(serde_json::from_value(wire).unwrap()).unwrap();
-            let prompt = Conversation::new(&services, said, &[]).unwrap().placed.ids;
+            let prompt = Conversation::new(&services, said, &[], None).unwrap().placed.ids;
             let is_control = |id: &&u32| engine.tokenizer().is_control(**id);
             prompt.iter().filter(is_control).count()
         };

@@ -5,6 +5,7 @@
 mod access;
 mod answers;
 mod cache;
+mod constraints;
 mod contract;
 #[path = "../../../engine/tests/engine/faulty.rs"]
 mod faulty;

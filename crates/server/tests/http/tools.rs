@@ -1,9 +1,11 @@
 //! Calls of functions: which, how they are told, and that a cut one never is (G-13).
 
-use axum::http::StatusCode;
+use axum::http::{StatusCode, header};
+use exrail_server::{Limits, StructuredLimits};
+use exrail_verify::dedupe_key;
 use serde_json::{Value, json};
 
-use crate::support::{Answer, MODEL, events, warm};
+use crate::support::{Answer, MODEL, Server, cpu, events, four, start, warm, warm_on};
 
 const CHAT: &str = "/v1/chat/completions";
 
@@ -274,4 +276,133 @@ async fn tools_that_cannot_be_called_are_refused_by_name() {
         assert_eq!(answer.status, StatusCode::BAD_REQUEST, "{extra}: {}", answer.text);
         assert_eq!(answer.json()["error"]["param"], field, "{extra}: {}", answer.text);
     }
+}
+
+/// G-29: a call has the same key wherever it is told, and the key is that of its words.
+#[tokio::test]
+async fn g29_a_call_is_named_by_its_dedupe_key_in_answer_stream_and_record() {
+    let server = warm(&[], None);
+    let mut body = chat(&open_box());
+    let choice = choice(&server.post(CHAT, &body).await);
+    let calls = choice["message"]["tool_calls"].as_array().unwrap().clone();
+    let expected: Vec<Value> = calls
+        .iter()
+        .map(|call| {
+            let function = &call["function"];
+            let arguments = serde_json::from_str(function["arguments"].as_str().unwrap()).unwrap();
+            json!(dedupe_key(function["name"].as_str().unwrap(), &arguments, 0))
+        })
+        .collect();
+    let keys = |calls: &[Value]| -> Vec<Value> {
+        calls.iter().map(|call| call["exrail_dedupe_key"].clone()).collect()
+    };
+    assert_eq!(keys(&calls), expected);
+    let traced = |server: &Server| {
+        let line = server.trace_lines().pop().unwrap();
+        line["structured"]["tool_calls"].as_array().unwrap().clone()
+    };
+    let recorded: Vec<Value> = traced(&server).iter().map(|it| it["dedupe_key"].clone()).collect();
+    assert_eq!(recorded, expected);
+    assert_eq!(traced(&server)[0]["name"], "open_box");
+    body["stream"] = json!(true);
+    let (streamed, _, _) = put_together(&server.post(CHAT, &body).await);
+    assert_eq!(keys(&streamed), expected);
+    assert_eq!(traced(&server).len(), expected.len());
+    // A call may go back as it came, whatever the server said of it.
+    let mut message = choice["message"].clone();
+    for call in message["tool_calls"].as_array_mut().unwrap() {
+        call["exrail_tainted"] = json!(["/shelf"]);
+    }
+    let results = calls
+        .iter()
+        .map(|call| json!({"role": "tool", "tool_call_id": call["id"], "content": "open"}));
+    let messages =
+        [json!({"role": "user", "content": "hello"}), message].into_iter().chain(results);
+    let next = chat(&json!({"messages": messages.collect::<Vec<_>>(), "max_tokens": 2}));
+    assert_eq!(server.post(CHAT, &next).await.status, StatusCode::OK);
+}
+
+/// A tool whose arguments the mask lets through and the check never does.
+fn unreadable(choice: &str) -> Value {
+    let list = json!({"type": "array", "items": {"enum": [1]}, "minItems": 2, "maxItems": 2, "uniqueItems": true});
+    let parameters = json!({"type": "object", "properties": {"list": list}, "required": ["list"]});
+    let function = json!({"name": "count", "parameters": parameters});
+    chat(&json!({"tools": [{"type": "function", "function": function}], "tool_choice": choice}))
+}
+
+/// Fifty calls that cannot be read: two attempts a request.
+async fn fail_often(server: &Server) {
+    for _ in 0..25 {
+        let answer = server.post(CHAT, &unreadable("required")).await;
+        assert_eq!(answer.code(), "schema_violation", "{}", answer.text);
+    }
+}
+
+fn auto() -> Value {
+    chat(&json!({"tool_choice": "auto", "max_tokens": 12}))
+}
+
+#[tokio::test]
+async fn g29_the_circuit_opens_for_free_calls_when_they_cannot_be_read() {
+    let server = warm(&[], None);
+    assert_eq!(server.post(CHAT, &auto()).await.status, StatusCode::OK);
+    let state = async || {
+        let metrics = server.get("/metrics").await.text;
+        let line = metrics.lines().find(|line| line.starts_with("exrail_tool_circuit_open"));
+        (line.unwrap().to_owned(), server.get("/readyz").await)
+    };
+    let (line, ready) = state().await;
+    assert_eq!(line, "exrail_tool_circuit_open{model=\"tiny\"} 0");
+    assert_eq!(ready.json()["open_tool_circuits"], json!([]));
+    fail_often(&server).await;
+    for stream in [false, true] {
+        let mut body = auto();
+        body["stream"] = json!(stream);
+        let answer = server.post(CHAT, &body).await;
+        assert_eq!(answer.status, StatusCode::SERVICE_UNAVAILABLE, "{}", answer.text);
+        assert_eq!(answer.code(), "tool_circuit_open");
+        let wait: u64 = answer.headers[header::RETRY_AFTER].to_str().unwrap().parse().unwrap();
+        assert!((200..=301).contains(&wait), "{wait}");
+    }
+    let (line, ready) = state().await;
+    assert_eq!(line, "exrail_tool_circuit_open{model=\"tiny\"} 1");
+    // Everything but free calls is served, and a call that the grammar demands is one of those.
+    assert_eq!(ready.status, StatusCode::OK);
+    assert_eq!(ready.json()["open_tool_circuits"], json!([MODEL]));
+    let demanded = choice(&server.post(CHAT, &chat(&open_box())).await);
+    assert_eq!(demanded["finish_reason"], "tool_calls");
+    let plain = chat(&json!({"tools": null, "max_tokens": 2}));
+    assert_eq!(server.post(CHAT, &plain).await.status, StatusCode::OK);
+    assert_eq!(
+        server.trace_lines().iter().filter(|it| it["guard"] == "tool_circuit_open").count(),
+        2
+    );
+}
+
+/// The mutation: without the circuit the same model is asked again, and what it calls reaches nobody who could know.
+#[tokio::test]
+async fn mutation_g29_without_the_circuit_free_calls_go_on() {
+    let structured = StructuredLimits { tool_circuit: false, ..StructuredLimits::default() };
+    let limits = Limits { structured, ..Limits::default() };
+    let server = warm_on(start(cpu(), four(), |_| {}), &[], limits);
+    fail_often(&server).await;
+    assert_eq!(server.post(CHAT, &auto()).await.status, StatusCode::OK);
+}
+
+/// A stream that ends in a call that cannot be read counts it once, as a whole answer does.
+#[tokio::test]
+async fn g29_a_streamed_call_counts_once() {
+    let server = warm(&[], None);
+    let mut body = unreadable("required");
+    body["stream"] = json!(true);
+    // Fifty calls open it, and no fewer: an attempt makes one, whether or not a stream can try again.
+    let mut n_calls = 0;
+    while n_calls < 50 {
+        assert_eq!(server.post(CHAT, &auto()).await.status, StatusCode::OK, "after {n_calls}");
+        let answer = server.post(CHAT, &body).await;
+        assert!(answer.text.contains("schema_violation"), "{}", answer.text);
+        let attempts = answer.text.split("withheld after ").nth(1).unwrap();
+        n_calls += attempts.split(' ').next().unwrap().parse::<usize>().unwrap();
+    }
+    assert_eq!(server.post(CHAT, &auto()).await.code(), "tool_circuit_open");
 }

@@ -355,6 +355,12 @@ impl ToolFormat {
         (fallback::written_out(self, messages, tools), None)
     }
 
+    /// Whether the template says what a system message does.
+    #[must_use]
+    pub fn takes_system(&self) -> bool {
+        self.takes_system
+    }
+
     /// Whether the rendered prompt has opened a thought, or the answer may open one.
     #[must_use]
     pub fn thought_lead(&self, prompt: &str) -> ThoughtLead {

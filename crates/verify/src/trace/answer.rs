@@ -3,7 +3,7 @@
 use std::fmt::Display;
 
 use super::findings::{Findings, Rule};
-use super::record::{Answer, Prompt, Retrieved, Segment, TOLERANCE, check_retrieved};
+use super::record::{Answer, Constraints, Prompt, Retrieved, Segment, TOLERANCE, check_retrieved};
 use crate::prompt::{REFUSAL_TOKEN, constraints_sha256, sha256_hex};
 
 /// The one admissible order (G-31: system, task, constraints, citations, question).
@@ -32,6 +32,9 @@ impl Answer {
         }
         if let Some(prompt) = &self.prompt {
             prompt.check(&self.selected(), findings);
+        }
+        if let Some(constraints) = &self.constraints {
+            constraints.check(self.prompt.as_ref(), findings);
         }
         self.check_metrics(findings);
     }
@@ -174,6 +177,18 @@ impl Answer {
         let expected = "`no_evidence` where nothing was selected, and only then";
         let none = selected.is_empty();
         findings.holds(Rule::Metrics, "/metrics/ds_status", is_empty == none, (expected, status));
+    }
+}
+
+impl Constraints {
+    /// The rules of the request are the last ones of its prompt (G-31).
+    fn check(&self, prompt: Option<&Prompt>, findings: &mut Findings) {
+        let echo = if prompt.is_some() { "equal" } else { "not_built" };
+        findings.equal(Rule::ConstraintsHash, "/constraints/echo", echo, self.echo.as_str());
+        let Some(prompt) = prompt else { return };
+        let first = prompt.constraints.len().saturating_sub(self.n_rules);
+        let expected = constraints_sha256(&prompt.constraints[first..]);
+        findings.equal(Rule::ConstraintsHash, "/constraints/sha256", &expected, &self.sha256);
     }
 }
 

@@ -122,8 +122,11 @@ fn the_fields_of_the_schemas_are_those_of_the_types() {
         let names = record.as_object().unwrap().keys();
         let optional: Vec<_> = names.filter(|name| !required.contains(&name.as_str())).collect();
         // What an answer was held to is told of those that were held to something.
-        let expected: &[&str] =
-            if name == "infer.run" { &["forced", "structured"] } else { &["forced"] };
+        let expected: &[&str] = match name.as_str() {
+            "infer.run" => &["forced", "structured", "constraints"],
+            "answer.decide" => &["forced", "constraints"],
+            _ => &["forced"],
+        };
         assert_eq!(optional, expected, "{name}");
         seen.insert(name);
     }
@@ -212,7 +215,7 @@ fn every_change_of_one_field_breaks_the_seal() {
 }
 
 /// Fields of which another value is as good as theirs to the contract alone, and why. The seal shows their change.
-const FREE: [(&str, &[&str]); 8] = [
+const FREE: [(&str, &[&str]); 9] = [
     (
         "who asked, and what it was computed with: nothing else in a record repeats it",
         &[
@@ -265,7 +268,14 @@ const FREE: [(&str, &[&str]); 8] = [
             "/structured/n_repairs",
             "/structured/n_tool_calls",
             "/structured/schema_hash",
+            "/structured/tool_calls",
+            "/structured/tool_calls/[]/dedupe_key",
+            "/structured/tool_calls/[]/name",
         ],
+    ),
+    (
+        "of a prompt that is not in the log: an answer over evidence has its rules beside it",
+        &["/constraints/n_patterns", "/constraints/n_rules", "/constraints/sha256"],
     ),
     (
         "of snippets that are not cited, or that only the collection knows: `--collection` checks them",
@@ -382,6 +392,9 @@ fn what_the_trace_contract_refuses_is_refused_by_its_rule() {
         ("/answer_text", json!("Something else."), Rule::AnswerHash),
         ("/query/text", json!("Another question?"), Rule::QuestionId),
         ("/prompt/constraints/0", json!("Anything goes."), Rule::ConstraintsHash),
+        ("/constraints/sha256", json!(sha256_hex(b"other")), Rule::ConstraintsHash),
+        ("/constraints/n_rules", json!(2), Rule::ConstraintsHash),
+        ("/constraints/echo", json!("not_built"), Rule::ConstraintsHash),
         ("/prompt/citations/0", json!("0123456789abcdef"), Rule::Prompt),
         ("/pins/index_hash", json!(null), Rule::IndexHash),
         ("/mem_hash", json!(null), Rule::Memory),

@@ -68,6 +68,7 @@ pub(super) struct Rotate {
 pub(super) struct Answer {
     pub(super) query: Query,
     pub(super) prompt: Option<Prompt>,
+    pub(super) constraints: Option<Constraints>,
     pub(super) retrieved: Vec<Retrieved>,
     pub(super) answer_text: String,
     pub(super) answer_sha256: String,
@@ -95,6 +96,14 @@ pub(super) struct Prompt {
     pub(super) constraints_sha256: String,
     pub(super) citations: Vec<String>,
     pub(super) slots: Vec<SlotPlace>,
+}
+
+/// The hard rules of the request, which stand behind those of every prompt.
+#[derive(Deserialize)]
+pub(super) struct Constraints {
+    pub(super) sha256: String,
+    pub(super) n_rules: usize,
+    pub(super) echo: String,
 }
 
 #[derive(Deserialize)]

@@ -2,14 +2,15 @@
 
 use exrail_retrieval::snippet_id;
 use exrail_wire::{
-    AnswerMetrics, AnswerRecord, ContractRecord, Latency, Pins, PromptRecord, QueryRecord,
-    RetrievedItem, SegmentRecord, StructuredRecord, TRACE_SCHEMA_VERSION, TokenCounts, TraceBody,
-    TraceEnvelope, schemas,
+    AnswerMetrics, AnswerRecord, CallRecord, ConstraintRecord, ContractRecord, Latency, Pins,
+    PromptRecord, QueryRecord, RetrievedItem, SegmentRecord, StructuredRecord,
+    TRACE_SCHEMA_VERSION, TokenCounts, TraceBody, TraceEnvelope, schemas,
 };
 use serde_json::{Value, json};
 
 use crate::fakes::hit;
 use crate::prompt::{Live, Nonce, PromptFrame, REFUSAL_TOKEN, sha256_hex};
+use crate::rules::{HardRule, NLI, RuleSet};
 
 use super::seal;
 
@@ -96,10 +97,27 @@ fn query() -> QueryRecord {
     }
 }
 
+/// The hard rules of the request.
+fn rules() -> RuleSet {
+    let forbid = vec!["[0-9]+ coins".to_owned()];
+    RuleSet::new(vec![HardRule { text: "Name no price.".to_owned(), forbid }]).unwrap()
+}
+
+fn constraints() -> ConstraintRecord {
+    let rules = rules();
+    ConstraintRecord {
+        sha256: rules.sha256().to_owned(),
+        n_rules: rules.texts().len(),
+        n_patterns: rules.n_patterns(),
+        echo: "equal",
+        nli: NLI,
+    }
+}
+
 fn prompt(items: &[RetrievedItem]) -> PromptRecord {
     let hits: Vec<_> = TEXTS[..2].iter().map(|text| hit("pages.md", 0, text, 0.9)).collect();
-    let frame =
-        PromptFrame::new("How big is a page?", Live::new(&hits), &Nonce::derive(&[b"x"])).unwrap();
+    let (live, nonce, rules) = (Live::new(&hits), Nonce::derive(&[b"x"]), rules());
+    let frame = PromptFrame::with_rules("How big is a page?", live, &nonce, Some(&rules)).unwrap();
     let mut record = frame.record();
     record.citations =
         items.iter().filter(|it| it.selected).map(|it| it.snippet_id.clone()).collect();
@@ -120,6 +138,7 @@ pub(crate) fn answer() -> AnswerRecord {
         query: query(),
         collection: "default".into(),
         prompt: Some(prompt(&retrieved)),
+        constraints: Some(constraints()),
         answer_sha256: sha256_hex(answer_text.as_bytes()),
         segments: vec![
             segment(0..22, &[&retrieved[0]], "model"),
@@ -188,8 +207,13 @@ pub(crate) fn every_event() -> Vec<TraceEnvelope> {
                 }],
                 is_complete: true,
                 n_tool_calls: 1,
+                tool_calls: vec![CallRecord {
+                    name: "find".into(),
+                    dedupe_key: sha256_hex(b"call"),
+                }],
                 n_repairs: 0,
             }),
+            constraints: Some(constraints()),
         },
         TraceBody::Rotate {
             route: "/v1/completions",
