@@ -39,6 +39,8 @@ pub(crate) struct GrammarArguments {
 #[derive(Debug, Default)]
 struct Times {
     masks: Vec<f64>,
+    /// To find that nothing is forced, in front of each of them.
+    looks: Vec<f64>,
     /// From a schema to its first mask.
     firsts: Vec<f64>,
     n_tokens: usize,
@@ -124,13 +126,13 @@ fn walk(compiler: &Compiler, grammar: &Grammar, text: &str, times: &mut Times) -
     while at < ids.len() {
         let since = now_us(ClockId::ThreadCPUTime);
         let forced = matcher.forced();
+        let looked = now_us(ClockId::ThreadCPUTime);
         let n_forced = forced.iter().zip(&ids[at..]).take_while(|(a, b)| a == b).count();
         if n_forced == 0 {
+            let begun = now_us(ClockId::ThreadCPUTime);
             matcher.mask()?;
-        }
-        let took = now_us(ClockId::ThreadCPUTime) - since;
-        if n_forced == 0 {
-            times.masks.push(took);
+            times.masks.push(now_us(ClockId::ThreadCPUTime) - begun);
+            times.looks.push(looked - since);
         }
         for &id in &ids[at..at + n_forced.max(1)] {
             if matcher.advance(id).is_err() {
@@ -153,6 +155,7 @@ impl Times {
         };
         json!({
             "mask_us": percentiles(&self.masks),
+            "look_for_forced_us": percentiles(&self.looks),
             "share_over_1_ms": share(1_000.0),
             "share_over_10_ms": share(10_000.0),
             "first_mask_us": percentiles(&self.firsts),

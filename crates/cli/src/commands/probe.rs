@@ -6,7 +6,7 @@ use std::{path::PathBuf, sync::Arc};
 
 use anyhow::{Context, Result};
 use clap::{Args, Subcommand};
-use exrail_server::{BootBoard, oracle::EngineOracle};
+use exrail_server::{BootBoard, Services, oracle::EngineOracle};
 use exrail_text::Specials;
 use exrail_verify::{CacheFault, CacheReport, ProbeText, Verdict, cache_probe};
 use serde_json::{Value, json};
@@ -56,11 +56,22 @@ enum Part {
     Injection(InjectionProbe),
 }
 
+/// The model that is probed.
 #[derive(Debug, Args)]
-struct CacheProbe {
+struct ProbedModel {
     /// Generator: a name of the registry, a GGUF file or a Hugging Face folder.
     #[arg(value_name = "MODEL", conflicts_with = "model")]
     probed: Option<String>,
+    #[command(flatten)]
+    engine: EngineArgs,
+    #[command(flatten)]
+    sources: Sources,
+}
+
+#[derive(Debug, Args)]
+struct CacheProbe {
+    #[command(flatten)]
+    model: ProbedModel,
     /// One long document, UTF-8; the sample corpus when absent.
     #[arg(long, value_name = "FILE")]
     text: Option<PathBuf>,
@@ -68,10 +79,6 @@ struct CacheProbe {
     /// text if that is shorter.
     #[arg(long, value_name = "N")]
     tokens: Option<usize>,
-    #[command(flatten)]
-    engine: EngineArgs,
-    #[command(flatten)]
-    sources: Sources,
 }
 
 impl Probe {
@@ -83,19 +90,13 @@ impl Probe {
     }
 }
 
-impl CacheProbe {
-    fn run(&self, output: Output) -> Result<Ended> {
-        let text = match &self.text {
-            Some(file) => {
-                std::fs::read_to_string(file).with_context(|| format!("text {}", file.display()))?
-            }
-            None => sample_text(),
-        };
+impl ProbedModel {
+    fn boot(&self, output: Output) -> Result<Services> {
         let mut engine = self.engine.clone();
         if let Some(probed) = &self.probed {
             engine.model.clone_from(probed);
         }
-        let services = Boot {
+        Boot {
             board: &Arc::new(BootBoard::new()),
             keys: None,
             retries: 0,
@@ -109,7 +110,19 @@ impl CacheProbe {
             prepare: &AsItIs,
             in_place_of: None,
         }
-        .run()?;
+        .run()
+    }
+}
+
+impl CacheProbe {
+    fn run(&self, output: Output) -> Result<Ended> {
+        let text = match &self.text {
+            Some(file) => {
+                std::fs::read_to_string(file).with_context(|| format!("text {}", file.display()))?
+            }
+            None => sample_text(),
+        };
+        let services = self.model.boot(output)?;
         let engine = &services.engine;
         let (facts, tokenizer) = (engine.facts(), engine.tokenizer());
         let ids = tokenizer.encode(&text, Specials::AsText)?;
