@@ -125,52 +125,29 @@ fn long_names() -> Value {
         "additionalProperties": false})
 }
 
-/// Tokens a second of one answer alone, and its steps.
-fn rate(engine: &EngineHandle, request: GenerateRequest) -> (f64, u64, usize) {
-    let (before, begun) = (engine.counters().steps, Instant::now());
+/// Steps and tokens of one answer alone.
+fn cost(engine: &EngineHandle, request: GenerateRequest) -> (u64, usize) {
+    let before = engine.counters().steps;
     let generation = engine.submit(request).expect("it fits");
     let (_, finished) = hear(&generation.events);
-    let n_tokens = finished.usage.completion_tokens;
-    let seconds = begun.elapsed().as_secs_f64();
-    #[expect(clippy::cast_precision_loss, reason = "some tens of tokens")]
-    let rate = n_tokens as f64 / seconds;
-    (rate, engine.counters().steps - before, n_tokens)
+    (engine.counters().steps - before, finished.usage.completion_tokens)
 }
 
-/// An answer under a grammar costs a step for each choice, a free one for each token. In turns, free first;
-/// `EXRAIL_TEST_TURNS` asks for more pairs than one, and `EXRAIL_TEST_RATES` names a file that gets them.
+/// An answer under a grammar costs a step for each choice, a free one for each token. What that is worth in time is
+/// measured by `exrail-bench constrained`.
 #[test]
 fn an_answer_of_long_fixed_names_costs_fewer_steps_than_tokens() {
-    let n_turns: u64 =
-        std::env::var("EXRAIL_TEST_TURNS").map_or(1, |n| n.parse().expect("a number"));
     let engine = start();
     let compiler = Arc::clone(engine.grammars().expect("a vocabulary with an end"));
     let grammar = compiler.compile(&Source::JsonSchema(long_names())).expect("supported");
-    let asked = |n| {
-        let mut request = request(&engine, None, n);
-        request.max_tokens = 200;
-        request.sampling = Sampling::greedy();
-        request.prefix_cache = false;
-        request
-    };
-    let (mut free, mut constrained) = (Vec::new(), Vec::new());
-    for n in 0..=n_turns {
-        let locked = GenerateRequest { grammar: Some(grammar.clone()), ..asked(n) };
-        let with = rate(&engine, locked);
-        let without = GenerateRequest { max_tokens: with.2, stop_at_eos: false, ..asked(n) };
-        let without = rate(&engine, without);
-        assert_eq!((with.2, without.1), (without.2, u64::try_from(without.2).expect("small")));
-        assert!(with.1 < without.1, "{with:?} {without:?}");
-        // The first pair warms up.
-        if n > 0 {
-            constrained.push(with.0);
-            free.push(without.0);
-        }
-    }
-    if let Some(path) = std::env::var_os("EXRAIL_TEST_RATES") {
-        let record = json!({"kind": "constrained-rates", "model": engine.facts().model_name,
-            "kernels": engine.facts().backend, "schema": long_names(), "turns": n_turns,
-            "free_tokens_per_s": free, "constrained_tokens_per_s": constrained});
-        std::fs::write(path, format!("{record:#}\n")).expect("the record can be written");
-    }
+    let mut request = request(&engine, None, 0);
+    request.max_tokens = 200;
+    request.sampling = Sampling::greedy();
+    request.prefix_cache = false;
+    let locked = GenerateRequest { grammar: Some(grammar), ..request.clone() };
+    let (locked_steps, n_tokens) = cost(&engine, locked);
+    let free = GenerateRequest { max_tokens: n_tokens, stop_at_eos: false, ..request };
+    let (free_steps, n_free) = cost(&engine, free);
+    assert_eq!((n_free, free_steps), (n_tokens, u64::try_from(n_tokens).expect("small")));
+    assert!(2 * locked_steps < free_steps, "{locked_steps} of {free_steps}");
 }
