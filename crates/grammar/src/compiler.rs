@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use jsonschema::Draft;
 use llguidance::ParserFactory;
 use llguidance::api::{ParserLimits, TopLevelGrammar};
-use llguidance::earley::{BiasComputer, SlicedBiasComputer};
+use llguidance::earley::BiasComputer;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use toktrie::InferenceCapabilities;
@@ -15,7 +15,7 @@ use crate::plain::PlainTokens;
 use crate::screen::pattern::{Reach, rewrite};
 use crate::screen::{Keep, screen, unsupported};
 use crate::validate::Validator;
-use crate::worker::{Places, within};
+use crate::worker::Workers;
 use crate::{GrammarError, Matcher, Source, Vocabulary, gbnf, lark, measure};
 
 /// Lexer states that one sequence may build; each takes one to two kilobytes.
@@ -62,7 +62,7 @@ pub struct Compiler {
     vocabulary: Vocabulary,
     automata: Arc<Automata>,
     limits: Limits,
-    places: Places,
+    workers: Workers,
     cache: Mutex<Cache>,
 }
 
@@ -103,9 +103,9 @@ impl Compiler {
     /// [`GrammarError::Vocabulary`].
     pub fn new(vocabulary: Vocabulary, limits: Limits) -> Result<Compiler, GrammarError> {
         let automata = Arc::new(Automata::new(vocabulary.clone())?);
-        let places = Places::new(limits.compiled_at_once);
+        let workers = Workers::new(limits.compiled_at_once);
         let cache = Mutex::new(Cache::new(limits.cache_bytes));
-        Ok(Compiler { vocabulary, automata, limits, places, cache })
+        Ok(Compiler { vocabulary, automata, limits, workers, cache })
     }
 
     /// The vocabulary.
@@ -139,7 +139,7 @@ impl Compiler {
         }
         let (automata, limits, source) = (Arc::clone(&self.automata), self.limits, source.clone());
         let work = move || build(&automata, &source, &limits, sha256);
-        let grammar = within(&self.places, limits.compile_ms, work)?;
+        let grammar = self.workers.within(limits.compile_ms, work)?;
         self.cache().insert(&key, grammar.clone(), estimate(source_bytes));
         Ok(grammar)
     }
@@ -183,7 +183,7 @@ impl std::fmt::Debug for Compiler {
 impl Automata {
     fn new(vocabulary: Vocabulary) -> Result<Automata, GrammarError> {
         let capabilities = InferenceCapabilities { ff_tokens: true, ..Default::default() };
-        let slices = SlicedBiasComputer::json_slices();
+        let slices = PlainTokens::slices();
         let mut factory = ParserFactory::new(&vocabulary.environment(), capabilities, &slices)
             .map_err(|error| GrammarError::Vocabulary(error.to_string()))?;
         factory.quiet();
@@ -197,14 +197,12 @@ impl Automata {
         Ok(Automata { vocabulary, factory, masks })
     }
 
-    /// The automaton, and its first mask, so that what cannot begin is refused here.
+    /// The automaton with its first mask. What cannot begin is refused here.
     fn start(&self, grammar: TopLevelGrammar) -> Result<Matcher, String> {
         let parser = self.factory.create_parser(grammar);
         let mut parser = parser.map_err(|error| format!("{error:#}"))?;
         parser.bias_computer = Arc::clone(&self.masks);
-        let mut start = Matcher::new(parser, self.vocabulary.clone())?;
-        start.mask().map_err(|error| error.to_string())?;
-        Ok(start)
+        Matcher::new(parser, self.vocabulary.clone())?.begun().map_err(|error| error.to_string())
     }
 }
 

@@ -1,5 +1,7 @@
 //! Where an answer stands in its grammar.
 
+use std::sync::Arc;
+
 use llguidance::TokenParser;
 use toktrie::SimpleVob;
 
@@ -13,6 +15,8 @@ pub struct Matcher {
     n_tokens: usize,
     /// Ends taken behind an answer that was over.
     n_ends: usize,
+    /// The mask before the first token, which all sequences of a grammar share.
+    first: Option<Arc<SimpleVob>>,
 }
 
 /// Which tokens may come next.
@@ -51,7 +55,7 @@ impl Matcher {
         let inner = llguidance::Matcher::new(Ok(parser));
         match inner.get_error() {
             Some(error) => Err(error),
-            None => Ok(Matcher { inner, vocabulary, n_tokens: 0, n_ends: 0 }),
+            None => Ok(Matcher { inner, vocabulary, n_tokens: 0, n_ends: 0, first: None }),
         }
     }
 
@@ -62,7 +66,14 @@ impl Matcher {
             vocabulary: self.vocabulary.clone(),
             n_tokens: self.n_tokens,
             n_ends: self.n_ends,
+            first: self.first.clone(),
         }
+    }
+
+    /// This state, which has taken nothing yet, with its mask.
+    pub(crate) fn begun(mut self) -> Result<Matcher, MatcherError> {
+        self.first = Some(Arc::new(self.mask()?.bits));
+        Ok(self)
     }
 
     pub(crate) fn vocabulary(&self) -> &Vocabulary {
@@ -75,6 +86,9 @@ impl Matcher {
     /// # Errors
     /// [`MatcherError::Failed`].
     pub fn mask(&mut self) -> Result<Mask, MatcherError> {
+        if let Some(first) = self.first.as_ref().filter(|_| self.n_tokens == 0) {
+            return Ok(Mask { bits: SimpleVob::clone(first) });
+        }
         let bits = self.inner.compute_mask_or_eos().map_err(|error| failed(&error))?;
         Ok(Mask { bits })
     }

@@ -14,11 +14,16 @@ use llguidance::derivre::StateID;
 use llguidance::earley::{BiasComputer, ParserRecognizer, SlicedBiasComputer};
 use toktrie::{SimpleVob, TokTrie};
 
-/// Place of the slice of short plain tokens in [`SlicedBiasComputer::json_slices`].
-const SHORT_SLICE: usize = 1;
+/// Plain characters, by which [`SlicedBiasComputer`] knows a string by its form: those of
+/// [`SlicedBiasComputer::json_slices`] without the one of blanks, of which JSON under a schema has single ones. Each is
+/// an expression more in every grammar that is compiled.
+const SLICES: [&str; 3] =
+    [r#"[^"\\\x00-\x1F\x7F]{1,10}"#, r#"[^"\\\x00-\x1F\x7F]{1,30}"#, r#"[^"\\\x00-\x1F\x7F]+"#];
+/// Place of the shortest of them.
+const SHORT_SLICE: usize = 0;
 /// Most characters of a short token.
 const SHORT: usize = 10;
-/// Steps of the regex engine by which that slice may be found by its form.
+/// Steps of the regex engine by which a string may be known by its form.
 const FUEL: u64 = 1_000;
 /// Most places that are visited for one mask.
 const MOST_PLACES: usize = 100;
@@ -70,6 +75,11 @@ enum Reach {
 }
 
 impl PlainTokens {
+    /// What [`SlicedBiasComputer`] is to be made of.
+    pub(crate) fn slices() -> Vec<String> {
+        SLICES.map(str::to_owned).to_vec()
+    }
+
     pub(crate) fn new(sliced: Arc<SlicedBiasComputer>) -> PlainTokens {
         let slice = |is_in: fn(&str) -> bool| Slice::of(sliced.trie(), is_in);
         let short_ascii = slice(|text| text.is_ascii() && text.len() <= SHORT);
@@ -249,7 +259,7 @@ mod tests {
 
     /// Every mask along `text` with and without what this module adds; returns how often it added something.
     fn compare(environment: &TokEnv, schema: &serde_json::Value, text: &str) -> usize {
-        let slices = SlicedBiasComputer::json_slices();
+        let slices = PlainTokens::slices();
         let capabilities = InferenceCapabilities::default();
         let factory = ParserFactory::new(environment, capabilities, &slices);
         let mut factory = factory.expect("it is fit");
