@@ -3,10 +3,12 @@
 //! The search goes where a person would: closing brackets and quotes first, then the shortest values, and from each
 //! state the best choice costs nothing while each worse one costs more. So the first path is greedy, and where it
 //! does not end within the bound, paths with one worse choice follow, then with two. What is bound to follow is
-//! taken whole. All of it happens on a copy of the state.
+//! taken whole. All of it happens on a copy of the state. A thought is closed first, by what closes one.
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
+
+use exrail_text::tools::Thoughts;
 
 use crate::{Mask, Matcher, Vocabulary};
 
@@ -16,6 +18,9 @@ const MOST_MASKS: usize = 500;
 const MOST_WAYS: usize = 12;
 /// A mask with at most so many tokens is looked at whole.
 const FEW: usize = 64;
+
+/// Control tokens that may close a free text.
+const FEW_ENDS: usize = 4;
 
 /// Tokens that end things, the best first, and tokens that fill what must be long.
 #[derive(Debug)]
@@ -30,6 +35,10 @@ pub(crate) struct Closers {
     fillers: Vec<u32>,
     /// A sign that JSON has in strings only.
     text_only: Option<u32>,
+    /// A line's end, which no string of JSON holds.
+    line: Option<u32>,
+    /// Tokens that are no text. One of them may close a thought.
+    special: Vec<u32>,
 }
 
 impl Closers {
@@ -37,9 +46,13 @@ impl Closers {
     pub(crate) fn of(words: &[Vec<u8>], is_special: impl Fn(u32) -> bool) -> Closers {
         let mut ranked: Vec<(u32, Reverse<usize>, u32)> = Vec::new();
         let mut fillers: Vec<(Reverse<usize>, u32)> = Vec::new();
-        let mut text_only = None;
+        let (mut text_only, mut line, mut special) = (None, None, Vec::new());
         for (id, word) in (0..).zip(words) {
-            if word.is_empty() || is_special(id) {
+            if is_special(id) {
+                special.push(id);
+                continue;
+            }
+            if word.is_empty() {
                 continue;
             }
             let rank = rank(word);
@@ -50,6 +63,9 @@ impl Closers {
             }
             if word == b"~" {
                 text_only = Some(id);
+            }
+            if word == b"\n" {
+                line = Some(id);
             }
         }
         ranked.sort_unstable();
@@ -67,7 +83,22 @@ impl Closers {
             others: ids(&ranked[n_brackets..]),
             fillers: fillers.iter().take(FEW).map(|it| it.1).collect(),
             text_only,
+            line,
+            special,
         }
+    }
+
+    /// What may close a free text: a control token, or the words that close a thought. None where the mask is of
+    /// something else; a string of JSON holds no line's end.
+    fn ends_of_text(&self, mask: &Mask, vocabulary: &Vocabulary) -> Vec<Vec<u32>> {
+        let allows = |id: Option<u32>| id.is_some_and(|id| mask.allows(id));
+        if !allows(self.text_only) || !allows(self.line) {
+            return Vec::new();
+        }
+        let special = self.special.iter().filter(|&&id| mask.allows(id) && !vocabulary.is_end(id));
+        let mut ends: Vec<Vec<u32>> = special.take(FEW_ENDS).map(|&id| vec![id]).collect();
+        ends.extend(Thoughts::ends().map(|text| vocabulary.spell(text)));
+        ends
     }
 
     /// The best tokens of a mask. Where text may stand, a bracket closes nothing.
@@ -133,7 +164,24 @@ struct Path {
 
 /// A way from the state of `matcher`, which is not complete, to a complete one. Short ways are looked for first: a
 /// greedy path that never ends costs no more than its bound.
-pub(crate) fn search(matcher: &Matcher, most: usize) -> Option<Vec<u32>> {
+pub(crate) fn search(matcher: &mut Matcher, most: usize) -> Option<Vec<u32>> {
+    let mask = matcher.mask().ok()?;
+    let vocabulary = matcher.vocabulary().clone();
+    // Any text goes on for ever, and only one leads out of a thought: letter by letter nobody would find it.
+    for mut way in vocabulary.closers().ends_of_text(&mask, &vocabulary) {
+        let mut behind = matcher.deep_clone();
+        if way.len() > most || way.iter().any(|&id| behind.advance(id).is_err()) {
+            continue;
+        }
+        if let Some(rest) = search_bounds(&behind, most - way.len()) {
+            way.extend(rest);
+            return Some(way);
+        }
+    }
+    search_bounds(matcher, most)
+}
+
+fn search_bounds(matcher: &Matcher, most: usize) -> Option<Vec<u32>> {
     let bounds = [12, 40, 120].into_iter().filter(|&bound| bound < most).chain([most]);
     for bound in bounds {
         let found = search_within(matcher.deep_clone(), bound);

@@ -567,3 +567,71 @@ fn an_end_is_found_from_anywhere_in_a_hundred_schemas() {
     }
     assert!(n_searches >= 600);
 }
+
+/// An open thought is closed by what closes one, be that words or a control token, and the value follows it.
+#[test]
+fn an_open_thought_can_be_closed_within_the_budget() {
+    let inside = "start: inside answer\ninside[suffix=\"</think>\"]: /(?s:.*)/\nanswer: json_0\n";
+    let composed = Source::Composed {
+        lark: inside.into(),
+        schemas: vec![
+            json!({"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}),
+        ],
+    };
+    let mut matcher = compiler().compile(&composed).unwrap().matcher();
+    for id in compiler().vocabulary().spell("so {\"n\": 9}?\nwell") {
+        matcher.advance(id).unwrap();
+    }
+    let closing = matcher.closing(40).unwrap();
+    let text: Vec<u8> = closing
+        .iter()
+        .flat_map(|&id| common::tokenizer().token_bytes(id).unwrap().to_vec())
+        .collect();
+    let text = String::from_utf8(text).unwrap();
+    let value = text.strip_prefix("</think>").unwrap_or_else(|| panic!("{text}"));
+    assert!(serde_json::from_str::<Value>(value).unwrap()["n"].is_i64(), "{value}");
+    let end = closing.len();
+    assert_eq!(matcher.closing(end - 1), None);
+    for id in closing {
+        matcher.advance(id).unwrap();
+    }
+    assert!(matcher.is_complete());
+}
+
+/// B13: tokens of a draft that the model then rejects, allowed ones and others, leave nothing in the grammar.
+#[test]
+fn b13_a_rejected_draft_leaves_no_trace() {
+    let grammar = schema(&json!({"type": "object", "properties": {"name": {"type": "string"}, "n": {"type": "integer"}},
+        "required": ["name", "n"], "additionalProperties": false}))
+    .unwrap();
+    let spell = |text: &str| compiler().vocabulary().spell(text);
+    let (mut plain, mut drafted) = (grammar.matcher(), grammar.matcher());
+    let drafts = ["Zoe\", \"n\": 77}", "\", \"m\": 1", "}}}}", "{\"name\": \"", "0123456789", ""];
+    for (at, id) in (0..).zip(spell("{\"name\": \"Ada\", \"n\": 12}")) {
+        let draft = spell(drafts[at % drafts.len()]);
+        let n_allowed = draft.iter().take_while(|&&id| drafted.advance(id).is_ok()).count();
+        drafted.roll_back(n_allowed).unwrap();
+        let ids = |matcher: &mut exrail_grammar::Matcher| {
+            matcher.mask().unwrap().ids().collect::<BTreeSet<_>>()
+        };
+        assert_eq!(ids(&mut drafted), ids(&mut plain), "behind {at} tokens");
+        assert_eq!(drafted.forced(), plain.forced());
+        plain.advance(id).unwrap();
+        drafted.advance(id).unwrap();
+    }
+    assert!(drafted.is_complete());
+}
+
+/// The mutation of B13: a grammar that keeps what a draft proposed refuses the answer that the model gives.
+#[test]
+fn mutation_b13_without_going_back_the_answer_itself_is_refused() {
+    let grammar = schema(&json!({"type": "object", "properties": {"n": {"type": "integer"}},
+        "required": ["n"], "additionalProperties": false}))
+    .unwrap();
+    let mut matcher = grammar.matcher();
+    for id in compiler().vocabulary().spell("{\"n\": 7}") {
+        matcher.advance(id).unwrap();
+    }
+    let answer = compiler().vocabulary().spell("{\"n\": 12}");
+    assert!(matcher.advance(answer[0]).is_err());
+}

@@ -11,7 +11,7 @@ const TOOL: &str = "exrail_probe";
 const VALUE: &str = "exrail_value";
 const SYSTEM: &str = "exrail_system";
 /// Markers of thoughts, of all families.
-const THOUGHTS: [(&str, &str); 2] = [("<think>", "</think>"), ("[THINK]", "[/THINK]")];
+pub(super) const THOUGHTS: [(&str, &str); 2] = [("<think>", "</think>"), ("[THINK]", "[/THINK]")];
 
 pub(super) fn detect(
     template: Option<&ChatTemplate>,

@@ -3,6 +3,8 @@
 //! Some templates end their prompt with the opening marker (field-faults B15): then the answer begins inside
 //! the thought, and a lock that held from its first token would put the answer there.
 
+use super::detect::THOUGHTS;
+
 /// The markers around a thought.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Thoughts {
@@ -24,6 +26,11 @@ pub enum ThoughtLead {
 }
 
 impl Thoughts {
+    /// What closes a thought, of all families.
+    pub fn ends() -> impl Iterator<Item = &'static str> {
+        THOUGHTS.iter().map(|(_, close)| *close)
+    }
+
     /// What the prompt leaves to the answer.
     #[must_use]
     pub fn lead(&self, prompt: &str) -> ThoughtLead {
