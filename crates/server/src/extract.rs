@@ -101,7 +101,7 @@ fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ApiError> {
 
 /// Fields of the OpenAI API that this version does not serve, and what other servers call ours, with the
 /// reason.
-const NOT_SERVED: [(&str, &str); 20] = [
+const NOT_SERVED: [(&str, &str); 23] = [
     ("functions", "the older form of `tools`"),
     ("function_call", "the older form of `tool_choice`"),
     ("guided_json", "this server calls it `json_schema`"),
@@ -118,6 +118,9 @@ const NOT_SERVED: [(&str, &str); 20] = [
     ("grammar_string", "this server calls it `grammar`"),
     ("format", "this server calls it `response_format`"),
     ("filters", "this server calls them `json_schema`, `regex` and `grammar`"),
+    ("prediction", "a text to draft from is not supported"),
+    ("draft_model", "no model drafts for another"),
+    ("speculative_ngram", "the prompt drafts for no answer"),
     ("best_of", "ranking of hidden choices is not supported"),
     ("suffix", "insertion is not supported"),
     ("modalities", "only text is supported"),

@@ -357,7 +357,10 @@ pub(crate) fn not_measured() -> BTreeMap<&'static str, NotMeasured> {
             "cache",
             "not measured by this version: cache drift needs a fresh prefill to compare with",
         ),
-        ("schema", "not measured by this version: replies are not bound to a JSON schema yet"),
+        (
+            "schema",
+            "not measured here: grounded answers are locked to their own grammar, and a gold set asks for no schema",
+        ),
         ("shards", "not measured by this version: the model runs on one device"),
     ]
     .map(|(name, reason)| (name, NotMeasured { status: Status::NotAvailable, reason }))

@@ -172,6 +172,22 @@ async fn the_same_seed_gives_the_same_answer_and_choices_differ() {
     assert_ne!(first[0], first[1]);
 }
 
+/// E11, its third case: no model drafts for another here, so that two vocabularies never meet; who asks for it is told.
+#[tokio::test]
+async fn e11_a_draft_is_refused_by_name() {
+    let server = warm(&[], None);
+    let cases = [
+        ("draft_model", json!("smaller")),
+        ("prediction", json!({"type": "content", "content": "x"})),
+        ("speculative_ngram", json!(true)),
+    ];
+    for (field, value) in cases {
+        let answer = server.post("/v1/chat/completions", &chat(&json!({field: value}))).await;
+        assert_eq!(answer.status, StatusCode::BAD_REQUEST, "{field}: {}", answer.text);
+        assert_eq!(answer.json()["error"]["param"], field, "{}", answer.text);
+    }
+}
+
 #[tokio::test]
 async fn unsupported_and_unknown_fields_are_named() {
     let server = warm(&[], None);
