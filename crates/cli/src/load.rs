@@ -33,7 +33,7 @@ use crate::{
     options::{EncoderArgs, EngineArgs, Sources},
     output::{Output, explain},
     paths,
-    preflight::Declared,
+    preflight::{Compared, Declared},
     progress::Bars,
     swap::InPlaceOf,
 };
@@ -179,7 +179,7 @@ impl Attempt<'_, '_> {
         if let Some(keys) = self.boot.keys {
             self.phase(Phase::Secrets, || Ok(()), |()| Ok(keys.into()))?;
         }
-        let (model, encoder) = self.preflight(&mut bars)?;
+        let (model, encoder, compared) = self.preflight(&mut bars)?;
         if let Some(former) = &self.boot.in_place_of {
             former.take_place(self.boot, &model, &self.owner.progress())?;
         }
@@ -214,7 +214,13 @@ impl Attempt<'_, '_> {
             progress.doing("answering a request");
             // A command that answers once is not kept waiting as long as a server.
             let n_tokens = if self.boot.keys.is_some() { sentinel::SERVED } else { sentinel::ONCE };
-            Ok(sentinel::run(&services, n_tokens, &mut || progress.made())?)
+            let told = sentinel::run(&services, n_tokens, &mut || progress.made())?;
+            let Some(golden) = compared.as_ref().and_then(Compared::golden) else {
+                return Ok(told);
+            };
+            progress.doing("comparing golden distributions");
+            let compared = sentinel::golden(&services.engine, golden, &mut || progress.made())?;
+            Ok(format!("{told}; {compared}"))
         };
         self.phase(Phase::Sentinel, sentinel, |detail| Ok(detail.clone()))?;
         Ok(services)
@@ -233,7 +239,7 @@ impl Attempt<'_, '_> {
         self.owner.run(phase, work, probe)
     }
 
-    fn preflight(&self, bars: &mut Bars) -> Result<(Resolved, Option<Resolved>)> {
+    fn preflight(&self, bars: &mut Bars) -> Result<(Resolved, Option<Resolved>, Option<Compared>)> {
         let Boot { sources, engine, encoder, declared, traces, .. } = self.boot;
         let resolve = || {
             let model = sources.resolve(&engine.model, Kind::Generator, bars)?;
@@ -243,18 +249,16 @@ impl Attempt<'_, '_> {
             let compared = declared.map(|it| it.compare(&model.path, bars)).transpose()?.flatten();
             Ok((model, encoder, compared))
         };
-        let (model, encoder, _) =
-            self.phase(Phase::Preflight, resolve, |(model, _, compared)| {
-                let generator = format!("generator {}", model.path.display());
-                let Some(compared) = compared else { return Ok(generator) };
-                let verdict = compared.verdict()?;
-                if let Some(reason) = compared.overlooked() {
-                    tracing::warn!(reason, "preflight: {verdict}");
-                    traces.iter().for_each(|traces| traces.stamp(reason));
-                }
-                Ok(format!("{generator}; {verdict}"))
-            })?;
-        Ok((model, encoder))
+        self.phase(Phase::Preflight, resolve, |(model, _, compared)| {
+            let generator = format!("generator {}", model.path.display());
+            let Some(compared) = compared else { return Ok(generator) };
+            let verdict = compared.verdict()?;
+            if let Some(reason) = compared.overlooked() {
+                tracing::warn!(reason, "preflight: {verdict}");
+                traces.iter().for_each(|traces| traces.stamp(reason));
+            }
+            Ok(format!("{generator}; {verdict}"))
+        })
     }
 
     fn device(&self) -> Result<Device> {

@@ -2,9 +2,10 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use clap::Args;
 use exrail_engine::{Class, Manifest, Row};
+use exrail_verify::GoldenDistributions;
 use serde_json::{Value, json};
 
 use crate::{environment, output::Output, progress::Bars};
@@ -33,11 +34,22 @@ impl Declared {
     /// Compares the files at `path` with the manifest; `None` when there is no manifest.
     pub(crate) fn compare(&self, path: &Path, bars: &mut Bars) -> Result<Option<Compared>> {
         let Some(file) = &self.manifest else { return Ok(None) };
-        let rows = Manifest::read(file)?.check(path, &mut hashing(path, bars))?;
+        let manifest = Manifest::read(file)?;
+        let rows = manifest.check(path, &mut hashing(path, bars))?;
         bars.clear();
+        let golden = manifest.distributions().map(GoldenDistributions::from_json).transpose();
         let shown = file.display().to_string();
-        Ok(Some(Compared { file: shown, rows, force: self.force.clone() }))
+        let golden = golden.with_context(|| format!("manifest {shown}"))?;
+        Ok(Some(Compared { file: shown, rows, golden, force: self.force.clone() }))
     }
+}
+
+/// Writes a manifest in whole: one that is cut in two would refuse its own model.
+pub(crate) fn save(manifest: &Manifest, file: &Path) -> Result<()> {
+    let partial = file.with_extension("partial");
+    let written =
+        std::fs::write(&partial, manifest.to_json()).and_then(|()| std::fs::rename(&partial, file));
+    written.with_context(|| format!("file {}", file.display()))
 }
 
 /// A progress function for the hash of the files at `path`.
@@ -56,12 +68,18 @@ pub(crate) fn hashing<'a>(
 pub(crate) struct Compared {
     file: String,
     rows: Vec<Row>,
+    golden: Option<GoldenDistributions>,
     force: Option<String>,
 }
 
 impl Compared {
     fn differing(&self, class: Class) -> Vec<&Row> {
         self.rows.iter().filter(|row| !row.agrees() && row.class == class).collect()
+    }
+
+    /// What the loaded model is to be compared with.
+    pub(crate) fn golden(&self) -> Option<&GoldenDistributions> {
+        self.golden.as_ref()
     }
 
     /// The reason for which soft mismatches are overlooked, when there are any.

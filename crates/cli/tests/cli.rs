@@ -517,6 +517,57 @@ fn a_model_that_is_not_what_its_manifest_declares_is_not_loaded() {
     assert!(exrail(home.path(), &arguments).status.success());
 }
 
+/// G-09: the files are those of the manifest, and what is computed of them is not what it was.
+#[test]
+fn a_model_that_computes_something_else_than_its_manifest_keeps_is_not_served() {
+    let home = tempfile::tempdir().unwrap();
+    let (model, manifest) = tiny_with_manifest(home.path());
+    let probe = |model: &str, manifest: &str, more: &[&str]| {
+        let arguments = ["probe", "distributions", model, "--manifest", manifest];
+        exrail(home.path(), &[&arguments[..], more].concat())
+    };
+    let boot = || {
+        let arguments = ["boot", "--no-encoder", "--model", &model, "--manifest", &manifest];
+        exrail(home.path(), &arguments)
+    };
+    fails(
+        &probe(&model, &manifest, &[]),
+        &["expected golden distributions, found none", "--write"],
+    );
+    let written = probe(&model, &manifest, &["--write"]);
+    assert!(written.status.success(), "{}", text(&written.stderr));
+    let same = probe(&model, &manifest, &[]);
+    assert!(same.status.success(), "{}", text(&same.stderr));
+    assert!(text(&same.stdout).contains("32 places"), "{}", text(&same.stdout));
+    let booted = text(&boot().stdout);
+    assert!(booted.contains("32 golden distributions within"), "{booted}");
+
+    // What other weights compute of the same text stands for kernels that compute something else of these.
+    let [other, others] = ["other.gguf", "other.manifest.json"].map(|name| home.path().join(name));
+    std::fs::write(&other, tiny_llama(2, TinyLlama::default())).unwrap();
+    let [other, others] = [other, others].map(|path| path.to_str().unwrap().to_owned());
+    assert!(exrail(home.path(), &["preflight", &other, "--write", &others]).status.success());
+    assert!(probe(&other, &others, &["--write"]).status.success());
+    let read = |path: &str| -> serde_json::Value {
+        serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
+    };
+    let mut grafted = read(&manifest);
+    grafted["distributions"] = read(&others)["distributions"].take();
+    std::fs::write(&manifest, grafted.to_string()).unwrap();
+    let probed = probe(&model, &manifest, &[]);
+    assert_eq!(probed.status.code(), Some(3), "{}", text(&probed.stderr));
+    fails(&boot(), &["golden distributions: expected a KL divergence of at most 0.02 nats"]);
+
+    grafted["distributions"]["places"] = serde_json::json!([]);
+    std::fs::write(&manifest, grafted.to_string()).unwrap();
+    fails(&boot(), &["model.manifest.json", "expected 32 places, found 0"]);
+
+    // The mutation: without them it is served.
+    grafted.as_object_mut().unwrap().remove("distributions");
+    std::fs::write(&manifest, grafted.to_string()).unwrap();
+    assert!(boot().status.success());
+}
+
 #[test]
 fn a_soft_mismatch_is_refused_and_overlooked_with_a_reason() {
     let home = tempfile::tempdir().unwrap();

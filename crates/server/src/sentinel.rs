@@ -3,10 +3,13 @@
 
 use exrail_engine::{EngineHandle, Event, Finish, GenerateRequest, Sampling};
 use exrail_text::ChatMessage;
-use exrail_verify::{Begun, CollectionIndex, DeltaSGate, Nonce, REFUSAL_TOKEN, Retrieve, begin};
+use exrail_verify::{
+    Begun, CollectionIndex, DeltaSGate, GoldenDistributions, GoldenDivergence, GoldenError, Nonce,
+    REFUSAL_TOKEN, Retrieve, begin,
+};
 use thiserror::Error;
 
-use crate::{state::Services, translate};
+use crate::{oracle::EngineOracle, state::Services, translate};
 
 /// Tokens of a generation before a server is ready (§3.1).
 pub const SERVED: usize = 64;
@@ -56,6 +59,27 @@ pub enum SentinelError {
         /// Why.
         reason: String,
     },
+    /// The golden distributions could not be compared.
+    #[error(transparent)]
+    Golden(#[from] GoldenError),
+    /// The model computes something else than when its manifest was written (G-09).
+    #[error(
+        "golden distributions: expected a KL divergence of at most {limit} nats at all {places} places, found {max:.3} \
+         behind {behind} tokens; the files are those of the manifest, so kernels or options compute something else \
+         than `{made_on}` did: compare them with `exrail probe distributions`, or write the manifest anew"
+    )]
+    Drifted {
+        /// Most that is allowed.
+        limit: f64,
+        /// Places compared.
+        places: usize,
+        /// Largest found.
+        max: f64,
+        /// Tokens in front of it.
+        behind: usize,
+        /// Device and kernels of the golden ones.
+        made_on: String,
+    },
     /// A question without evidence was not refused.
     #[error("sentinel refusal: expected `{REFUSAL_TOKEN}` for a question without evidence")]
     Refusal,
@@ -82,6 +106,24 @@ pub fn run(
     Ok(format!(
         "{generated} tokens, the same in run 1 and {RUNS}, refusal exact, {n_collections} collections searched"
     ))
+}
+
+/// Compares the model with its golden distributions (G-09); returns a line for people.
+///
+/// # Errors
+/// [`SentinelError::Golden`], [`SentinelError::Drifted`].
+pub fn golden(
+    engine: &EngineHandle,
+    golden: &GoldenDistributions,
+    told: &mut dyn FnMut(),
+) -> Result<String, SentinelError> {
+    let found = golden.compare(&EngineOracle::new(engine), told)?;
+    let (places, passes) = (found.kl.len(), found.passes());
+    let GoldenDivergence { max, behind, limit, made_on, .. } = found;
+    if !passes {
+        return Err(SentinelError::Drifted { limit, places, max, behind, made_on });
+    }
+    Ok(format!("{places} golden distributions within {max:.1e} nats"))
 }
 
 /// The number of tokens of the runs, of which the first and the last are the same.

@@ -15,6 +15,7 @@ mod cache;
 mod calibrate;
 mod cite;
 mod collection;
+mod distributions;
 mod encode;
 mod error;
 mod evaluate;
@@ -51,6 +52,9 @@ pub use cache::{
 pub use calibrate::{CorpusCalibration, FamilyFit, MaskedNull, calibrate};
 pub use cite::cite_lark;
 pub use collection::CollectionIndex;
+pub use distributions::{
+    GOLDEN_KL, GOLDEN_PLACES, GoldenDistributions, GoldenDivergence, GoldenError,
+};
 pub use error::{CalibrationError, GoldError, VerifyError};
 pub use evaluate::{Progress, Stage, System, VerifyOptions, verify};
 pub use fix::Confidence;

@@ -12,7 +12,7 @@ use crate::{
     Ended,
     options::Sources,
     output::Output,
-    preflight::{Declared, hashing},
+    preflight::{Declared, hashing, save},
     progress::Bars,
 };
 
@@ -60,11 +60,7 @@ impl Preflight {
 fn write(model: &Path, file: &Path, bars: &mut Bars, output: Output) -> Result<Ended> {
     let manifest = Manifest::of(model, &mut hashing(model, bars))?;
     bars.clear();
-    // A manifest cut in two would refuse its own model.
-    let partial = file.with_extension("partial");
-    let written =
-        std::fs::write(&partial, manifest.to_json()).and_then(|()| std::fs::rename(&partial, file));
-    written.with_context(|| format!("file {}", file.display()))?;
+    save(&manifest, file)?;
     output.value(&json!({ "written": file }));
     output.line(format!("written {}; keep it apart from the model", file.display()));
     Ok(Ended::Done)

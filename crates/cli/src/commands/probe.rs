@@ -1,5 +1,6 @@
 //! `exrail probe`.
 
+mod distributions;
 mod injection;
 
 use std::{path::PathBuf, sync::Arc};
@@ -11,7 +12,7 @@ use exrail_text::Specials;
 use exrail_verify::{CacheFault, CacheReport, ProbeText, Verdict, cache_probe};
 use serde_json::{Value, json};
 
-use self::injection::InjectionProbe;
+use self::{distributions::DistributionProbe, injection::InjectionProbe};
 use super::demo::sample_text;
 use crate::{
     Ended,
@@ -54,6 +55,15 @@ enum Part {
   exrail probe injection model.gguf                its template and tokenizer; a stub that always obeys
   exrail probe injection model.gguf --generate     and what the model itself says")]
     Injection(InjectionProbe),
+    /// Compare what a model computes with the distributions that its manifest keeps.
+    ///
+    /// Behind each eighth of 256 tokens the next-token distribution is compared with the golden one. A server with
+    /// `--manifest FILE` does the same before it is ready. Exits 0 when each is within 0.02 nats, 3 otherwise.
+    #[command(after_help = "Examples:
+  exrail preflight model.gguf --write model.manifest.json
+  exrail probe distributions model.gguf --manifest model.manifest.json --write    once, on a machine that is right
+  exrail probe distributions model.gguf --manifest model.manifest.json            behind a change of anything")]
+    Distributions(DistributionProbe),
 }
 
 /// The model that is probed.
@@ -86,16 +96,20 @@ impl Probe {
         match &self.part {
             Part::Cache(probe) => probe.run(*output),
             Part::Injection(probe) => probe.run(*output),
+            Part::Distributions(probe) => probe.run(*output),
         }
     }
 }
 
 impl ProbedModel {
+    /// What it is called.
+    fn name(&self) -> &str {
+        self.probed.as_ref().unwrap_or(&self.engine.model)
+    }
+
     fn boot(&self, output: Output) -> Result<Services> {
         let mut engine = self.engine.clone();
-        if let Some(probed) = &self.probed {
-            engine.model.clone_from(probed);
-        }
+        self.name().clone_into(&mut engine.model);
         Boot {
             board: &Arc::new(BootBoard::new()),
             keys: None,

@@ -28,6 +28,8 @@ use crate::load::{CheckedGenerator, LoadOptions, check_generator};
 const VERSION: u64 = 1;
 /// Fewest golden texts of a manifest (G-09).
 pub const FEWEST_GOLDEN: usize = 64;
+/// Golden next-token distributions, which only a loaded model has; no part of what is compared before.
+const DISTRIBUTIONS: &str = "distributions";
 /// Longest manifest: a vocabulary of control tokens is some hundred kB.
 const MAX_BYTES: u64 = 64 << 20;
 
@@ -145,7 +147,30 @@ impl Manifest {
     pub fn check(&self, path: &Path, progress: HashProgress<'_>) -> Result<Vec<Row>, EngineError> {
         let model = Model::open(path)?;
         let effective = model.describe(&Golden::declared(&self.declared), progress)?;
-        Ok(compare(&self.declared, &effective))
+        let mut declared = self.declared.clone();
+        if let Some(declared) = declared.as_object_mut() {
+            declared.shift_remove(DISTRIBUTIONS);
+        }
+        Ok(compare(&declared, &effective))
+    }
+
+    /// The golden next-token distributions, if it has any. They are compared when the model is loaded.
+    #[must_use]
+    pub fn distributions(&self) -> Option<&Value> {
+        self.declared.get(DISTRIBUTIONS)
+    }
+
+    /// The same with these golden next-token distributions.
+    #[must_use]
+    pub fn with_distributions(mut self, distributions: Value) -> Manifest {
+        self.declared[DISTRIBUTIONS] = distributions;
+        self
+    }
+
+    /// The golden texts in their order, one a line: a text that every manifest has.
+    #[must_use]
+    pub fn golden_text(&self) -> String {
+        Golden::declared(&self.declared).as_text.join("\n")
     }
 
     /// The text of the file.
