@@ -50,6 +50,9 @@ pub(super) struct OracleReport {
     /// What a divergence may be.
     pub(super) limit: f64,
     pub(super) kl_max: f64,
+    /// Of all checkpoints, their median and 99th percentile; none without a checkpoint.
+    pub(super) kl_p50: Option<f64>,
+    pub(super) kl_p99: Option<f64>,
     /// Answers that drifted.
     pub(super) drifted: Vec<Compared>,
 }
@@ -58,6 +61,7 @@ impl OracleReport {
     pub(super) fn of(compared: &[Compared], noise_p99: f64, width: KvWidth) -> Self {
         let limit = width.limit(noise_p99);
         let points = || compared.iter().flat_map(|one| &one.checkpoints);
+        let kls: Vec<f64> = points().map(|point| point.kl).collect();
         let drifted = compared.iter().filter(|one| drift(&one.checkpoints, limit).is_some());
         Self {
             n_answers: compared.len(),
@@ -66,7 +70,9 @@ impl OracleReport {
             noise_p99,
             is_noise_low: noise_p99 <= width.least_limit(),
             limit,
-            kl_max: points().map(|point| point.kl).fold(0.0, f64::max),
+            kl_max: kls.iter().copied().fold(0.0, f64::max),
+            kl_p50: quantile(&kls, 0.5).ok(),
+            kl_p99: quantile(&kls, 0.99).ok(),
             drifted: drifted.cloned().collect(),
         }
     }
@@ -271,6 +277,7 @@ mod tests {
         let report = OracleReport::of(&all, 0.0, KvWidth::Sixteen);
         assert_eq!((report.drifted.len(), report.n_rotated, report.n_checkpoints), (1, 2, 6));
         assert!((report.kl_max - 0.02).abs() < 1e-12 && report.is_noise_low);
+        assert!(report.kl_p50 <= report.kl_p99 && report.kl_p99 <= Some(report.kl_max));
         let noisy = OracleReport::of(&all, 0.02, KvWidth::Sixteen);
         assert!(!noisy.is_noise_low && noisy.drifted.is_empty());
     }
