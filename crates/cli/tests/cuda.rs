@@ -26,11 +26,12 @@ impl Drop for Server {
 
 impl Server {
     /// On the first GPU, ready.
-    fn start(home: &std::path::Path) -> Server {
+    fn start(home: &std::path::Path, options: &[&str]) -> Server {
         let model = std::env::var("EXRAIL_TEST_GENERATOR").expect("EXRAIL_TEST_GENERATOR is set");
         let mut process = Command::new(env!("CARGO_BIN_EXE_exrail"))
             .args(["serve", "--model", &model, "--device", "cuda:0", "--port", "0", "--no-encoder"])
             .arg("--json")
+            .args(options)
             .env("EXRAIL_HOME", home)
             .stdout(Stdio::piped())
             .spawn()
@@ -71,8 +72,16 @@ impl Server {
 /// G-05, row A2: prompts, contexts, numbers of sequences and ways to sample that nobody warmed.
 #[test]
 fn whatever_users_ask_for_the_device_builds_nothing_behind_the_fence() {
-    let home = tempfile::tempdir().unwrap();
-    let server = Server::start(home.path());
+    // Rows of a prompt attend in other kernels with each of these.
+    for options in [&[][..], &["--batch-invariant"], &["--kv", "int8"], &["--kv", "f32"]] {
+        let home = tempfile::tempdir().unwrap();
+        let server = Server::start(home.path(), options);
+        ask_for_much(&server);
+        assert_eq!(server.grown(), Vec::<String>::new(), "{options:?}");
+    }
+}
+
+fn ask_for_much(server: &Server) {
     let greedy = json!({ "temperature": 0 });
     let ways = [
         greedy.clone(),
@@ -94,5 +103,4 @@ fn whatever_users_ask_for_the_device_builds_nothing_behind_the_fence() {
             }
         });
     }
-    assert_eq!(server.grown(), Vec::<String>::new());
 }

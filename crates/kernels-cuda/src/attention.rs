@@ -234,7 +234,12 @@ fn attend_in_groups(
     let (group, run, cluster) = rows.runs(shape, stream, options);
     let n_runs = rows.context().div_ceil(run);
     let head_bytes = 4 * (n_heads / n_kv_heads) * (head_dim + PART_BESIDES);
-    let least = most_runs(stream.machine().n_multiprocessors) * head_bytes;
+    let least = if options.batch_invariant {
+        // Rows of a prompt attend one by one, too, and later ones see more positions than the warm-up's.
+        PARTS_BYTES
+    } else {
+        most_runs(stream.machine().n_multiprocessors) * head_bytes
+    };
     let (parts, rows_at_once) = parts(stream, rows.n, n_kv_heads * n_runs * head_bytes, least);
     let n_done = stream.counters(rows.n * n_kv_heads);
     let in_ring = stream.machine().depth * 2 * GROUP_POSITIONS * (head_dim + 8) * 2;
@@ -341,7 +346,7 @@ fn attend_in_runs(
     // A power of two, so that a growing context seldom changes the grid.
     let n_runs = rows.longest.div_ceil(RUN).next_power_of_two();
     let row_bytes = 4 * shape.n_heads as usize * n_runs * (head_dim + 2);
-    let (parts, rows_at_once) = parts(stream, rows.n, row_bytes, 0);
+    let (parts, rows_at_once) = parts(stream, rows.n, row_bytes, PARTS_BYTES);
     let n_done = stream.counters(rows.n * shape.n_heads as usize);
     let lanes = (head_dim / VECTOR).next_power_of_two();
     let kernel = format!("attention_run_{dtype}_{lanes}");

@@ -386,25 +386,32 @@ const THINKS: &str = "{% for message in messages %}<|im_start|>{{ message.role }
     {{ message.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n<think>\n\
     {# </think> #}{% if enable_thinking is defined %}</think>{% endif %}";
 
-/// B15: the template opens a thought. What the model writes before it ends is no content, in streams, too; the
-/// tiny model never ends it. What follows an end is tested with the lock itself.
+/// B15: the template opens a thought. What the model writes before it ends is no content, in streams, too. The tiny
+/// model never ends it; it is closed while a value still fits, and where none does, there is no content.
 #[tokio::test]
 async fn b15_inside_an_open_thought_nothing_is_content() {
     let server = warm_speaking(THINKS);
-    let constraint = json!({"response_format": named(&schema()), "max_tokens": 60});
-    for seed in 0..6 {
-        let mut body = chat(&constraint);
-        body["seed"] = json!(seed);
-        let whole = server.post(CHAT, &body).await;
-        assert_eq!(content(&whole), "", "{}", whole.text);
-        let choice = whole.json()["choices"][0].clone();
-        assert_eq!(choice["exrail_finish_reason"], "schema_incomplete", "{choice}");
-        let thought = choice["message"]["reasoning_content"].as_str().unwrap();
-        assert!(!thought.is_empty());
-        body["stream"] = json!(true);
-        let stream = server.post(CHAT, &body).await;
-        assert_eq!(joined(&stream, "content"), "");
-        assert_eq!(joined(&stream, "reasoning_content"), thought);
+    for (max_tokens, fits) in [(100, true), (12, false)] {
+        let constraint = json!({"response_format": named(&schema()), "max_tokens": max_tokens});
+        for seed in 0..6 {
+            let mut body = chat(&constraint);
+            body["seed"] = json!(seed);
+            let whole = server.post(CHAT, &body).await;
+            let choice = whole.json()["choices"][0].clone();
+            let thought = choice["message"]["reasoning_content"].as_str().unwrap();
+            assert!(!thought.is_empty() && !thought.contains("</think>"), "{choice}");
+            if fits {
+                assert!(is_a_box(&content(&whole)) && !is_a_box(thought), "{choice}");
+                assert_eq!(choice["finish_reason"], "stop", "{choice}");
+            } else {
+                assert_eq!(content(&whole), "", "{choice}");
+                assert_eq!(choice["exrail_finish_reason"], "schema_incomplete", "{choice}");
+            }
+            body["stream"] = json!(true);
+            let stream = server.post(CHAT, &body).await;
+            assert_eq!(joined(&stream, "content"), content(&whole));
+            assert_eq!(joined(&stream, "reasoning_content"), thought);
+        }
     }
     let refused = server.post(CHAT, &chat(&json!({"regex": "a"}))).await;
     assert_eq!(refused.code(), "unsupported_field", "{}", refused.text);
@@ -482,8 +489,8 @@ async fn b15_behind_a_thought_that_ends_the_content_is_a_value() {
     }
 }
 
-/// B15: a thought that does not end before its tokens do, however many. Nothing is content, and nobody is told that the
-/// answer is whole.
+/// B15: a thought that the model never ends. Where no value fits behind it nothing is content, and nobody is told that the
+/// answer is whole; where one does, the thought is closed in time.
 #[tokio::test]
 async fn b15_a_thought_that_max_tokens_cuts_leaves_no_content_and_is_no_stop() {
     for kind in [CONTROL, ADDED] {
@@ -492,7 +499,7 @@ async fn b15_a_thought_that_max_tokens_cuts_leaves_no_content_and_is_no_stop() {
             chat(&json!({"response_format": named(&schema()), "max_tokens": max_tokens,
                 "logit_bias": {CLOSES: -100}}))
         };
-        for max_tokens in [1, 8, 16, 300] {
+        for max_tokens in [1, 4, 8] {
             let (choice, told, last) = both(&server, body(max_tokens)).await;
             assert_eq!(choice["message"]["content"].as_str().unwrap_or_default(), "", "{choice}");
             let thought = choice["message"]["reasoning_content"].as_str().unwrap_or_default();
@@ -501,6 +508,14 @@ async fn b15_a_thought_that_max_tokens_cuts_leaves_no_content_and_is_no_stop() {
                 assert_eq!(choice["finish_reason"], "length", "{choice}");
                 assert_eq!(choice["exrail_finish_reason"], "schema_incomplete", "{choice}");
             }
+        }
+        let (choice, told, last) = both(&server, body(300)).await;
+        let message = &choice["message"];
+        let content = message["content"].as_str().unwrap();
+        assert!(is_a_box(content), "{choice}");
+        assert_eq!(told, [message["reasoning_content"].as_str().unwrap(), content]);
+        for choice in [&choice, &last] {
+            assert_eq!(choice["finish_reason"], "stop", "{choice}");
         }
     }
 }

@@ -34,6 +34,25 @@ pub(super) struct Compared {
     pub(super) n_rotations: usize,
     /// In the order of positions.
     pub(super) checkpoints: Vec<Checkpoint>,
+    /// Of the one with the largest divergence; none without any.
+    #[serde(skip)]
+    pub(super) worst: Option<Witness>,
+}
+
+/// Everything to look at one comparison again.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub(super) struct Witness {
+    /// In nats.
+    pub(super) kl: f64,
+    /// Place in the answer.
+    pub(super) at: usize,
+    /// How often the context of the answer was rotated.
+    pub(super) n_rotations: usize,
+    /// The tokens in front of it.
+    pub(super) context: Vec<u32>,
+    /// The likeliest tokens by their text, as served and as prefilled.
+    pub(super) live: Map<String, Value>,
+    pub(super) fresh: Map<String, Value>,
 }
 
 /// What all comparisons come to.
@@ -53,6 +72,8 @@ pub(super) struct OracleReport {
     /// Of all checkpoints, their median and 99th percentile; none without a checkpoint.
     pub(super) kl_p50: Option<f64>,
     pub(super) kl_p99: Option<f64>,
+    /// The comparison with the largest divergence.
+    pub(super) worst: Option<Witness>,
     /// Answers that drifted.
     pub(super) drifted: Vec<Compared>,
 }
@@ -73,6 +94,7 @@ impl OracleReport {
             kl_max: kls.iter().copied().fold(0.0, f64::max),
             kl_p50: quantile(&kls, 0.5).ok(),
             kl_p99: quantile(&kls, 0.99).ok(),
+            worst: larger(compared.iter().filter_map(|one| one.worst.as_ref())).cloned(),
             drifted: drifted.cloned().collect(),
         }
     }
@@ -134,8 +156,15 @@ pub(super) fn compare(target: Target<'_>, model: &str, body: &Value) -> Result<C
         .collect();
     places.dedup();
     let compared = places.into_iter().map(|at| compare_at(target, model, &served, at));
-    let checkpoints = compared.collect::<Result<_>>()?;
-    Ok(Compared { n_rotations: served.rotations.len(), checkpoints })
+    let (checkpoints, witnesses): (Vec<_>, Vec<_>) =
+        compared.collect::<Result<Vec<_>>>()?.into_iter().unzip();
+    let worst = larger(witnesses.iter()).cloned();
+    Ok(Compared { n_rotations: served.rotations.len(), checkpoints, worst })
+}
+
+/// The one with the largest divergence.
+fn larger<'a>(witnesses: impl Iterator<Item = &'a Witness>) -> Option<&'a Witness> {
+    witnesses.max_by(|a, b| a.kl.total_cmp(&b.kl))
 }
 
 /// 99th percentile of the divergence of an answer that had the server for itself.
@@ -150,7 +179,7 @@ pub(super) fn noise(target: Target<'_>, model: &str, prompt: &[u32]) -> Result<f
     let body = complete(target, &asked)?;
     let served = Served::of(&body)?;
     let places = (0..served.ids.len()).step_by(NOISE_EVERY);
-    let points = places.map(|at| Ok(compare_at(target, model, &served, at)?.kl));
+    let points = places.map(|at| Ok(compare_at(target, model, &served, at)?.0.kl));
     Ok(quantile(&points.collect::<Result<Vec<_>>>()?, 0.99)?)
 }
 
@@ -159,7 +188,7 @@ fn compare_at(
     model: &str,
     served: &Served<'_>,
     at: usize,
-) -> Result<Checkpoint> {
+) -> Result<(Checkpoint, Witness)> {
     let context = served.context(at)?;
     // Log-probabilities are of the model's own distribution; the bias keeps an end of sequence from
     // being drawn, with which none are told.
@@ -171,7 +200,10 @@ fn compare_at(
     let fresh = body["choices"][0]["logprobs"]["top_logprobs"][0].as_object();
     let fresh = fresh.with_context(|| format!("prefill: expected log-probabilities: {body}"))?;
     let live = served.tops[at].as_object().context("answer: expected log-probabilities")?;
-    checkpoint(context.len(), fresh, live)
+    let point = checkpoint(context.len(), fresh, live)?;
+    let (live, fresh) = (live.clone(), fresh.clone());
+    let n_rotations = served.rotations.len();
+    Ok((point, Witness { kl: point.kl, at, n_rotations, context, live, fresh }))
 }
 
 fn checkpoint(
@@ -271,8 +303,11 @@ mod tests {
     #[test]
     fn one_slip_is_none_two_are_drift_and_loud_noise_is_told() {
         let point = |kl| Checkpoint { tokens: 9, kl, argmax_changed: false, margin: 1.0 };
-        let compared =
-            |kls: [f64; 3]| Compared { n_rotations: 1, checkpoints: kls.map(point).into() };
+        let compared = |kls: [f64; 3]| Compared {
+            n_rotations: 1,
+            checkpoints: kls.map(point).into(),
+            worst: None,
+        };
         let all = [compared([0.0, 0.02, 0.0]), compared([0.02, 0.02, 0.0])];
         let report = OracleReport::of(&all, 0.0, KvWidth::Sixteen);
         assert_eq!((report.drifted.len(), report.n_rotated, report.n_checkpoints), (1, 2, 6));

@@ -378,7 +378,7 @@ mod tests {
 
     fn oracle(kl: f64, noise: f64) -> OracleReport {
         let point = Checkpoint { tokens: 9, kl, argmax_changed: false, margin: 1.0 };
-        let compared = Compared { n_rotations: 0, checkpoints: vec![point; 3] };
+        let compared = Compared { n_rotations: 0, checkpoints: vec![point; 3], worst: None };
         OracleReport::of(&[compared], noise, KvWidth::Sixteen)
     }
 
