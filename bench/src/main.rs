@@ -17,10 +17,6 @@ use std::{
 
 use clap::{Parser, Subcommand};
 
-/// The one of `exrail`: it is a third of what a grammar's compilation takes.
-#[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
-
 #[derive(Debug, Parser)]
 #[command(name = "exrail-bench", about = "Speed against llama.cpp")]
 struct Arguments {

@@ -24,10 +24,6 @@ use clap::{Parser, Subcommand};
 
 use crate::output::Output;
 
-/// A grammar is compiled in a third less time than with the system's allocator (`exrail-bench grammar`).
-#[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
-
 /// A program that can inject faults says so.
 const VERSION: &str = if cfg!(feature = "faults") {
     concat!(env!("CARGO_PKG_VERSION"), "+faults")
