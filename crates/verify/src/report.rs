@@ -359,7 +359,7 @@ pub(crate) fn not_measured() -> BTreeMap<&'static str, NotMeasured> {
         ),
         (
             "schema",
-            "not measured here: grounded answers are locked to their own grammar, and a gold set asks for no schema",
+            "not measured by this version: grounded answers are locked to their own grammar, and a gold set asks for no schema",
         ),
         ("shards", "not measured by this version: the model runs on one device"),
     ]
