@@ -100,7 +100,7 @@ pub(crate) fn run(arguments: &GrammarArguments) -> Result<()> {
 }
 
 /// The times are those of one thread. A grammar is compiled in another one than its masks are computed in, and between
-/// two processors half of what is measured would be their caches.
+/// two processors the cold caches of the second one are measured, too.
 fn stay_on_one_processor() -> Result<usize> {
     let processor = sched_getcpu();
     let mut only = CpuSet::new();
