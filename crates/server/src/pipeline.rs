@@ -387,13 +387,22 @@ pub struct Asked {
     pub found: Vec<Hit>,
     /// Milliseconds of the search.
     pub retrieve_ms: f64,
-    /// Milliseconds from the question to the decision.
+    /// Milliseconds of search and decision.
     pub total_ms: f64,
     /// What the generation took; none when nothing was generated.
     pub measured: Option<Measured>,
     /// First token of each slot of the prompt and one past its last, where they are known; empty when nothing was
     /// generated.
     pub slots: Vec<Option<[usize; 2]>>,
+}
+
+/// What a question found.
+#[derive(Clone, Debug)]
+pub struct Found {
+    /// Best first.
+    pub hits: Vec<Hit>,
+    /// Milliseconds of the search.
+    pub retrieve_ms: f64,
 }
 
 /// Largest number of snippets of one prompt.
@@ -435,27 +444,50 @@ impl Asker {
     /// Answers a question, or refuses with the exact token.
     ///
     /// # Errors
-    /// The index or the generator failed, or `k` is out of range.
+    /// As [`Asker::find`] and [`Asker::answer`].
     pub fn ask(&self, question: &str, call: &AskCall) -> Result<Asked, ApiError> {
+        self.answer(question, self.find(question, call)?, call)
+    }
+
+    /// What the collection holds for a question.
+    ///
+    /// # Errors
+    /// The index failed, or an option is out of range.
+    pub fn find(&self, question: &str, call: &AskCall) -> Result<Found, ApiError> {
+        let policy = self.policy(call)?;
+        let begun = Instant::now();
+        let hits = retrieve(&self.grounds.index, question, &policy)
+            .map_err(|error| ApiError::Search(error.to_string()))?;
+        Ok(Found { hits, retrieve_ms: ms_since(begun) })
+    }
+
+    /// How this question is answered.
+    fn policy(&self, call: &AskCall) -> Result<AskPolicy, ApiError> {
         if !(1..=MAX_K).contains(&call.k) {
             let problem = format!("expected 1 to {MAX_K}, found {}", call.k);
             return Err(ApiError::BadField { field: "k".into(), problem });
         }
-        let asked = Instant::now();
-        let Grounds { index, gate, fence_secret, .. } = &*self.grounds;
         let mut policy = self.grounds.policy.clone();
         policy.search.k = call.k;
         policy.rules.clone_from(&call.rules);
-        let found = retrieve(index, question, &policy)
-            .map_err(|error| ApiError::Search(error.to_string()))?;
-        let retrieve_ms = ms_since(asked);
+        Ok(policy)
+    }
+
+    /// Answers a question from what it found, or refuses with the exact token.
+    ///
+    /// # Errors
+    /// The generator failed, or an option is out of range.
+    pub fn answer(&self, question: &str, found: Found, call: &AskCall) -> Result<Asked, ApiError> {
+        let (policy, begun) = (self.policy(call)?, Instant::now());
+        let Grounds { gate, fence_secret, .. } = &*self.grounds;
+        let Found { hits: found, retrieve_ms } = found;
         let nonce = Nonce::derive(&[&fence_secret.to_le_bytes(), question.as_bytes()]);
         let seed = call.sampling.seed;
         let generator = EngineGenerate::new(&self.engine, call.sampling.clone(), call.max_tokens)
             .for_call(call, self.entropy.nats());
         let outcome = answer_over(&generator, question, &found, gate, (&policy, &nonce, seed))
             .map_err(ask_error)?;
-        let (total_ms, measured) = (ms_since(asked), generator.last());
+        let (total_ms, measured) = (retrieve_ms + ms_since(begun), generator.last());
         let has_ended = outcome.reply.as_ref().is_some_and(|reply| reply.end == GeneratedEnd::Stop);
         if let Some(nats) = measured.and_then(|m| m.entropy_mean).filter(|_| has_ended) {
             self.entropy.note(nats);

@@ -78,14 +78,15 @@ pub enum TraceBody {
         /// Its hash.
         index_hash: String,
     },
-    /// A collection was searched.
+    /// A collection was searched for an answer; it stands in front of the answer's record, and alone where nobody
+    /// waited for the answer any more.
     #[serde(rename = "retrieve.run")]
     Retrieve {
         /// The question.
         query: QueryRecord,
         /// The collection.
         collection: String,
-        /// What was found, best first.
+        /// What was found, best first; none is selected where the answer was not decided.
         retrieved: Vec<RetrievedItem>,
     },
     /// Text was generated without a collection.

@@ -32,9 +32,9 @@ enum TraceCommand {
 /// Check a trace log offline.
 ///
 /// Every line is compared with the published schema of its event, every hash that the log holds the text of is
-/// computed again, and spans, citations, counts and the order of records are checked. With a collection, each
-/// retrieved snippet is compared with what is stored. Exits 0 when nothing is broken, 1 when something is, and 2
-/// when log or collection cannot be read.
+/// computed again, and spans, citations, counts, the order of records and the agreement of a search with its answer
+/// are checked. With a collection, each retrieved snippet is compared with what is stored. Exits 0 when nothing is
+/// broken, 1 when something is, and 2 when log or collection cannot be read.
 #[derive(Debug, Args)]
 struct VerifyLog {
     /// The log, JSON lines as `serve --trace-log` writes them.

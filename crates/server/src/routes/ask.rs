@@ -131,13 +131,7 @@ async fn decide(state: Arc<AppState>, mut question: Question) -> Result<AskRespo
     let (_waits, hung_up) = flume::bounded(0);
     question.call.hung_up = Some(hung_up);
     let blocking = tokio::task::spawn_blocking(move || {
-        let asked = question.asker.ask(&question.text, &question.call);
-        let asked = asked.map_err(|error| question.pass.explain(error));
-        if let Err(error @ ApiError::HungUp) = &asked {
-            let body = TraceBody::Guard { guard: error.code().into(), detail: error.to_string() };
-            state.traces.append_blocking(&question.identity, &question.asker.pins()?, body)?;
-        }
-        let asked = asked?;
+        let asked = ask_and_trace(&state, &question)?;
         if let Some(ms) = asked.measured.and_then(|measured| measured.first_token_ms) {
             let first = Duration::from_secs_f64((asked.retrieve_ms + ms).max(0.0) / 1e3);
             state.metrics.first_token.observe(first);
@@ -147,6 +141,13 @@ async fn decide(state: Arc<AppState>, mut question: Question) -> Result<AskRespo
             state.metrics.count_guard(guard);
         }
         let pins = question.asker.pins()?;
+        let collection = question.asker.index().collection();
+        let search = TraceBody::Retrieve {
+            query: record.query.clone(),
+            collection: record.collection.clone(),
+            retrieved: record.retrieved.clone(),
+        };
+        state.traces.append_grounded(&question.identity, &pins, search, collection)?;
         if let Some(body) = odd::traced(odd_characters(&question, &asked)) {
             state.metrics.count_guard(odd::GUARD);
             state.traces.append_blocking(&question.identity, &pins, body)?;
@@ -155,11 +156,31 @@ async fn decide(state: Arc<AppState>, mut question: Question) -> Result<AskRespo
             state.traces.append_blocking(&question.identity, &pins, body)?;
         }
         let body = TraceBody::Answer(Box::new(record));
-        let collection = question.asker.index().collection();
         state.traces.append_grounded(&question.identity, &pins, body, collection)?;
         Ok(response(question.identity.trace_id, asked))
     });
     blocking.await.map_err(|_| ApiError::Internal("ask task"))?
+}
+
+/// Asks. Where nobody waits for the answer any more, the search and the end of it are recorded here: the records of
+/// an answer are written when it is decided, as they wait for the model's hash.
+fn ask_and_trace(state: &AppState, question: &Question) -> Result<Asked, ApiError> {
+    let Question { asker, call, identity, text, .. } = question;
+    let explain = |error| question.pass.explain(error);
+    let found = asker.find(text, call).map_err(explain)?;
+    let asked = asker.answer(text, found.clone(), call).map_err(explain);
+    if let Err(error @ ApiError::HungUp) = &asked {
+        let pins = asker.pins()?;
+        let search = TraceBody::Retrieve {
+            query: query(question),
+            collection: question.collection.clone(),
+            retrieved: retrieved(question, &found.hits, 0),
+        };
+        state.traces.append_grounded(identity, &pins, search, asker.index().collection())?;
+        let body = TraceBody::Guard { guard: error.code().into(), detail: error.to_string() };
+        state.traces.append_blocking(identity, &pins, body)?;
+    }
+    asked
 }
 
 /// The record of a rule that an answer was withheld for (G-31).
@@ -286,8 +307,6 @@ fn query(question: &Question) -> QueryRecord {
 
 fn record(question: &Question, asked: &Asked) -> AnswerRecord {
     let outcome = &asked.outcome;
-    let selected = outcome.evidence.len();
-    let retrieved = asked.found.iter().enumerate();
     let ds_mean = match &outcome.gate {
         GateReading::Calibrated { cal_mean, .. } | GateReading::EncoderUnfit { cal_mean, .. } => {
             Some(*cal_mean)
@@ -306,9 +325,7 @@ fn record(question: &Question, asked: &Asked) -> AnswerRecord {
             .rules
             .as_ref()
             .map(|rules| rules::record(rules, outcome.prompt.is_some())),
-        retrieved: retrieved
-            .map(|(index, hit)| item(hit, question.asker.calibrated(hit), index < selected))
-            .collect(),
+        retrieved: retrieved(question, &asked.found, outcome.evidence.len()),
         answer_sha256: sha256(&outcome.text),
         answer_text: outcome.text.clone(),
         segments: segments(&outcome.segments, &outcome.evidence),
@@ -348,6 +365,13 @@ fn answer_metrics(asked: &Asked, ds_mean: Option<f64>) -> AnswerMetrics {
             cached: measured.cached_tokens,
         },
     }
+}
+
+/// What was found, of which the first ones entered the prompt.
+fn retrieved(question: &Question, found: &[Hit], n_selected: usize) -> Vec<RetrievedItem> {
+    let ds_cal = |hit| question.asker.calibrated(hit);
+    let item = |(at, hit)| item(hit, ds_cal(hit), at < n_selected);
+    found.iter().enumerate().map(item).collect()
 }
 
 fn item(hit: &Hit, ds_cal: Option<f64>, selected: bool) -> RetrievedItem {

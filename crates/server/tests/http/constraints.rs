@@ -335,8 +335,9 @@ async fn g31_a_grounded_answer_has_its_rules_in_prompt_and_record() {
     let without = server.post("/v1/ask", &plain).await.json();
     let tokens = |answer: &Value| answer["usage"]["prompt_tokens"].as_u64().unwrap();
     assert!(tokens(&answer.json()) > tokens(&without) + 10);
-    let lines = server.trace_lines();
-    let (locked, free) = (&lines[lines.len() - 2], &lines[lines.len() - 1]);
+    let lines: Vec<Value> =
+        server.trace_lines().into_iter().filter(|it| it["event"] == "answer.decide").collect();
+    let [locked, free] = &lines[..] else { panic!("{lines:#?}") };
     let told = locked["prompt"]["constraints"].as_array().unwrap();
     assert_eq!(told[told.len() - 2..], [json!("Name no price."), json!("Be kind.")]);
     assert_ne!(locked["prompt"]["constraints_sha256"], free["prompt"]["constraints_sha256"]);

@@ -105,7 +105,7 @@ async fn a_closed_connection_ends_the_sequence_on_every_route() {
     assert_eq!((counters(&server).panics, counters(&server).failed), (0, 0));
     // G-14: what nobody reads leaves its record, too.
     let limit = Instant::now() + Duration::from_secs(20);
-    while server.trace_lines().len() < 4 {
+    while server.trace_lines().len() < 5 {
         assert!(Instant::now() < limit, "{:?}", server.trace_lines());
         tokio::time::sleep(Duration::from_millis(1)).await;
     }
@@ -113,6 +113,11 @@ async fn a_closed_connection_ends_the_sequence_on_every_route() {
     let cancelled = lines.iter().filter(|line| line["finish_reason"] == "cancelled").count();
     let asked = lines.iter().filter(|line| line["guard"] == "client_gone").count();
     assert_eq!((cancelled, asked), (3, 1), "{lines:?}");
+    // The question had searched.
+    let [.., search, gone] = &lines[..] else { panic!("{lines:?}") };
+    assert_eq!((&search["event"], &gone["guard"]), (&json!("retrieve.run"), &json!("client_gone")));
+    assert_eq!(search["trace_id"], gone["trace_id"]);
+    assert_eq!(search["retrieved"].as_array().unwrap().len(), 2);
     // The one that waited is answered as if nothing had been.
     let body = json!({"model": MODEL, "prompt": "ab", "max_tokens": 2});
     assert_eq!(server.post("/v1/completions", &body).await.status, 200);

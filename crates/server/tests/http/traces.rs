@@ -45,13 +45,17 @@ async fn every_kind_of_request_leaves_a_record_with_its_pins() {
     server.post("/v1/ask", &json!({"question": "Where is the key?"})).await;
     let lines = server.trace_lines();
     let names: Vec<_> = lines.iter().map(|line| line["event"].clone()).collect();
-    assert_eq!(names, ["infer.run", "infer.run", "answer.decide"]);
+    assert_eq!(names, ["infer.run", "infer.run", "retrieve.run", "answer.decide"]);
     assert_eq!(lines[0]["session_id"], "me");
+    for field in ["trace_id", "request_id", "pins", "query", "collection", "retrieved"] {
+        assert_eq!(lines[2][field], lines[3][field], "{field}");
+    }
+    assert_eq!(lines[2]["retrieved"][0]["selected"], true);
     for line in &lines {
         assert_eq!(line["schema_version"], "2.0");
         assert_eq!(line["pins"]["model_fp"].as_str().unwrap().len(), 64);
     }
-    assert!(lines[2]["pins"]["index_hash"].is_string());
+    assert!(lines[3]["pins"]["index_hash"].is_string());
 }
 
 #[tokio::test]

@@ -48,11 +48,13 @@ pub enum Rule {
     IndexHash,
     /// Each snippet is stored in the collection as it was recorded, and its text has its hash.
     Stored,
+    /// An answer was drawn from what the search in front of it found.
+    Search,
 }
 
 impl Rule {
     /// All of them, in the order of reports.
-    pub const ALL: [Rule; 20] = [
+    pub const ALL: [Rule; 21] = [
         Rule::Json,
         Rule::Seal,
         Rule::Schema,
@@ -73,6 +75,7 @@ impl Rule {
         Rule::Metrics,
         Rule::IndexHash,
         Rule::Stored,
+        Rule::Search,
     ];
 
     /// Its name in reports and errors.
@@ -99,6 +102,7 @@ impl Rule {
             Rule::Metrics => "metrics",
             Rule::IndexHash => "index_hash",
             Rule::Stored => "stored",
+            Rule::Search => "search",
         }
     }
 }

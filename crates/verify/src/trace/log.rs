@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
+    fmt::Display,
     io::{self, BufRead, Read},
 };
 
@@ -118,6 +119,8 @@ struct Begun {
     request_id: String,
     /// The event behind which nothing comes.
     ended_by: Option<String>,
+    /// Its `retrieve.run`, until the answer that was drawn from it.
+    search: Option<Value>,
 }
 
 #[derive(Default)]
@@ -165,7 +168,7 @@ impl Reading {
         *self.report.n_by_event.entry(event.to_owned()).or_default() += 1;
         let request_id = record["request_id"].as_str().unwrap_or_default();
         let mut findings = Findings::default();
-        let new = || Begun { request_id: request_id.to_owned(), ended_by: None };
+        let new = || Begun { request_id: request_id.to_owned(), ended_by: None, search: None };
         let begun = self.traces.entry(trace_id.to_owned()).or_insert_with(new);
         findings.equal(Rule::Order, "/request_id", begun.request_id.as_str(), request_id);
         match &begun.ended_by {
@@ -174,6 +177,15 @@ impl Reading {
                 findings.note(Rule::Order, "/event", expected, format!("`{event}`"));
             }
             None => findings.passed(Rule::Order),
+        }
+        match event {
+            "retrieve.run" => begun.search = Some(record.clone()),
+            "answer.decide" => {
+                if let Some(search) = begun.search.take() {
+                    compare_search(&search, record, &mut findings);
+                }
+            }
+            _ => {}
         }
         if ["infer.run", "answer.decide", "model.load", "model.unload"].contains(&event) {
             begun.ended_by = Some(event.to_owned());
@@ -212,6 +224,26 @@ impl Reading {
         };
         self.report.rules = Rule::ALL.map(row).to_vec();
         self.report
+    }
+}
+
+/// The answer is to the question that was searched for, with the same pins, and from what was found.
+fn compare_search(search: &Value, answer: &Value, findings: &mut Findings) {
+    // Without the values: they may be what users wrote.
+    let found = "another one";
+    for field in ["pins", "query", "collection"] {
+        let is_same = search[field] == answer[field];
+        let expected = ("what the `retrieve.run` of its trace has", &found as &dyn Display);
+        findings.holds(Rule::Search, &format!("/{field}"), is_same, expected);
+    }
+    let items = |record: &Value| record["retrieved"].as_array().cloned().unwrap_or_default();
+    let (before, after) = (items(search), items(answer));
+    let expected = "as many as the `retrieve.run` of its trace found";
+    let is_same = before.len() == after.len();
+    findings.holds(Rule::Search, "/retrieved", is_same, (expected, &after.len()));
+    for (at, (before, after)) in before.iter().zip(&after).enumerate() {
+        let expected = ("what the `retrieve.run` of its trace found", &found as &dyn Display);
+        findings.holds(Rule::Search, &format!("/retrieved/{at}"), before == after, expected);
     }
 }
 

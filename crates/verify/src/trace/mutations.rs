@@ -475,6 +475,50 @@ fn records_of_a_trace_out_of_order_are_a_breach() {
     }
 }
 
+/// A search and the answer that was drawn from it, in one trace; `change` is of the search, which is sealed again.
+fn searched(change: impl FnOnce(&mut Value)) -> [String; 2] {
+    let retrieved = answer().retrieved;
+    let (query, collection) = (answer().query, answer().collection);
+    let search = TraceBody::Retrieve { query, collection, retrieved };
+    let mut search = sealed(&envelope("trace-1", search));
+    change(&mut search);
+    let answer = sealed(&envelope("trace-1", TraceBody::Answer(Box::new(answer()))));
+    [line(&search), line(&answer)]
+}
+
+#[test]
+fn an_answer_agrees_with_the_search_in_front_of_it() {
+    let report = log_of(&searched(|_| {}));
+    assert_eq!(report.n_breaches, 0, "{:?}", report.breaches);
+    let row = report.rules.iter().find(|row| row.rule == Rule::Search).unwrap();
+    // Pins, query, collection, the number of results, and each of them.
+    assert_eq!(row.n_checked, 4 + 3);
+}
+
+/// Whoever changes a search seals it again, and it agrees with itself.
+#[test]
+fn a_search_that_was_tampered_with_differs_from_its_answer_and_is_found() {
+    type Change = fn(&mut Value);
+    let cases: [(&str, Change); 6] = [
+        ("/pins", |it| it["pins"]["encoder_fp"] = json!("another")),
+        ("/query", |it| it["query"]["tokens"] = json!(6)),
+        ("/collection", |it| it["collection"] = json!("another")),
+        ("/retrieved", |it| drop(it["retrieved"].as_array_mut().unwrap().pop())),
+        ("/retrieved/1", |it| it["retrieved"][1]["ds_cal"] = json!(0.5)),
+        ("/retrieved/2", |it| it["retrieved"][2]["text_sha256"] = json!(sha256_hex(b"other"))),
+    ];
+    for (pointer, change) in cases {
+        let lines = searched(change);
+        let report = log_of(&lines);
+        let found: Vec<(Rule, &str)> =
+            report.breaches.iter().map(|it| (it.breach.rule, &*it.breach.pointer)).collect();
+        assert_eq!(found, [(Rule::Search, pointer)]);
+        // The mutation: without the answer beside it, nothing of it is wrong.
+        let alone = log_of(&lines[..1]);
+        assert_eq!(alone.n_breaches, 0, "{:?}", alone.breaches);
+    }
+}
+
 proptest::proptest! {
     #![proptest_config(proptest::prelude::ProptestConfig::with_cases(64))]
     #[test]
