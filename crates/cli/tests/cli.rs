@@ -64,6 +64,12 @@ fn every_command_explains_itself_and_wrong_usage_is_2() {
     }
     assert_eq!(exrail(home.path(), &["ask", "q", "--depth", "3"]).status.code(), Some(2));
     assert_eq!(exrail(home.path(), &["fly"]).status.code(), Some(2));
+    for steps in ["0", "9", "two"] {
+        let output = exrail(home.path(), &["ask", "q", "--steps", steps]);
+        assert_eq!(output.status.code(), Some(2));
+        let said = text(&output.stderr);
+        assert!(said.contains("--steps") && said.contains(steps), "{said}");
+    }
 }
 
 #[test]

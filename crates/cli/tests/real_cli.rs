@@ -56,6 +56,17 @@ fn ingest_ask_and_verify_work_on_the_sample_pack() {
     assert_eq!(answer["gate"]["status"], "not_calibrated");
     let texts = answer["retrieved"].to_string();
     assert!(texts.contains("256 tokens"), "{texts}");
+    assert!(answer["steps"].is_null(), "{answer}");
+    // Whatever a small model makes of it: a sentence without a source is not a part of it (G-20).
+    let stepwise = last_json(&exrail(home.path(), &[&ask[..], &["--steps", "3"][..]].concat()));
+    let steps = stepwise["steps"].as_array().unwrap();
+    let good: Vec<&Value> = steps.iter().filter(|step| step["state"] == "good").collect();
+    assert!(good.len() <= 3, "{stepwise}");
+    assert!(good.iter().all(|step| step["citations"][0].is_string()), "{stepwise}");
+    if stepwise["refusal"] == false {
+        let claims: Vec<&str> = good.iter().map(|step| step["claim"].as_str().unwrap()).collect();
+        assert_eq!(stepwise["answer"], claims.join(" "));
+    }
 
     let gold = pack().join("gold.jsonl");
     let verify = [

@@ -16,13 +16,13 @@ use exrail_engine::{
 };
 use exrail_grammar::{Grammar, Source};
 use exrail_retrieval::Hit;
-use exrail_text::{ChatMessage, SlotTokens};
+use exrail_text::{ChatMessage, SlotTokens, Specials};
 use exrail_verify::{
     AskOutcome, AskPolicy, CollectionIndex, DeltaSGate, FrameMessage, Generate, GenerateError,
-    Generated, GeneratedEnd, GeneratorFacts, Nonce, PromptFrame, Retrieve, RuleSet, SamplingKind,
-    Slot, answer_over, cite_lark, retrieve,
+    Generated, GeneratedEnd, GeneratorFacts, MAX_STEPS, Nonce, PromptFrame, Retrieve, RuleSet,
+    SamplingKind, Slot, StepPolicy, answer_over, cite_lark, retrieve, step_lark,
 };
-use exrail_wire::Pins;
+use exrail_wire::{Pins, StepRecord};
 use serde_json::{Value, json};
 
 use crate::{
@@ -63,16 +63,16 @@ pub struct EngineGenerate<'a> {
     loop_guard: Option<LoopGuard>,
     prefix_cache: bool,
     lock: AnswerLock,
-    /// Of the last call: submission to first token, and the engine's own account.
-    last: Cell<Option<Measured>>,
+    /// Of all calls: submission to first token, and the engine's own account.
+    taken: Cell<Option<Measured>>,
     /// Of the last prompt over evidence: first and last token of each slot, where they are known.
     slots: RefCell<Vec<Option<[usize; 2]>>>,
 }
 
-/// What one generation took.
+/// What one generation took, or several of one answer.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Measured {
-    /// Submission to first token.
+    /// Submission of the first one to its first token.
     pub first_token_ms: Option<f64>,
     /// Waiting for a place in the batch.
     pub queue_ms: f64,
@@ -84,6 +84,35 @@ pub struct Measured {
     pub entropy_mean: Option<f64>,
     /// Prompt tokens from the cache.
     pub cached_tokens: usize,
+    /// Tokens that were generated.
+    n_tokens: usize,
+}
+
+impl Measured {
+    /// This generation and the next one together.
+    fn and(self, next: Measured) -> Measured {
+        Measured {
+            first_token_ms: self.first_token_ms.or(next.first_token_ms),
+            queue_ms: self.queue_ms + next.queue_ms,
+            prefill_ms: self.prefill_ms + next.prefill_ms,
+            decode_ms: self.decode_ms + next.decode_ms,
+            entropy_mean: match (self.entropy_mean, next.entropy_mean) {
+                (Some(before), Some(after)) => {
+                    Some(weighted((before, self.n_tokens), (after, next.n_tokens)))
+                }
+                (before, after) => before.or(after),
+            },
+            cached_tokens: self.cached_tokens + next.cached_tokens,
+            n_tokens: self.n_tokens + next.n_tokens,
+        }
+    }
+}
+
+/// The mean of two means of so many values.
+#[expect(clippy::cast_precision_loss, reason = "answers are far below 2^52 tokens")]
+fn weighted((a, n_a): (f64, usize), (b, n_b): (f64, usize)) -> f64 {
+    let n = (n_a + n_b).max(1) as f64;
+    (a * n_a as f64 + b * n_b as f64) / n
 }
 
 impl<'a> EngineGenerate<'a> {
@@ -101,7 +130,7 @@ impl<'a> EngineGenerate<'a> {
             loop_guard: Some(LoopGuard::default()),
             prefix_cache: true,
             lock: AnswerLock::default(),
-            last: Cell::new(None),
+            taken: Cell::new(None),
             slots: RefCell::default(),
         }
     }
@@ -122,10 +151,10 @@ impl<'a> EngineGenerate<'a> {
         Self { tenant, priority, deadline, hung_up, loop_guard, prefix_cache, ..self }
     }
 
-    /// What the last call took.
+    /// What all calls took together; none before the first one has ended.
     #[must_use]
-    pub fn last(&self) -> Option<Measured> {
-        self.last.get()
+    pub fn taken(&self) -> Option<Measured> {
+        self.taken.get()
     }
 
     /// The tokens of each slot of the last prompt over evidence, where the template left it as it is.
@@ -144,13 +173,13 @@ impl<'a> EngineGenerate<'a> {
         event.ok_or_else(|| engine_error(ApiError::HungUp))
     }
 
-    /// What the answer to this prompt may be.
-    fn grammar(&self, prompt: &PromptFrame) -> Result<Option<Grammar>, GenerateError> {
+    /// What may be said, where that is locked.
+    fn grammar(&self, lark: String) -> Result<Option<Grammar>, GenerateError> {
         match self.lock {
             AnswerLock::Off => Ok(None),
             AnswerLock::Enforce => {
                 let compiler = self.engine.grammars().map_err(engine_error)?;
-                let grammar = compiler.compile(&Source::Lark(cite_lark(prompt.live())));
+                let grammar = compiler.compile(&Source::Lark(lark));
                 grammar.map(Some).map_err(engine_error)
             }
         }
@@ -161,14 +190,14 @@ impl<'a> EngineGenerate<'a> {
     /// # Errors
     /// As [`Generate::generate`].
     pub fn say(&self, messages: &[FrameMessage], seed: u64) -> Result<Generated, GenerateError> {
-        self.reply(self.prompt(messages)?, None, seed)
+        self.reply(self.prompt(messages)?, None, (self.max_tokens, seed))
     }
 
     fn reply(
         &self,
         prompt: Vec<u32>,
         grammar: Option<Grammar>,
-        seed: u64,
+        (max_tokens, seed): (usize, u64),
     ) -> Result<Generated, GenerateError> {
         let request = GenerateRequest {
             grammar,
@@ -180,7 +209,7 @@ impl<'a> EngineGenerate<'a> {
             deadline: self.deadline,
             loop_guard: self.loop_guard,
             prefix_cache: self.prefix_cache,
-            ..GenerateRequest::new(prompt, self.max_tokens)
+            ..GenerateRequest::new(prompt, max_tokens)
         };
         let submitted = Instant::now();
         let generation = self.engine.submit(request).map_err(engine_error)?;
@@ -195,7 +224,8 @@ impl<'a> EngineGenerate<'a> {
                 }
                 Event::Tail(tail) => text.push_str(&tail),
                 Event::Finished(finished) => {
-                    self.last.set(Some(measured(first_token_ms, &finished)));
+                    let this = measured(first_token_ms, &finished);
+                    self.taken.set(Some(self.taken.get().map_or(this, |before| before.and(this))));
                     return generated(text, &finished);
                 }
                 Event::Failed(SequenceFault::NumericFault { step }) => {
@@ -251,7 +281,38 @@ pub enum AnswerLock {
 
 impl Generate for EngineGenerate<'_> {
     fn generate(&self, prompt: &PromptFrame, seed: u64) -> Result<Generated, GenerateError> {
-        self.reply(self.framed(prompt)?, self.grammar(prompt)?, seed)
+        let grammar = self.grammar(cite_lark(prompt.live()))?;
+        self.reply(self.framed(prompt)?, grammar, (self.max_tokens, seed))
+    }
+
+    /// The copy-on-write checkpoint of a step (G-20) is what the prefix cache holds of the prompt and the steps that
+    /// stand: whole pages, which the next draw shares and never writes to; what it says goes to pages of its own, and
+    /// nobody reads those of a step that was taken back. What does not fill a page is computed anew.
+    fn generate_step(
+        &self,
+        prompt: &PromptFrame,
+        so_far: &str,
+        seed: u64,
+    ) -> Result<Generated, GenerateError> {
+        let mut ids = self.framed(prompt)?;
+        let n_frame = ids.len();
+        if !so_far.is_empty() {
+            let said = self.engine.tokenizer().encode(so_far, Specials::AsText);
+            ids.extend(said.map_err(engine_error)?);
+        }
+        // One budget for the whole answer; what was taken back is not in it.
+        let left = self.max_tokens.saturating_sub(ids.len() - n_frame);
+        if left == 0 && !so_far.is_empty() {
+            return Ok(Generated {
+                text: String::new(),
+                end: GeneratedEnd::Length,
+                n_prompt_tokens: 0,
+                n_output_tokens: 0,
+                n_cached_tokens: 0,
+            });
+        }
+        let grammar = self.grammar(step_lark(prompt.live(), so_far))?;
+        self.reply(ids, grammar, (left, seed))
     }
 
     fn count_tokens(&self, messages: &[FrameMessage]) -> Result<usize, GenerateError> {
@@ -295,6 +356,7 @@ fn measured(first_token_ms: Option<f64>, finished: &Finished) -> Measured {
         decode_ms: finished.timings.decode_ms,
         entropy_mean: finished.entropy_mean.map(f64::from),
         cached_tokens: finished.usage.cached_tokens,
+        n_tokens: finished.usage.completion_tokens,
     }
 }
 
@@ -314,6 +376,7 @@ fn generated(text: String, finished: &Finished) -> Result<Generated, GenerateErr
         end,
         n_prompt_tokens: finished.usage.prompt_tokens,
         n_output_tokens: finished.usage.completion_tokens,
+        n_cached_tokens: finished.usage.cached_tokens,
     })
 }
 
@@ -359,6 +422,8 @@ pub struct AskCall {
     pub prefix_cache: bool,
     /// Hard rules that the answer must keep (G-31).
     pub rules: Option<Arc<RuleSet>>,
+    /// Most steps of an answer that is made step by step, 1 to [`MAX_STEPS`]; none: it is one reply (G-20).
+    pub steps: Option<usize>,
 }
 
 impl Default for AskCall {
@@ -374,6 +439,7 @@ impl Default for AskCall {
             loop_guard: true,
             prefix_cache: true,
             rules: None,
+            steps: None,
         }
     }
 }
@@ -394,6 +460,16 @@ pub struct Asked {
     /// First token of each slot of the prompt and one past its last, where they are known; empty when nothing was
     /// generated.
     pub slots: Vec<Option<[usize; 2]>>,
+    /// Whether the answer was to be made step by step.
+    in_steps: bool,
+}
+
+impl Asked {
+    /// Every step that was drawn, as it is told and recorded; none of an answer that was to be made whole.
+    #[must_use]
+    pub fn steps(&self) -> Option<Vec<StepRecord>> {
+        self.in_steps.then(|| self.outcome.step_records())
+    }
 }
 
 /// What a question found.
@@ -463,13 +539,17 @@ impl Asker {
 
     /// How this question is answered.
     fn policy(&self, call: &AskCall) -> Result<AskPolicy, ApiError> {
-        if !(1..=MAX_K).contains(&call.k) {
-            let problem = format!("expected 1 to {MAX_K}, found {}", call.k);
-            return Err(ApiError::BadField { field: "k".into(), problem });
+        let options = [("k", Some(call.k), MAX_K), ("steps", call.steps, MAX_STEPS)];
+        for (field, found, most) in options {
+            if let Some(found) = found.filter(|found| !(1..=most).contains(found)) {
+                let problem = format!("expected 1 to {most}, found {found}");
+                return Err(ApiError::BadField { field: field.into(), problem });
+            }
         }
         let mut policy = self.grounds.policy.clone();
         policy.search.k = call.k;
         policy.rules.clone_from(&call.rules);
+        policy.steps = call.steps.map(StepPolicy::new);
         Ok(policy)
     }
 
@@ -487,13 +567,14 @@ impl Asker {
             .for_call(call, self.entropy.nats());
         let outcome = answer_over(&generator, question, &found, gate, (&policy, &nonce, seed))
             .map_err(ask_error)?;
-        let (total_ms, measured) = (retrieve_ms + ms_since(begun), generator.last());
+        let (total_ms, measured) = (retrieve_ms + ms_since(begun), generator.taken());
         let has_ended = outcome.reply.as_ref().is_some_and(|reply| reply.end == GeneratedEnd::Stop);
         if let Some(nats) = measured.and_then(|m| m.entropy_mean).filter(|_| has_ended) {
             self.entropy.note(nats);
         }
         let slots = generator.slots();
-        Ok(Asked { outcome, found, retrieve_ms, total_ms, measured, slots })
+        let in_steps = policy.steps.is_some();
+        Ok(Asked { outcome, found, retrieve_ms, total_ms, measured, slots, in_steps })
     }
 
     /// Calibrated ΔS of one hit, where there is a calibration.

@@ -16,6 +16,9 @@ use crate::error::VerifyError;
 use crate::leak::LeakGuard;
 use crate::prompt::{Live, Nonce, PromptFrame, REFUSAL_TOKEN};
 use crate::rules::{Contradiction, RuleSet};
+use crate::steps::{
+    LOGIC_COLLAPSE, Step, StepCheck, StepFault, StepPolicy, Walked, ask_for, told, walk,
+};
 use crate::system::{Generate, GenerateError, Generated, GeneratedEnd, Retrieve};
 
 /// How a question is answered.
@@ -37,6 +40,8 @@ pub struct AskPolicy {
     pub rules: Option<Arc<RuleSet>>,
     /// Whether replies are kept from contradicting them.
     pub constraints: ConstraintCheck,
+    /// How an answer is made step by step; none: it is one reply (G-20).
+    pub steps: Option<StepPolicy>,
 }
 
 impl Default for AskPolicy {
@@ -51,6 +56,7 @@ impl Default for AskPolicy {
             leak: LeakCheck::Enforce,
             rules: None,
             constraints: ConstraintCheck::Enforce,
+            steps: None,
         }
     }
 }
@@ -261,6 +267,17 @@ pub enum RefusalReason {
         /// The pattern among those of the rule, from 0.
         pattern: usize,
     },
+    /// A step of the answer does not stand, as often as it was drawn (G-20).
+    LogicCollapse {
+        /// Its place, from 1.
+        step: usize,
+        /// What is wrong with it.
+        fault: StepFault,
+        /// How often the answer went back before.
+        rollbacks: usize,
+        /// The content words of the question that no snippet holds.
+        missing: Vec<String>,
+    },
 }
 
 impl RefusalReason {
@@ -278,6 +295,7 @@ impl RefusalReason {
                 "citations"
             }
             RefusalReason::ConstraintContradiction { .. } => "constraint_contradiction",
+            RefusalReason::LogicCollapse { .. } => LOGIC_COLLAPSE,
         }
     }
 
@@ -307,6 +325,10 @@ impl RefusalReason {
             RefusalReason::ConstraintContradiction { rule, pattern } => {
                 format!("the answer contradicts constraints[{rule}]: it matches forbid[{pattern}]")
             }
+            RefusalReason::LogicCollapse { step, fault, rollbacks, missing } => {
+                let (wrong, ask_for) = (fault.in_words(), ask_for(*fault, missing));
+                format!("step {step}: {wrong}, after {rollbacks} rollbacks; {ask_for}")
+            }
         }
     }
 }
@@ -328,6 +350,8 @@ pub struct AskOutcome {
     pub reply: Option<Generated>,
     /// [`PromptFrame::record`]; none if no prompt was built.
     pub prompt: Option<PromptRecord>,
+    /// Every step that was drawn, in order; none of an answer that is one reply.
+    pub steps: Vec<Step>,
 }
 
 impl AskOutcome {
@@ -362,7 +386,7 @@ impl AskOutcome {
 #[derive(Debug)]
 pub enum Begun {
     /// The generator must not run.
-    Refused(AskOutcome),
+    Refused(Box<AskOutcome>),
     /// The generator answers this prompt; pass its reply to [`conclude`].
     Prompt {
         /// The prompt.
@@ -397,13 +421,13 @@ pub fn begin(
 ) -> Begun {
     let gate = gate.read(evidence_ds(hits));
     if let Some(reason) = gate.refusal() {
-        return Begun::Refused(refused(reason, hits, gate, None));
+        return Begun::Refused(Box::new(refused(reason, hits, gate, None)));
     }
     match PromptFrame::with_rules(question, Live::new(hits), nonce, rules) {
         Ok(frame) => Begun::Prompt { frame, gate },
         Err(broken) => {
             let reason = RefusalReason::FenceBroken { snippet_id: broken.snippet_id };
-            Begun::Refused(refused(reason, hits, gate, None))
+            Begun::Refused(Box::new(refused(reason, hits, gate, None)))
         }
     }
 }
@@ -446,8 +470,26 @@ pub fn conclude(
             gate,
             reply: Some(reply),
             prompt,
+            steps: Vec::new(),
         },
     }
+}
+
+/// Turns the steps that stand into what the user sees. Each of them was judged when it was drawn.
+fn conclude_steps(
+    frame: &PromptFrame,
+    hits: &[Hit],
+    gate: GateReading,
+    walked: Walked,
+) -> AskOutcome {
+    let Walked { steps, reply, refusal } = walked;
+    let prompt = Some(frame.record());
+    if let Some(reason) = refusal {
+        return AskOutcome { prompt, steps, ..refused(reason, hits, gate, Some(reply)) };
+    }
+    let (text, segments) = told(&steps);
+    let evidence = hits.to_vec();
+    AskOutcome { text, refusal, segments, evidence, gate, reply: Some(reply), prompt, steps }
 }
 
 /// What of the text that the user would see contradicts a hard rule.
@@ -474,18 +516,23 @@ fn refused(
         gate,
         reply,
         prompt: None,
+        steps: Vec::new(),
+    }
+}
+
+/// Whether the token budget cut the last sentence of a text.
+pub(crate) fn is_cut(text: &str, end: GeneratedEnd) -> bool {
+    match end {
+        GeneratedEnd::Length => !text.ends_with(['.', '!', '?']),
+        GeneratedEnd::Closed => true,
+        GeneratedEnd::Stop | GeneratedEnd::Looped => false,
     }
 }
 
 /// A last sentence that the token budget cut says something else than the model meant; it goes,
 /// unless it is all there is.
 fn drop_cut_sentence(parsed: &mut ParsedAnswer, end: GeneratedEnd) {
-    let cut = match end {
-        GeneratedEnd::Length => !parsed.text.ends_with(['.', '!', '?']),
-        GeneratedEnd::Closed => true,
-        GeneratedEnd::Stop | GeneratedEnd::Looped => false,
-    };
-    if cut && parsed.segments.len() > 1 {
+    if is_cut(&parsed.text, end) && parsed.segments.len() > 1 {
         parsed.segments.pop();
         if let Some(last) = parsed.segments.last() {
             parsed.text.truncate(last.text_span.end);
@@ -495,7 +542,11 @@ fn drop_cut_sentence(parsed: &mut ParsedAnswer, end: GeneratedEnd) {
 
 /// A label is a claim of the model. It stays only on a snippet that holds the sentence's numbers and
 /// enough of its words; otherwise the sentence counts as uncited.
-fn drop_unsupported_labels(parsed: &mut ParsedAnswer, live: &Live, min_containment: f64) {
+pub(crate) fn drop_unsupported_labels(
+    parsed: &mut ParsedAnswer,
+    live: &Live,
+    min_containment: f64,
+) {
     for segment in &mut parsed.segments {
         let sentence = &parsed.text[segment.text_span.clone()];
         let holds = |id: &String| {
@@ -514,7 +565,7 @@ fn drop_unsupported_labels(parsed: &mut ParsedAnswer, live: &Live, min_containme
     }
 }
 
-fn attribute_uncited(parsed: &mut ParsedAnswer, live: &Live, min_containment: f64) {
+pub(crate) fn attribute_uncited(parsed: &mut ParsedAnswer, live: &Live, min_containment: f64) {
     for segment in parsed.segments.iter_mut().filter(|segment| segment.snippet_ids.is_empty()) {
         let sentence = &parsed.text[segment.text_span.clone()];
         if let Some(found) = attribute(sentence, live, min_containment) {
@@ -571,24 +622,44 @@ pub fn answer_over(
     loop {
         let locked = (policy.rules.as_deref(), nonce);
         let (frame, reading) = match begin(question, hits, gate, locked) {
-            Begun::Refused(outcome) => return Ok(outcome),
+            Begun::Refused(outcome) => return Ok(*outcome),
             Begun::Prompt { frame, gate } => (frame, gate),
         };
         let tokens = system.count_tokens(frame.messages())?;
         let limit = system.prompt_limit();
         if tokens <= limit {
-            let reply = system.generate(&frame, seed)?;
-            if policy.leak == LeakCheck::Enforce && leaks(system, &frame, &reply.text)? {
-                let outcome = refused(RefusalReason::Leak, hits, reading, Some(reply));
-                return Ok(AskOutcome { prompt: Some(frame.record()), ..outcome });
-            }
-            return Ok(conclude(&frame, hits, reading, reply, policy));
+            return reply_to(system, &frame, (hits, reading), (policy, seed));
         }
         if hits.len() == 1 {
             return Err(GenerateError::PromptTooLong { tokens, limit });
         }
         hits = &hits[..hits.len() - 1];
     }
+}
+
+/// Generates the answer to a prompt that fits, whole or step by step, and decides about it.
+fn reply_to(
+    system: &dyn Generate,
+    frame: &PromptFrame,
+    (hits, gate): (&[Hit], GateReading),
+    (policy, seed): (&AskPolicy, u64),
+) -> Result<AskOutcome, GenerateError> {
+    let walked = match policy.steps {
+        None => Walked { steps: Vec::new(), reply: system.generate(frame, seed)?, refusal: None },
+        Some(options) => walk(system, frame, (policy, options), seed)?,
+    };
+    let is_screened = policy.leak == LeakCheck::Enforce && walked.refusal.is_none();
+    if is_screened && leaks(system, frame, &walked.reply.text)? {
+        let refusal = Some(RefusalReason::Leak);
+        return Ok(conclude_steps(frame, hits, gate, Walked { refusal, ..walked }));
+    }
+    Ok(match policy.steps.map(|options| options.check) {
+        Some(StepCheck::Enforce) => conclude_steps(frame, hits, gate, walked),
+        Some(StepCheck::Off) | None => {
+            let outcome = conclude(frame, hits, gate, walked.reply, policy);
+            AskOutcome { steps: walked.steps, ..outcome }
+        }
+    })
 }
 
 /// Whether a reply repeats the system message of its prompt (G-21). That text is the same for everybody and no

@@ -58,7 +58,7 @@ pub(crate) fn containment(reference: &str, text: &str) -> f64 {
 }
 
 /// Content words without the commonest English endings: "pages" and "page" are one word here.
-fn stems(text: &str) -> BTreeSet<String> {
+pub(crate) fn stems(text: &str) -> BTreeSet<String> {
     content_words(text).into_iter().map(stem).collect()
 }
 

@@ -236,7 +236,24 @@ impl<F: Fn(&[FrameMessage], u64) -> String> Generate for FakeGenerator<F> {
         let text = (self.reply)(messages, seed);
         let n_output_tokens = text.split_whitespace().count();
         let n_prompt_tokens = self.count_tokens(messages)?;
-        Ok(Generated { text, end: GeneratedEnd::Stop, n_prompt_tokens, n_output_tokens })
+        let (end, n_cached_tokens) = (GeneratedEnd::Stop, 0);
+        Ok(Generated { text, end, n_prompt_tokens, n_output_tokens, n_cached_tokens })
+    }
+
+    /// The closure sees what the model's turn begins with as a message of its own.
+    fn generate_step(
+        &self,
+        prompt: &PromptFrame,
+        so_far: &str,
+        seed: u64,
+    ) -> Result<Generated, GenerateError> {
+        let mut messages = prompt.messages().to_vec();
+        messages.push(FrameMessage { role: "assistant", content: so_far.to_owned() });
+        let text = (self.reply)(&messages, seed);
+        let n_output_tokens = text.split_whitespace().count();
+        let n_prompt_tokens = self.count_tokens(&messages)?;
+        let (end, n_cached_tokens) = (GeneratedEnd::Stop, 0);
+        Ok(Generated { text, end, n_prompt_tokens, n_output_tokens, n_cached_tokens })
     }
 
     fn count_tokens(&self, messages: &[FrameMessage]) -> Result<usize, GenerateError> {
@@ -263,6 +280,68 @@ impl<F: Fn(&[FrameMessage], u64) -> String> Generate for FakeGenerator<F> {
             device: "cpu".to_owned(),
             sampling: self.sampling,
         })
+    }
+}
+
+/// Says one thing after the other, and remembers behind what and with which seed it was asked.
+pub(crate) struct Scripted {
+    replies: Vec<(String, GeneratedEnd)>,
+    calls: Mutex<Vec<(String, u64)>>,
+}
+
+impl Scripted {
+    pub(crate) fn new(replies: &[&str]) -> Scripted {
+        let stopped = |reply: &&str| ((*reply).to_owned(), GeneratedEnd::Stop);
+        Scripted { replies: replies.iter().map(stopped).collect(), calls: Mutex::default() }
+    }
+
+    pub(crate) fn ending(replies: &[(&str, GeneratedEnd)]) -> Scripted {
+        let replies = replies.iter().map(|(text, end)| ((*text).to_owned(), *end)).collect();
+        Scripted { replies, calls: Mutex::default() }
+    }
+
+    pub(crate) fn calls(&self) -> Vec<(String, u64)> {
+        self.calls.lock().unwrap().clone()
+    }
+}
+
+impl Generate for Scripted {
+    fn generate(&self, prompt: &PromptFrame, seed: u64) -> Result<Generated, GenerateError> {
+        self.generate_step(prompt, "", seed)
+    }
+
+    fn generate_step(
+        &self,
+        prompt: &PromptFrame,
+        so_far: &str,
+        seed: u64,
+    ) -> Result<Generated, GenerateError> {
+        let mut calls = self.calls.lock().unwrap();
+        let (text, end) = self.replies[calls.len()].clone();
+        calls.push((so_far.to_owned(), seed));
+        Ok(Generated {
+            n_prompt_tokens: self.count_tokens(prompt.messages())?,
+            n_output_tokens: text.split_whitespace().count(),
+            n_cached_tokens: so_far.split_whitespace().count(),
+            text,
+            end,
+        })
+    }
+
+    fn count_tokens(&self, messages: &[FrameMessage]) -> Result<usize, GenerateError> {
+        FakeGenerator::new(perfect).count_tokens(messages)
+    }
+
+    fn token_ends(&self, text: &str) -> Result<Vec<usize>, GenerateError> {
+        FakeGenerator::new(perfect).token_ends(text)
+    }
+
+    fn prompt_limit(&self) -> usize {
+        10_000
+    }
+
+    fn facts(&self) -> Result<GeneratorFacts, GenerateError> {
+        FakeGenerator::new(perfect).facts()
     }
 }
 

@@ -30,6 +30,7 @@ mod prompt;
 mod render;
 mod report;
 mod rules;
+mod steps;
 mod system;
 mod tool_fence;
 pub mod trace;
@@ -50,7 +51,7 @@ pub use cache::{
     MIN_PROBE_TOKENS, ProbeText, UntilDrift, cache_probe, drift,
 };
 pub use calibrate::{CorpusCalibration, FamilyFit, MaskedNull, calibrate};
-pub use cite::cite_lark;
+pub use cite::{cite_lark, step_lark};
 pub use collection::CollectionIndex;
 pub use distributions::{
     GOLDEN_KL, GOLDEN_PLACES, GoldenDistributions, GoldenDivergence, GoldenError,
@@ -78,6 +79,10 @@ pub use report::{
 pub use rules::{
     BadRule, Contradiction, EchoDiffers, HardRule, MAX_PATTERN_BYTES, MAX_PATTERNS, MAX_RULE_BYTES,
     MAX_RULES, NLI, RuleSet, RuleWatch, compare_echo, read_rules, write_rules,
+};
+pub use steps::{
+    LOGIC_COLLAPSE, MAX_ROLLBACKS, MAX_STEPS, STALL_STEPS, Step, StepCheck, StepFault, StepPolicy,
+    step_seed,
 };
 pub use system::{
     Generate, GenerateError, Generated, GeneratedEnd, GeneratorFacts, Retrieve, RetrieveError,

@@ -196,7 +196,8 @@ fn outcome_class(outcome: &AskOutcome) -> Outcome {
             | RefusalReason::DeltaSUndefined { .. }
             | RefusalReason::Model
             | RefusalReason::NoValidCitation { .. }
-            | RefusalReason::ConstraintContradiction { .. },
+            | RefusalReason::ConstraintContradiction { .. }
+            | RefusalReason::LogicCollapse { .. },
         ) => Outcome::Refusal,
     }
 }

@@ -17,6 +17,19 @@ pub trait Generate {
     /// See [`GenerateError`].
     fn generate(&self, prompt: &PromptFrame, seed: u64) -> Result<Generated, GenerateError>;
 
+    /// Generates the next step of an answer whose model's turn begins with `so_far`, one that [`crate::step_lark`]
+    /// allows where answers are locked. Nothing is the end of the answer. Two calls with equal arguments give equal
+    /// text.
+    ///
+    /// # Errors
+    /// See [`GenerateError`].
+    fn generate_step(
+        &self,
+        prompt: &PromptFrame,
+        so_far: &str,
+        seed: u64,
+    ) -> Result<Generated, GenerateError>;
+
     /// Tokens of the rendered prompt of these messages.
     ///
     /// # Errors
@@ -50,6 +63,8 @@ pub struct Generated {
     pub n_prompt_tokens: usize,
     /// Tokens of the reply.
     pub n_output_tokens: usize,
+    /// Those of the prompt that were in the cache.
+    pub n_cached_tokens: usize,
 }
 
 /// Why a reply ended.

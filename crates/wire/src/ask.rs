@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Unknown, Usage};
+use crate::{StepRecord, Unknown, Usage};
 
 /// Where a chat answer must come from.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
@@ -11,6 +11,8 @@ pub struct Grounding {
     pub collection: String,
     /// Snippets to put into the prompt.
     pub k: Option<usize>,
+    /// Most steps of an answer that is made step by step; absent: it is made whole.
+    pub steps: Option<usize>,
     /// Everything else.
     #[serde(flatten)]
     pub unknown: Unknown,
@@ -29,6 +31,8 @@ pub struct AskRequest {
     pub k: Option<usize>,
     /// Upper limit on generated tokens.
     pub max_tokens: Option<usize>,
+    /// Most steps of an answer that is made step by step; absent: it is made whole.
+    pub steps: Option<usize>,
     /// Sampling fields (see [`crate::SamplingFields::take`]) and everything else.
     #[serde(flatten)]
     pub unknown: Unknown,
@@ -53,6 +57,9 @@ pub struct AskResponse {
     pub usage: Usage,
     /// `stop`, `length` or `degenerate`, or null when nothing was generated.
     pub finish_reason: Option<&'static str>,
+    /// Every step that was drawn, in order; absent when the answer was not made step by step.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub steps: Option<Vec<StepRecord>>,
 }
 
 /// One supporting snippet.

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    AskMetrics, Citation, Grounding, RequestCall, RotationFields, RotationRecord, Stop,
+    AskMetrics, Citation, Grounding, RequestCall, RotationFields, RotationRecord, StepRecord, Stop,
     ToolCallDelta, ToolCallMessage, Unknown, Usage,
 };
 
@@ -132,6 +132,9 @@ pub struct ChatGrounded {
     pub citations: Vec<Citation>,
     /// What was measured.
     pub metrics: AskMetrics,
+    /// Every step that was drawn, in order; absent when the answer was not made step by step.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub steps: Option<Vec<StepRecord>>,
 }
 
 /// One choice.

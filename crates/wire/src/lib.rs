@@ -54,8 +54,8 @@ pub use structured::{
 pub use tokenize::{DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse};
 pub use trace::{
     AnswerMetrics, AnswerRecord, Latency, Pins, PromptRecord, QueryRecord, RetrievedItem,
-    SegmentRecord, SlotRecord, SpanRecord, TRACE_SCHEMA_VERSION, TokenCounts, TraceBody,
-    TraceEnvelope,
+    SegmentRecord, SlotRecord, SpanRecord, StepRecord, TRACE_SCHEMA_VERSION, TokenCounts,
+    TraceBody, TraceEnvelope,
 };
 
 /// Fields of a request that its type does not declare.

@@ -315,6 +315,9 @@ pub struct AnswerRecord {
     pub refusal_reason: Option<String>,
     /// What the model wrote, when that was not released.
     pub withheld_sha256: Option<String>,
+    /// Every step that was drawn, in order; absent when the answer was not made step by step.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub steps: Option<Vec<StepRecord>>,
     /// Seed that was used.
     pub seed: u64,
     /// `stop`, `length`, `degenerate`, `schema_incomplete`, or null when nothing was generated.
@@ -340,6 +343,28 @@ pub struct SegmentRecord {
     pub citation_source: &'static str,
     /// Tokens of the snippets, by the index tokenizer.
     pub tokens: usize,
+}
+
+/// A step of an answer that was made step by step (G-20).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct StepRecord {
+    /// Its place in the answer, from 1; the same for one that was drawn in the place of another one.
+    pub step: usize,
+    /// Seed of its draw.
+    pub seed: u64,
+    /// What it says, without labels; null: withheld.
+    pub claim: Option<String>,
+    /// Its hash.
+    pub claim_sha256: String,
+    /// The snippets that support it.
+    pub citations: Vec<String>,
+    /// `good`, `rolled_back`, `stalled` (rolled back, because nothing moved) or `cut`.
+    pub state: &'static str,
+    /// Why it is not good: `unknown_citation`, `uncited`, `contradiction`, `repetition`, `looped`, `nothing_new` or
+    /// `cut`.
+    pub reason: Option<&'static str>,
+    /// Tokens of its draw.
+    pub tokens: TokenCounts,
 }
 
 /// What was measured for an answer. Null: not measured, see the statuses.

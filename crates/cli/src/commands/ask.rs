@@ -3,12 +3,12 @@
 use std::sync::Arc;
 
 use anyhow::Result;
-use clap::Args;
+use clap::{Args, builder::RangedU64ValueParser};
 use exrail_server::{
     BootBoard,
     pipeline::{ASK_K, ASK_MAX_TOKENS, AskCall, Asked, ask_sampling},
 };
-use exrail_verify::CitationSource;
+use exrail_verify::{CitationSource, MAX_STEPS};
 use serde_json::{Value, json};
 
 use crate::{
@@ -32,6 +32,11 @@ pub(crate) struct Ask {
     /// Limit on generated tokens.
     #[arg(long, value_name = "N", default_value_t = ASK_MAX_TOKENS)]
     max_tokens: usize,
+    /// Make the answer step by step, at most so many (1 to 8): a step that no source supports, or that says nothing new,
+    /// is taken back and drawn anew.
+    #[arg(long, value_name = "N",
+          value_parser = RangedU64ValueParser::<usize>::new().range(1..=MAX_STEPS as u64))]
+    steps: Option<usize>,
     /// Seed of the draw.
     #[arg(long, value_name = "N", default_value_t = 1)]
     seed: u64,
@@ -64,8 +69,8 @@ impl Ask {
         .run()?;
         let mut sampling = ask_sampling();
         sampling.seed = self.seed;
-        let (k, max_tokens) = (self.k, self.max_tokens);
-        let call = AskCall { k, max_tokens, sampling, ..AskCall::default() };
+        let (k, max_tokens, steps) = (self.k, self.max_tokens, self.steps);
+        let call = AskCall { k, max_tokens, steps, sampling, ..AskCall::default() };
         let asker = &services.collections[&name];
         let asked = asker.ask(&self.question, &call)?;
         output.value(&value(&asked));
@@ -81,6 +86,7 @@ fn value(asked: &Asked) -> Value {
         "refusal": outcome.refusal.is_some(),
         "reason": outcome.refusal.as_ref().map(|reason| reason.in_words()),
         "segments": outcome.segments,
+        "steps": asked.steps(),
         "gate": outcome.gate,
         "retrieved": asked.found.iter().map(|hit| json!({
             "snippet_id": hit.chunk.snippet_id,
@@ -117,6 +123,9 @@ fn print(output: Output, asked: &Asked) {
                 chunk.section_id, chunk.span.line_start, chunk.span.line_end
             ));
         }
+    }
+    if let Some(rollbacks) = outcome.rollbacks() {
+        output.line(format!("  taken back: {rollbacks}"));
     }
     let first = asked.measured.and_then(|measured| measured.first_token_ms);
     let first = first.map_or("nothing generated".into(), |ms| format!("first token {ms:.0} ms"));

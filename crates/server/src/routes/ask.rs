@@ -13,7 +13,10 @@ use axum::{
 };
 use exrail_retrieval::Hit;
 use exrail_text::OddCharacters;
-use exrail_verify::{CitationSource, GateReading, GeneratedEnd, NLI, RefusalReason, Segment};
+use exrail_verify::{
+    AskOutcome, CitationSource, GateReading, GeneratedEnd, LOGIC_COLLAPSE, NLI, RefusalReason,
+    Segment,
+};
 use exrail_wire::{
     AnswerMetrics, AnswerRecord, AskMetrics, AskRequest, AskResponse, AssistantMessage, ChatChoice,
     ChatGrounded, ChatRequest, ChatResponse, Citation, Delta, Latency, PromptRecord, QueryRecord,
@@ -75,7 +78,10 @@ pub(crate) async fn ask(
         collection: collection_name(&pass, request.collection.clone()),
         asker: Arc::clone(pass.collection(request.collection.as_deref())?),
         text: question_text("question", request.question)?,
-        call: call(&state, &asking, &fields, request.k, request.max_tokens).await?,
+        call: AskCall {
+            steps: request.steps,
+            ..call(&state, &asking, &fields, request.k, request.max_tokens).await?
+        },
         identity: chat::identity(&header, asking.tenant, None)?,
         pass,
     };
@@ -122,6 +128,7 @@ async fn call(
         prefix_cache: fields.prefix_cache(),
         // The last thing: it takes a core.
         rules: rules::compile(fields, &state.compiling).await?,
+        steps: None,
     })
 }
 
@@ -152,7 +159,7 @@ async fn decide(state: Arc<AppState>, mut question: Question) -> Result<AskRespo
             state.metrics.count_guard(odd::GUARD);
             state.traces.append_blocking(&question.identity, &pins, body)?;
         }
-        if let Some(body) = contradicted(&asked) {
+        for body in [contradicted(&asked), collapsed(&asked)].into_iter().flatten() {
             state.traces.append_blocking(&question.identity, &pins, body)?;
         }
         let body = TraceBody::Answer(Box::new(record));
@@ -191,6 +198,20 @@ fn contradicted(asked: &Asked) -> Option<TraceBody> {
     is_it.then(|| TraceBody::Guard { guard: reason.guard().into(), detail })
 }
 
+/// The record of the steps that were taken back (G-20). An answer with others in their place may leave.
+fn collapsed(asked: &Asked) -> Option<TraceBody> {
+    let detail = format!("{}; nli {NLI}", asked.outcome.rollbacks()?);
+    Some(TraceBody::Guard { guard: LOGIC_COLLAPSE.into(), detail })
+}
+
+/// The guard that refused, and that of the steps that were taken back.
+fn guards_fired(outcome: &AskOutcome) -> Vec<String> {
+    let refused = outcome.refusal.as_ref().map(RefusalReason::guard);
+    let collapsed = outcome.rollbacks().map(|_| LOGIC_COLLAPSE);
+    let collapsed = collapsed.filter(|guard| refused != Some(*guard));
+    collapsed.into_iter().chain(refused).map(str::to_owned).collect()
+}
+
 /// The prompt with the tokens of its slots.
 fn prompt(asked: &Asked) -> Option<PromptRecord> {
     let mut prompt = asked.outcome.prompt.clone()?;
@@ -207,7 +228,7 @@ fn odd_characters(question: &Question, asked: &Asked) -> OddCharacters {
 }
 
 fn response(trace_id: String, asked: Asked) -> AskResponse {
-    let metrics = metrics(&asked);
+    let (metrics, steps) = (metrics(&asked), asked.steps());
     let citations = citations(&asked.outcome.segments, &asked.outcome.evidence);
     let outcome = asked.outcome;
     let usage = outcome.reply.as_ref().map_or_else(Usage::default, |reply| {
@@ -223,6 +244,7 @@ fn response(trace_id: String, asked: Asked) -> AskResponse {
         usage,
         finish_reason: outcome.reply.as_ref().map(|reply| finish_reason(reply.end)),
         answer: outcome.text,
+        steps,
     }
 }
 
@@ -335,7 +357,8 @@ fn record(question: &Question, asked: &Asked) -> AnswerRecord {
             .as_ref()
             .and(outcome.reply.as_ref())
             .map(|reply| sha256(&reply.text)),
-        guards_fired: outcome.refusal.iter().map(|reason| reason.guard().into()).collect(),
+        steps: asked.steps(),
+        guards_fired: guards_fired(outcome),
         refusal_reason: reason,
         seed: question.call.sampling.seed,
         finish_reason: outcome.reply.as_ref().map(|reply| finish_reason(reply.end).into()),
@@ -442,7 +465,10 @@ pub(crate) async fn grounded_chat(
         asker: Arc::clone(pass.collection(Some(&grounding.collection))?),
         collection: grounding.collection,
         text: question_text("messages[0].content", single_question(request.messages)?)?,
-        call: call(&state, &asking, fields, grounding.k, limit).await?,
+        call: AskCall {
+            steps: grounding.steps,
+            ..call(&state, &asking, fields, grounding.k, limit).await?
+        },
         identity: chat::identity(&header, asking.tenant, request.user)?,
         pass,
     };
@@ -495,6 +521,7 @@ fn grounded(answer: &AskResponse) -> ChatGrounded {
         reason: answer.reason.clone(),
         citations: answer.citations.clone(),
         metrics: answer.metrics.clone(),
+        steps: answer.steps.clone(),
     }
 }
 

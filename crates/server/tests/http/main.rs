@@ -20,6 +20,7 @@ mod rotation;
 mod scheduling;
 mod session_fence;
 mod sessions;
+mod steps;
 mod structured;
 mod support;
 mod swap;

@@ -37,9 +37,10 @@ impl Answer {
             constraints.check(self.prompt.as_ref(), findings);
         }
         self.check_metrics(findings);
+        self.check_steps(findings);
     }
 
-    fn selected(&self) -> Vec<&Retrieved> {
+    pub(super) fn selected(&self) -> Vec<&Retrieved> {
         self.retrieved.iter().filter(|item| item.selected).collect()
     }
 

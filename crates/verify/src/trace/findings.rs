@@ -48,13 +48,15 @@ pub enum Rule {
     IndexHash,
     /// Each snippet is stored in the collection as it was recorded, and its text has its hash.
     Stored,
+    /// The steps of an answer are what it is made of, and those that do not stand were drawn anew.
+    Steps,
     /// An answer was drawn from what the search in front of it found.
     Search,
 }
 
 impl Rule {
     /// All of them, in the order of reports.
-    pub const ALL: [Rule; 21] = [
+    pub const ALL: [Rule; 22] = [
         Rule::Json,
         Rule::Seal,
         Rule::Schema,
@@ -75,6 +77,7 @@ impl Rule {
         Rule::Metrics,
         Rule::IndexHash,
         Rule::Stored,
+        Rule::Steps,
         Rule::Search,
     ];
 
@@ -102,6 +105,7 @@ impl Rule {
             Rule::Metrics => "metrics",
             Rule::IndexHash => "index_hash",
             Rule::Stored => "stored",
+            Rule::Steps => "steps",
             Rule::Search => "search",
         }
     }

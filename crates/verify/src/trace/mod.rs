@@ -10,6 +10,7 @@ mod findings;
 mod log;
 mod record;
 mod seal;
+mod steps;
 mod stored;
 
 #[cfg(test)]

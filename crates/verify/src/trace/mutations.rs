@@ -6,7 +6,7 @@ use exrail_wire::{Pins, TraceBody, TraceEnvelope, schemas};
 use serde_json::{Value, json};
 
 use super::log::read_log;
-use super::samples::{answer, envelope, every_event, line, refusal, sealed};
+use super::samples::{answer, collapse, envelope, every_event, line, refusal, sealed};
 use super::{Contract, LogReport, Rule, verify_log};
 use crate::prompt::sha256_hex;
 
@@ -15,8 +15,9 @@ fn schema(name: &str) -> Value {
 }
 
 fn records() -> Vec<Value> {
-    let refused = envelope("trace-refused", TraceBody::Answer(Box::new(refusal())));
-    every_event().iter().chain([&refused]).map(sealed).collect()
+    let answer = |name, record| envelope(name, TraceBody::Answer(Box::new(record)));
+    let more = [answer("trace-refused", refusal()), answer("trace-collapsed", collapse())];
+    every_event().iter().chain(&more).map(sealed).collect()
 }
 
 fn log_of(lines: &[String]) -> LogReport {
@@ -44,8 +45,8 @@ fn good_records_of_every_event_have_no_breach() {
         assert_eq!(contract.check(&record, None).breaches(), [], "{record}");
     }
     let report = log_of(&records().iter().map(line).collect::<Vec<_>>());
-    assert_eq!((report.n_breaches, report.n_lines), (0, 11), "{:?}", report.breaches);
-    assert_eq!(report.n_by_event["answer.decide"], 2);
+    assert_eq!((report.n_breaches, report.n_lines), (0, 12), "{:?}", report.breaches);
+    assert_eq!(report.n_by_event["answer.decide"], 3);
 }
 
 #[test]
@@ -124,7 +125,7 @@ fn the_fields_of_the_schemas_are_those_of_the_types() {
         // What an answer was held to is told of those that were held to something.
         let expected: &[&str] = match name.as_str() {
             "infer.run" => &["forced", "structured", "constraints"],
-            "answer.decide" => &["forced", "constraints"],
+            "answer.decide" => &["forced", "constraints", "steps"],
             _ => &["forced"],
         };
         assert_eq!(optional, expected, "{name}");
@@ -254,6 +255,7 @@ const FREE: [(&str, &[&str]); 9] = [
             "/prompt/system_sha256",
             "/prompt/task",
             "/prompt/slots/[]/span/end",
+            "/steps/[]/claim_sha256",
             "/documents",
             "/chunks",
         ],
@@ -311,6 +313,9 @@ const FREE: [(&str, &[&str]); 9] = [
             "/retrieved/[]/ds_cal",
             "/retrieved/[]/score_norm",
             "/retrieved/[]/score_raw",
+            "/steps/[]/tokens/cached",
+            "/steps/[]/tokens/in",
+            "/steps/[]/tokens/out",
             "/tokens/cached",
             "/tokens/in",
             "/tokens/out",
@@ -329,14 +334,7 @@ const FREE: [(&str, &[&str]); 9] = [
     ),
     (
         "words for people, and names that other versions may add",
-        &[
-            "/detail",
-            "/problem",
-            "/refusal_reason",
-            "/finish_reason",
-            "/guards_fired",
-            "/guards_fired/[]",
-        ],
+        &["/detail", "/problem", "/refusal_reason", "/finish_reason", "/guards_fired/[]"],
     ),
     (
         "of a probe, which has a layout of its own",
@@ -406,6 +404,47 @@ fn what_the_trace_contract_refuses_is_refused_by_its_rule() {
         let found = broken(place, with.clone());
         assert!(found.contains(&rule), "{place} = {with}: {found:?}");
     }
+}
+
+/// G-20: what the steps of an answer must agree with.
+#[test]
+fn steps_that_are_not_those_of_the_answer_are_breaches() {
+    let retrieved = answer().retrieved;
+    let id = |at: usize| json!([retrieved[at].snippet_id]);
+    let cases = [
+        // Another answer than the good steps are.
+        ("/steps/0/claim", json!("A page has 512 tokens."), Rule::Steps),
+        ("/steps/0/claim", json!(null), Rule::Steps),
+        ("/steps/0/claim_sha256", json!(sha256_hex(b"other")), Rule::AnswerHash),
+        ("/steps/2/citations", id(1), Rule::Steps),
+        ("/steps/2/citations", json!([]), Rule::Citations),
+        ("/steps/1/citations", id(0), Rule::Citations),
+        ("/segments/1/snippet_ids", id(1), Rule::Steps),
+        // What was retrieved and was not in the prompt.
+        ("/steps/0/citations", id(2), Rule::Citations),
+        // A step that does not stand is told, or counted as one that does.
+        ("/steps/1/claim", json!("Eviction is by size."), Rule::Steps),
+        ("/steps/1/state", json!("good"), Rule::Steps),
+        ("/steps/1/state", json!("stalled"), Rule::Steps),
+        ("/steps/1/reason", json!(null), Rule::Steps),
+        ("/steps/2/step", json!(3), Rule::Steps),
+        // The same seed once more.
+        ("/steps/2/seed", answer_of("/steps/1/seed"), Rule::Steps),
+        ("/guards_fired", json!([]), Rule::Steps),
+        ("/steps/0/tokens/out", json!(10), Rule::Tokens),
+        ("/steps/0/tokens/cached", json!(21), Rule::Tokens),
+    ];
+    for (place, with, rule) in cases {
+        let found = broken(place, with.clone());
+        assert!(found.contains(&rule), "{place} = {with}: {found:?}");
+    }
+}
+
+fn answer_of(place: &str) -> Value {
+    sealed(&envelope("trace-1", TraceBody::Answer(Box::new(answer()))))
+        .pointer(place)
+        .unwrap()
+        .clone()
 }
 
 /// A snippet that was retrieved and not put into the prompt cannot be cited (G-15).

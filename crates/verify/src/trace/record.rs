@@ -76,6 +76,8 @@ pub(super) struct Answer {
     pub(super) refusal: bool,
     pub(super) refusal_reason: Option<String>,
     pub(super) withheld_sha256: Option<String>,
+    pub(super) steps: Option<Vec<Step>>,
+    pub(super) seed: u64,
     pub(super) finish_reason: Option<String>,
     pub(super) metrics: Metrics,
     pub(super) guards_fired: Vec<String>,
@@ -88,6 +90,18 @@ pub(super) struct Segment {
     pub(super) snippet_ids: Vec<String>,
     pub(super) citation_source: String,
     pub(super) tokens: usize,
+}
+
+#[derive(Deserialize)]
+pub(super) struct Step {
+    pub(super) step: usize,
+    pub(super) seed: u64,
+    pub(super) claim: Option<String>,
+    pub(super) claim_sha256: String,
+    pub(super) citations: Vec<String>,
+    pub(super) state: String,
+    pub(super) reason: Option<String>,
+    pub(super) tokens: Tokens,
 }
 
 #[derive(Deserialize)]

@@ -3,7 +3,7 @@
 use exrail_retrieval::snippet_id;
 use exrail_wire::{
     AnswerMetrics, AnswerRecord, CallRecord, ConstraintRecord, ContractRecord, Latency, Pins,
-    PromptRecord, QueryRecord, RetrievedItem, SegmentRecord, StructuredRecord,
+    PromptRecord, QueryRecord, RetrievedItem, SegmentRecord, StepRecord, StructuredRecord,
     TRACE_SCHEMA_VERSION, TokenCounts, TraceBody, TraceEnvelope, schemas,
 };
 use serde_json::{Value, json};
@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 use crate::fakes::hit;
 use crate::prompt::{Live, Nonce, PromptFrame, REFUSAL_TOKEN, sha256_hex};
 use crate::rules::{HardRule, NLI, RuleSet};
+use crate::steps::{LOGIC_COLLAPSE, StepFault, step_seed};
 
 use super::seal;
 
@@ -124,6 +125,37 @@ fn prompt(items: &[RetrievedItem]) -> PromptRecord {
     record
 }
 
+/// The `nth` step that was drawn, in this place of the answer.
+fn step(
+    nth: usize,
+    place: usize,
+    claim: &str,
+    citations: &[String],
+    fault: Option<StepFault>,
+) -> StepRecord {
+    StepRecord {
+        step: place,
+        seed: step_seed(1, nth),
+        claim: fault.is_none().then(|| claim.to_owned()),
+        claim_sha256: sha256_hex(claim.as_bytes()),
+        citations: citations.to_vec(),
+        state: fault.map_or("good", StepFault::state),
+        reason: fault.map(StepFault::code),
+        tokens: TokenCounts { r#in: 20 + nth, out: 4, cached: 16 },
+    }
+}
+
+/// Those of [`answer`]: the second one was drawn twice.
+fn steps(segments: &[SegmentRecord], text: &str) -> Vec<StepRecord> {
+    let claim = |at: usize| &text[segments[at].text_span.start..segments[at].text_span.end];
+    let cited = |at: usize| &segments[at].snippet_ids[..];
+    vec![
+        step(0, 1, claim(0), cited(0), None),
+        step(1, 2, "Eviction is by size.", &[], Some(StepFault::Uncited)),
+        step(2, 2, claim(1), cited(1), None),
+    ]
+}
+
 pub(crate) fn answer() -> AnswerRecord {
     let retrieved = items();
     let answer_text = "A page has 256 tokens. Eviction is by use.".to_owned();
@@ -134,16 +166,18 @@ pub(crate) fn answer() -> AnswerRecord {
         citation_source: source,
         tokens: items.iter().map(|item| item.tokens).sum(),
     };
+    let segments = vec![
+        segment(0..22, &[&retrieved[0]], "model"),
+        segment(23..answer_text.len(), &[&retrieved[1], &retrieved[0]], "attributed"),
+    ];
     AnswerRecord {
         query: query(),
         collection: "default".into(),
         prompt: Some(prompt(&retrieved)),
         constraints: Some(constraints()),
         answer_sha256: sha256_hex(answer_text.as_bytes()),
-        segments: vec![
-            segment(0..22, &[&retrieved[0]], "model"),
-            segment(23..answer_text.len(), &[&retrieved[1], &retrieved[0]], "attributed"),
-        ],
+        steps: Some(steps(&segments, &answer_text)),
+        segments,
         answer_text,
         retrieved,
         refusal: false,
@@ -158,10 +192,31 @@ pub(crate) fn answer() -> AnswerRecord {
             h_mean: Some(1.5),
             cited_share: Some(1.0),
             latency_ms: Latency { retrieve: 1.0, queue: 2.0, prefill: 3.0, decode: 4.0 },
-            tokens: TokenCounts { r#in: 90, out: 12, cached: 0 },
+            tokens: TokenCounts { r#in: 90, out: 13, cached: 64 },
         },
         lambda: Some(json!({"state": "convergent"})),
-        guards_fired: vec!["loop".into()],
+        guards_fired: vec![LOGIC_COLLAPSE.into()],
+    }
+}
+
+/// The refusal of an answer whose second step did not stand three times.
+pub(crate) fn collapse() -> AnswerRecord {
+    let cited = [answer().retrieved[0].snippet_id.clone()];
+    let first = step(0, 1, "A page has 256 tokens.", &cited, None);
+    let steps = vec![
+        StepRecord { claim: None, ..first },
+        step(1, 2, "Paris lies in France.", &[], Some(StepFault::Uncited)),
+        step(2, 2, "Pages: 256 tokens.", &cited, Some(StepFault::Repetition { of: 1 })),
+        step(3, 2, "Rome lies in Italy.", &[], Some(StepFault::Uncited)),
+    ];
+    let refused = refusal();
+    let tokens = TokenCounts { r#in: 90, out: 16, cached: 64 };
+    AnswerRecord {
+        steps: Some(steps),
+        refusal_reason: Some("step 2: no source supports it".into()),
+        metrics: AnswerMetrics { tokens, ..refused.metrics.clone() },
+        guards_fired: vec![LOGIC_COLLAPSE.into()],
+        ..refused
     }
 }
 
@@ -172,6 +227,7 @@ pub(crate) fn refusal() -> AnswerRecord {
         answer_sha256: sha256_hex(REFUSAL_TOKEN.as_bytes()),
         answer_text: REFUSAL_TOKEN.into(),
         segments: Vec::new(),
+        steps: None,
         refusal: true,
         refusal_reason: Some("the model found no answer in the sources".into()),
         withheld_sha256: Some(sha256_hex(b"not in context")),
