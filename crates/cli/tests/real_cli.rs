@@ -167,4 +167,8 @@ fn a_bench_of_the_default_model_is_within_what_a_machine_can_do() {
     let resident = number(&memory["resident"]["now"]);
     assert!(resident > number(&memory["weight_bytes"]), "the weights are in memory: {memory}");
     assert!(number(&memory["resident"]["peak"]) >= resident, "{memory}");
+    // What a load leaves free is given back to the system.
+    let needed = number(&memory["weight_bytes"]) + number(&memory["kv_bytes"]);
+    let share = number(&memory["resident"]["anonymous"]) / needed;
+    assert!((0.9..1.1).contains(&share), "{share}: {memory}");
 }

@@ -11,6 +11,8 @@ pub(in crate::commands) struct Resident {
     pub(in crate::commands) now: u64,
     /// At its most (`VmHWM`).
     pub(super) peak: u64,
+    /// What is no page of a file (`RssAnon`): all but the program's own code.
+    pub(super) anonymous: u64,
 }
 
 /// Memory of this process; none where the system has no `/proc/self/status`.
@@ -29,7 +31,7 @@ fn parse_resident(status: &str) -> Option<Resident> {
         let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
         kib.checked_mul(1024)
     };
-    Some(Resident { now: field("VmRSS:")?, peak: field("VmHWM:")? })
+    Some(Resident { now: field("VmRSS:")?, peak: field("VmHWM:")?, anonymous: field("RssAnon:")? })
 }
 
 /// The machine. What the system does not tell is absent, never guessed.
@@ -106,8 +108,9 @@ mod tests {
 
     #[test]
     fn fields_of_the_system_are_read_and_missing_ones_are_absent() {
-        let status = "Name:\tx\nVmHWM:\t  2048 kB\nVmRSS:\t  1024 kB\n";
-        assert_eq!(parse_resident(status), Some(Resident { now: 1 << 20, peak: 2 << 20 }));
+        let status = "Name:\tx\nVmHWM:\t  2048 kB\nVmRSS:\t  1024 kB\nRssAnon:\t 512 kB\n";
+        let expected = Resident { now: 1 << 20, peak: 2 << 20, anonymous: 1 << 19 };
+        assert_eq!(parse_resident(status), Some(expected));
         assert_eq!(parse_resident("VmRSS:\t 1 kB\n"), None);
         let cpu = "processor\t: 0\nmodel name\t: A: B\nflags\t\t: fpu avx2 avx512_vnni avx2x\n";
         assert_eq!(value(cpu, "model name"), Some("A: B"));

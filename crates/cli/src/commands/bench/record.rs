@@ -320,7 +320,7 @@ mod tests {
 
     #[test]
     fn the_memory_ratio_is_absent_where_memory_is() {
-        let resident = Resident { now: 150, peak: 400 };
+        let resident = Resident { now: 150, peak: 400, anonymous: 120 };
         assert_eq!(Memory::new(90, 10, Some(resident)).resident_ratio, Some(1.5));
         assert_eq!(Memory::new(90, 10, None).resident_ratio, None);
     }
