@@ -308,11 +308,11 @@ fn prepared(source: &Source, limits: &Limits, keep: Keep) -> Result<Prepared, Gr
     let exact = |grammar| Ok(Prepared { grammar, checked: Vec::new(), drafts: Vec::new() });
     match source {
         Source::JsonObject => {
-            let screened = screen(&json!({"type": "object"}), limits, keep)?;
+            let screened = screen(&json!({"type": "object"}), keep)?;
             exact(TopLevelGrammar::from_json_schema(screened.masked))
         }
         Source::JsonSchema(schema) => {
-            let screened = screen(schema, limits, keep)?;
+            let screened = screen(schema, keep)?;
             let grammar = TopLevelGrammar::from_json_schema(screened.masked);
             Ok(Prepared { grammar, checked: screened.checked, drafts: vec![screened.draft] })
         }
@@ -325,20 +325,15 @@ fn prepared(source: &Source, limits: &Limits, keep: Keep) -> Result<Prepared, Gr
         Source::Gbnf(text) => {
             exact(TopLevelGrammar::from_lark(gbnf::to_lark(text, limits.source_bytes)?))
         }
-        Source::Composed { lark, schemas } => composed(lark, schemas, limits, keep),
+        Source::Composed { lark, schemas } => composed(lark, schemas, keep),
     }
 }
 
-fn composed(
-    lark: &str,
-    schemas: &[Value],
-    limits: &Limits,
-    keep: Keep,
-) -> Result<Prepared, GrammarError> {
+fn composed(lark: &str, schemas: &[Value], keep: Keep) -> Result<Prepared, GrammarError> {
     let mut text = format!("{lark}\n");
     let (mut checked, mut drafts) = (Vec::new(), Vec::new());
     for (at, schema) in schemas.iter().enumerate() {
-        let screened = screen(schema, limits, keep).map_err(|error| error.below(at))?;
+        let screened = screen(schema, keep).map_err(|error| error.below(at))?;
         drafts.push(screened.draft);
         text.push_str(&format!("json_{at}: %json {}\n", screened.masked));
         checked.extend(screened.checked.iter().map(|pointer| format!("/{at}{pointer}")));

@@ -3,8 +3,8 @@
 use jsonschema::{Draft, PatternOptions, ReferencingError};
 use serde_json::Value;
 
-use crate::GrammarError;
-use crate::strict_json;
+use crate::screen::{Keep, screen};
+use crate::{GrammarError, Limits, measure, strict_json};
 
 /// Bytes that a pattern may take compiled, in the program and in its cache.
 const PATTERN_BYTES: usize = 4 << 20;
@@ -30,8 +30,8 @@ impl Validator {
     /// # Errors
     /// [`GrammarError::Unsupported`] with the pointer of what is no schema of its draft.
     pub fn new(schema: &Value) -> Result<Validator, GrammarError> {
-        let limits = crate::Limits::default();
-        let screened = crate::screen::screen(schema, &limits, crate::screen::Keep::Known)?;
+        measure::check(schema, &Limits::default())?;
+        let screened = screen(schema, Keep::Known)?;
         Validator::of_draft(schema, screened.draft)
     }
 

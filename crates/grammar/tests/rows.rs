@@ -568,12 +568,12 @@ fn an_end_is_found_from_anywhere_in_a_hundred_schemas() {
     assert!(n_searches >= 600);
 }
 
-/// An open thought is closed by what closes one, be that words or a control token, and the value follows it.
-#[test]
-fn an_open_thought_can_be_closed_within_the_budget() {
-    let inside = "start: inside answer\ninside[suffix=\"</think>\"]: /(?s:.*)/\nanswer: json_0\n";
+/// A thought that is open until `close`, with an integer behind it.
+fn thought_until(close: &str) -> exrail_grammar::Matcher {
     let composed = Source::Composed {
-        lark: inside.into(),
+        lark: format!(
+            "start: inside answer\ninside[suffix=\"{close}\"]: /(?s:.*)/\nanswer: json_0\n"
+        ),
         schemas: vec![
             json!({"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}),
         ],
@@ -582,6 +582,13 @@ fn an_open_thought_can_be_closed_within_the_budget() {
     for id in compiler().vocabulary().spell("so {\"n\": 9}?\nwell") {
         matcher.advance(id).unwrap();
     }
+    matcher
+}
+
+/// An open thought is closed by what closes one, be that words or a control token, and the value follows it.
+#[test]
+fn an_open_thought_can_be_closed_within_the_budget() {
+    let mut matcher = thought_until("</think>");
     let closing = matcher.closing(40).unwrap();
     let text: Vec<u8> = closing
         .iter()
@@ -593,6 +600,20 @@ fn an_open_thought_can_be_closed_within_the_budget() {
     let end = closing.len();
     assert_eq!(matcher.closing(end - 1), None);
     for id in closing {
+        matcher.advance(id).unwrap();
+    }
+    assert!(matcher.is_complete());
+}
+
+/// The mutation of the same: where nobody knows what closes the thought, no budget suffices, and the client would get a
+/// thought without an answer.
+#[test]
+fn mutation_without_what_closes_a_thought_there_is_no_way_to_the_answer() {
+    let mut matcher = thought_until("</musing>");
+    assert_eq!(matcher.closing(40), None);
+    assert_eq!(matcher.closing(400), None);
+    // There is one.
+    for id in compiler().vocabulary().spell("</musing>{\"n\": 1}") {
         matcher.advance(id).unwrap();
     }
     assert!(matcher.is_complete());

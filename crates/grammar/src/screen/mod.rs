@@ -12,7 +12,7 @@ use jsonschema::Draft;
 use serde_json::{Map, Value, json};
 
 use crate::written::SEPARATORS;
-use crate::{GrammarError, Limits, measure};
+use crate::{GrammarError, measure};
 use keywords::{By, Role};
 use pattern::{Reach, rewrite};
 use references::References;
@@ -44,17 +44,12 @@ pub(crate) struct Screened {
     pub(crate) checked: Vec<String>,
 }
 
-/// Screens a schema and writes the copy that is compiled.
+/// Screens a schema that [`measure::check`] let through, since it goes as deep as the schema does, and writes the copy
+/// that is compiled.
 ///
 /// # Errors
-/// [`GrammarError::Unsupported`] with the pointer of the first keyword that cannot be honoured,
-/// [`GrammarError::TooLarge`].
-pub(crate) fn screen(
-    schema: &Value,
-    limits: &Limits,
-    keep: Keep,
-) -> Result<Screened, GrammarError> {
-    measure::check(schema, limits)?;
+/// [`GrammarError::Unsupported`] with the pointer of the first keyword that cannot be honoured.
+pub(crate) fn screen(schema: &Value, keep: Keep) -> Result<Screened, GrammarError> {
     if *schema == Value::Bool(false) {
         return Err(unsupported("", "`false` has no value"));
     }
