@@ -5,7 +5,7 @@
 //! repetition. Steps that bring nothing new three times in a row are a stall, and so is one that goes round in a
 //! circle. What does not stand leaves nothing behind: the next draw begins behind the steps that stand, with another
 //! seed. After [`MAX_ROLLBACKS`] of them the answer is the refusal, whose reason says which step it was and what
-//! was not found.
+//! was not found; where the model only has nothing more to say, the answer ends with the steps that stand.
 //!
 //! A contradiction in other words than a pattern's passes: no model here judges entailment ([`crate::NLI`]).
 
@@ -121,8 +121,19 @@ impl StepFault {
         }
     }
 
-    /// The state that goes with a name of a fault; none for a name that there is not.
-    pub(crate) fn state_of_code(code: &str) -> Option<&'static str> {
+    /// Whether it says nothing false, and only brings the answer no further.
+    pub(crate) fn is_idle(self) -> bool {
+        match self {
+            StepFault::Repetition { .. } | StepFault::Looped | StepFault::NothingNew => true,
+            StepFault::UnknownCitation
+            | StepFault::Uncited
+            | StepFault::Contradiction { .. }
+            | StepFault::Cut => false,
+        }
+    }
+
+    /// The fault of a name, wherever it was; none for a name that there is not.
+    pub(crate) fn of_code(code: &str) -> Option<StepFault> {
         const ALL: [StepFault; 7] = [
             StepFault::UnknownCitation,
             StepFault::Uncited,
@@ -132,7 +143,7 @@ impl StepFault {
             StepFault::NothingNew,
             StepFault::Cut,
         ];
-        ALL.into_iter().find(|fault| fault.code() == code).map(StepFault::state)
+        ALL.into_iter().find(|fault| fault.code() == code)
     }
 
     /// What is wrong with the step, in words that follow "step 2: ".
@@ -319,7 +330,7 @@ impl<'a> Walk<'a> {
             Some((place, fault)) => {
                 step.fault = Some(fault);
                 self.steps.push(step);
-                self.go_back(place, fault)
+                self.go_back((place, fault), reply.end)
             }
         }
     }
@@ -396,11 +407,15 @@ impl<'a> Walk<'a> {
         !step.support.snippet_ids.iter().all(is_cited) || !class.iter().all(is_said)
     }
 
-    /// Goes back to the last step that stands, as often as is allowed.
-    fn go_back(&mut self, step: usize, fault: StepFault) -> Next {
+    /// Goes back to the last step that stands, as often as is allowed. What stands is supported, and stays so when
+    /// nothing new comes behind it.
+    fn go_back(&mut self, (step, fault): (usize, StepFault), end: GeneratedEnd) -> Next {
         if self.n_rollbacks < self.options.max_rollbacks {
             self.n_rollbacks += 1;
             return Next::Step;
+        }
+        if fault.is_idle() && !self.standing.is_empty() {
+            return Next::Over(end);
         }
         let missing = missing(self.frame.question(), self.live());
         let rollbacks = self.n_rollbacks;

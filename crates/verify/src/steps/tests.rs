@@ -212,11 +212,20 @@ fn g20_three_steps_with_nothing_new_are_a_stall_and_go_back_to_the_last_one_that
 }
 
 #[test]
-fn g20_a_stall_again_and_again_is_refused_with_its_first_step() {
+fn g20_where_nothing_new_comes_again_and_again_the_answer_is_what_stands() {
     let replies: Vec<&str> =
         [PAGE, ROTATE].into_iter().chain(IDLE.into_iter().cycle().take(9)).collect();
     let outcome = answer(&Scripted::new(&replies), &stepwise());
-    assert_eq!(collapse(&outcome), (3, StepFault::NothingNew));
+    assert_eq!((outcome.text.as_str(), outcome.refusal.as_ref()), (BOTH, None));
+    assert_eq!(outcome.steps.last().unwrap().fault, Some(StepFault::NothingNew));
+    let generator = Scripted::new(&[PAGE, PAGE, PAGE, PAGE, ROTATE]);
+    let outcome = answer(&generator, &stepwise());
+    assert_eq!(outcome.text, "A page has 256 tokens.");
+    assert_eq!(generator.calls().len(), 4, "it goes back no third time");
+    assert!(outcome.rollbacks().unwrap().contains("step 2: it says again what step 1 says"));
+    // One that has no source is more than that, whatever stood before.
+    let outcome = answer(&Scripted::new(&[PAGE, PAGE, PAGE, LIE]), &stepwise());
+    assert_eq!(collapse(&outcome), (2, StepFault::Uncited));
 }
 
 #[test]
@@ -316,9 +325,9 @@ fn every_fault_has_a_name_and_a_state_by_it() {
         "nothing_new",
         "cut",
     ] {
-        assert!(StepFault::state_of_code(code).is_some(), "{code}");
+        assert_eq!(StepFault::of_code(code).map(StepFault::code), Some(code));
     }
-    assert_eq!(StepFault::state_of_code("good"), None);
+    assert_eq!(StepFault::of_code("good"), None);
 }
 
 proptest::proptest! {

@@ -31,7 +31,8 @@ impl Answer {
         }
         let is_good = step.state == "good";
         let reason = step.reason.as_deref();
-        let of_reason = reason.map_or(Some("good"), StepFault::state_of_code);
+        let of_reason =
+            reason.map_or(Some("good"), |reason| StepFault::of_code(reason).map(StepFault::state));
         let expected = of_reason.unwrap_or("another reason");
         findings.equal(Rule::Steps, &field("state"), expected, step.state.as_str());
         // A loop, an invented label and a cut are seen before anybody looks for a snippet.
@@ -137,8 +138,10 @@ impl Answer {
         }
         let expected = "as many steps of a stall as make one";
         findings.holds(Rule::Steps, "/steps", n_idle == 0, (expected, &n_idle));
-        // The one behind the last rollback refuses the answer.
-        let most = MAX_ROLLBACKS + usize::from(self.refusal);
+        // The one behind the last rollback ends the answer: with the refusal, or with what stands.
+        let last = steps.last().and_then(|step| StepFault::of_code(step.reason.as_deref()?));
+        let ends_idle = n_good > 0 && last.is_some_and(StepFault::is_idle);
+        let most = MAX_ROLLBACKS + usize::from(self.refusal || ends_idle);
         let is_why = self.refusal && self.guards_fired == [LOGIC_COLLAPSE];
         let is_so = n_rollbacks <= most && (!is_why || n_rollbacks == most);
         let expected =
