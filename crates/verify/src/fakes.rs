@@ -228,16 +228,19 @@ impl<F: Fn(&[FrameMessage], u64) -> String> FakeGenerator<F> {
     pub(crate) fn new(reply: F) -> FakeGenerator<F> {
         FakeGenerator { reply, sampling: SamplingKind::Seeded, prompt_limit: 10_000 }
     }
-}
 
-impl<F: Fn(&[FrameMessage], u64) -> String> Generate for FakeGenerator<F> {
-    fn generate(&self, prompt: &PromptFrame, seed: u64) -> Result<Generated, GenerateError> {
-        let messages = prompt.messages();
+    fn said(&self, messages: &[FrameMessage], seed: u64) -> Result<Generated, GenerateError> {
         let text = (self.reply)(messages, seed);
         let n_output_tokens = text.split_whitespace().count();
         let n_prompt_tokens = self.count_tokens(messages)?;
         let (end, n_cached_tokens) = (GeneratedEnd::Stop, 0);
         Ok(Generated { text, end, n_prompt_tokens, n_output_tokens, n_cached_tokens })
+    }
+}
+
+impl<F: Fn(&[FrameMessage], u64) -> String> Generate for FakeGenerator<F> {
+    fn generate(&self, prompt: &PromptFrame, seed: u64) -> Result<Generated, GenerateError> {
+        self.said(prompt.messages(), seed)
     }
 
     /// The closure sees what the model's turn begins with as a message of its own.
@@ -249,11 +252,7 @@ impl<F: Fn(&[FrameMessage], u64) -> String> Generate for FakeGenerator<F> {
     ) -> Result<Generated, GenerateError> {
         let mut messages = prompt.messages().to_vec();
         messages.push(FrameMessage { role: "assistant", content: so_far.to_owned() });
-        let text = (self.reply)(&messages, seed);
-        let n_output_tokens = text.split_whitespace().count();
-        let n_prompt_tokens = self.count_tokens(&messages)?;
-        let (end, n_cached_tokens) = (GeneratedEnd::Stop, 0);
-        Ok(Generated { text, end, n_prompt_tokens, n_output_tokens, n_cached_tokens })
+        self.said(&messages, seed)
     }
 
     fn count_tokens(&self, messages: &[FrameMessage]) -> Result<usize, GenerateError> {
