@@ -17,6 +17,10 @@ pub(crate) trait Lanes: Copy + Send + Sync {
     /// Rows of a register tile beyond which accumulators would be spilled: 1, 4 or 8.
     const WIDEST: usize;
 
+    /// Bytes from a line of weights to the one that this CPU wants to be asked for meanwhile, when
+    /// the weights come as one stream and little is done with them.
+    fn ahead(self) -> usize;
+
     fn splat(self, x: f32) -> Self::V;
     fn load(self, values: &[f32; 16]) -> Self::V;
     fn store(self, v: Self::V, out: &mut [f32; 16]);

@@ -21,15 +21,13 @@ use std::marker::PhantomData;
 /// Asks for a line of weights that a product with `N` rows of activations will need, `block` being
 /// where it is.
 ///
-/// Measured on Zen 4: with one row the processor's own prefetchers keep up with the stream of a
-/// group, and requests for what lies half a kilobyte or more ahead get in their way. What helps them is that the lines of a block
-/// are asked for all at once, rather than as the arithmetic gets to them. With several rows the
-/// arithmetic of a block takes so long that they fall behind; asking the L2 leaves those of the L1 for
-/// the activations.
+/// How far ahead is best with one row depends on the CPU. With several rows the arithmetic of a
+/// block takes so long that the processor's own prefetchers fall behind everywhere; asking the L2
+/// leaves the requests of the L1 for the activations.
 #[inline(always)]
 pub(crate) fn prefetch<L: Lanes, const N: usize>(lanes: L, block: &[u8], line: usize) {
     if N == 1 {
-        lanes.prefetch(block, 128 + LINE * line);
+        lanes.prefetch(block, lanes.ahead() + LINE * line);
     } else {
         lanes.prefetch_l2(block, 4096 + LINE * line);
     }

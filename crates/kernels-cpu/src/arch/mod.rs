@@ -10,6 +10,11 @@ macro_rules! lanes_by_functions {
             type I = $i;
             const WIDEST: usize = $widest;
 
+            #[inline(always)]
+            fn ahead(self) -> usize {
+                self.ahead
+            }
+
             forward! {
                 splat(x: f32) -> Self::V;
                 load(values: &[f32; 16]) -> Self::V;

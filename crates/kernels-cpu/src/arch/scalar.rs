@@ -38,6 +38,10 @@ impl Lanes for Scalar {
     const WIDEST: usize = 1;
 
     #[inline(always)]
+    fn ahead(self) -> usize {
+        0
+    }
+    #[inline(always)]
     fn splat(self, x: f32) -> [f32; 16] {
         [x; 16]
     }

@@ -9,7 +9,9 @@ use dot::{dot_bytes, dot_nibbles};
 
 /// Proof that this CPU has AVX2, FMA and F16C. Only [`Avx2::detect`] makes one.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Avx2(());
+pub(crate) struct Avx2 {
+    ahead: usize,
+}
 
 impl Avx2 {
     /// Asks the CPU.
@@ -17,7 +19,7 @@ impl Avx2 {
         let present = is_x86_feature_detected!("avx2")
             && is_x86_feature_detected!("fma")
             && is_x86_feature_detected!("f16c");
-        present.then_some(Avx2(()))
+        present.then(|| Avx2 { ahead: super::ahead() })
     }
 
     /// Runs a kernel compiled for this instruction set.

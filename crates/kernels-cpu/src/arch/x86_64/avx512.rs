@@ -7,7 +7,9 @@ use core::arch::x86_64::*;
 /// Proof that this CPU and the operating system run AVX-512 F, BW, DQ, VL and VNNI, FMA and F16C.
 /// Only [`Avx512Vnni::detect`] makes one.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Avx512Vnni(());
+pub(crate) struct Avx512Vnni {
+    ahead: usize,
+}
 
 impl Avx512Vnni {
     /// Asks the CPU.
@@ -20,7 +22,7 @@ impl Avx512Vnni {
             && is_x86_feature_detected!("avx2")
             && is_x86_feature_detected!("fma")
             && is_x86_feature_detected!("f16c");
-        present.then_some(Avx512Vnni(()))
+        present.then(|| Avx512Vnni { ahead: super::ahead() })
     }
 
     /// Runs a kernel compiled for this instruction set.

@@ -8,7 +8,9 @@ use core::arch::x86_64::*;
 
 /// Proof that this CPU has AVX2, FMA, F16C and AVX-VNNI. Only [`AvxVnni::detect`] makes one.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct AvxVnni(());
+pub(crate) struct AvxVnni {
+    ahead: usize,
+}
 
 impl AvxVnni {
     /// Asks the CPU.
@@ -17,7 +19,7 @@ impl AvxVnni {
             && is_x86_feature_detected!("fma")
             && is_x86_feature_detected!("f16c")
             && is_x86_feature_detected!("avxvnni");
-        present.then_some(AvxVnni(()))
+        present.then(|| AvxVnni { ahead: super::ahead() })
     }
 
     /// Runs a kernel compiled for this instruction set.
