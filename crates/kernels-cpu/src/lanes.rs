@@ -85,8 +85,8 @@ pub(crate) trait Lanes: Copy + Send + Sync {
     fn bytes(self, tile: &[u8; 512]) -> [Self::I; 8];
     /// `start + Σ w x` over 32 k, w unsigned and at most 15, x in -127..=127.
     fn dot_nibbles(self, w: &[Self::I; 8], x: &[i8; 32], start: i32) -> Self::I;
-    /// `Σ (w - 128) x` over 16 k, w unsigned, x in -127..=127; `sum` is Σ x.
-    fn dot_bytes(self, w: [Self::I; 4], x: &[i8; 16], sum: i32) -> Self::I;
+    /// `Σ (w - 128) x` over 16 k, w unsigned, x in -127..=127; `start` is -128 Σ x.
+    fn dot_bytes(self, w: [Self::I; 4], x: &[i8; 16], start: i32) -> Self::I;
     /// The four unsigned bytes of each lane as f32.
     fn unpack_bytes(self, v: Self::I) -> [Self::V; 4];
     /// Asks for the cache line at `offset` bytes after the start of `from`, which may lie outside.
@@ -262,11 +262,11 @@ mod tests {
             let bytes = lanes.bytes(&tile);
             bytes.into_iter().for_each(|v| self.note_bytes("bytes", lanes, v));
             let x: [i8; 16] = self.random.quants();
-            let sum = x.iter().map(|&x| i32::from(x)).sum();
+            let start = -128 * x.iter().map(|&x| i32::from(x)).sum::<i32>();
             let [four, _] = bytes.as_chunks::<4>().0 else {
                 unreachable!("eight are two times four")
             };
-            let product = lanes.dot_bytes(*four, &x, sum);
+            let product = lanes.dot_bytes(*four, &x, start);
             self.note("dot_bytes", lanes, lanes.to_f32(product));
             self.note("add_i", lanes, lanes.to_f32(lanes.add_i(product, dot)));
             // Hints, also outside of what they are given.

@@ -147,14 +147,13 @@ impl Engine<'_> {
         let (columns, rounding) = (weight.columns(), weight.rounding());
         let x = &x[..columns];
         let wants_integers = self.is_integer(weight);
-        let n_blocks = self.quantise(x, columns, rounding, wants_integers);
-        let quantised = &self.quantised[..n_blocks];
-        let input = Input { x, columns, quantised, rounding };
         let (processor, activation) = (self.processor, self.activation);
+        let n_blocks = self.quantise(x, columns, rounding, wants_integers);
+        let input = self.input(x, columns, rounding, n_blocks);
         let exact = Exact { processor, activation, input, weight, limit };
         let n_groups = limit.div_ceil(ROWS);
         let is_large = |block: &QuantBlock| block.scale > SMALLEST_SCALE;
-        let can_tell = weight.is_split() && quantised.iter().any(is_large);
+        let can_tell = weight.is_split() && input.quantised.iter().any(is_large);
         if can_tell && weight.screen().is_due() {
             return self.largest_by_high_bits(&exact, n_groups);
         }

@@ -1,7 +1,7 @@
 //! The `linear` operations: which thread computes which row groups, and what happens to the sums.
 #![expect(unsafe_code, reason = "threads write disjoint columns of one output")]
 
-use crate::activation::{QuantBlock, Quantise, n_blocks};
+use crate::activation::{QuantBlock, Quantise, Tiles, Widest, n_blocks};
 use crate::codes::{E2m1, Indices, Iq4, Planes, Split, Whole};
 use crate::disjoint::{MatrixBlock, MatrixBlocks};
 use crate::lanes::{Kernel, Lanes};
@@ -87,7 +87,7 @@ impl Engine<'_> {
         let rounding = common_rounding(products.iter().map(|product| product.weight));
         let x = &x[..n_rows * columns];
         let n_blocks = self.quantise(x, columns, rounding, wants_integers);
-        let input = Input { x, columns, quantised: &self.quantised[..n_blocks], rounding };
+        let input = self.input(x, columns, rounding, n_blocks);
         let mut parts = Vec::with_capacity(products.len());
         let mut n_groups = 0;
         for product in products.iter_mut() {
@@ -142,7 +142,7 @@ impl Engine<'_> {
         let rounding = common_rounding([gate, up]);
         let x = &x[..n_rows * columns];
         let n_blocks = self.quantise(x, columns, rounding, wants_integers);
-        let input = Input { x, columns, quantised: &self.quantised[..n_blocks], rounding };
+        let input = self.input(x, columns, rounding, n_blocks);
         let out = MatrixBlocks::new(out, n_rows, gate.rows());
         let (processor, activation) = (self.processor, self.activation);
         let len_bytes = gate.len_bytes() + up.len_bytes();
@@ -177,15 +177,29 @@ impl Engine<'_> {
         if self.quantised.len() < n_all {
             self.quantised.resize(n_all, QuantBlock::default());
         }
-        let processor = self.processor;
-        let rows_per_chunk = (QUANTISE_ALONE / columns).max(1);
-        let blocks_per_chunk = n_each * rows_per_chunk * columns / BLOCK;
-        self.pool.run_chunks(&mut self.quantised[..n_all], blocks_per_chunk, &|i, blocks| {
-            let start = i * rows_per_chunk * columns;
-            let x = &x[start..start + blocks.len() / n_each * BLOCK];
-            processor.run(Quantise { x, rounding, blocks });
+        let (processor, tiles) = (self.processor, self.tiles(x, columns));
+        let per_chunk = n_each * (QUANTISE_ALONE / columns).max(1) * columns / BLOCK;
+        self.pool.run_chunks(&mut self.quantised[..n_all], per_chunk, &|i, blocks| {
+            let first = i * per_chunk;
+            processor.run(Quantise { x, columns, rounding, tiles, first, blocks });
         });
         n_all
+    }
+
+    /// The rows of x with the blocks that [`Engine::quantise`] made of them.
+    pub(crate) fn input<'a>(
+        &'a self,
+        x: &'a [f32],
+        columns: usize,
+        rounding: InputRounding,
+        n_blocks: usize,
+    ) -> Input<'a> {
+        let (quantised, tiles) = (&self.quantised[..n_blocks], self.tiles(x, columns));
+        Input { x, columns, quantised, rounding, tiles }
+    }
+
+    fn tiles(&self, x: &[f32], columns: usize) -> Tiles {
+        Tiles::new(x.len() / columns, self.processor.run(Widest))
     }
 
     /// Shares groups out, several at once, so that a disturbed core can take fewer.
@@ -377,21 +391,18 @@ impl<F: Format> Kernel for SumsOf<'_, F> {
     fn run<L: Lanes>(self, lanes: L) {
         let SumsOf(Sums { group, input, row, sums }, _) = self;
         let mut next = 0;
-        if F::WIDEST >= 8 && L::WIDEST >= 8 {
-            while next + 8 <= sums.len() {
-                tile::<L, F, 8>(lanes, group, (input, row + next), &mut sums[next..]);
-                next += 8;
-            }
-        }
-        if L::WIDEST >= 4 {
-            while next + 4 <= sums.len() {
-                tile::<L, F, 4>(lanes, group, (input, row + next), &mut sums[next..]);
-                next += 4;
-            }
-        }
         while next < sums.len() {
-            tile::<L, F, 1>(lanes, group, (input, row + next), &mut sums[next..]);
-            next += 1;
+            let first = row + next;
+            let n_rows = (input.tiles.of(first).end - first).min(F::WIDEST);
+            let sums = &mut sums[next..];
+            if F::WIDEST >= 8 && L::WIDEST >= 8 && n_rows == 8 {
+                tile::<L, F, 8>(lanes, group, (input, first), sums);
+            } else if L::WIDEST >= 4 && n_rows == 4 {
+                tile::<L, F, 4>(lanes, group, (input, first), sums);
+            } else {
+                tile::<L, F, 1>(lanes, group, (input, first), sums);
+            }
+            next += n_rows;
         }
     }
 }

@@ -11,7 +11,7 @@
 //! The arithmetic of one output does not depend on the tile it is in: a row alone and the same row
 //! in a batch give the same bits. No horizontal sums: lane r belongs to weight row r throughout.
 
-use crate::activation::{QuantBlock, n_blocks};
+use crate::activation::{QuantBlock, Tiles};
 use crate::codes::{Codes, LINE};
 use crate::lanes::Lanes;
 use crate::tile::{BLOCK, Group};
@@ -39,9 +39,10 @@ pub(crate) struct Input<'a> {
     /// `(T, columns)`.
     pub(crate) x: &'a [f32],
     pub(crate) columns: usize,
-    /// `(T, columns / 32, 1 or 2)`, empty unless the format wants integers.
+    /// By tiles, as [`Tiles`] says; empty unless the format wants integers.
     pub(crate) quantised: &'a [QuantBlock],
     pub(crate) rounding: InputRounding,
+    pub(crate) tiles: Tiles,
 }
 
 impl<'a> Input<'a> {
@@ -50,10 +51,12 @@ impl<'a> Input<'a> {
         &self.x[row * self.columns..(row + 1) * self.columns]
     }
 
+    /// The blocks of the tile of `N` rows that starts with `row`, `(columns / 32, N, P)`.
     #[inline(always)]
-    fn blocks(self, row: usize) -> &'a [QuantBlock] {
-        let n_blocks = self.columns / BLOCK * n_blocks(self.rounding);
-        &self.quantised[row * n_blocks..(row + 1) * n_blocks]
+    fn tile<const P: usize, const N: usize>(self, row: usize) -> &'a [[[QuantBlock; P]; N]] {
+        let n_blocks = self.columns / BLOCK * P;
+        let tile = &self.quantised[row * n_blocks..(row + N) * n_blocks];
+        tile.as_chunks::<P>().0.as_chunks::<N>().0
     }
 }
 
@@ -197,7 +200,7 @@ fn dot_nibbles<L: Lanes, S: ScaleFamily, const P: usize>(
 
 #[inline(always)]
 fn dot_block<L: Lanes, S: ScaleFamily>(lanes: L, w: &[L::I; 8], x: &QuantBlock) -> L::I {
-    let start = if S::Of::MINIMA { 0 } else { -8 * (x.sums[0] + x.sums[1]) };
+    let start = if S::Of::MINIMA { 0 } else { x.nibble_start };
     lanes.dot_nibbles(w, &x.quants, start)
 }
 
@@ -210,12 +213,12 @@ fn dot_half<L: Lanes, const P: usize>(
     half: usize,
 ) -> L::I {
     let (halves, _) = blocks[0].quants.as_chunks::<16>();
-    let dot = lanes.dot_bytes(w, &halves[half], blocks[0].sums[half]);
+    let dot = lanes.dot_bytes(w, &halves[half], blocks[0].byte_starts[half]);
     if P == 1 {
         return dot;
     }
     let (halves, _) = blocks[1].quants.as_chunks::<16>();
-    let low = lanes.dot_bytes(w, &halves[half], blocks[1].sums[half]);
+    let low = lanes.dot_bytes(w, &halves[half], blocks[1].byte_starts[half]);
     lanes.add_i(lanes.times_256(dot), low)
 }
 
@@ -234,10 +237,7 @@ impl<S: ScaleFamily, const P: usize> Format for NibblesInt8<S, P> {
         row: usize,
     ) -> [L::V; N] {
         let scales = S::Of::of(group);
-        let mut rows: [&[[QuantBlock; P]]; N] = [&[]; N];
-        for (n, blocks) in rows.iter_mut().enumerate() {
-            *blocks = input.blocks(row + n).as_chunks().0;
-        }
+        let blocks = input.tile::<P, N>(row);
         let mut acc = [lanes.splat(0.0); N];
         for b in group.blocks() {
             let tile = group.weights::<256>(b);
@@ -246,16 +246,15 @@ impl<S: ScaleFamily, const P: usize> Format for NibblesInt8<S, P> {
             }
             let w = lanes.nibbles(tile);
             let scale = scales.scale(lanes, b, 0);
-            for n in 0..N {
-                let x = &rows[n][b];
+            let rows = &blocks[b];
+            for (acc, x) in acc.iter_mut().zip(rows) {
                 let dot = lanes.to_f32(dot_nibbles::<L, S, P>(lanes, &w, x));
-                acc[n] = lanes.fma(dot, lanes.mul(scale, lanes.splat(x[0].scale)), acc[n]);
+                *acc = lanes.fma(dot, lanes.mul(scale, lanes.splat(x[0].scale)), *acc);
             }
             if S::Of::MINIMA {
                 let minimum = scales.minimum(lanes, b, 0);
-                for n in 0..N {
-                    let sum = lanes.splat(rows[n][b][0].scaled_sum);
-                    acc[n] = lanes.fma(minimum, sum, acc[n]);
+                for (acc, x) in acc.iter_mut().zip(rows) {
+                    *acc = lanes.fma(minimum, lanes.splat(x[0].scaled_sum), *acc);
                 }
             }
         }
@@ -278,38 +277,34 @@ impl<C: Codes, S: ScaleFamily, const P: usize> Format for CodesInt8<C, S, P> {
         row: usize,
     ) -> [L::V; N] {
         let scales = S::Of::of(group);
-        let mut rows: [&[[QuantBlock; P]]; N] = [&[]; N];
-        for (n, blocks) in rows.iter_mut().enumerate() {
-            *blocks = input.blocks(row + n).as_chunks().0;
-        }
+        let blocks = input.tile::<P, N>(row);
         let mut acc = [lanes.splat(0.0); N];
         for b in group.blocks() {
             C::prefetch::<L, N>(lanes, group, b);
             let w = C::bytes(lanes, group, b);
             let (first, second) = ([w[0], w[1], w[2], w[3]], [w[4], w[5], w[6], w[7]]);
             let scale = scales.scale(lanes, b, 0);
-            for n in 0..N {
-                let x = &rows[n][b];
+            let rows = &blocks[b];
+            for (acc, x) in acc.iter_mut().zip(rows) {
                 let low = dot_half::<L, P>(lanes, first, x, 0);
                 let high = dot_half::<L, P>(lanes, second, x, 1);
                 let x_scale = lanes.splat(x[0].scale);
                 if S::Of::PER_BLOCK == 1 {
                     let dot = lanes.to_f32(lanes.add_i(low, high));
-                    acc[n] = lanes.fma(dot, lanes.mul(scale, x_scale), acc[n]);
+                    *acc = lanes.fma(dot, lanes.mul(scale, x_scale), *acc);
                 } else {
                     let second_scale = scales.scale(lanes, b, 1);
                     let low = lanes.to_f32(low);
                     let high = lanes.to_f32(high);
-                    acc[n] = lanes.fma(low, lanes.mul(scale, x_scale), acc[n]);
-                    acc[n] = lanes.fma(high, lanes.mul(second_scale, x_scale), acc[n]);
+                    *acc = lanes.fma(low, lanes.mul(scale, x_scale), *acc);
+                    *acc = lanes.fma(high, lanes.mul(second_scale, x_scale), *acc);
                 }
             }
             if S::Of::MINIMA {
                 let halves =
                     [scales.minimum(lanes, b, 0), scales.minimum(lanes, b, S::Of::PER_BLOCK - 1)];
-                for n in 0..N {
-                    let x = &rows[n][b];
-                    acc[n] = add_minima::<L, S, P>(lanes, halves, x, acc[n]);
+                for (acc, x) in acc.iter_mut().zip(rows) {
+                    *acc = add_minima::<L, S, P>(lanes, halves, x, *acc);
                 }
             }
         }
@@ -328,11 +323,13 @@ fn add_minima<L: Lanes, S: ScaleFamily, const P: usize>(
     if S::Of::PER_BLOCK == 1 {
         return lanes.fma(first, lanes.splat(x[0].scaled_sum), acc);
     }
-    let mut sums = x[0].sums;
+    let mut starts = x[0].byte_starts;
     if P == 2 {
-        sums = [256 * sums[0] + x[1].sums[0], 256 * sums[1] + x[1].sums[1]];
+        let second = x[1].byte_starts;
+        starts = [256 * starts[0] + second[0], 256 * starts[1] + second[1]];
     }
-    let sums = sums.map(|sum| lanes.splat(x[0].scale * sum as f32));
+    // Below 2^24 but for the power of two, so that this is exact.
+    let sums = starts.map(|start| lanes.splat(x[0].scale * (start as f32 / -128.0)));
     lanes.fma(second, sums[1], lanes.fma(first, sums[0], acc))
 }
 

@@ -52,7 +52,7 @@ macro_rules! lanes_by_functions {
                 lookup(v: Self::I, table: &[u8; 16]) -> Self::I;
                 bytes(tile: &[u8; 512]) -> [Self::I; 8];
                 dot_nibbles(w: &[Self::I; 8], x: &[i8; 32], start: i32) -> Self::I;
-                dot_bytes(w: [Self::I; 4], x: &[i8; 16], sum: i32) -> Self::I;
+                dot_bytes(w: [Self::I; 4], x: &[i8; 16], start: i32) -> Self::I;
                 unpack_bytes(v: Self::I) -> [Self::V; 4];
                 prefetch(from: &[u8], offset: usize);
                 prefetch_l2(from: &[u8], offset: usize);

@@ -212,7 +212,7 @@ impl Lanes for Scalar {
         })
     }
     #[inline(never)]
-    fn dot_bytes(self, w: [[i32; 16]; 4], x: &[i8; 16], _sum: i32) -> [i32; 16] {
+    fn dot_bytes(self, w: [[i32; 16]; 4], x: &[i8; 16], _start: i32) -> [i32; 16] {
         std::array::from_fn(|r| (0..4).map(|j| dot_lane(w[j][r], &x[4 * j..], 128)).sum())
     }
     #[inline(never)]

@@ -425,7 +425,7 @@ fn dot_nibbles(w: &[[int32x4_t; 4]; 8], x: &[i8; 32], start: i32) -> [int32x4_t;
 
 #[inline]
 #[target_feature(enable = "neon,dotprod")]
-fn dot_bytes(w: [[int32x4_t; 4]; 4], x: &[i8; 16], _sum: i32) -> [int32x4_t; 4] {
+fn dot_bytes(w: [[int32x4_t; 4]; 4], x: &[i8; 16], _start: i32) -> [int32x4_t; 4] {
     let x = load_x(x);
     // As a signed byte, w with its highest bit flipped is w - 128.
     let flip = vdupq_n_s8(i8::MIN);

@@ -152,8 +152,8 @@ fn dot_nibbles(w: &[__m512i; 8], x: &[i8; 32], start: i32) -> __m512i {
 
 #[inline]
 #[target_feature(enable = "avx512f,avx512vnni")]
-fn dot_bytes(w: [__m512i; 4], x: &[i8; 16], sum: i32) -> __m512i {
-    let mut total = _mm512_set1_epi32(-128 * sum);
+fn dot_bytes(w: [__m512i; 4], x: &[i8; 16], start: i32) -> __m512i {
+    let mut total = _mm512_set1_epi32(start);
     let (x, _) = x.as_chunks::<4>();
     for j in 0..4 {
         total = _mm512_dpbusd_epi32(total, w[j], broadcast(&x[j]));

@@ -57,8 +57,8 @@ fn dot_nibbles(w: &[[__m256i; 2]; 8], x: &[i8; 32], start: i32) -> [__m256i; 2] 
 
 #[inline]
 #[target_feature(enable = "avx2,avxvnni")]
-fn dot_bytes(w: [[__m256i; 2]; 4], x: &[i8; 16], sum: i32) -> [__m256i; 2] {
-    let mut total = [_mm256_set1_epi32(-128 * sum); 2];
+fn dot_bytes(w: [[__m256i; 2]; 4], x: &[i8; 16], start: i32) -> [__m256i; 2] {
+    let mut total = [_mm256_set1_epi32(start); 2];
     let (x, _) = x.as_chunks::<4>();
     for j in 0..4 {
         total = add_products(total, w[j], &x[j]);

@@ -48,7 +48,7 @@ fn dot_bytes_half(w: [__m256i; 4], x: &[i8; 16]) -> __m256i {
 
 #[inline]
 #[target_feature(enable = "avx2")]
-pub(super) fn dot_bytes(w: [[__m256i; 2]; 4], x: &[i8; 16], _sum: i32) -> [__m256i; 2] {
+pub(super) fn dot_bytes(w: [[__m256i; 2]; 4], x: &[i8; 16], _start: i32) -> [__m256i; 2] {
     [
         dot_bytes_half([w[0][0], w[1][0], w[2][0], w[3][0]], x),
         dot_bytes_half([w[0][1], w[1][1], w[2][1], w[3][1]], x),
