@@ -331,7 +331,14 @@ impl<S: Source, E: Element> Attend<'_, S, E> {
         };
         let width = acc.len() / N;
         acc.fill([0.0; 16]);
-        for tile in tiles {
+        let ahead = if tiles.is_empty() { 0 } else { self.source.ahead(lanes, tiles.start) };
+        for tile in tiles.clone().take(ahead) {
+            self.source.prefetch(lanes, tile);
+        }
+        for tile in tiles.clone() {
+            if ahead > 0 && tile + ahead < tiles.end {
+                self.source.prefetch(lanes, tile + ahead);
+            }
             let scores = scores::<L, E, N>(lanes, self.source.keys(tile), q);
             let scales = self.source.scales(tile);
             for n in 0..N {

@@ -1,8 +1,12 @@
 //! Where attention reads keys and values: from pages, or packed for one call.
 
+use crate::codes::LINE;
 use crate::kv::{CpuKvPool, Head, TOKENS, padded_head};
+use crate::lanes::Lanes;
 use exrail_kernels::{AttentionShape, PAGE_TOKENS, PageId, Span};
 
+/// Bytes of a page of memory, which a processor's own prefetchers do not leave.
+const PAGE_BYTES: usize = 4096;
 /// Tiles of a page.
 const PAGE_TILES: usize = PAGE_TOKENS / TOKENS;
 
@@ -14,6 +18,24 @@ pub(super) trait Source: Copy {
     fn values(&self, tile: usize) -> &[u8];
     /// Sixteen f32 for the keys, and for the values: none but for int8.
     fn scales(&self, tile: usize) -> Option<[&[u8; 64]; 2]>;
+
+    /// How many tiles ahead the CPU wants to be asked. A tile is as long as what a CPU asks for by itself,
+    /// and more requests are in its way.
+    #[inline(always)]
+    fn ahead<L: Lanes>(&self, lanes: L, tile: usize) -> usize {
+        let len_bytes = self.keys(tile).len() + self.values(tile).len();
+        if lanes.ahead() < PAGE_BYTES { 0 } else { lanes.ahead().div_ceil(len_bytes.max(1)) }
+    }
+
+    /// Asks for a tile's keys and values.
+    #[inline(always)]
+    fn prefetch<L: Lanes>(&self, lanes: L, tile: usize) {
+        for part in [self.keys(tile), self.values(tile)] {
+            for line in (0..part.len()).step_by(LINE) {
+                lanes.prefetch(part, line);
+            }
+        }
+    }
 }
 
 /// Keys and values in pages.
