@@ -13,7 +13,7 @@ use exrail_checkpoint::{
 use exrail_kernels::Backend;
 use exrail_model::{Decoder, LoadProgress};
 use exrail_tensor::IntGrid;
-use exrail_text::{ChatTemplate, TokenRoles, Tokenizer, Vocabulary};
+use exrail_text::{ChatTemplate, Specials, TokenRoles, Tokenizer, Vocabulary};
 
 use crate::error::EngineError;
 use crate::fingerprint::{ModelFingerprint, Unhashed};
@@ -106,7 +106,6 @@ fn load_opened<B: Backend>(
     let name = split_name.or_else(file_name).unwrap_or_else(|| path.display().to_string());
     let prepared = Prepared::of(backend, &checkpoint, options, progress)?;
     drop(checkpoint);
-    prepared.backend.release_unused();
     let sha256 = hash.or_else(Unhashed::begin).map_err(failed)?;
     Ok(prepared.identify(name, sha256))
 }
@@ -254,6 +253,9 @@ impl TextParts {
         if tokens > rows {
             return Err(EngineError::VocabularyTooLarge { rows, tokens });
         }
+        // What splits a text into words is compiled when it is first needed, which takes code and memory
+        // that nothing needs after: better here than in the first request.
+        drop(parts.tokenizer.encode("A word\n", Specials::AsText));
         Ok(parts)
     }
 

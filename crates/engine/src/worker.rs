@@ -157,6 +157,8 @@ impl<B: Backend> Worker<B> {
     /// Runs until shutdown. `alive` is dropped when the thread is done and its memory is given back, whichever
     /// way.
     pub(crate) fn run(mut self, alive: flume::Sender<Infallible>) {
+        // Everything is made: what a load left free, and the code that it ran, need not stay.
+        self.loaded.backend.release_unused();
         let state = loop {
             // A panic outside the guarded parts is a bug of this file; it must still reach every
             // caller as a fault and not as silence.
