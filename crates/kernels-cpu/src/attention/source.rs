@@ -19,8 +19,8 @@ pub(super) trait Source: Copy {
     /// Sixteen f32 for the keys, and for the values: none but for int8.
     fn scales(&self, tile: usize) -> Option<[&[u8; 64]; 2]>;
 
-    /// How many tiles ahead the CPU wants to be asked. A tile is as long as what a CPU asks for by itself,
-    /// and more requests are in its way.
+    /// How many tiles ahead the CPU wants to be asked for keys and values: none where it follows weights by
+    /// itself within a page of memory, because it follows these, too, and requests are in its way.
     #[inline(always)]
     fn ahead<L: Lanes>(&self, lanes: L, tile: usize) -> usize {
         let len_bytes = self.keys(tile).len() + self.values(tile).len();
