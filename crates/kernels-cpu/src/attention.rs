@@ -526,3 +526,54 @@ impl<V: Copy, const N: usize> Softmax<V, N> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Isa, affinity};
+    use exrail_kernels::{KvShape, KvSlot, PAGE_TOKENS, PageId};
+
+    /// What is asked for ahead lies in the sequence, whatever CPU this runs on: with windows, prompts
+    /// and the first token, too.
+    #[test]
+    fn asking_ahead_changes_no_bit_and_stays_in_the_sequence() {
+        let (n_heads, n_kv_heads, head_dim, n_tokens) = (3, 1, 64, 2 * PAGE_TOKENS);
+        let kv = KvShape { n_layers: 1, n_pages: 2, n_kv_heads, head_dim, dtype: KvDtype::F16 };
+        let threads = Pool::new(2, &affinity::cores());
+        let mut pool = CpuKvPool::new(kv, || "test".to_owned()).expect("128 KiB");
+        let value = |i: usize| ((i * 7919) % 1000) as f32 / 500.0 - 1.0;
+        let keys: Vec<f32> = (0..n_tokens * head_dim).map(value).collect();
+        let page = |i: usize| PageId((i / PAGE_TOKENS) as u32);
+        let slot = |i: usize| KvSlot { page: page(i), offset: (i % PAGE_TOKENS) as u32 };
+        let slots: Vec<KvSlot> = (0..n_tokens).map(slot).collect();
+        pool.write(&threads, 0, (&keys, &keys), &slots);
+        let pages = [PageId(0), PageId(1)];
+        for (first_position, n_rows, window) in
+            [(0, 1, None), (15, 1, None), (511, 1, None), (500, 1, Some(20)), (300, 40, Some(130))]
+        {
+            let q: Vec<f32> = (0..n_rows * n_heads * head_dim).map(value).collect();
+            let pages = &pages[..(first_position + n_rows).div_ceil(PAGE_TOKENS)];
+            let span = AttentionSpan { first_row: 0, n_rows, first_position, pages };
+            let (scale, soft_cap) = (0.125, None);
+            let shape = AttentionShape { n_heads, n_kv_heads, head_dim, scale, window, soft_cap };
+            for isa in Isa::available() {
+                let processor = Processor::of(isa).expect("listed as available");
+                let outputs = [0, 4 << 10, 8 << 10, 1 << 20].map(|ahead| {
+                    let (processor, mut out) = (processor.asking(ahead), vec![0.0; q.len()]);
+                    let (spans, mut partials) = ([span], Vec::new());
+                    let inputs = (&pool, 0);
+                    attention(
+                        processor,
+                        &threads,
+                        (&q, &mut out),
+                        inputs,
+                        (shape, &spans),
+                        &mut partials,
+                    );
+                    out.iter().map(|x: &f32| x.to_bits()).collect::<Vec<_>>()
+                });
+                assert!(outputs.iter().all(|out| *out == outputs[0]), "{isa}, {first_position}");
+            }
+        }
+    }
+}

@@ -85,6 +85,22 @@ impl Processor {
         Isa::ALL.into_iter().rev().find_map(Processor::of).unwrap_or(Processor::Scalar(Scalar))
     }
 
+    /// The same on a CPU that wants to be asked this far ahead, which the portable code never is.
+    #[cfg(test)]
+    pub(crate) fn asking(self, ahead: usize) -> Processor {
+        match self {
+            Processor::Scalar(token) => Processor::Scalar(token),
+            #[cfg(target_arch = "aarch64")]
+            Processor::Neon(token) => Processor::Neon(token.asking(ahead)),
+            #[cfg(target_arch = "x86_64")]
+            Processor::Avx2(token) => Processor::Avx2(token.asking(ahead)),
+            #[cfg(target_arch = "x86_64")]
+            Processor::AvxVnni(token) => Processor::AvxVnni(token.asking(ahead)),
+            #[cfg(target_arch = "x86_64")]
+            Processor::Avx512Vnni(token) => Processor::Avx512Vnni(token.asking(ahead)),
+        }
+    }
+
     /// Which one it is.
     pub(crate) fn isa(self) -> Isa {
         match self {

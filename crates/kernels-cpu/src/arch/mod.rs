@@ -5,6 +5,16 @@
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 macro_rules! lanes_by_functions {
     ($token:ty, V = $v:ty, I = $i:ty, WIDEST = $widest:literal) => {
+        #[cfg(test)]
+        impl $token {
+            /// The same on a CPU that wants to be asked this far ahead.
+            pub(crate) fn asking(self, ahead: usize) -> Self {
+                let mut token = self;
+                token.ahead = ahead;
+                token
+            }
+        }
+
         impl crate::lanes::Lanes for $token {
             type V = $v;
             type I = $i;
