@@ -23,17 +23,26 @@ pub(crate) struct QuantBlock {
     /// -8 Σ quants: where a dot product with `q - 8` starts. In memory, because a broadcast from
     /// there takes no slot of the arithmetic.
     pub(crate) nibble_start: i32,
-    /// -128 Σ quants of each half, for dot products with `q - 128`.
+    /// -128 Σ quants, for dot products with `q - 128`.
+    pub(crate) bytes_start: i32,
+    /// The same of each half.
     pub(crate) byte_starts: [i32; 2],
 }
 
-const _: () = assert!(size_of::<QuantBlock>() == 52);
+const _: () = assert!(size_of::<QuantBlock>() == 56);
 
 impl QuantBlock {
+    /// The first or the last sixteen integers.
+    #[inline(always)]
+    pub(crate) fn half(&self, i: usize) -> &[i8; 16] {
+        &self.quants.as_chunks::<16>().0[i]
+    }
+
     /// Σ quants of each half.
     #[inline(always)]
     fn set_sums(&mut self, [low, high]: [i32; 2]) {
         self.nibble_start = -8 * (low + high);
+        self.bytes_start = -128 * (low + high);
         self.byte_starts = [-128 * low, -128 * high];
     }
 }
@@ -195,6 +204,7 @@ mod tests {
         scale: 7.0,
         scaled_sum: 8.0,
         nibble_start: 9,
+        bytes_start: 9,
         byte_starts: [9; 2],
     };
 
@@ -203,6 +213,7 @@ mod tests {
         for block in blocks {
             let (low, high) = block.quants.split_at(BLOCK / 2);
             assert_eq!(block.nibble_start, -8 * (sum(low) + sum(high)), "{what}");
+            assert_eq!(block.bytes_start, -128 * (sum(low) + sum(high)), "{what}");
             assert_eq!(block.byte_starts, [-128 * sum(low), -128 * sum(high)], "{what}");
         }
         let whole = |i: usize| {

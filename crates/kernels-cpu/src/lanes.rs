@@ -64,6 +64,7 @@ pub(crate) trait Lanes: Copy + Send + Sync {
     /// Writes integral values in -127..=127 as bytes.
     fn store_i8(self, v: Self::V, out: &mut [i8; 16]);
 
+    fn splat_i(self, x: i32) -> Self::I;
     /// Exact below 2^24.
     fn to_f32(self, v: Self::I) -> Self::V;
     fn add_i(self, a: Self::I, b: Self::I) -> Self::I;
@@ -83,10 +84,23 @@ pub(crate) trait Lanes: Copy + Send + Sync {
     fn lookup(self, v: Self::I, table: &[u8; 16]) -> Self::I;
     /// A byte tile: lane r of `tile[64 j ..]` holds k = 4j..4j+4 of row r.
     fn bytes(self, tile: &[u8; 512]) -> [Self::I; 8];
-    /// `start + Σ w x` over 32 k, w unsigned and at most 15, x in -127..=127.
-    fn dot_nibbles(self, w: &[Self::I; 8], x: &[i8; 32], start: i32) -> Self::I;
-    /// `Σ (w - 128) x` over 16 k, w unsigned, x in -127..=127; `start` is -128 Σ x.
-    fn dot_bytes(self, w: [Self::I; 4], x: &[i8; 16], start: i32) -> Self::I;
+    /// `totals[n] + Σ w x[n]` over 32 k, w unsigned and at most 15, x in -127..=127.
+    fn dot_nibbles<const N: usize>(
+        self,
+        w: &[Self::I; 8],
+        x: [&[i8; 32]; N],
+        totals: [Self::I; N],
+    ) -> [Self::I; N];
+    /// What sums of [`Lanes::dot_bytes`] start with, where `sum` is -128 Σ x over all k to come.
+    fn start_bytes(self, sum: i32) -> Self::I;
+    /// `totals[n] + Σ (w - 128) x[n]` over 16 k, w unsigned, x in -127..=127, once all k have been
+    /// added to a start.
+    fn dot_bytes<const N: usize>(
+        self,
+        w: [Self::I; 4],
+        x: [&[i8; 16]; N],
+        totals: [Self::I; N],
+    ) -> [Self::I; N];
     /// The four unsigned bytes of each lane as f32.
     fn unpack_bytes(self, v: Self::I) -> [Self::V; 4];
     /// Asks for the cache line at `offset` bytes after the start of `from`, which may lie outside.
@@ -253,7 +267,7 @@ mod tests {
             let nibbles = lanes.nibbles(&self.random.bytes(256));
             nibbles.into_iter().for_each(|v| self.note_bytes("nibbles", lanes, v));
             let (x, start) = (self.random.quants(), self.random.next() as i32 >> 12);
-            let dot = lanes.dot_nibbles(&nibbles, &x, start);
+            let [dot] = lanes.dot_nibbles(&nibbles, [&x], [lanes.splat_i(start)]);
             self.note("dot_nibbles", lanes, lanes.to_f32(dot));
             self.note("times_256", lanes, lanes.to_f32(lanes.times_256(dot)));
             let mut tile = [0; 512];
@@ -266,7 +280,7 @@ mod tests {
             let [four, _] = bytes.as_chunks::<4>().0 else {
                 unreachable!("eight are two times four")
             };
-            let product = lanes.dot_bytes(*four, &x, start);
+            let [product] = lanes.dot_bytes(*four, [&x], [lanes.start_bytes(start)]);
             self.note("dot_bytes", lanes, lanes.to_f32(product));
             self.note("add_i", lanes, lanes.to_f32(lanes.add_i(product, dot)));
             // Hints, also outside of what they are given.

@@ -105,9 +105,9 @@ impl Kernel for MostOf<'_> {
             }
             let h = lanes.nibbles(tile);
             let (x, reach) = (&blocks[b], &reach[b]);
-            let first = lanes.dot_nibbles(&h, &x[0].quants, 0);
-            let second = lanes.dot_nibbles(&h, &x[1].quants, 0);
-            let dot = lanes.to_f32(lanes.add_i(lanes.times_256(first), second));
+            let [first] = lanes.dot_nibbles(&h, [&x[0].quants], [lanes.splat_i(0)]);
+            let [dot] = lanes.dot_nibbles(&h, [&x[1].quants], [lanes.times_256(first)]);
+            let dot = lanes.to_f32(dot);
             let scale = scales.scale(lanes, b, 0);
             let value = lanes.fma(dot, lanes.splat(reach.high), lanes.splat(reach.middle));
             near = lanes.fma(value, scale, near);

@@ -10,6 +10,9 @@
 //!
 //! This crate knows no model: shapes and weights come through the trait.
 
+#[macro_use]
+mod unroll;
+
 mod activation;
 mod affinity;
 mod arch;

@@ -18,6 +18,9 @@ use crate::tile::{BLOCK, Group};
 use exrail_kernels::InputRounding;
 use std::marker::PhantomData;
 
+/// Halves of a block of bytes, which may have a scale each.
+const HALVES: usize = 2;
+
 /// Asks for a line of weights that a product with `N` rows of activations will need, `block` being
 /// where it is.
 ///
@@ -184,42 +187,76 @@ impl ScaleFamily for Brains {
     type Of<'a> = BrainScales<'a>;
 }
 
-/// Σ w x of 32 nibbles and the `P` blocks of a row.
+/// Σ w x of 32 nibbles and the `P` blocks of each of `N` rows.
 #[inline(always)]
-fn dot_nibbles<L: Lanes, S: ScaleFamily, const P: usize>(
+fn dot_nibbles<L: Lanes, S: ScaleFamily, const P: usize, const N: usize>(
     lanes: L,
     w: &[L::I; 8],
-    blocks: &[QuantBlock; P],
-) -> L::I {
-    let dot = dot_block::<L, S>(lanes, w, &blocks[0]);
-    if P == 1 {
-        return dot;
-    }
-    lanes.add_i(lanes.times_256(dot), dot_block::<L, S>(lanes, w, &blocks[1]))
+    rows: &[[QuantBlock; P]; N],
+) -> [L::I; N] {
+    let mut totals = [lanes.splat_i(0); N];
+    unroll!(p in P, {
+        unroll!(n in N, {
+            let start = lanes.splat_i(if S::Of::MINIMA { 0 } else { rows[n][p].nibble_start });
+            totals[n] = lanes.add_i(lanes.times_256(totals[n]), start);
+        });
+        totals = lanes.dot_nibbles(w, each(rows, |row| &row[p].quants), totals);
+    });
+    totals
 }
 
+/// Σ w x of 32 bytes and the `P` blocks of each of `N` rows.
 #[inline(always)]
-fn dot_block<L: Lanes, S: ScaleFamily>(lanes: L, w: &[L::I; 8], x: &QuantBlock) -> L::I {
-    let start = if S::Of::MINIMA { 0 } else { x.nibble_start };
-    lanes.dot_nibbles(w, &x.quants, start)
-}
-
-/// Σ w x of 16 bytes and one half of the `P` blocks of a row.
-#[inline(always)]
-fn dot_half<L: Lanes, const P: usize>(
+fn dot_bytes<L: Lanes, const P: usize, const N: usize>(
     lanes: L,
-    w: [L::I; 4],
-    blocks: &[QuantBlock; P],
-    half: usize,
-) -> L::I {
-    let (halves, _) = blocks[0].quants.as_chunks::<16>();
-    let dot = lanes.dot_bytes(w, &halves[half], blocks[0].byte_starts[half]);
-    if P == 1 {
-        return dot;
-    }
-    let (halves, _) = blocks[1].quants.as_chunks::<16>();
-    let low = lanes.dot_bytes(w, &halves[half], blocks[1].byte_starts[half]);
-    lanes.add_i(lanes.times_256(dot), low)
+    w: &[L::I; 8],
+    rows: &[[QuantBlock; P]; N],
+) -> [L::I; N] {
+    let mut totals = [lanes.splat_i(0); N];
+    unroll!(p in P, {
+        unroll!(n in N, {
+            let start = lanes.start_bytes(rows[n][p].bytes_start);
+            totals[n] = lanes.add_i(lanes.times_256(totals[n]), start);
+        });
+        unroll!(i in HALVES, {
+            totals = lanes.dot_bytes(half::<L>(w, i), each(rows, |row| row[p].half(i)), totals);
+        });
+    });
+    totals
+}
+
+/// The same of one half.
+#[inline(always)]
+fn dot_half<L: Lanes, const P: usize, const N: usize>(
+    lanes: L,
+    w: &[L::I; 8],
+    rows: &[[QuantBlock; P]; N],
+    i: usize,
+) -> [L::I; N] {
+    let mut totals = [lanes.splat_i(0); N];
+    unroll!(p in P, {
+        unroll!(n in N, {
+            let start = lanes.start_bytes(rows[n][p].byte_starts[i]);
+            totals[n] = lanes.add_i(lanes.times_256(totals[n]), start);
+        });
+        totals = lanes.dot_bytes(half::<L>(w, i), each(rows, |row| row[p].half(i)), totals);
+    });
+    totals
+}
+
+/// The weights of one half.
+#[inline(always)]
+fn half<L: Lanes>(w: &[L::I; 8], i: usize) -> [L::I; 4] {
+    [w[4 * i], w[4 * i + 1], w[4 * i + 2], w[4 * i + 3]]
+}
+
+/// A part of each row.
+#[inline(always)]
+fn each<'a, T, U: ?Sized, const N: usize>(
+    rows: &'a [T; N],
+    of: impl Fn(&'a T) -> &'a U,
+) -> [&'a U; N] {
+    std::array::from_fn(|n| of(&rows[n]))
 }
 
 /// Nibble tiles with activations of `P` int8 each.
@@ -239,23 +276,23 @@ impl<S: ScaleFamily, const P: usize> Format for NibblesInt8<S, P> {
         let scales = S::Of::of(group);
         let blocks = input.tile::<P, N>(row);
         let mut acc = [lanes.splat(0.0); N];
-        for b in group.blocks() {
+        for (b, rows) in group.blocks().zip(blocks) {
             let tile = group.weights::<256>(b);
             for line in 0..5 {
                 prefetch::<L, N>(lanes, tile, line);
             }
             let w = lanes.nibbles(tile);
             let scale = scales.scale(lanes, b, 0);
-            let rows = &blocks[b];
-            for (acc, x) in acc.iter_mut().zip(rows) {
-                let dot = lanes.to_f32(dot_nibbles::<L, S, P>(lanes, &w, x));
-                *acc = lanes.fma(dot, lanes.mul(scale, lanes.splat(x[0].scale)), *acc);
-            }
+            let dots = dot_nibbles::<L, S, P, N>(lanes, &w, rows);
+            unroll!(n in N, {
+                let scale = lanes.mul(scale, lanes.splat(rows[n][0].scale));
+                acc[n] = lanes.fma(lanes.to_f32(dots[n]), scale, acc[n]);
+            });
             if S::Of::MINIMA {
                 let minimum = scales.minimum(lanes, b, 0);
-                for (acc, x) in acc.iter_mut().zip(rows) {
-                    *acc = lanes.fma(minimum, lanes.splat(x[0].scaled_sum), *acc);
-                }
+                unroll!(n in N, {
+                    acc[n] = lanes.fma(minimum, lanes.splat(rows[n][0].scaled_sum), acc[n]);
+                });
             }
         }
         acc
@@ -279,33 +316,32 @@ impl<C: Codes, S: ScaleFamily, const P: usize> Format for CodesInt8<C, S, P> {
         let scales = S::Of::of(group);
         let blocks = input.tile::<P, N>(row);
         let mut acc = [lanes.splat(0.0); N];
-        for b in group.blocks() {
+        for (b, rows) in group.blocks().zip(blocks) {
             C::prefetch::<L, N>(lanes, group, b);
             let w = C::bytes(lanes, group, b);
-            let (first, second) = ([w[0], w[1], w[2], w[3]], [w[4], w[5], w[6], w[7]]);
             let scale = scales.scale(lanes, b, 0);
-            let rows = &blocks[b];
-            for (acc, x) in acc.iter_mut().zip(rows) {
-                let low = dot_half::<L, P>(lanes, first, x, 0);
-                let high = dot_half::<L, P>(lanes, second, x, 1);
-                let x_scale = lanes.splat(x[0].scale);
-                if S::Of::PER_BLOCK == 1 {
-                    let dot = lanes.to_f32(lanes.add_i(low, high));
-                    *acc = lanes.fma(dot, lanes.mul(scale, x_scale), *acc);
-                } else {
-                    let second_scale = scales.scale(lanes, b, 1);
-                    let low = lanes.to_f32(low);
-                    let high = lanes.to_f32(high);
-                    *acc = lanes.fma(low, lanes.mul(scale, x_scale), *acc);
-                    *acc = lanes.fma(high, lanes.mul(second_scale, x_scale), *acc);
-                }
+            if S::Of::PER_BLOCK == 1 {
+                let dots = dot_bytes::<L, P, N>(lanes, &w, rows);
+                unroll!(n in N, {
+                    let scale = lanes.mul(scale, lanes.splat(rows[n][0].scale));
+                    acc[n] = lanes.fma(lanes.to_f32(dots[n]), scale, acc[n]);
+                });
+            } else {
+                let scales = [scale, scales.scale(lanes, b, 1)];
+                unroll!(i in HALVES, {
+                    let dots = dot_half::<L, P, N>(lanes, &w, rows, i);
+                    unroll!(n in N, {
+                        let scale = lanes.mul(scales[i], lanes.splat(rows[n][0].scale));
+                        acc[n] = lanes.fma(lanes.to_f32(dots[n]), scale, acc[n]);
+                    });
+                });
             }
             if S::Of::MINIMA {
                 let halves =
                     [scales.minimum(lanes, b, 0), scales.minimum(lanes, b, S::Of::PER_BLOCK - 1)];
-                for (acc, x) in acc.iter_mut().zip(rows) {
-                    *acc = add_minima::<L, S, P>(lanes, halves, x, *acc);
-                }
+                unroll!(n in N, {
+                    acc[n] = add_minima::<L, S, P>(lanes, halves, &rows[n], acc[n]);
+                });
             }
         }
         acc

@@ -1,10 +1,43 @@
 //! Capability tokens, one a module: by instruction set first, then by operation.
 
 /// Implements [`crate::lanes::Lanes`] for a token by the functions of the same names in scope, which
-/// take no token and are compiled for its instruction set.
+/// take no token and are compiled for its instruction set. Integer products are made row by row, unless
+/// methods for them are given.
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 macro_rules! lanes_by_functions {
     ($token:ty, V = $v:ty, I = $i:ty, WIDEST = $widest:literal) => {
+        lanes_by_functions! {
+            $token, V = $v, I = $i, WIDEST = $widest;
+
+            #[inline(always)]
+            fn dot_nibbles<const N: usize>(
+                self,
+                w: &[$i; 8],
+                x: [&[i8; 32]; N],
+                mut totals: [$i; N],
+            ) -> [$i; N] {
+                for (total, x) in totals.iter_mut().zip(x) {
+                    // SAFETY: `self` proves that the instruction set of this function is present.
+                    *total = unsafe { add_nibbles(w, x, *total) };
+                }
+                totals
+            }
+            #[inline(always)]
+            fn dot_bytes<const N: usize>(
+                self,
+                w: [$i; 4],
+                x: [&[i8; 16]; N],
+                mut totals: [$i; N],
+            ) -> [$i; N] {
+                for (total, x) in totals.iter_mut().zip(x) {
+                    // SAFETY: `self` proves that the instruction set of this function is present.
+                    *total = unsafe { add_16_bytes(w, x, *total) };
+                }
+                totals
+            }
+        }
+    };
+    ($token:ty, V = $v:ty, I = $i:ty, WIDEST = $widest:literal; $($dots:item)*) => {
         #[cfg(test)]
         impl $token {
             /// The same on a CPU that wants to be asked this far ahead.
@@ -51,6 +84,7 @@ macro_rules! lanes_by_functions {
                 largest_magnitude(a: Self::V, b: Self::V) -> f32;
                 integer_sums(v: [Self::V; 4]) -> [i32; 4];
                 store_i8(v: Self::V, out: &mut [i8; 16]);
+                splat_i(x: i32) -> Self::I;
                 to_f32(v: Self::I) -> Self::V;
                 add_i(a: Self::I, b: Self::I) -> Self::I;
                 times_256(v: Self::I) -> Self::I;
@@ -61,12 +95,13 @@ macro_rules! lanes_by_functions {
                 add_bytes(v: Self::I, addend: u8) -> Self::I;
                 lookup(v: Self::I, table: &[u8; 16]) -> Self::I;
                 bytes(tile: &[u8; 512]) -> [Self::I; 8];
-                dot_nibbles(w: &[Self::I; 8], x: &[i8; 32], start: i32) -> Self::I;
-                dot_bytes(w: [Self::I; 4], x: &[i8; 16], start: i32) -> Self::I;
+                start_bytes(sum: i32) -> Self::I;
                 unpack_bytes(v: Self::I) -> [Self::V; 4];
                 prefetch(from: &[u8], offset: usize);
                 prefetch_l2(from: &[u8], offset: usize);
             }
+
+            $($dots)*
         }
     };
 }

@@ -157,6 +157,10 @@ impl Lanes for Scalar {
     }
 
     #[inline(always)]
+    fn splat_i(self, x: i32) -> [i32; 16] {
+        [x; 16]
+    }
+    #[inline(always)]
     fn to_f32(self, v: [i32; 16]) -> [f32; 16] {
         v.map(|x| x as f32)
     }
@@ -206,14 +210,32 @@ impl Lanes for Scalar {
         std::array::from_fn(|j| std::array::from_fn(|r| i32::from_le_bytes(lanes[j * 16 + r])))
     }
     #[inline(never)]
-    fn dot_nibbles(self, w: &[[i32; 16]; 8], x: &[i8; 32], start: i32) -> [i32; 16] {
-        std::array::from_fn(|r| {
-            start + (0..8).map(|j| dot_lane(w[j][r], &x[4 * j..], 0)).sum::<i32>()
-        })
+    fn dot_nibbles<const N: usize>(
+        self,
+        w: &[[i32; 16]; 8],
+        x: [&[i8; 32]; N],
+        totals: [[i32; 16]; N],
+    ) -> [[i32; 16]; N] {
+        let dot = |r: usize, x: &[i8; 32]| -> i32 {
+            (0..8).map(|j| dot_lane(w[j][r], &x[4 * j..], 0)).sum()
+        };
+        std::array::from_fn(|n| std::array::from_fn(|r| totals[n][r] + dot(r, x[n])))
+    }
+    #[inline(always)]
+    fn start_bytes(self, _sum: i32) -> [i32; 16] {
+        [0; 16]
     }
     #[inline(never)]
-    fn dot_bytes(self, w: [[i32; 16]; 4], x: &[i8; 16], _start: i32) -> [i32; 16] {
-        std::array::from_fn(|r| (0..4).map(|j| dot_lane(w[j][r], &x[4 * j..], 128)).sum())
+    fn dot_bytes<const N: usize>(
+        self,
+        w: [[i32; 16]; 4],
+        x: [&[i8; 16]; N],
+        totals: [[i32; 16]; N],
+    ) -> [[i32; 16]; N] {
+        let dot = |r: usize, x: &[i8; 16]| -> i32 {
+            (0..4).map(|j| dot_lane(w[j][r], &x[4 * j..], 128)).sum()
+        };
+        std::array::from_fn(|n| std::array::from_fn(|r| totals[n][r] + dot(r, x[n])))
     }
     #[inline(never)]
     fn unpack_bytes(self, v: [i32; 16]) -> [[f32; 16]; 4] {

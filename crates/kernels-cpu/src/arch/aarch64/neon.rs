@@ -291,6 +291,12 @@ fn store_i8(v: [float32x4_t; 4], out: &mut [i8; 16]) {
 
 #[inline]
 #[target_feature(enable = "neon")]
+fn splat_i(x: i32) -> [int32x4_t; 4] {
+    [vdupq_n_s32(x); 4]
+}
+
+#[inline]
+#[target_feature(enable = "neon")]
 fn to_f32(v: [int32x4_t; 4]) -> [float32x4_t; 4] {
     each(v, |v| vcvtq_f32_s32(v))
 }
@@ -410,30 +416,34 @@ fn parts(w: &[[int32x4_t; 4]; 4], part: usize) -> [int8x16_t; 4] {
 
 #[inline]
 #[target_feature(enable = "neon,dotprod")]
-fn dot_nibbles(w: &[[int32x4_t; 4]; 8], x: &[i8; 32], start: i32) -> [int32x4_t; 4] {
+fn add_nibbles(w: &[[int32x4_t; 4]; 8], x: &[i8; 32], mut total: [int32x4_t; 4]) -> [int32x4_t; 4] {
     let (halves, _) = x.as_chunks::<16>();
     let (x_low, x_high) = (load_x(&halves[0]), load_x(&halves[1]));
     let (quarters, _) = w.as_chunks::<4>();
     // Nibbles are at most 15, so that they are the same as signed bytes.
-    let mut sums = [vdupq_n_s32(start); 4];
-    for (part, sum) in sums.iter_mut().enumerate() {
+    for (part, sum) in total.iter_mut().enumerate() {
         *sum = sdot_16(*sum, parts(&quarters[0], part), x_low);
         *sum = sdot_16(*sum, parts(&quarters[1], part), x_high);
     }
-    sums
+    total
+}
+
+#[inline]
+#[target_feature(enable = "neon")]
+fn start_bytes(_sum: i32) -> [int32x4_t; 4] {
+    [vdupq_n_s32(0); 4]
 }
 
 #[inline]
 #[target_feature(enable = "neon,dotprod")]
-fn dot_bytes(w: [[int32x4_t; 4]; 4], x: &[i8; 16], _start: i32) -> [int32x4_t; 4] {
+fn add_16_bytes(w: [[int32x4_t; 4]; 4], x: &[i8; 16], mut total: [int32x4_t; 4]) -> [int32x4_t; 4] {
     let x = load_x(x);
     // As a signed byte, w with its highest bit flipped is w - 128.
     let flip = vdupq_n_s8(i8::MIN);
-    let mut sums = [vdupq_n_s32(0); 4];
-    for (part, sum) in sums.iter_mut().enumerate() {
+    for (part, sum) in total.iter_mut().enumerate() {
         *sum = sdot_16(*sum, each(parts(&w, part), |w| veorq_s8(w, flip)), x);
     }
-    sums
+    total
 }
 
 #[inline]

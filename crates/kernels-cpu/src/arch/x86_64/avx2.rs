@@ -5,7 +5,7 @@ mod dot;
 
 use crate::lanes::Kernel;
 use core::arch::x86_64::*;
-use dot::{dot_bytes, dot_nibbles};
+use dot::{add_16_bytes, add_nibbles, start_bytes};
 
 /// Proof that this CPU has AVX2, FMA and F16C. Only [`Avx2::detect`] makes one.
 #[derive(Clone, Copy, Debug)]
@@ -283,6 +283,12 @@ pub(super) fn store_i8(v: [__m256; 2], out: &mut [i8; 16]) {
         _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256::<1>(words));
     // SAFETY: `out` is 16 writable bytes, and the store has no alignment requirement.
     unsafe { _mm_storeu_si128(out.as_mut_ptr().cast(), bytes) }
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+pub(super) fn splat_i(x: i32) -> [__m256i; 2] {
+    [_mm256_set1_epi32(x); 2]
 }
 
 #[inline]

@@ -137,34 +137,24 @@ fn lookup(v: __m512i, table: &[u8; 16]) -> __m512i {
 }
 
 #[inline]
-#[target_feature(enable = "avx512f,avx512vnni")]
-fn dot_nibbles(w: &[__m512i; 8], x: &[i8; 32], start: i32) -> __m512i {
-    // Two chains hide half of the four-cycle latency of VPDPBUSD.
-    let mut low = _mm512_set1_epi32(start);
-    let mut high = _mm512_setzero_si512();
-    let (x, _) = x.as_chunks::<4>();
-    for j in 0..4 {
-        low = _mm512_dpbusd_epi32(low, w[j], broadcast(&x[j]));
-        high = _mm512_dpbusd_epi32(high, w[j + 4], broadcast(&x[j + 4]));
-    }
-    _mm512_add_epi32(low, high)
+#[target_feature(enable = "avx512f")]
+fn start_bytes(sum: i32) -> __m512i {
+    _mm512_set1_epi32(sum)
 }
 
+/// `total + Σ w x` over four k, in the order of the calls. Left to itself, the compiler puts the chain of
+/// one row of activations behind that of another, and instructions that wait for their own chain fill the
+/// processor's scheduler; with the rows in turn it finds eight that are ready.
 #[inline]
 #[target_feature(enable = "avx512f,avx512vnni")]
-fn dot_bytes(w: [__m512i; 4], x: &[i8; 16], start: i32) -> __m512i {
-    let mut total = _mm512_set1_epi32(start);
-    let (x, _) = x.as_chunks::<4>();
-    for j in 0..4 {
-        total = _mm512_dpbusd_epi32(total, w[j], broadcast(&x[j]));
+fn add_products(total: __m512i, w: __m512i, x: &[i8; 4]) -> __m512i {
+    let x = _mm512_set1_epi32(i32::from_le_bytes(x.map(i8::cast_unsigned)));
+    let mut total = _mm512_dpbusd_epi32(total, w, x);
+    // SAFETY: no instruction.
+    unsafe {
+        core::arch::asm!("/* {} */", inout(zmm_reg) total, options(nomem, nostack, preserves_flags));
     }
     total
-}
-
-#[inline]
-#[target_feature(enable = "avx512f")]
-fn broadcast(x: &[i8; 4]) -> __m512i {
-    _mm512_set1_epi32(i32::from_le_bytes(x.map(i8::cast_unsigned)))
 }
 
 #[inline]
@@ -342,6 +332,12 @@ fn round(v: __m512) -> __m512 {
 
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq")]
+fn splat_i(x: i32) -> __m512i {
+    _mm512_set1_epi32(x)
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq")]
 fn to_f32(v: __m512i) -> __m512 {
     _mm512_cvtepi32_ps(v)
 }
@@ -370,4 +366,44 @@ fn or(a: __m512i, b: __m512i) -> __m512i {
     _mm512_or_si512(a, b)
 }
 
-lanes_by_functions!(Avx512Vnni, V = __m512, I = __m512i, WIDEST = 8);
+/// Registers of 32 k, and of 16.
+const EIGHT: usize = 8;
+const FOUR: usize = 4;
+
+lanes_by_functions! {
+    Avx512Vnni, V = __m512, I = __m512i, WIDEST = 8;
+
+    #[inline(always)]
+    fn dot_nibbles<const N: usize>(
+        self,
+        w: &[__m512i; 8],
+        x: [&[i8; 32]; N],
+        mut totals: [__m512i; N],
+    ) -> [__m512i; N] {
+        unroll!(j in EIGHT, {
+            unroll!(n in N, {
+                let x = &x[n].as_chunks::<4>().0[j];
+                // SAFETY: `self` proves that the instruction set is present.
+                totals[n] = unsafe { add_products(totals[n], w[j], x) };
+            });
+        });
+        totals
+    }
+
+    #[inline(always)]
+    fn dot_bytes<const N: usize>(
+        self,
+        w: [__m512i; 4],
+        x: [&[i8; 16]; N],
+        mut totals: [__m512i; N],
+    ) -> [__m512i; N] {
+        unroll!(j in FOUR, {
+            unroll!(n in N, {
+                let x = &x[n].as_chunks::<4>().0[j];
+                // SAFETY: `self` proves that the instruction set is present.
+                totals[n] = unsafe { add_products(totals[n], w[j], x) };
+            });
+        });
+        totals
+    }
+}

@@ -43,10 +43,9 @@ fn add_products(total: [__m256i; 2], w: [__m256i; 2], x: &[i8; 4]) -> [__m256i; 
 
 #[inline]
 #[target_feature(enable = "avx2,avxvnni")]
-fn dot_nibbles(w: &[[__m256i; 2]; 8], x: &[i8; 32], start: i32) -> [__m256i; 2] {
+fn add_nibbles(w: &[[__m256i; 2]; 8], x: &[i8; 32], total: [__m256i; 2]) -> [__m256i; 2] {
     // Two chains a register hide half of the latency of VPDPBUSD.
-    let mut low = [_mm256_set1_epi32(start); 2];
-    let mut high = [_mm256_setzero_si256(); 2];
+    let (mut low, mut high) = (total, [_mm256_setzero_si256(); 2]);
     let (x, _) = x.as_chunks::<4>();
     for j in 0..4 {
         low = add_products(low, w[j], &x[j]);
@@ -56,9 +55,14 @@ fn dot_nibbles(w: &[[__m256i; 2]; 8], x: &[i8; 32], start: i32) -> [__m256i; 2] 
 }
 
 #[inline]
+#[target_feature(enable = "avx2")]
+fn start_bytes(sum: i32) -> [__m256i; 2] {
+    splat_i(sum)
+}
+
+#[inline]
 #[target_feature(enable = "avx2,avxvnni")]
-fn dot_bytes(w: [[__m256i; 2]; 4], x: &[i8; 16], start: i32) -> [__m256i; 2] {
-    let mut total = [_mm256_set1_epi32(start); 2];
+fn add_16_bytes(w: [[__m256i; 2]; 4], x: &[i8; 16], mut total: [__m256i; 2]) -> [__m256i; 2] {
     let (x, _) = x.as_chunks::<4>();
     for j in 0..4 {
         total = add_products(total, w[j], &x[j]);
