@@ -19,6 +19,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Values of a row operation that one thread handles in about 5 µs.
 const ROW_WORK: usize = 1 << 14;
+/// Values that a thread copies alone: as many as a row of logits has.
+const COPY_ALONE: usize = 1 << 17;
 
 /// How to start a [`CpuBackend`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -157,6 +159,20 @@ impl CpuBackend {
         }
     }
 
+    /// What `of` finds in each row of x `(T, width)`, the rows on several threads.
+    fn found_in(
+        &self,
+        x: &[f32],
+        width: usize,
+        of: &(dyn Fn(usize, &[f32]) -> Largest + Sync),
+    ) -> Vec<Largest> {
+        let mut found = vec![Largest { index: 0, value: f32::NAN }; x.len() / width];
+        self.shared.pool.run_chunks(&mut found, 1, &|i, found| {
+            found[0] = of(i, &x[i * width..(i + 1) * width]);
+        });
+        found
+    }
+
     /// Runs `run(first_row, rows)` over runs of rows of `width` values, on several threads when
     /// there is enough to do.
     fn rows(&self, x: &mut [f32], width: usize, run: &(dyn Fn(usize, &mut [f32]) + Sync)) {
@@ -229,7 +245,10 @@ impl Backend for CpuBackend {
     }
 
     fn read(&self, buffer: &CpuBuffer, values: &mut [f32]) {
-        values.copy_from_slice(&buffer.0[..values.len()]);
+        let from = &buffer.0[..values.len()];
+        self.shared.pool.run_chunks(values, COPY_ALONE, &|i, values| {
+            values.copy_from_slice(&from[i * COPY_ALONE..][..values.len()]);
+        });
     }
 
     fn kv_pool(&self, shape: KvShape) -> Result<CpuKvPool, KernelError> {
@@ -343,11 +362,14 @@ impl Backend for CpuBackend {
     }
 
     fn largest(&self, x: &CpuBuffer, n_rows: usize, width: usize, limit: usize) -> Vec<Largest> {
-        Largest::of_rows(&x.0[..n_rows * width], width, limit)
+        self.found_in(&x.0[..n_rows * width], width, &|_, row| Largest::of(&row[..limit]))
     }
 
     fn draw(&self, x: &mut CpuBuffer, width: usize, draws: Draws<'_>) -> Vec<Largest> {
-        draws.of_rows(&x.0[..draws.rows.len() * width], width)
+        self.found_in(&x.0[..draws.rows.len() * width], width, &|i, row| {
+            let one = Draws { limit: draws.limit, rows: &draws.rows[i..=i] };
+            one.of_rows(row, width)[0]
+        })
     }
 
     fn found(&self, found: &Vec<Largest>) -> Vec<Largest> {

@@ -290,8 +290,27 @@ impl Largest {
     /// # Panics
     /// When they are.
     pub fn of(values: &[f32]) -> Largest {
-        let each = (0_u32..).zip(values).map(|(index, &value)| Largest { index, value });
-        each.reduce(Largest::or).expect("a row has outputs")
+        const LANES: usize = 16;
+        let (blocks, rest) = values.as_chunks::<LANES>();
+        let mut highest = [f32::NEG_INFINITY; LANES];
+        // Zero times a number is zero, and anything else stays a NaN.
+        let mut zeros = [0.0; LANES];
+        for block in blocks {
+            for ((highest, zero), &x) in highest.iter_mut().zip(&mut zeros).zip(block) {
+                *highest = if x > *highest { x } else { *highest };
+                *zero += 0.0 * x;
+            }
+        }
+        let larger = |a: f32, b: f32| if b > a { b } else { a };
+        let value = highest.iter().chain(rest).copied().reduce(larger).expect("a row has outputs");
+        if !zeros.iter().chain(rest).copied().all(f32::is_finite) {
+            return Largest { index: 0, value: f32::NAN };
+        }
+        let index = values.iter().position(|&x| x == value).expect("it is one of them");
+        Largest {
+            index: u32::try_from(index).expect("rows are far below 2^32"),
+            value: values[index],
+        }
     }
 
     /// The largest of the first `limit` values of each row of `values` `(T, width)`.
