@@ -168,7 +168,10 @@ impl CpuBackend {
     ) -> Vec<Largest> {
         let mut found = vec![Largest { index: 0, value: f32::NAN }; x.len() / width];
         self.shared.pool.run_chunks(&mut found, 1, &|i, found| {
-            found[0] = of(i, &x[i * width..(i + 1) * width]);
+            // None where there are no rows.
+            if let [found] = found {
+                *found = of(i, &x[i * width..(i + 1) * width]);
+            }
         });
         found
     }

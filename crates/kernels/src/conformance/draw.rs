@@ -67,6 +67,9 @@ impl<B: Backend> Suite<'_, B> {
         let draws = Draws { limit, rows: &rows };
         let expected = draws.of_rows(&values, width);
         let mut x = self.upload(&case, &values)?;
+        // A step without logit rows asks for no token.
+        let none = self.backend.largest(&x, 0, width, limit);
+        self.check_found(&case, &self.backend.found(&none), &[])?;
         let found = self.backend.draw(&mut x, width, draws);
         self.check_found(&case, &self.backend.found(&found), &expected)
     }
