@@ -11,9 +11,44 @@ from scipy import stats
 from scipy.special import log_softmax
 
 
+def fidelity(rng: np.random.Generator, lengths: tuple) -> dict:
+    """A model and its reference on sequences; the last position of each has no token behind it."""
+    v, n = 11, sum(lengths)
+    p = rng.normal(0, 3, (n, v)).astype(np.float32)
+    q = (p + rng.normal(0, 0.5, (n, v))).astype(np.float32)
+    following = rng.integers(0, v, n)
+    ln_p, ln_q = log_softmax(p.astype(float), axis=1), log_softmax(q.astype(float), axis=1)
+    klds = np.array([stats.entropy(np.exp(a), np.exp(b)) for a, b in zip(ln_p, ln_q)])
+    of = np.repeat(np.arange(len(lengths)), lengths)
+    ends = np.cumsum(lengths) - 1
+    inner = np.setdiff1d(np.arange(n), ends)
+    rows = np.arange(n)
+    losses = (ln_p - ln_q)[rows, following]
+    shifts = (np.exp(ln_q) - np.exp(ln_p))[rows, following]
+
+    def error(values: np.ndarray, groups: np.ndarray) -> float | None:
+        m = len(lengths)
+        if m < 2:
+            return None
+        totals = np.array([np.sum(values[groups == g] - values.mean()) for g in range(m)])
+        # The mean of the totals, which np.var subtracts, is zero.
+        return float(np.sqrt(m * np.var(totals, ddof=1)) / len(values))
+
+    return {
+        "lengths": list(lengths), "reference": p.tolist(), "other": q.tolist(),
+        "following": following.tolist(),
+        "kld_mean": float(klds.mean()), "kld_mean_se": error(klds, of),
+        "kld_median": float(np.median(klds)), "kld_p99": float(np.quantile(klds, 0.99)),
+        "kld_max": float(klds.max()), "top1": float(np.mean(p.argmax(1) == q.argmax(1))),
+        "ln_ppl_ratio": float(losses[inner].mean()),
+        "ln_ppl_ratio_se": error(losses[inner], of[inner]),
+        "rms_dp": float(np.sqrt(np.mean(shifts[inner] ** 2))),
+    }
+
+
 def main() -> None:
     rng = np.random.Generator(np.random.PCG64(20240607))
-    cases = {"quantile": [], "auroc": [], "wilson": [], "theil_sen": [], "kld": []}
+    cases = {"quantile": [], "auroc": [], "wilson": [], "theil_sen": [], "kld": [], "fidelity": []}
     for n in (1, 2, 3, 10, 57):
         values = rng.normal(size=n).round(2).tolist()
         for p in (0.0, 0.05, 0.25, 0.5, 0.731, 0.95, 1.0):
@@ -43,6 +78,8 @@ def main() -> None:
         p, q = rng.normal(0, 3, n).astype(np.float32), rng.normal(0, 3, n).astype(np.float32)
         found = stats.entropy(np.exp(log_softmax(p.astype(float))), np.exp(log_softmax(q.astype(float))))
         cases["kld"].append({"reference": p.tolist(), "other": q.tolist(), "expected": float(found)})
+    for lengths in ((5,), (4, 9), (130, 70, 3)):
+        cases["fidelity"].append(fidelity(rng, lengths))
     with open("statistics.json", "w", encoding="ascii") as file:
         json.dump(cases, file, indent=1)
         file.write("\n")

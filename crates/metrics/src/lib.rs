@@ -11,6 +11,7 @@ mod coverage;
 mod delta_s;
 mod equivalence;
 mod error;
+mod fidelity;
 mod lambda;
 mod statistics;
 
@@ -25,6 +26,7 @@ pub use equivalence::{
     json_equivalent, normalised, number_set, token_f1,
 };
 pub use error::MetricsError;
+pub use fidelity::{Fidelity, FidelitySummary, LogProbabilities, POSITION_BIN, PositionBin};
 pub use lambda::{
     Lambda, LambdaState, Release, Run, RunKind, SubLabel, lambda, mean_pairwise_jaccard, release,
     retrieve_converges, semantic_entropy,

@@ -6,6 +6,7 @@ use std::collections::BTreeSet;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{MetricsError, finite};
+use crate::fidelity::{LogProbabilities, kld_of_logs};
 
 /// A closed interval.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -215,8 +216,7 @@ pub fn theil_sen(x: &[f64], y: &[f64]) -> Result<TheilSen, MetricsError> {
 /// reference allows a token that the other excludes, the divergence is +∞.
 pub fn kld_from_logits(reference: &[f32], other: &[f32]) -> Result<f64, MetricsError> {
     check_lengths("kld", reference.len(), other.len())?;
-    let (p, q) = (log_softmax(reference)?, log_softmax(other)?);
-    Ok(kld_of_logs(&p, &q))
+    LogProbabilities::of(reference)?.kld(&LogProbabilities::of(other)?)
 }
 
 /// [`kld_from_logits`] of probabilities.
@@ -245,27 +245,6 @@ pub fn kld_probabilities(reference: &[f64], other: &[f64]) -> Result<f64, Metric
     }
     let logs = |values: &[f64]| values.iter().map(|p| p.ln()).collect::<Vec<_>>();
     Ok(kld_of_logs(&logs(reference), &logs(other)))
-}
-
-fn kld_of_logs(p: &[f64], q: &[f64]) -> f64 {
-    let terms = p.iter().zip(q).filter(|(ln_p, _)| **ln_p > f64::NEG_INFINITY);
-    // Rounding can leave a sum of −1e-17 for equal distributions.
-    terms.map(|(ln_p, ln_q)| ln_p.exp() * (ln_p - ln_q)).sum::<f64>().max(0.0)
-}
-
-fn log_softmax(logits: &[f32]) -> Result<Vec<f64>, MetricsError> {
-    let bad = |logit: &f32| logit.is_nan() || *logit == f32::INFINITY;
-    if let Some(index) = logits.iter().position(bad) {
-        let found = f64::from(logits[index]);
-        return Err(MetricsError::NotFinite { statistic: "kld", index, found });
-    }
-    let greatest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    if greatest == f32::NEG_INFINITY {
-        return Err(MetricsError::Empty { statistic: "kld" });
-    }
-    let greatest = f64::from(greatest);
-    let total: f64 = logits.iter().map(|&x| (f64::from(x) - greatest).exp()).sum();
-    Ok(logits.iter().map(|&x| f64::from(x) - greatest - total.ln()).collect())
 }
 
 fn check_lengths(statistic: &'static str, left: usize, right: usize) -> Result<(), MetricsError> {
@@ -313,7 +292,7 @@ fn draw_below(state: &mut u64, n: usize) -> usize {
 }
 
 #[expect(clippy::cast_precision_loss, reason = "counts are far below 2^52")]
-fn count(n: usize) -> f64 {
+pub(crate) fn count(n: usize) -> f64 {
     n as f64
 }
 

@@ -2,7 +2,9 @@
 
 #![expect(clippy::unwrap_used, reason = "a golden file of another shape is a failed test")]
 
-use exrail_metrics::{auroc, kld_from_logits, quantile, theil_sen, wilson};
+use exrail_metrics::{
+    Fidelity, LogProbabilities, auroc, kld_from_logits, quantile, theil_sen, wilson,
+};
 use serde_json::Value;
 
 fn golden() -> Value {
@@ -63,5 +65,44 @@ fn kld_is_scipys_entropy() {
     for case in golden()["kld"].as_array().unwrap() {
         let found = kld_from_logits(&logits(&case["reference"]), &logits(&case["other"])).unwrap();
         near(found, &case["expected"]);
+    }
+}
+
+#[test]
+fn fidelity_is_numpys() {
+    for case in golden()["fidelity"].as_array().unwrap() {
+        let rows = |key: &str| -> Vec<LogProbabilities> {
+            let rows = case[key].as_array().unwrap().iter();
+            rows.map(|row| LogProbabilities::of(&logits(row)).unwrap()).collect()
+        };
+        let (reference, other) = (rows("reference"), rows("other"));
+        let count = |value: &Value| usize::try_from(value.as_u64().unwrap()).unwrap();
+        let following = case["following"].as_array().unwrap();
+        let (mut fidelity, mut at) = (Fidelity::default(), 0);
+        for n in case["lengths"].as_array().unwrap().iter().map(count) {
+            fidelity.begin_sequence();
+            for end in (0..n).rev() {
+                let next = (end > 0).then(|| count(&following[at]));
+                fidelity.add(&reference[at], &other[at], next).unwrap();
+                at += 1;
+            }
+        }
+        let found = serde_json::to_value(fidelity.summary().unwrap()).unwrap();
+        for key in [
+            "kld_mean",
+            "kld_mean_se",
+            "kld_median",
+            "kld_p99",
+            "kld_max",
+            "top1",
+            "ln_ppl_ratio",
+            "ln_ppl_ratio_se",
+            "rms_dp",
+        ] {
+            match found[key].as_f64() {
+                Some(value) => near(value, &case[key]),
+                None => assert!(case[key].is_null(), "{key}"),
+            }
+        }
     }
 }
