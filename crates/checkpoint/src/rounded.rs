@@ -36,6 +36,13 @@ impl<'a> Rounded<'a> {
         }
     }
 
+    /// Rounds `tensors` to `grid`, blocks from the values that they stand for: a model that is kept in blocks alone,
+    /// compared with itself on a coarser grid. What was rounded before loses more than its original would.
+    #[must_use]
+    pub fn of_any(tensors: &'a dyn Tensors, grid: IntGrid) -> Rounded<'a> {
+        Rounded { tensors, grid }
+    }
+
     /// The grid of a tensor; `None`: it stays as it is.
     fn grid_of(&self, info: &TensorInfo<'_>) -> Option<IntGrid> {
         let &[.., rows, columns] = info.shape else { return None };
@@ -143,6 +150,18 @@ mod tests {
             for (value, exact) in view.to_f32().unwrap().iter().zip(exact) {
                 assert!((value - exact).abs() <= tolerance, "{name}: {value} {exact}");
             }
+        }
+    }
+
+    #[test]
+    fn blocks_are_rounded_from_their_values_where_that_is_asked_for() {
+        let map = Map::new(&[("blk.0.attn_q.weight", DType::Q4_1, &[64, 64])]);
+        let rounded = Rounded::of_any(&map, IntGrid::Int8);
+        let view = rounded.tensor("blk.0.attn_q.weight").unwrap();
+        assert_eq!(view.dtype, DType::Q8_0);
+        let exact = map.tensor("blk.0.attn_q.weight").unwrap().to_f32().unwrap();
+        for (value, exact) in view.to_f32().unwrap().iter().zip(exact) {
+            assert!((value - exact).abs() <= 0.6 / 127.0, "{value} {exact}");
         }
     }
 

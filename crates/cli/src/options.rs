@@ -143,6 +143,9 @@ pub(crate) struct EngineArgs {
     /// head get 8 bits.
     #[arg(long, value_enum)]
     pub(crate) quant: Option<QuantOption>,
+    /// Whether --quant may round blocks, for a comparison.
+    #[arg(skip)]
+    pub(crate) rounds_blocks: bool,
     /// How activations meet quantised weights.
     #[arg(long, value_enum, default_value = "int8")]
     pub(crate) activation: ActivationOption,
@@ -219,7 +222,7 @@ impl EngineArgs {
 
     pub(crate) fn load(&self) -> LoadOptions {
         let quant = self.quant.map(QuantOption::grid);
-        LoadOptions { max_context: self.max_context, quant }
+        LoadOptions { max_context: self.max_context, quant, rounds_blocks: self.rounds_blocks }
     }
 
     pub(crate) fn cpu(&self) -> CpuOptions {

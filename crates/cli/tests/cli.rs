@@ -575,6 +575,53 @@ fn a_model_that_computes_something_else_than_its_manifest_keeps_is_not_served() 
 }
 
 #[test]
+fn widths_are_compared_with_the_model_that_they_are_of() {
+    let home = tempfile::tempdir().unwrap();
+    let [model, other] = [(1, "model.gguf"), (2, "other.gguf")].map(|(seed, name)| {
+        let path = home.path().join(name);
+        std::fs::write(&path, tiny_llama(seed, TinyLlama::default())).unwrap();
+        path.to_str().unwrap().to_owned()
+    });
+    let probe = |more: &[&str]| {
+        let arguments = ["probe", "quant", &model, "--device", "cpu", "--tokens", "256"];
+        exrail(home.path(), &[&arguments[..], &["--window", "64"], more].concat())
+    };
+    let compared = probe(&["--against", &other, "--json"]);
+    // The limits are for large models, so that nothing passes here.
+    assert_eq!(compared.status.code(), Some(3), "{}", text(&compared.stderr));
+    let found: serde_json::Value = serde_json::from_slice(&compared.stdout).unwrap();
+    let fidelity = &found["fidelity"];
+    let mean = |mode: &str| fidelity["texts"][0]["modes"][mode]["kld_mean"].as_f64().unwrap();
+    assert!(mean("int8") < mean("int4") && mean("int4") < mean("against"), "{fidelity}");
+    assert!(mean("as_served") < mean("int4"), "{fidelity}");
+    assert_eq!(fidelity["texts"][0]["tokens"], 256);
+    assert_eq!(fidelity["noise"]["kld_max"], 0.0, "the CPU computes a row as it does in a batch");
+    assert_eq!(
+        (&fidelity["ordered"], &fidelity["verdict"]),
+        (&true.into(), &"inconclusive".into())
+    );
+    let losses = |mode: &str| found["rounding"][mode].as_array().unwrap().clone();
+    assert!(losses("int8").len() == losses("int4").len() && losses("int8").len() > 7, "{found}");
+    for (fine, coarse) in losses("int8").iter().zip(losses("int4")) {
+        let [fine, coarse] = [fine, &coarse].map(|loss| loss["sqnr_db"].as_f64().unwrap());
+        assert!(fine >= coarse && coarse > 10.0, "{found}");
+    }
+    let table = text(&probe(&["--modes", "int8,int4"]).stdout);
+    for part in ["noise floor", "int4 vs int8", "worst of", "not calibrated", "3 billion"] {
+        assert!(table.contains(part), "{part}: {table}");
+    }
+
+    let short = home.path().join("short.txt");
+    std::fs::write(&short, "Too short.").unwrap();
+    let short = short.to_str().unwrap();
+    fails(&probe(&["--text", short]), &["expected at least --window 64 tokens, found"]);
+    fails(&probe(&["--quant", "int8"]), &["choose with --modes"]);
+    let narrow = ["probe", "quant", &model, "--tokens", "256", "--window", "300"];
+    fails(&exrail(home.path(), &narrow), &["--window 300", "expected 2 to --tokens, which is 256"]);
+    fails(&probe(&["--text", "missing.txt"]), &["text missing.txt"]);
+}
+
+#[test]
 fn a_soft_mismatch_is_refused_and_overlooked_with_a_reason() {
     let home = tempfile::tempdir().unwrap();
     let (model, manifest) = tiny_with_manifest(home.path());

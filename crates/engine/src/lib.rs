@@ -67,8 +67,8 @@ pub use faults::{Fault, FaultBoard, FaultPlan, Guard, Guards, InjectedFaults};
 pub use fingerprint::{FingerprintError, FingerprintState, HashProgress, ModelFingerprint};
 pub use handle::{Engine, EngineFacts, EngineHandle, EngineOptions};
 pub use load::{
-    CheckedGenerator, Identity, LoadOptions, Loaded, check_generator, load_admitted,
-    load_generator, prepare_generator,
+    CheckedGenerator, Identity, LoadOptions, Loaded, RoundingLoss, check_generator, load_admitted,
+    load_generator, prepare_generator, rounding_losses,
 };
 pub use loops::{LoopGuard, OnLoop};
 pub use plan::{

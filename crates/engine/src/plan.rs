@@ -216,7 +216,7 @@ fn plan(
     load: LoadOptions,
     need: Need<'_>,
 ) -> Result<MemoryPlan, EngineError> {
-    let rounded = load.quant.map(|grid| round(checkpoint, grid)).transpose()?;
+    let rounded = load.quant.map(|grid| round(checkpoint, grid, load.rounds_blocks)).transpose()?;
     let tensors = rounded.as_ref().map_or(checkpoint.tensors(), |rounded| rounded);
     let config = served_config(checkpoint, load)?;
     let (run, host_tier_bytes) = match need {
@@ -308,7 +308,8 @@ struct Search<'a> {
 impl Search<'_> {
     fn run(&self) -> Result<Option<Change>, EngineError> {
         let mut quants = vec![self.load.quant];
-        let rounds = |grid| self.load.quant.is_none() && round(self.checkpoint, grid).is_ok();
+        let rounds =
+            |grid| self.load.quant.is_none() && round(self.checkpoint, grid, false).is_ok();
         quants.extend(
             [IntGrid::Int8, IntGrid::Int4]
                 .map(Some)

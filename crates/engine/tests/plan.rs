@@ -107,7 +107,7 @@ fn change(wanted: EngineOptions, short_by: usize) -> Option<Change> {
         max_context,
         ..wanted
     };
-    let load = LoadOptions { max_context, quant: change.quant };
+    let load = LoadOptions { max_context, quant: change.quant, ..LoadOptions::default() };
     assert_eq!(total(engine, load), change.total);
     assert!(change.total <= free, "{change:?}");
     Some(change)

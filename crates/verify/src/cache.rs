@@ -222,7 +222,7 @@ pub fn cache_probe(
         return Err(VerifyError::Option { option: "text", expected, found });
     }
     let violations = oracle.violations();
-    let noise_p99 = noise(oracle, &ids[..CHECKPOINT_TOKENS.get()])?;
+    let noise_p99 = quantile(&noise(oracle, &ids[..CHECKPOINT_TOKENS.get()])?, 0.99)?;
     let checkpoints = checkpoints(oracle, &ids, told)?;
     let bins = bins(oracle, text.bos, &ids)?;
     let least = width.least_limit();
@@ -235,9 +235,9 @@ pub fn cache_probe(
     judged.report(noise_p99, checkpoints, bins)
 }
 
-/// 99th percentile of the divergence between rows that were computed one by one and in chunks. It is taken
-/// where no fault of a cache shows: a limit that a broken cache had raised would hide it.
-fn noise(oracle: &dyn CacheOracle, ids: &[u32]) -> Result<f64, VerifyError> {
+/// Divergences between rows that were computed one by one and in chunks. They are taken where no fault of a cache
+/// shows: a limit that a broken cache had raised would hide it.
+pub(crate) fn noise(oracle: &dyn CacheOracle, ids: &[u32]) -> Result<Vec<f64>, VerifyError> {
     let mut chunked = Vec::new();
     oracle.rows(ids, &mut |at, row| {
         if (at + 1).is_multiple_of(NOISE_EVERY.get()) {
@@ -248,8 +248,7 @@ fn noise(oracle: &dyn CacheOracle, ids: &[u32]) -> Result<f64, VerifyError> {
     oracle.live(ids, NOISE_EVERY, &mut |_, row| {
         divergences.push(kld_from_logits(&chunked[divergences.len()], row));
     })?;
-    let divergences: Vec<f64> = divergences.into_iter().collect::<Result<_, _>>()?;
-    Ok(quantile(&divergences, 0.99)?)
+    Ok(divergences.into_iter().collect::<Result<_, _>>()?)
 }
 
 /// The prefills run while the live sequence goes on, in the same pool.

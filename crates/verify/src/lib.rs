@@ -27,6 +27,7 @@ mod leak;
 mod positions;
 mod probe;
 mod prompt;
+mod quant;
 mod render;
 mod report;
 mod rules;
@@ -70,6 +71,10 @@ pub use leak::{LEAK_TOKENS, Leak, LeakGuard, LeakWatch, Screened};
 pub use probe::{ItemLambda, ModeLambda, ProbeRun, lambda_probe};
 pub use prompt::{
     FenceBroken, FrameMessage, Live, Nonce, PromptFrame, REFUSAL_TOKEN, Slot, constraints_sha256,
+};
+pub use quant::{
+    FidelityGate, LIMITS_FROM_PARAMETERS, NoiseFloor, QuantMode, QuantReport, QuantText, RowOracle,
+    TextFidelity, quant_probe,
 };
 pub use render::Color;
 pub use report::{

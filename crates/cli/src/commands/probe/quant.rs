@@ -1,0 +1,336 @@
+//! `exrail probe quant`: a model rounded to int8 and int4 against itself.
+
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context, Result, bail};
+use clap::{Args, ValueEnum};
+use exrail_checkpoint::Checkpoint;
+use exrail_engine::{EngineHandle, RoundingLoss, rounding_losses};
+use exrail_hub::Kind;
+use exrail_server::{Services, oracle::EngineOracle};
+use exrail_tensor::IntGrid;
+use exrail_text::Specials;
+use exrail_verify::{QuantMode, QuantReport, QuantText, RowOracle, Verdict, quant_probe};
+use serde::Serialize;
+use serde_json::json;
+
+use super::{ProbedModel, sample_text};
+use crate::{
+    Ended,
+    options::{ActivationOption, EngineArgs, QuantOption},
+    output::Output,
+    progress::Bars,
+};
+
+/// Matrices that are shown.
+const WORST: usize = 5;
+/// Tokens of a page of the KV pool.
+const PAGE_TOKENS: usize = 256;
+
+#[derive(Debug, Args)]
+pub(super) struct QuantProbe {
+    #[command(flatten)]
+    model: ProbedModel,
+    /// Text to read, UTF-8; several are reported apart. The sample corpus when absent.
+    #[arg(long, value_name = "FILE")]
+    text: Vec<PathBuf>,
+    /// Tokens of each text, at most.
+    #[arg(long, value_name = "N", default_value_t = 4096)]
+    tokens: usize,
+    /// Tokens of a sequence, which begins anew.
+    #[arg(long, value_name = "N", default_value_t = 512)]
+    window: usize,
+    /// Another checkpoint of the same vocabulary to compare with the model, such as its quantised folder.
+    #[arg(long, value_name = "NAME|PATH")]
+    against: Option<String>,
+    /// What is compared with the stored weights in exact arithmetic.
+    #[arg(long, value_enum, value_delimiter = ',', default_value = "as-served,int8,int4")]
+    modes: Vec<ModeOption>,
+}
+
+/// What the model is loaded as.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
+enum ModeOption {
+    /// As `exrail serve` would with the same options.
+    AsServed,
+    /// Matrices rounded to int8.
+    Int8,
+    /// Matrices of the layers rounded to int4, embedding and head to int8.
+    Int4,
+}
+
+impl ModeOption {
+    fn mode(self) -> QuantMode {
+        match self {
+            ModeOption::AsServed => QuantMode::AsServed,
+            ModeOption::Int8 => QuantMode::Int8,
+            ModeOption::Int4 => QuantMode::Int4,
+        }
+    }
+
+    fn quant(self) -> Option<QuantOption> {
+        match self {
+            ModeOption::AsServed => None,
+            ModeOption::Int8 => Some(QuantOption::Int8),
+            ModeOption::Int4 => Some(QuantOption::Int4),
+        }
+    }
+}
+
+/// What is known of the stored weights.
+#[derive(Serialize)]
+struct Reference {
+    /// `as_loaded` where the file holds blocks, whose values are then the reference; else its format.
+    reference: String,
+    /// Format of most weights.
+    format: String,
+    /// Parameters.
+    parameters: u64,
+}
+
+impl QuantProbe {
+    pub(super) fn run(&self, output: Output) -> Result<Ended> {
+        if self.window < 2 || self.tokens < self.window {
+            let (window, tokens) = (self.window, self.tokens);
+            bail!("--window {window}: expected 2 to --tokens, which is {tokens}");
+        }
+        if self.model.engine.quant.is_some() {
+            bail!("--quant: expected none, because both widths are compared; choose with --modes");
+        }
+        let mut bars = Bars::new(output);
+        let path = self.model.sources.resolve(self.model.name(), Kind::Generator, &mut bars)?.path;
+        bars.clear();
+        let (parameters, is_packed) = weigh(&path)?;
+        let exact = EngineArgs { activation: ActivationOption::F32, ..self.engine(None) };
+        let reference = self.model.boot_with(output, exact)?;
+        let mut modes = BTreeMap::new();
+        for mode in self.modes.iter().filter(|&&mode| self.differs(mode)) {
+            let services = self.model.boot_with(output, self.engine(mode.quant()))?;
+            modes.insert(mode.mode(), services);
+        }
+        if let Some(against) = &self.against {
+            modes.insert(QuantMode::Against, self.other(against, &reference, output)?);
+        }
+        let texts = self.texts(&reference.engine)?;
+        let report = compare(&reference.engine, &modes, &texts, parameters, self.tokens)?;
+        let format = reference.engine.facts().quant.clone();
+        let shown = if is_packed { "as_loaded".to_owned() } else { format.to_lowercase() };
+        let about = Reference { reference: shown, format, parameters };
+        let losses = losses(&path, &modes)?;
+        self.tell(&report, &about, &losses, &reference, output);
+        modes.values().chain([&reference]).for_each(|services| services.engine.shutdown());
+        Ok(if report.verdict == Verdict::Pass { Ended::Done } else { Ended::NotPassed })
+    }
+
+    /// Another checkpoint, whose tokens have to be the same.
+    fn other(&self, name: &str, reference: &Services, output: Output) -> Result<Services> {
+        let model = ProbedModel { probed: Some(name.to_owned()), ..self.model.clone() };
+        let services = model.boot_with(output, self.engine(None))?;
+        let [expected, found] =
+            [reference, &services].map(|of| of.engine.tokenizer().fingerprint());
+        if expected != found {
+            services.engine.shutdown();
+            bail!(
+                "--against {name}: expected the vocabulary of {}, {expected}, found {found}; only models that read \
+                 the same tokens can be compared",
+                self.model.name()
+            );
+        }
+        Ok(services)
+    }
+
+    /// In exact arithmetic a server computes what the reference does.
+    fn differs(&self, mode: ModeOption) -> bool {
+        mode != ModeOption::AsServed || self.model.engine.activation != ActivationOption::F32
+    }
+
+    /// A small cache for one sequence.
+    fn engine(&self, quant: Option<QuantOption>) -> EngineArgs {
+        EngineArgs {
+            quant,
+            rounds_blocks: quant.is_some(),
+            max_sequences: 1,
+            kv_pages: Some(self.window.div_ceil(PAGE_TOKENS) + 1),
+            ..self.model.engine.clone()
+        }
+    }
+
+    fn texts(&self, engine: &EngineHandle) -> Result<Vec<QuantText>> {
+        if self.text.is_empty() {
+            return Ok(vec![self.cut("sample corpus".to_owned(), &sample_text(), engine)?]);
+        }
+        let read = |file: &PathBuf| {
+            let shown = file.display().to_string();
+            let text = std::fs::read_to_string(file).with_context(|| format!("text {shown}"))?;
+            self.cut(shown, &text, engine)
+        };
+        self.text.iter().map(read).collect()
+    }
+
+    /// Whole windows of a text, or what there is of it.
+    fn cut(&self, name: String, text: &str, engine: &EngineHandle) -> Result<QuantText> {
+        let tokenizer = engine.tokenizer();
+        let bos = tokenizer.bos().filter(|_| tokenizer.add_bos());
+        let ids = tokenizer.encode(text, Specials::AsText)?;
+        let own = self.window - usize::from(bos.is_some());
+        if ids.len() < own {
+            bail!(
+                "text {name}: expected at least --window {} tokens, found {}; lower --window or give a longer text",
+                self.window,
+                ids.len()
+            );
+        }
+        let windows = ids.chunks_exact(own).take(self.tokens / self.window);
+        let sequence = |ids: &[u32]| bos.iter().chain(ids).copied().collect();
+        Ok(QuantText { name, sequences: windows.map(sequence).collect() })
+    }
+
+    fn tell(
+        &self,
+        report: &QuantReport,
+        about: &Reference,
+        losses: &BTreeMap<QuantMode, Vec<RoundingLoss>>,
+        services: &Services,
+        output: Output,
+    ) {
+        let device = &services.engine.facts().backend;
+        output.value(&json!({
+            "model": services.model_name,
+            "model_sha256": services.engine.facts().model_sha256.wait().ok(),
+            "device": device,
+            "activation": self.model.engine.activation,
+            "window": self.window,
+            "weights": about,
+            "fidelity": report,
+            "rounding": losses,
+        }));
+        let name = &services.model_name;
+        output
+            .line(format!("model              {name}, {} parameters, {device}", about.parameters));
+        let stored = if about.reference == "as_loaded" {
+            format!("as loaded: the values of the {} blocks, no 16-bit weights", about.format)
+        } else {
+            format!("the stored {} weights", about.format)
+        };
+        output.line(format!("reference          {stored}; exact arithmetic"));
+        for line in lines(report, losses) {
+            output.line(line);
+        }
+    }
+}
+
+/// Parameters of a checkpoint, and whether some are in blocks.
+fn weigh(path: &Path) -> Result<(u64, bool)> {
+    let checkpoint = Checkpoint::open(path)?;
+    let tensors = checkpoint.tensors();
+    let (mut parameters, mut is_packed) = (0, false);
+    for info in tensors.names().filter_map(|name| tensors.info(name)) {
+        parameters += info.shape.iter().map(|&n| n as u64).product::<u64>();
+        is_packed |= info.dtype.is_quantised();
+    }
+    Ok((parameters, is_packed))
+}
+
+fn compare(
+    reference: &EngineHandle,
+    modes: &BTreeMap<QuantMode, Services>,
+    texts: &[QuantText],
+    parameters: u64,
+    n_tokens: usize,
+) -> Result<QuantReport> {
+    let oracles: BTreeMap<QuantMode, EngineOracle<'_>> =
+        modes.iter().map(|(&mode, of)| (mode, EngineOracle::new(&of.engine))).collect();
+    let rows: BTreeMap<QuantMode, &RowOracle<'_>> =
+        oracles.iter().map(|(&mode, oracle)| (mode, oracle as &RowOracle<'_>)).collect();
+    let all = n_tokens * texts.len();
+    let mut told = |n| tracing::info!("{n} of at most {all} tokens compared");
+    Ok(quant_probe(&EngineOracle::new(reference), &rows, texts, parameters, &mut told)?)
+}
+
+/// What rounding costs each matrix, of the modes that round.
+fn losses(
+    path: &Path,
+    modes: &BTreeMap<QuantMode, Services>,
+) -> Result<BTreeMap<QuantMode, Vec<RoundingLoss>>> {
+    let mut losses = BTreeMap::new();
+    for (mode, grid) in [(QuantMode::Int8, IntGrid::Int8), (QuantMode::Int4, IntGrid::Int4)] {
+        if modes.contains_key(&mode) {
+            losses.insert(mode, rounding_losses(path, grid)?);
+        }
+    }
+    Ok(losses)
+}
+
+fn lines(report: &QuantReport, losses: &BTreeMap<QuantMode, Vec<RoundingLoss>>) -> Vec<String> {
+    let noise = report.noise;
+    let mut lines = vec![format!(
+        "noise floor        mean {:.1e} nats, at most {:.1e}: the reference row by row and in chunks",
+        noise.kld_mean, noise.kld_max
+    )];
+    for text in &report.texts {
+        let n = text.modes.values().next().map_or(0, |summary| summary.sequences);
+        lines.push(format!(
+            "text               {}: {} tokens in {n} sequences",
+            text.name, text.tokens
+        ));
+        lines.push(format!(
+            "                   {:<13}{:>8} {:>9} {:>8} {:>7} {:>7} {:>7} {:>7} {:>18} {:>7}",
+            "divergence",
+            "mean",
+            "± s.e.",
+            "median",
+            "p99",
+            "p99.9",
+            "max",
+            "top-1",
+            "ln PPL ratio",
+            "RMS Δp"
+        ));
+        let named = text.modes.iter().map(|(mode, summary)| (mode.name(), summary));
+        let between = text.int4_vs_int8.iter().map(|summary| ("int4 vs int8", summary));
+        for (name, of) in named.chain(between) {
+            let error = |se: Option<f64>| se.map_or("-".to_owned(), |se| format!("{se:.1e}"));
+            lines.push(format!(
+                "                   {name:<13}{:>8.4} {:>9} {:>8.4} {:>7.3} {:>7.3} {:>7.2} {:>5.1} % {:>+8.4} ± {:>7} {:>5.1} %",
+                of.kld_mean, error(of.kld_mean_se), of.kld_median, of.kld_p99, of.kld_p999, of.kld_max,
+                100.0 * of.top1, of.ln_ppl_ratio, error(of.ln_ppl_ratio_se), 100.0 * of.rms_dp
+            ));
+        }
+    }
+    for (mode, losses) in losses {
+        let mut worst: Vec<(f64, &str)> =
+            losses.iter().filter_map(|loss| Some((loss.sqnr_db?, loss.tensor.as_str()))).collect();
+        worst.sort_by(|a, b| a.0.total_cmp(&b.0));
+        let shown = worst.iter().take(WORST).map(|(db, tensor)| format!("{tensor} {db:.1} dB"));
+        lines.push(format!(
+            "{:<19}signal to noise of the matrices, worst of {}: {}",
+            mode.name(),
+            worst.len(),
+            shown.collect::<Vec<_>>().join(", ")
+        ));
+    }
+    for gate in &report.gates {
+        let fail = gate.fail.map_or(String::new(), |fail| format!(", fails from {fail}"));
+        lines.push(format!(
+            "gate               {} {} on {}: {:.4}, passes at {}{fail}: {}",
+            gate.mode.name(),
+            gate.metric,
+            gate.text,
+            gate.value,
+            gate.pass,
+            gate.status
+        ));
+    }
+    if report.ordered == Some(false) {
+        lines.push("order              int4 is nearer to the reference than int8: files or grids were mixed up".into());
+    }
+    let small = report.gates.iter().any(|gate| gate.status == exrail_verify::Status::NotCalibrated);
+    if small {
+        lines.push("                   the limits are for models from 3 billion parameters; compare this one with an earlier run of itself".into());
+    }
+    lines.push(format!("verdict            {}", report.verdict));
+    lines
+}
