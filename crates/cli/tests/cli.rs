@@ -606,6 +606,25 @@ fn widths_are_compared_with_the_model_that_they_are_of() {
         let [fine, coarse] = [fine, &coarse].map(|loss| loss["sqnr_db"].as_f64().unwrap());
         assert!(fine >= coarse && coarse > 10.0, "{found}");
     }
+    // Its own past is a scale: the same passes, and what was nearer then does not.
+    let past = home.path().join("past.json");
+    let baseline = |report: &serde_json::Value| {
+        std::fs::write(&past, report.to_string()).unwrap();
+        probe(&["--against", &other, "--baseline", past.to_str().unwrap()])
+    };
+    let same = baseline(&found);
+    assert!(same.status.success(), "{}", text(&same.stdout));
+    let mut nearer = found.clone();
+    nearer["fidelity"]["texts"][0]["modes"]["int4"]["kld_mean"] = (mean("int4") / 1.3).into();
+    let grown = baseline(&nearer);
+    assert_eq!(grown.status.code(), Some(3));
+    assert!(text(&grown.stdout).contains("verdict            review"), "{grown:?}");
+    fails(
+        &baseline(&serde_json::json!({})),
+        &["past.json", "expected what `exrail probe quant --json`"],
+    );
+    nearer["fidelity"]["texts"][0]["ids_sha256"] = "00".into();
+    fails(&baseline(&nearer), &["baseline: expected the texts and models", "(ids 00)"]);
     let table = text(&probe(&["--modes", "int8,int4"]).stdout);
     for part in ["noise floor", "int4 vs int8", "worst of", "not calibrated", "3 billion"] {
         assert!(table.contains(part), "{part}: {table}");

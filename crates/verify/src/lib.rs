@@ -73,8 +73,8 @@ pub use prompt::{
     FenceBroken, FrameMessage, Live, Nonce, PromptFrame, REFUSAL_TOKEN, Slot, constraints_sha256,
 };
 pub use quant::{
-    FidelityGate, LIMITS_FROM_PARAMETERS, NoiseFloor, QuantMode, QuantReport, QuantText, RowOracle,
-    TextFidelity, quant_probe,
+    BaselineDiffers, FidelityBaseline, FidelityGate, LIMITS_FROM_PARAMETERS, NoiseFloor, QuantMode,
+    QuantReport, QuantText, Regression, RowOracle, TextFidelity, quant_probe,
 };
 pub use render::Color;
 pub use report::{

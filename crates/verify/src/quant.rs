@@ -8,9 +8,11 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread;
 
 use exrail_metrics::{Fidelity, FidelitySummary, LogProbabilities, MetricsError, mean, quantile};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
 
 use crate::cache::noise;
+use crate::prompt::hex;
 use crate::{CacheOracle, GenerateError, Status, Verdict, VerifyError};
 
 /// Distributions that a model may be ahead of the slowest.
@@ -24,7 +26,7 @@ pub const LIMITS_FROM_PARAMETERS: u64 = 3_000_000_000;
 pub type RowOracle<'a> = dyn CacheOracle + Sync + 'a;
 
 /// What a model is loaded as.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum QuantMode {
     /// The stored weights, as a server of the same options computes with them.
@@ -78,6 +80,8 @@ pub struct TextFidelity {
     pub name: String,
     /// Tokens read.
     pub tokens: usize,
+    /// SHA-256 over the ids of every sequence behind their number, as little-endian 32-bit words; hexadecimal.
+    pub ids_sha256: String,
     /// Each model against the reference.
     pub modes: BTreeMap<QuantMode, FidelitySummary>,
     /// Int4 with int8 as its reference.
@@ -115,8 +119,98 @@ pub struct QuantReport {
     /// Whether int8 is nearer to the reference than int4 on every text; if not, files were mixed up. None where one of
     /// them is missing.
     pub ordered: Option<bool>,
+    /// Each model against what an earlier run found of it; empty without one.
+    pub regressions: Vec<Regression>,
     /// The worst of all.
     pub verdict: Verdict,
+}
+
+/// Share that a mean divergence may grow by from one run to another (§1.5.5).
+const GROWTH: f64 = 0.2;
+
+/// A mean divergence against that of an earlier run on the same ids.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Regression {
+    /// What kind of text it is.
+    pub text: String,
+    /// The model.
+    pub mode: QuantMode,
+    /// Now.
+    pub kld_mean: f64,
+    /// Then.
+    pub before: f64,
+    /// [`Status::Pass`] up to a fifth more than then, or within the noise floor, else [`Status::Review`].
+    pub status: Status,
+}
+
+/// An earlier [`QuantReport`], as far as it is compared.
+#[derive(Clone, Debug, Deserialize)]
+pub struct FidelityBaseline {
+    texts: Vec<BaselineText>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+struct BaselineText {
+    name: String,
+    ids_sha256: String,
+    modes: BTreeMap<QuantMode, BaselineMode>,
+}
+
+#[derive(Clone, Copy, Debug, Deserialize)]
+struct BaselineMode {
+    kld_mean: f64,
+}
+
+impl QuantReport {
+    /// Compares the divergences with those of an earlier run. A scale of its own is a scale for a model that the limits
+    /// are none for: where nothing else is open, it passes when it did not grow.
+    ///
+    /// # Errors
+    /// [`BaselineDiffers`] when a text, its ids or a model is in one of the runs alone.
+    pub fn compare_with(&mut self, baseline: &FidelityBaseline) -> Result<(), BaselineDiffers> {
+        let named = |texts: Vec<String>| texts.join(", ");
+        let found = self.texts.iter().map(|text| key(&text.name, &text.ids_sha256, &text.modes));
+        let of_baseline = |text: &BaselineText| key(&text.name, &text.ids_sha256, &text.modes);
+        let expected = baseline.texts.iter().map(of_baseline);
+        let (expected, found) = (named(expected.collect()), named(found.collect()));
+        if expected != found {
+            return Err(BaselineDiffers { expected, found });
+        }
+        for (text, then) in self.texts.iter().zip(&baseline.texts) {
+            for ((&mode, summary), before) in text.modes.iter().zip(then.modes.values()) {
+                let (kld_mean, before) = (summary.kld_mean, before.kld_mean);
+                let most = (before * (1.0 + GROWTH)).max(self.noise.kld_max);
+                let status = if kld_mean <= most { Status::Pass } else { Status::Review };
+                let text = text.name.clone();
+                self.regressions.push(Regression { text, mode, kld_mean, before, status });
+            }
+        }
+        let grew = self.regressions.iter().any(|regression| regression.status != Status::Pass);
+        let limits_say_nothing = self.gates.iter().all(|g| g.status == Status::NotCalibrated);
+        if self.verdict == Verdict::Fail {
+            return Ok(());
+        }
+        if grew {
+            self.verdict = Verdict::Review;
+        } else if self.verdict == Verdict::Inconclusive && limits_say_nothing {
+            self.verdict = Verdict::Pass;
+        }
+        Ok(())
+    }
+}
+
+/// Two runs did not read the same.
+#[derive(Debug, thiserror::Error)]
+#[error("baseline: expected the texts and models {expected}, found {found}")]
+pub struct BaselineDiffers {
+    expected: String,
+    found: String,
+}
+
+/// What two runs have in common.
+fn key<T>(name: &str, ids_sha256: &str, modes: &BTreeMap<QuantMode, T>) -> String {
+    let modes: Vec<&str> = modes.keys().map(|mode| mode.name()).collect();
+    format!("`{name}` (ids {}) as {}", &ids_sha256[..ids_sha256.len().min(12)], modes.join(", "))
 }
 
 /// Compares `modes` with `reference` on `texts`. `parameters` of the model say whether the limits hold for it.
@@ -151,7 +245,7 @@ pub fn quant_probe(
     let ordered = found.iter().map(is_ordered).collect::<Option<Vec<bool>>>();
     let ordered = ordered.map(|each| each.into_iter().all(|is| is));
     let verdict = verdict(&gates, ordered);
-    Ok(QuantReport { noise, texts: found, gates, ordered, verdict })
+    Ok(QuantReport { noise, texts: found, gates, ordered, regressions: Vec::new(), verdict })
 }
 
 fn noise_floor(reference: &RowOracle<'_>, ids: Option<&[u32]>) -> Result<NoiseFloor, VerifyError> {
@@ -194,9 +288,19 @@ fn compare_text(
     Ok(TextFidelity {
         name: text.name.clone(),
         tokens: text.sequences.iter().map(Vec::len).sum(),
+        ids_sha256: ids_sha256(&text.sequences),
         modes: summaries.collect::<Result<_, MetricsError>>()?,
         int4_vs_int8: pair.map(|_| between.summary()).transpose()?,
     })
+}
+
+fn ids_sha256(sequences: &[Vec<u32>]) -> String {
+    let mut hash = Sha256::new();
+    for ids in sequences {
+        hash.update((ids.len() as u32).to_le_bytes());
+        ids.iter().for_each(|id| hash.update(id.to_le_bytes()));
+    }
+    hex(&hash.finalize())
 }
 
 /// Takes a position, and what every model gives there.
@@ -455,6 +559,47 @@ mod tests {
             assert_eq!(report.verdict, Verdict::Inconclusive);
             assert!(report.gates.iter().all(|gate| gate.status == Status::NotCalibrated));
         }
+    }
+
+    fn baseline(report: &QuantReport) -> FidelityBaseline {
+        serde_json::from_value(serde_json::to_value(report).unwrap()).unwrap()
+    }
+
+    #[test]
+    fn a_small_model_is_judged_by_its_own_past() {
+        let then = probe(&Fake::off(0.05), &Fake::off(0.5), 135_000_000).unwrap();
+        let against = |int4: f32| {
+            let mut now = probe(&Fake::off(0.05), &Fake::off(int4), 135_000_000).unwrap();
+            now.compare_with(&baseline(&then)).unwrap();
+            now
+        };
+        let same = against(0.5);
+        assert_eq!((same.verdict, same.regressions.len()), (Verdict::Pass, 4));
+        // The divergence grows with the square: 8 % and 32 %.
+        assert_eq!(against(0.52).verdict, Verdict::Pass);
+        let worse = against(0.575);
+        assert_eq!(worse.verdict, Verdict::Review);
+        let grown = worse.regressions.iter().filter(|of| of.status == Status::Review);
+        assert!(grown.clone().count() == 2 && grown.clone().all(|of| of.mode == QuantMode::Int4));
+        // Mutation: without the comparison nobody says so.
+        let alone = probe(&Fake::off(0.05), &Fake::off(0.575), 135_000_000).unwrap();
+        assert_eq!(alone.verdict, Verdict::Inconclusive);
+        // What fails is not saved by a past that was as bad.
+        let mut mixed = probe(&Fake::off(0.5), &Fake::off(0.05), 135_000_000).unwrap();
+        mixed.compare_with(&baseline(&mixed.clone())).unwrap();
+        assert_eq!(mixed.verdict, Verdict::Fail);
+    }
+
+    #[test]
+    fn a_run_on_other_ids_is_no_baseline() {
+        let then = probe(&Fake::off(0.05), &Fake::off(0.5), LARGE).unwrap();
+        let mut other = then.clone();
+        other.texts[1].ids_sha256 = "0".repeat(64);
+        let error = other.compare_with(&baseline(&then)).unwrap_err().to_string();
+        assert!(error.contains("ids 000000000000"), "{error}");
+        let mut fewer = then.clone();
+        fewer.texts[0].modes.remove(&QuantMode::Int8);
+        assert!(fewer.compare_with(&baseline(&then)).is_err());
     }
 
     #[test]

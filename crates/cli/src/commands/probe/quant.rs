@@ -13,7 +13,9 @@ use exrail_hub::Kind;
 use exrail_server::{Services, oracle::EngineOracle};
 use exrail_tensor::IntGrid;
 use exrail_text::Specials;
-use exrail_verify::{QuantMode, QuantReport, QuantText, RowOracle, Verdict, quant_probe};
+use exrail_verify::{
+    FidelityBaseline, QuantMode, QuantReport, QuantText, RowOracle, Verdict, quant_probe,
+};
 use serde::Serialize;
 use serde_json::json;
 
@@ -43,6 +45,10 @@ pub(super) struct QuantProbe {
     /// Tokens of a sequence, which begins anew.
     #[arg(long, value_name = "N", default_value_t = 512)]
     window: usize,
+    /// What an earlier run gave with --json: divergences may be a fifth larger, and a model that the limits do not
+    /// hold for passes by that alone.
+    #[arg(long, value_name = "FILE")]
+    baseline: Option<PathBuf>,
     /// Another checkpoint of the same vocabulary to compare with the model, such as its quantised folder.
     #[arg(long, value_name = "NAME|PATH")]
     against: Option<String>,
@@ -100,6 +106,7 @@ impl QuantProbe {
         if self.model.engine.quant.is_some() {
             bail!("--quant: expected none, because both widths are compared; choose with --modes");
         }
+        let baseline = self.baseline.as_deref().map(read_baseline).transpose()?;
         let mut bars = Bars::new(output);
         let path = self.model.sources.resolve(self.model.name(), Kind::Generator, &mut bars)?.path;
         bars.clear();
@@ -115,7 +122,10 @@ impl QuantProbe {
             modes.insert(QuantMode::Against, self.other(against, &reference, output)?);
         }
         let texts = self.texts(&reference.engine)?;
-        let report = compare(&reference.engine, &modes, &texts, parameters, self.tokens)?;
+        let mut report = compare(&reference.engine, &modes, &texts, parameters, self.tokens)?;
+        if let Some(baseline) = &baseline {
+            report.compare_with(baseline)?;
+        }
         let format = reference.engine.facts().quant.clone();
         let shown = if is_packed { "as_loaded".to_owned() } else { format.to_lowercase() };
         let about = Reference { reference: shown, format, parameters };
@@ -222,6 +232,16 @@ impl QuantProbe {
     }
 }
 
+/// Reads what `--json` printed.
+fn read_baseline(file: &Path) -> Result<FidelityBaseline> {
+    let shown = || format!("baseline {}", file.display());
+    let text = std::fs::read_to_string(file).with_context(shown)?;
+    let mut report: serde_json::Value = serde_json::from_str(&text).with_context(shown)?;
+    let fidelity = report.get_mut("fidelity").map(serde_json::Value::take).unwrap_or_default();
+    serde_json::from_value(fidelity)
+        .with_context(|| format!("{}: expected what `exrail probe quant --json` prints", shown()))
+}
+
 /// Parameters of a checkpoint, and whether some are in blocks.
 fn weigh(path: &Path) -> Result<(u64, bool)> {
     let checkpoint = Checkpoint::open(path)?;
@@ -324,12 +344,22 @@ fn lines(report: &QuantReport, losses: &BTreeMap<QuantMode, Vec<RoundingLoss>>) 
             gate.status
         ));
     }
+    for of in &report.regressions {
+        lines.push(format!(
+            "baseline           {} on {}: {:.4}, was {:.4}, may be a fifth more: {}",
+            of.mode.name(),
+            of.text,
+            of.kld_mean,
+            of.before,
+            of.status
+        ));
+    }
     if report.ordered == Some(false) {
         lines.push("order              int4 is nearer to the reference than int8: files or grids were mixed up".into());
     }
     let small = report.gates.iter().any(|gate| gate.status == exrail_verify::Status::NotCalibrated);
-    if small {
-        lines.push("                   the limits are for models from 3 billion parameters; compare this one with an earlier run of itself".into());
+    if small && report.regressions.is_empty() {
+        lines.push("                   the limits are for models from 3 billion parameters; compare this one with its past (--baseline)".into());
     }
     lines.push(format!("verdict            {}", report.verdict));
     lines
