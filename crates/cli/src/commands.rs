@@ -6,6 +6,7 @@ pub(crate) mod chat;
 pub(crate) mod demo;
 pub(crate) mod devices;
 pub(crate) mod embed;
+pub(crate) mod fix;
 pub(crate) mod ingest;
 pub(crate) mod inspect;
 pub(crate) mod plan;

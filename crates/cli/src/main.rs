@@ -13,6 +13,7 @@ mod load;
 mod memory;
 mod options;
 mod output;
+mod pack;
 mod paths;
 mod preflight;
 mod progress;
@@ -61,6 +62,8 @@ enum Command {
     Ingest(commands::ingest::Ingest),
     /// Measure a collection and a model against a gold set and print the report.
     Verify(commands::verify::Verify),
+    /// Print the page about a fault that a report names.
+    Fix(commands::fix::Fix),
     /// Measure one part of a model by itself.
     Probe(commands::probe::Probe),
     /// Print sentence vectors.
@@ -134,6 +137,7 @@ fn run(command: Command, output: Output) -> anyhow::Result<Ended> {
         Command::Ask(command) => command.run(&output),
         Command::Ingest(command) => command.run(&output),
         Command::Verify(command) => command.run(&output),
+        Command::Fix(command) => command.run(&output),
         Command::Probe(command) => command.run(&output),
         Command::Embed(command) => command.run(&output),
         Command::Preflight(command) => command.run(&output),

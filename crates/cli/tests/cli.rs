@@ -42,6 +42,7 @@ fn every_command_explains_itself_and_wrong_usage_is_2() {
         "ask",
         "ingest",
         "verify",
+        "fix",
         "probe",
         "embed",
         "pull",
@@ -638,6 +639,28 @@ fn widths_are_compared_with_the_model_that_they_are_of() {
     let narrow = ["probe", "quant", &model, "--tokens", "256", "--window", "300"];
     fails(&exrail(home.path(), &narrow), &["--window 300", "expected 2 to --tokens, which is 256"]);
     fails(&probe(&["--text", "missing.txt"]), &["text missing.txt"]);
+}
+
+#[test]
+fn a_page_is_printed_by_the_name_that_a_report_has() {
+    let home = tempfile::tempdir().unwrap();
+    let listed = exrail(home.path(), &["fix"]);
+    let listed = text(&listed.stdout);
+    // Every page that the first choice of a fix can name.
+    for page in [
+        "bootstrap-ordering",
+        "chunking-checklist",
+        "embedding-vs-semantic",
+        "logic-collapse",
+        "retrieval-playbook",
+        "retrieval-traceability",
+    ] {
+        assert!(listed.contains(page), "{page}: {listed}");
+        let printed = exrail(home.path(), &["fix", page]);
+        let printed = text(&printed.stdout);
+        assert!(printed.starts_with("# ") && printed.contains("## How to verify"), "{printed}");
+    }
+    fails(&exrail(home.path(), &["fix", "chunking"]), &["page `chunking`", "chunking-checklist"]);
 }
 
 #[test]

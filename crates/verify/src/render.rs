@@ -225,7 +225,7 @@ impl Page {
     fn fix(&mut self, report: &Report) {
         let Some(fix) = &report.fix else { return };
         self.title("START HERE");
-        self.field("page", &format!("{} ({})", fix.page, fix.guardrail));
+        self.field("page", &format!("{} ({}): exrail fix {}", fix.page, fix.guardrail, fix.page));
         self.field("because", fix.reason);
         self.field("evidence", &fix.evidence);
         for (index, step) in fix.steps.iter().enumerate() {

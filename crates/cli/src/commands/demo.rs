@@ -12,7 +12,7 @@ use clap::Args;
 use exrail_retrieval::{ChunkOptions, Encode, read_folder};
 use exrail_server::{AppState, Retrieval, Services, TraceLog};
 use exrail_verify::{CollectionIndex, GoldKind, GoldSet};
-use include_dir::{Dir, include_dir};
+use include_dir::Dir;
 use serde_json::{Value, json};
 use tokio::runtime::Runtime;
 
@@ -26,18 +26,9 @@ use crate::{
     load::{Boot, CollectionSpec, Prepare, phases_json, print_phases},
     options::{Access, EncoderArgs, EngineArgs, Sources},
     output::Output,
-    paths,
+    pack, paths,
     progress::Bars,
 };
-
-static PACK: Dir<'_> = include_dir!("$CARGO_MANIFEST_DIR/../../packs/stability");
-
-/// The documents of the sample corpus, one after the other: some text for who brings none.
-pub(crate) fn sample_text() -> String {
-    let documents = PACK.get_dir("docs").into_iter().flat_map(Dir::files);
-    let texts = documents.filter_map(include_dir::File::contents_utf8);
-    texts.collect::<Vec<_>>().join("\n\n")
-}
 
 /// Run everything once: start the server, ingest the sample corpus, ask, verify, print the report.
 ///
@@ -149,7 +140,7 @@ impl Prepare for Corpus<'_> {
 /// Writes the pack that the binary carries into the data folder, file by file where it differs.
 fn unpack() -> Result<PathBuf> {
     let root = paths::data()?.join("packs").join(COLLECTION);
-    write_dir(&PACK, &root)?;
+    write_dir(pack::stability(), &root)?;
     Ok(root)
 }
 

@@ -14,12 +14,12 @@ use exrail_verify::{CacheFault, CacheReport, ProbeText, Verdict, cache_probe};
 use serde_json::{Value, json};
 
 use self::{distributions::DistributionProbe, injection::InjectionProbe, quant::QuantProbe};
-use super::demo::sample_text;
 use crate::{
     Ended,
     load::{AsItIs, Boot},
     options::{EngineArgs, Sources},
     output::Output,
+    pack::sample_text,
 };
 
 /// Tokens that are probed when nobody says how many: enough for drift and slow growth, and the prefills of the

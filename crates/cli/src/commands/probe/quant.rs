@@ -19,11 +19,12 @@ use exrail_verify::{
 use serde::Serialize;
 use serde_json::json;
 
-use super::{ProbedModel, sample_text};
+use super::ProbedModel;
 use crate::{
     Ended,
     options::{ActivationOption, EngineArgs, QuantOption},
     output::Output,
+    pack::sample_text,
     progress::Bars,
 };
 
