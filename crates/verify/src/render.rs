@@ -211,9 +211,9 @@ impl Page {
     }
 
     fn not_measured(&mut self, report: &Report) {
-        self.title("NOT MEASURED BY THIS VERSION");
+        self.title("NOT MEASURED HERE");
         for (name, section) in &report.not_measured {
-            let reason = section.reason.trim_start_matches("not measured by this version: ");
+            let reason = section.reason.split_once(": ").map_or(section.reason, |(_, why)| why);
             let lines = wrap(reason, self.width - 16);
             for (index, line) in lines.iter().enumerate() {
                 let name = if index == 0 { name } else { "" };

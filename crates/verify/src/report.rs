@@ -351,11 +351,11 @@ pub(crate) fn not_measured() -> BTreeMap<&'static str, NotMeasured> {
         ),
         (
             "quantisation",
-            "not measured by this version: it needs the same model in 16 bits beside the quantised one",
+            "not measured here: `exrail probe quant` loads the model in other widths beside it",
         ),
         (
             "cache",
-            "not measured by this version: cache drift needs a fresh prefill to compare with",
+            "not measured here: `exrail probe cache` compares with fresh prefills",
         ),
         (
             "schema",
