@@ -626,6 +626,10 @@ fn widths_are_compared_with_the_model_that_they_are_of() {
     );
     nearer["fidelity"]["texts"][0]["ids_sha256"] = "00".into();
     fails(&baseline(&nearer), &["baseline: expected the texts and models", "(ids 00)"]);
+    // What is served in exact arithmetic is the reference, but for a cache of 16 bits, and is not left out.
+    let exact =
+        text(&probe(&["--modes", "as-served", "--activation", "f32", "--kv", "f32"]).stdout);
+    assert!(exact.contains("as_served      0.0000") && exact.contains("100.0 %"), "{exact}");
     let table = text(&probe(&["--modes", "int8,int4"]).stdout);
     for part in ["noise floor", "int4 vs int8", "worst of", "not calibrated", "3 billion"] {
         assert!(table.contains(part), "{part}: {table}");

@@ -1,7 +1,7 @@
 //! `exrail probe quant`: a model rounded to int8 and int4 against itself.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     path::{Path, PathBuf},
 };
 
@@ -22,7 +22,7 @@ use serde_json::json;
 use super::ProbedModel;
 use crate::{
     Ended,
-    options::{ActivationOption, EngineArgs, QuantOption},
+    options::{ActivationOption, EngineArgs, KvOption, QuantOption},
     output::Output,
     pack::sample_text,
     progress::Bars,
@@ -112,10 +112,11 @@ impl QuantProbe {
         let path = self.model.sources.resolve(self.model.name(), Kind::Generator, &mut bars)?.path;
         bars.clear();
         let (parameters, is_packed) = weigh(&path)?;
-        let exact = EngineArgs { activation: ActivationOption::F32, ..self.engine(None) };
+        let (activation, kv) = (ActivationOption::F32, KvOption::F32);
+        let exact = EngineArgs { activation, kv, ..self.engine(None) };
         let reference = self.model.boot_with(output, exact)?;
         let mut modes = BTreeMap::new();
-        for mode in self.modes.iter().filter(|&&mode| self.differs(mode)) {
+        for mode in self.modes.iter().collect::<BTreeSet<_>>() {
             let services = self.model.boot_with(output, self.engine(mode.quant()))?;
             modes.insert(mode.mode(), services);
         }
@@ -153,18 +154,12 @@ impl QuantProbe {
         Ok(services)
     }
 
-    /// In exact arithmetic a server computes what the reference does.
-    fn differs(&self, mode: ModeOption) -> bool {
-        mode != ModeOption::AsServed || self.model.engine.activation != ActivationOption::F32
-    }
-
-    /// A small cache for one sequence.
+    /// The options as given; the cache holds one sequence unless it is to hold more.
     fn engine(&self, quant: Option<QuantOption>) -> EngineArgs {
         EngineArgs {
             quant,
             rounds_blocks: quant.is_some(),
-            max_sequences: 1,
-            kv_pages: Some(self.window.div_ceil(PAGE_TOKENS) + 1),
+            kv_pages: self.model.engine.kv_pages.or(Some(self.window.div_ceil(PAGE_TOKENS) + 1)),
             ..self.model.engine.clone()
         }
     }
