@@ -10,6 +10,7 @@ mod device;
 mod environment;
 mod keys;
 mod load;
+mod markdown;
 mod memory;
 mod options;
 mod output;
@@ -62,7 +63,7 @@ enum Command {
     Ingest(commands::ingest::Ingest),
     /// Measure a collection and a model against a gold set and print the report.
     Verify(commands::verify::Verify),
-    /// Print the page about a fault that a report names.
+    /// Print what to do about a fault: a page for each guard and each breakpoint.
     Fix(commands::fix::Fix),
     /// Measure one part of a model by itself.
     Probe(commands::probe::Probe),

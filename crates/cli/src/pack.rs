@@ -1,4 +1,4 @@
-//! The pack that rides inside the binary: the sample corpus, whose documents are the pages that a diagnosis names.
+//! The pack that rides inside the binary: the sample corpus, and the pages that say what to do about a fault.
 
 use include_dir::{Dir, File, include_dir};
 
@@ -9,7 +9,7 @@ pub(crate) fn stability() -> &'static Dir<'static> {
     &STABILITY
 }
 
-/// A document of the corpus.
+/// A document of the corpus, or a fix page.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Page {
     /// Its file name without the ending.
@@ -28,14 +28,36 @@ impl Page {
     pub(crate) fn title(self) -> &'static str {
         self.text.lines().next().unwrap_or_default().trim_start_matches('#').trim()
     }
+
+    /// The guard that it is about, such as `G-17`, where its heading names one.
+    pub(crate) fn guard(self) -> Option<&'static str> {
+        let (guard, _) = self.title().split_once(": ")?;
+        guard.strip_prefix("G-").filter(|number| number.parse::<u8>().is_ok()).map(|_| guard)
+    }
 }
 
-/// All documents, by name.
+/// The documents of the corpus, by name: what a gold set asks about.
 pub(crate) fn pages() -> Vec<Page> {
-    let files = STABILITY.get_dir("docs").into_iter().flat_map(Dir::files);
-    let mut pages: Vec<Page> = files.filter_map(Page::of).collect();
+    let mut pages = read("docs");
     pages.sort_by_key(|page| page.name);
     pages
+}
+
+/// The fix pages: breakpoints and guards by number, then the others. They are no part of the corpus, so that a word
+/// changed in one changes no measurement.
+pub(crate) fn fixes() -> Vec<Page> {
+    let mut pages = read("fix");
+    let rank = |page: &Page| match (page.title().starts_with("Breakpoint"), page.guard()) {
+        (true, _) => 0,
+        (false, Some(_)) => 1,
+        (false, None) => 2,
+    };
+    pages.sort_by_key(|page| (rank(page), page.title()));
+    pages
+}
+
+fn read(folder: &str) -> Vec<Page> {
+    STABILITY.get_dir(folder).into_iter().flat_map(Dir::files).filter_map(Page::of).collect()
 }
 
 /// The documents one after the other: some text for who brings none.

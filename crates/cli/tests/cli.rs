@@ -662,8 +662,13 @@ fn a_page_is_printed_by_the_name_that_a_report_has() {
         assert!(listed.contains(page), "{page}: {listed}");
         let printed = exrail(home.path(), &["fix", page]);
         let printed = text(&printed.stdout);
-        assert!(printed.starts_with("# ") && printed.contains("## How to verify"), "{printed}");
+        assert!(printed.starts_with("# ") && printed.contains("## How to confirm"), "{printed}");
     }
+    let guard = exrail(home.path(), &["fix", "g-17", "--json"]);
+    let guard: serde_json::Value = serde_json::from_slice(&guard.stdout).unwrap();
+    assert_eq!((&guard["guard"], &guard["page"]), (&"G-17".into(), &"kv-integrity".into()));
+    let background = exrail(home.path(), &["fix", "chunking-checklist", "--background"]);
+    assert!(text(&background.stdout).contains("## How to verify"), "{background:?}");
     fails(&exrail(home.path(), &["fix", "chunking"]), &["page `chunking`", "chunking-checklist"]);
 }
 
