@@ -369,6 +369,9 @@ impl Text {
 }
 
 #[cfg(test)]
+mod ops_tests;
+
+#[cfg(test)]
 mod tests {
     use super::*;
     use crate::boot::BootBoard;
