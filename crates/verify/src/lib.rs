@@ -23,6 +23,7 @@ mod fix;
 mod gates;
 mod gold;
 mod injection;
+mod lambda_modes;
 mod leak;
 mod positions;
 mod probe;
@@ -68,6 +69,11 @@ pub use gold::{
 };
 pub use injection::{
     Attack, AttackClass, AttackOutcome, InjectionTally, SuccessClass, injection_suite,
+};
+pub use lambda_modes::{
+    Difference, FaultStage, FoundAt, ItemComparison, ItemMode, ItemModes, LambdaModes,
+    LambdaModesOptions, LambdaModesReport, LeakCause, ModeComparison, ModeCost, ModeSection,
+    ModeSystem, ModesProgress, RetrievalCheck, RetrievalEquality, Stages, Told,
 };
 pub use leak::{LEAK_TOKENS, Leak, LeakGuard, LeakWatch, Screened};
 pub use probe::{ItemLambda, lambda_probe};
