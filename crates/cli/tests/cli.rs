@@ -646,6 +646,27 @@ fn widths_are_compared_with_the_model_that_they_are_of() {
 }
 
 #[test]
+fn a_lambda_probe_refuses_what_it_could_not_honour() {
+    let home = tempfile::tempdir().unwrap();
+    let model = home.path().join("model.gguf");
+    std::fs::write(&model, tiny_llama(1, TinyLlama::default())).unwrap();
+    let model = model.to_str().unwrap();
+    let probe = |more: &[&str]| {
+        let arguments = ["probe", "lambda", model, "--gold", "nowhere.jsonl"];
+        exrail(home.path(), &[&arguments[..], more].concat())
+    };
+    fails(&probe(&[]), &["gold set nowhere.jsonl"]);
+    fails(&probe(&["--quant", "int8"]), &["--quant: expected none", "choose with --modes"]);
+    for modes in ["int8,int4", "as-served"] {
+        fails(&probe(&["--modes", modes]), &["--modes: expected as-served", "at least one other"]);
+    }
+    assert_eq!(probe(&["--modes", "int3"]).status.code(), Some(2));
+    let without = exrail(home.path(), &["probe", "lambda", model]);
+    assert_eq!(without.status.code(), Some(2));
+    assert!(text(&without.stderr).contains("--gold"), "{without:?}");
+}
+
+#[test]
 fn a_page_is_printed_by_the_name_that_a_report_has() {
     let home = tempfile::tempdir().unwrap();
     let listed = exrail(home.path(), &["fix"]);

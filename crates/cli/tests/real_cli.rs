@@ -7,7 +7,8 @@ use std::{
     process::{Command, Output},
 };
 
-use serde_json::Value;
+use exrail_testkit::{TinyLlama, tiny_llama};
+use serde_json::{Value, json};
 
 fn model(variable: &str) -> String {
     std::env::var(variable).expect("run through make test")
@@ -97,6 +98,83 @@ fn ingest_ask_and_verify_work_on_the_sample_pack() {
     assert_ne!(answer["gate"]["status"], "not_calibrated");
     let off_topic = ["ask", "How long should I boil an egg?", "--collection", "pages", "--json"];
     assert_eq!(last_json(&exrail(home.path(), &off_topic))["answer"], "not in context");
+}
+
+/// The real encoder, and a generator of random weights: what it says means nothing, but how it is compared does.
+#[test]
+fn modes_are_asked_over_the_same_evidence_and_compared() {
+    let home = tempfile::tempdir().unwrap();
+    let model = home.path().join("model.gguf");
+    let size = TinyLlama { context_len: 8192, ..TinyLlama::default() };
+    std::fs::write(&model, tiny_llama(1, size)).unwrap();
+    let page = home.path().join("page.md");
+    let facts = ["A page of the cache holds 256 tokens.", "The queue holds 128 requests."];
+    std::fs::write(&page, format!("# Sizes\n\n{}\n\n# Limits\n\n{}\n", facts[0], facts[1]))
+        .unwrap();
+    let ingest = ["ingest", page.to_str().unwrap(), "--collection", "sizes"];
+    assert!(exrail(home.path(), &ingest).status.success());
+    let gold = home.path().join("gold.jsonl");
+    let item = |(at, fact): (usize, &&str)| {
+        let what = ["a page of the cache hold", "the queue hold"][at];
+        let wordings =
+            ["size", "amount", "number"].map(|word| format!("Which {word} does {what}?"));
+        let item = json!({
+            "id": format!("q{at}"),
+            "kind": "answerable",
+            "question": format!("How much does {what}?"),
+            "paraphrases": wordings,
+            "answers": [fact],
+            "evidence": [{ "doc": "page.md", "quote": fact }],
+        });
+        format!("{item}\n")
+    };
+    let lines: String = facts.iter().enumerate().map(item).collect();
+    std::fs::write(&gold, lines).unwrap();
+    let probe = |more: &[&str]| {
+        let (model, gold) = (model.to_str().unwrap(), gold.to_str().unwrap());
+        let arguments = ["probe", "lambda", model, "--gold", gold, "--collection", "sizes"];
+        exrail(home.path(), &[&arguments[..], &["--device", "cpu"], more].concat())
+    };
+
+    let output = probe(&["--json"]);
+    // Two items are too few for a pass.
+    assert_eq!(output.status.code(), Some(3), "{output:?}");
+    let found = last_json(&output);
+    let report = &found["lambda"];
+    assert_eq!((&report["n_items"], &report["n_seeds"]), (&json!(2), &json!(2)));
+    assert_eq!(report["retrieval"]["bit_equal"], true, "{report}");
+    assert_eq!(report["retrieval"]["n_queries"], 8);
+    let pairs: Vec<Value> = report["comparisons"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|pair| json!([pair["mode"], pair["reference"]]))
+        .collect();
+    let expected = [["int8", "as_served"], ["int4", "as_served"], ["int4", "int8"]];
+    assert_eq!(json!(pairs), json!(expected));
+    for item in report["items"].as_array().unwrap() {
+        for mode in ["as_served", "int8", "int4"] {
+            let runs = item["modes"][mode]["frozen"]["runs"].as_array().unwrap();
+            assert_eq!(runs.len(), 6, "{item}");
+        }
+        assert!(item["modes"]["as_served"]["live"]["runs"].is_array(), "{item}");
+        assert!(item["modes"]["int8"]["live"].is_null(), "{item}");
+    }
+    assert_ne!(report["verdict"], "pass");
+    // Three modes, 6 frozen runs of 2 items and 2 single answers each, and 12 live runs.
+    assert_eq!(found["planned"]["generations"], 3 * 14 + 12);
+    assert_eq!(report["cost"]["generations"], 3 * 14 + 12);
+
+    let shown = lines_of(&probe(&["--modes", "as-served,int8", "--items", "1"]));
+    assert!(shown.contains("equal to the bit") && shown.contains("int8_vs_as_served"), "{shown}");
+    assert!(!shown.contains("int4"), "{shown}");
+    let none = probe(&["--items", "0"]);
+    let said = String::from_utf8(none.stderr.clone()).unwrap();
+    assert!(none.status.code() == Some(1) && said.contains("`items`"), "{said}");
+}
+
+fn lines_of(output: &Output) -> String {
+    lines(output).join("\n")
 }
 
 #[test]

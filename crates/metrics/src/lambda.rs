@@ -93,6 +93,16 @@ pub enum SubLabel {
     Mixed,
 }
 
+impl fmt::Display for SubLabel {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str(match self {
+            SubLabel::ParaphraseSensitive => "paraphrase sensitive",
+            SubLabel::SeedSensitive => "seed sensitive",
+            SubLabel::Mixed => "mixed",
+        })
+    }
+}
+
 /// λ of one item.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Lambda {

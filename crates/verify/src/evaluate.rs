@@ -16,12 +16,14 @@ use crate::fix::{Findings, fix_for};
 use crate::gates::{self, Observed};
 use crate::gold::{AnchorMode, GoldItem, GoldKind, GoldSet, N_PARAPHRASES, ResolvedItem};
 use crate::positions::{Positions, anchor_tokens};
-use crate::probe::{ItemLambda, lambda_probe, matches_reference};
+use crate::probe::{ItemLambda, lambda_probe};
 use crate::prompt::{Live, Nonce};
 use crate::report::{
     Config, Cost, CoverageSection, DeltaSSection, LambdaSection, Pins, REPORT_VERSION, Report,
     RetrievalItem, Sample, Status, Verdict, not_measured,
 };
+use crate::runs::matches_reference;
+use crate::scale::{AnswerScale, equivalence_in_words};
 use crate::system::{Generate, GenerateError, GeneratorFacts, Retrieve, SamplingKind};
 
 /// The k of the sweep (§1.1.10).
@@ -214,12 +216,9 @@ fn lambda_section(observed: &Observed<'_>) -> LambdaSection {
     LambdaSection {
         n_paraphrases: N_PARAPHRASES,
         n_seeds: if observed.seeded { 2 } else { 1 },
-        equivalence: match observed.calibration.and_then(|c| c.tt.fit_calibration()) {
-            Some(_) => "short answers by words and numbers, longer ones by calibrated ΔS",
-            None => {
-                "short answers by words and numbers, longer ones undecided without a fit encoder"
-            }
-        },
+        equivalence: equivalence_in_words(
+            observed.calibration.and_then(|calibration| calibration.tt.fit_calibration()),
+        ),
         items: observed.lambda.to_vec(),
     }
 }
@@ -474,33 +473,21 @@ impl Run<'_> {
     }
 
     fn lambda(&mut self, items: &[&ResolvedItem]) -> Result<Vec<ItemLambda>, VerifyError> {
-        let tt = self.calibration.and_then(|calibration| calibration.tt.fit_calibration());
+        let (index, policy) = (self.system.index, &self.options.policy);
+        let bound = (index.index_hash(), policy.search.k);
+        let mut scale = AnswerScale::new(self.system.encoder, self.calibration, bound);
         let mut probed = Vec::with_capacity(items.len());
-        for (index, item) in items.iter().enumerate() {
-            let mut failed = None;
-            let vectors = &mut self.vectors;
-            let mut calibrated_ds = |a: &str, b: &str| {
-                let tt = tt?;
-                match vectors.ds((Side::Query, a), (Side::Query, b)) {
-                    Ok(ds) => ds.value().map(|raw| tt.map(raw)),
-                    Err(error) => {
-                        failed = Some(error);
-                        None
-                    }
-                }
-            };
-            let system = (self.system.generator, self.system.index);
-            let policy = &self.options.policy;
-            let lambda = lambda_probe(system, &self.gate, policy, &item.item, &mut calibrated_ds)?;
-            if let Some(error) = failed {
-                return Err(error.into());
-            }
+        for (n_done, item) in items.iter().enumerate() {
+            let system = (self.system.generator, index);
+            let mut same = |a: &str, b: &str| scale.equivalence_ds(a, b);
+            let lambda = lambda_probe(system, &self.gate, policy, &item.item, &mut same)?;
+            scale.check()?;
             for run in lambda.frozen.runs.iter().chain(&lambda.live.runs) {
                 self.cost.generations += usize::from(run.generated);
                 self.cost.tokens += run.tokens_in + run.tokens;
             }
             probed.push(lambda);
-            self.report(Stage::Lambda, index + 1, items.len());
+            self.report(Stage::Lambda, n_done + 1, items.len());
         }
         Ok(probed)
     }
@@ -518,7 +505,12 @@ fn shows_unknown_citation(outcome: &AskOutcome) -> bool {
 
 /// `n` items, or all, chosen by a hash of seed and id: the choice does not depend on the order of
 /// the file, and an item added elsewhere does not reshuffle the rest.
-fn sample<T>(items: &[T], n: Option<usize>, seed: u64, id: impl Fn(&T) -> &str) -> Vec<&T> {
+pub(crate) fn sample<T>(
+    items: &[T],
+    n: Option<usize>,
+    seed: u64,
+    id: impl Fn(&T) -> &str,
+) -> Vec<&T> {
     let mut chosen: Vec<(String, usize)> = items
         .iter()
         .enumerate()

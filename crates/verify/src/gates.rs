@@ -7,11 +7,12 @@ use exrail_metrics::{
 use crate::calibrate::{CorpusCalibration, FamilyFit};
 use crate::error::VerifyError;
 use crate::evaluate::{AnswerItem, RefusalItem};
-use crate::probe::{ItemLambda, ModeLambda};
+use crate::probe::ItemLambda;
 use crate::report::{Gate, Measured, RetrievalItem, Status, Unit};
+use crate::runs::ModeLambda;
 
 /// Fewest questions on which a rate may pass.
-const MIN_RATE_ITEMS: usize = 50;
+pub(crate) const MIN_RATE_ITEMS: usize = 50;
 const MIN_COVERAGE: f64 = 0.70;
 
 /// Everything that the gates look at.
@@ -125,7 +126,7 @@ fn scale_fault(observed: &Observed<'_>) -> Option<(Status, Option<String>)> {
 }
 
 /// Which conditions of fitness do not hold, with their numbers.
-fn unfit_in_words(calibration: &Calibration) -> Option<String> {
+pub(crate) fn unfit_in_words(calibration: &Calibration) -> Option<String> {
     let Fitness::Unfit(reasons) = &calibration.fitness else { return None };
     let words: Vec<String> = reasons
         .iter()
@@ -410,7 +411,7 @@ pub(crate) fn mean_of(
     if values.is_empty() { Ok(None) } else { Ok(Some(mean(&values)?)) }
 }
 
-fn joined(first: Option<String>, second: String) -> String {
+pub(crate) fn joined(first: Option<String>, second: String) -> String {
     match first {
         Some(first) => format!("{first}; {second}"),
         None => second,
@@ -418,6 +419,6 @@ fn joined(first: Option<String>, second: String) -> String {
 }
 
 #[expect(clippy::cast_precision_loss, reason = "counts are far below 2^52")]
-fn share(part: usize, whole: usize) -> f64 {
+pub(crate) fn share(part: usize, whole: usize) -> f64 {
     part as f64 / whole as f64
 }

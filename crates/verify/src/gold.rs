@@ -42,6 +42,13 @@ pub struct GoldItem {
     pub anchor_mode: AnchorMode,
 }
 
+impl GoldItem {
+    /// The wordings that a probe asks.
+    pub(crate) fn asked(&self) -> &[String] {
+        &self.paraphrases[..self.paraphrases.len().min(N_PARAPHRASES)]
+    }
+}
+
 /// A quote from a document.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

@@ -23,6 +23,7 @@ mod fix;
 mod gates;
 mod gold;
 mod injection;
+mod lambda_modes;
 mod leak;
 mod positions;
 mod probe;
@@ -31,6 +32,8 @@ mod quant;
 mod render;
 mod report;
 mod rules;
+mod runs;
+mod scale;
 mod steps;
 mod system;
 mod tool_fence;
@@ -67,8 +70,13 @@ pub use gold::{
 pub use injection::{
     Attack, AttackClass, AttackOutcome, InjectionTally, SuccessClass, injection_suite,
 };
+pub use lambda_modes::{
+    Difference, FaultStage, FoundAt, ItemComparison, ItemMode, ItemModes, LambdaModes,
+    LambdaModesOptions, LambdaModesReport, LeakCause, ModeComparison, ModeCost, ModeSection,
+    ModeSystem, ModesProgress, RetrievalCheck, RetrievalEquality, Stages, Told,
+};
 pub use leak::{LEAK_TOKENS, Leak, LeakGuard, LeakWatch, Screened};
-pub use probe::{ItemLambda, ModeLambda, ProbeRun, lambda_probe};
+pub use probe::{ItemLambda, lambda_probe};
 pub use prompt::{
     FenceBroken, FrameMessage, Live, Nonce, PromptFrame, REFUSAL_TOKEN, Slot, constraints_sha256,
 };
@@ -85,6 +93,8 @@ pub use rules::{
     BadRule, Contradiction, EchoDiffers, HardRule, MAX_PATTERN_BYTES, MAX_PATTERNS, MAX_RULE_BYTES,
     MAX_RULES, NLI, RuleSet, RuleWatch, compare_echo, read_rules, write_rules,
 };
+pub use runs::{ModeLambda, ProbeRun};
+pub use scale::AnswerScale;
 pub use steps::{
     LOGIC_COLLAPSE, MAX_ROLLBACKS, MAX_STEPS, STALL_STEPS, Step, StepCheck, StepFault, StepPolicy,
     step_seed,

@@ -294,10 +294,16 @@ impl Verdict {
     /// The verdict of gates: a failure outweighs what is undecided, that outweighs review.
     #[must_use]
     pub fn of(gates: &[Gate]) -> Verdict {
-        let has = |status: Status| gates.iter().any(|gate| gate.measured.status == status);
+        Verdict::of_statuses(&gates.iter().map(|gate| gate.measured.status).collect::<Vec<_>>())
+    }
+
+    /// The same of their statuses; without a gate nothing is decided.
+    #[must_use]
+    pub fn of_statuses(statuses: &[Status]) -> Verdict {
+        let has = |status: Status| statuses.contains(&status);
         if has(Status::Fail) {
             Verdict::Fail
-        } else if gates.is_empty()
+        } else if statuses.is_empty()
             || has(Status::Inconclusive)
             || has(Status::NotCalibrated)
             || has(Status::NotAvailable)

@@ -2,6 +2,7 @@
 
 mod distributions;
 mod injection;
+mod lambda;
 mod quant;
 
 use std::{path::PathBuf, sync::Arc};
@@ -13,7 +14,10 @@ use exrail_text::Specials;
 use exrail_verify::{CacheFault, CacheReport, ProbeText, Verdict, cache_probe};
 use serde_json::{Value, json};
 
-use self::{distributions::DistributionProbe, injection::InjectionProbe, quant::QuantProbe};
+use self::{
+    distributions::DistributionProbe, injection::InjectionProbe, lambda::LambdaProbe,
+    quant::QuantProbe,
+};
 use crate::{
     Ended,
     load::{AsItIs, Boot},
@@ -77,6 +81,19 @@ enum Part {
   exrail probe quant model-q4_k_m.gguf --modes int8       what int8 would cost what is in the file
   exrail probe quant checkpoint/ --against checkpoint-int4/ --modes as-served")]
     Quant(QuantProbe),
+    /// Compare what int8 and int4 of a model answer with what the model answers, over the same evidence.
+    ///
+    /// Each of a few gold questions is asked in three wordings with two seeds, by one mode after the other, over evidence
+    /// that was retrieved once; the model as it is served also over what each wording retrieves. Answers that say the same
+    /// are one class. Prints λ of each mode, the share of questions whose state or majority answer flips, right answers
+    /// won and lost, citations, and whether every mode finds the same evidence to the bit. Exits 0 when all pass, which
+    /// needs 50 questions, 3 otherwise.
+    #[command(after_help = "Examples:
+  exrail ingest docs/ --collection docs
+  exrail probe lambda model-f16.gguf --gold gold.jsonl --collection docs                8 questions, a screen
+  exrail probe lambda checkpoint/ --gold gold.jsonl --collection docs --items 60 --json > lambda.json
+  exrail probe lambda model-q4_k_m.gguf --gold gold.jsonl --collection docs --modes as-served,int8")]
+    Lambda(LambdaProbe),
 }
 
 /// The model that is probed.
@@ -111,6 +128,7 @@ impl Probe {
             Part::Injection(probe) => probe.run(*output),
             Part::Distributions(probe) => probe.run(*output),
             Part::Quant(probe) => probe.run(*output),
+            Part::Lambda(probe) => probe.run(*output),
         }
     }
 }

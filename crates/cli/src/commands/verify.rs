@@ -96,9 +96,9 @@ impl Verify {
 }
 
 /// Makes sure that the scale of ΔS is there.
-struct Calibrate<'a> {
-    gold: &'a GoldSet,
-    anew: bool,
+pub(crate) struct Calibrate<'a> {
+    pub(crate) gold: &'a GoldSet,
+    pub(crate) anew: bool,
 }
 
 impl Prepare for Calibrate<'_> {
@@ -135,7 +135,8 @@ pub(crate) fn ensure_calibration(
     Ok(())
 }
 
-fn policy() -> AskPolicy {
+/// How questions are answered.
+pub(crate) fn policy() -> AskPolicy {
     let mut policy = AskPolicy::default();
     policy.search.k = ASK_K;
     policy

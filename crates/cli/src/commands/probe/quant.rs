@@ -60,7 +60,7 @@ pub(super) struct QuantProbe {
 
 /// What the model is loaded as.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
-enum ModeOption {
+pub(super) enum ModeOption {
     /// As `exrail serve` would with the same options.
     AsServed,
     /// Matrices rounded to int8.
@@ -70,7 +70,7 @@ enum ModeOption {
 }
 
 impl ModeOption {
-    fn mode(self) -> QuantMode {
+    pub(super) fn mode(self) -> QuantMode {
         match self {
             ModeOption::AsServed => QuantMode::AsServed,
             ModeOption::Int8 => QuantMode::Int8,
@@ -78,7 +78,7 @@ impl ModeOption {
         }
     }
 
-    fn quant(self) -> Option<QuantOption> {
+    pub(super) fn quant(self) -> Option<QuantOption> {
         match self {
             ModeOption::AsServed => None,
             ModeOption::Int8 => Some(QuantOption::Int8),
@@ -89,13 +89,28 @@ impl ModeOption {
 
 /// What is known of the stored weights.
 #[derive(Serialize)]
-struct Reference {
+pub(super) struct Reference {
     /// `as_loaded` where the file holds blocks, whose values are then the reference; else its format.
     reference: String,
     /// Format of most weights.
     format: String,
     /// Parameters.
     parameters: u64,
+}
+
+impl Reference {
+    pub(super) fn of(is_packed: bool, format: String, parameters: u64) -> Self {
+        let reference = if is_packed { "as_loaded".to_owned() } else { format.to_lowercase() };
+        Self { reference, format, parameters }
+    }
+
+    pub(super) fn in_words(&self) -> String {
+        if self.reference == "as_loaded" {
+            format!("as loaded: the values of the {} blocks, no 16-bit weights", self.format)
+        } else {
+            format!("the stored {} weights", self.format)
+        }
+    }
 }
 
 impl QuantProbe {
@@ -129,8 +144,7 @@ impl QuantProbe {
             report.compare_with(baseline)?;
         }
         let format = reference.engine.facts().quant.clone();
-        let shown = if is_packed { "as_loaded".to_owned() } else { format.to_lowercase() };
-        let about = Reference { reference: shown, format, parameters };
+        let about = Reference::of(is_packed, format, parameters);
         let losses = losses(&path, &modes)?;
         self.tell(&report, &about, &losses, &reference, output);
         modes.values().chain([&reference]).for_each(|services| services.engine.shutdown());
@@ -216,12 +230,7 @@ impl QuantProbe {
         let name = &services.model_name;
         output
             .line(format!("model              {name}, {} parameters, {device}", about.parameters));
-        let stored = if about.reference == "as_loaded" {
-            format!("as loaded: the values of the {} blocks, no 16-bit weights", about.format)
-        } else {
-            format!("the stored {} weights", about.format)
-        };
-        output.line(format!("reference          {stored}; exact arithmetic"));
+        output.line(format!("reference          {}; exact arithmetic", about.in_words()));
         for line in lines(report, losses) {
             output.line(line);
         }
@@ -239,7 +248,7 @@ fn read_baseline(file: &Path) -> Result<FidelityBaseline> {
 }
 
 /// Parameters of a checkpoint, and whether some are in blocks.
-fn weigh(path: &Path) -> Result<(u64, bool)> {
+pub(super) fn weigh(path: &Path) -> Result<(u64, bool)> {
     let checkpoint = Checkpoint::open(path)?;
     let tensors = checkpoint.tensors();
     let (mut parameters, mut is_packed) = (0, false);

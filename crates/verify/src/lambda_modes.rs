@@ -1,0 +1,344 @@
+//! λ across quantisation modes (§1.3.10): whether a model whose weights are rounded still gives the same answers over the
+//! same evidence, and still finds the same evidence (§1.1.11).
+//!
+//! One mode is asked after the other, so that no two of them need be loaded at the same time: [`LambdaModes`] keeps what
+//! each said, and [`LambdaModes::report`] compares it. The evidence of every mode is what the reference retrieved.
+
+mod compare;
+mod render;
+mod report;
+#[cfg(test)]
+mod tests;
+
+use std::collections::BTreeMap;
+use std::time::Instant;
+
+use exrail_metrics::median;
+use exrail_retrieval::Hit;
+
+pub use self::report::{
+    Difference, FaultStage, FoundAt, ItemComparison, ItemMode, ItemModes, LambdaModesReport,
+    LeakCause, ModeComparison, ModeCost, ModeSection, RetrievalEquality, Stages,
+};
+use crate::ask::{AskPolicy, DeltaSGate, answer_over, retrieve};
+use crate::error::VerifyError;
+use crate::evaluate::sample;
+use crate::gold::{GoldItem, GoldKind, GoldSet, N_PARAPHRASES};
+use crate::probe::retrieve_each;
+use crate::prompt::Nonce;
+use crate::quant::QuantMode;
+use crate::runs::{Asking, Attempt, SEEDS, reply_of};
+use crate::scale::AnswerScale;
+use crate::system::{Generate, GenerateError, GeneratorFacts, Retrieve, SamplingKind};
+
+/// Items whose question is asked once by itself, for the time of a single answer.
+const SINGLE_ANSWERS: usize = 3;
+
+/// What is asked, and how much.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LambdaModesOptions {
+    /// How questions are answered; the policy of production.
+    pub policy: AskPolicy,
+    /// Answerable items of the gold set, at least 1; all of them if there are fewer.
+    pub n_items: usize,
+    /// Chooses them.
+    pub seed: u64,
+    /// Whether retrieval is compared.
+    pub retrieval: RetrievalCheck,
+}
+
+impl Default for LambdaModesOptions {
+    fn default() -> LambdaModesOptions {
+        LambdaModesOptions {
+            policy: AskPolicy::default(),
+            n_items: 8,
+            seed: 1,
+            retrieval: RetrievalCheck::Enforce,
+        }
+    }
+}
+
+/// Whether what each mode retrieves is compared with what the reference does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RetrievalCheck {
+    /// Any difference fails the probe.
+    Enforce,
+    /// The guard is off. For mutation tests, which show what it holds back.
+    Off,
+}
+
+/// A mode, loaded.
+#[derive(Clone, Copy)]
+pub struct ModeSystem<'a> {
+    /// What answers.
+    pub generator: &'a dyn Generate,
+    /// What finds, as it is while this mode is loaded.
+    pub index: &'a dyn Retrieve,
+}
+
+/// How far the probe is.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum ModesProgress {
+    /// The reference answered single questions; the rest is to come.
+    Planned {
+        /// Replies of one mode with frozen evidence, at most.
+        per_mode: usize,
+        /// Replies of the reference with live evidence, at most.
+        live: usize,
+        /// Seconds of a single answer of the reference, the median; none where none was generated.
+        single_answer_s: Option<f64>,
+    },
+    /// A mode answered an item.
+    Asked {
+        /// The mode.
+        mode: QuantMode,
+        /// Items that it answered.
+        n_done: usize,
+        /// Items.
+        n_total: usize,
+    },
+}
+
+/// Takes [`ModesProgress`].
+pub type Told<'a> = dyn FnMut(ModesProgress) + 'a;
+
+/// What several modes of a model said to the same questions over the same evidence.
+pub struct LambdaModes<'a> {
+    items: Vec<&'a GoldItem>,
+    n_answerable: usize,
+    gate: &'a DeltaSGate,
+    options: LambdaModesOptions,
+    reference: QuantMode,
+    asked: BTreeMap<QuantMode, Result<ModeRuns, String>>,
+}
+
+/// What one mode said.
+struct ModeRuns {
+    facts: GeneratorFacts,
+    encoder_fp: String,
+    index_hash: String,
+    items: Vec<ItemRuns>,
+    /// Seconds of single answers.
+    single_s: Vec<f64>,
+    seconds: f64,
+}
+
+/// What one mode said to one item.
+struct ItemRuns {
+    /// What the question found, then what each wording did.
+    found: Vec<Vec<Hit>>,
+    frozen: Vec<Attempt>,
+    /// Only of the reference.
+    live: Option<Vec<Attempt>>,
+    /// Wall time of the frozen runs.
+    frozen_s: f64,
+}
+
+/// Which evidence a mode is asked over.
+#[derive(Clone, Copy)]
+enum Evidence<'r> {
+    /// Its own, frozen and live.
+    Own,
+    /// That of the reference, frozen.
+    Of(&'r ModeRuns),
+}
+
+impl<'a> LambdaModes<'a> {
+    /// Chooses the items, and asks the reference: the model as it is served.
+    ///
+    /// # Errors
+    /// The gold set does not fit the index or has no answerable item, no item is asked for, or a part of the system
+    /// failed.
+    pub fn begin(
+        (mode, system): (QuantMode, ModeSystem<'_>),
+        gold: &'a GoldSet,
+        gate: &'a DeltaSGate,
+        options: LambdaModesOptions,
+        told: &mut Told<'_>,
+    ) -> Result<LambdaModes<'a>, VerifyError> {
+        // The quotes of a gold set for other documents are not there.
+        gold.resolve(system.index)?;
+        let answerable: Vec<&GoldItem> = gold.of_kind(GoldKind::Answerable).collect();
+        let n_answerable = answerable.len();
+        let chosen = sample(&answerable, Some(options.n_items), options.seed, |item| &item.id);
+        if chosen.is_empty() {
+            let (option, expected) = ("items", "at least 1, of a gold set with answerable items");
+            return Err(VerifyError::Option {
+                option,
+                expected,
+                found: n_answerable.min(options.n_items),
+            });
+        }
+        let items = chosen.into_iter().copied().collect();
+        let mut probe = LambdaModes {
+            items,
+            n_answerable,
+            gate,
+            options,
+            reference: mode,
+            asked: BTreeMap::new(),
+        };
+        let runs = probe.ask(mode, system, Evidence::Own, told)?;
+        probe.asked.insert(mode, Ok(runs));
+        Ok(probe)
+    }
+
+    /// Asks another mode. One that fails is not available, and the report says why.
+    pub fn add(&mut self, mode: QuantMode, system: ModeSystem<'_>, told: &mut Told<'_>) {
+        let runs = match &self.asked[&self.reference] {
+            Ok(reference) => self.ask(mode, system, Evidence::Of(reference), told),
+            // `begin` gives no probe whose reference failed.
+            Err(reason) => {
+                self.leave_out(mode, reason.clone());
+                return;
+            }
+        };
+        self.asked.insert(mode, runs.map_err(|error| error.to_string()));
+    }
+
+    /// Notes why a mode that was asked for cannot be.
+    pub fn leave_out(&mut self, mode: QuantMode, reason: String) {
+        self.asked.insert(mode, Err(reason));
+    }
+
+    /// Compares what was said.
+    ///
+    /// # Errors
+    /// The encoder failed.
+    pub fn report(&self, scale: &mut AnswerScale<'_>) -> Result<LambdaModesReport, VerifyError> {
+        compare::report(self, scale)
+    }
+
+    fn ask(
+        &self,
+        mode: QuantMode,
+        system: ModeSystem<'_>,
+        evidence: Evidence<'_>,
+        told: &mut Told<'_>,
+    ) -> Result<ModeRuns, VerifyError> {
+        let started = Instant::now();
+        let policy = &self.options.policy;
+        let mut found = Vec::with_capacity(self.items.len());
+        for item in &self.items {
+            let mut of_item = vec![retrieve(system.index, &item.question, policy)?];
+            of_item.extend(retrieve_each(system.index, item.asked(), policy)?);
+            found.push(of_item);
+        }
+        let mut runs = ModeRuns {
+            facts: system.generator.facts()?,
+            encoder_fp: system.index.encoder_fp().to_owned(),
+            index_hash: system.index.index_hash().to_owned(),
+            items: Vec::with_capacity(self.items.len()),
+            single_s: Vec::new(),
+            seconds: 0.0,
+        };
+        let hits = |at: usize| match evidence {
+            Evidence::Own => &found[at][0],
+            Evidence::Of(reference) => &reference.items[at].found[0],
+        };
+        for at in 0..self.items.len().min(SINGLE_ANSWERS) {
+            runs.single_s.extend(self.single_answer_s(system.generator, at, hits(at))?);
+        }
+        if matches!(evidence, Evidence::Own) {
+            told(self.plan(&runs)?);
+        }
+        let n_total = self.items.len();
+        let mut items = Vec::with_capacity(n_total);
+        for (at, of_item) in found.iter().enumerate() {
+            let live = matches!(evidence, Evidence::Own).then_some(&of_item[1..]);
+            items.push(self.ask_item(system.generator, at, (hits(at), live))?);
+            told(ModesProgress::Asked { mode, n_done: at + 1, n_total });
+        }
+        for (item, found) in items.iter_mut().zip(found) {
+            item.found = found;
+        }
+        runs.items = items;
+        runs.seconds = started.elapsed().as_secs_f64();
+        Ok(runs)
+    }
+
+    fn ask_item(
+        &self,
+        generator: &dyn Generate,
+        at: usize,
+        (frozen, live): (&[Hit], Option<&[Vec<Hit>]>),
+    ) -> Result<ItemRuns, VerifyError> {
+        let nonce = self.nonce(at, &[]);
+        let (gate, policy) = (self.gate, &self.options.policy);
+        let asking = Asking { generator, gate, policy, nonce: &nonce };
+        let wordings = self.items[at].asked();
+        let started = Instant::now();
+        let frozen = asking.all(wordings, |_| frozen)?;
+        let frozen_s = started.elapsed().as_secs_f64();
+        let live = live.map(|hits| asking.all(wordings, |wording| &hits[wording])).transpose()?;
+        Ok(ItemRuns { found: Vec::new(), frozen, live, frozen_s })
+    }
+
+    /// Seconds that one question takes by itself; none where nothing was generated. Its fence has another mark, so that
+    /// it leaves no prefix behind that the runs of the item would read.
+    fn single_answer_s(
+        &self,
+        generator: &dyn Generate,
+        at: usize,
+        hits: &[Hit],
+    ) -> Result<Option<f64>, VerifyError> {
+        let nonce = self.nonce(at, b"single");
+        let call = (&self.options.policy, &nonce, SEEDS[0]);
+        let started = Instant::now();
+        match answer_over(generator, &self.items[at].question, hits, self.gate, call) {
+            Ok(outcome) => Ok(outcome.reply.map(|_| started.elapsed().as_secs_f64())),
+            Err(GenerateError::Numeric { .. } | GenerateError::TimedOut { .. }) => Ok(None),
+            Err(error @ (GenerateError::PromptTooLong { .. } | GenerateError::Engine(_))) => {
+                Err(error.into())
+            }
+        }
+    }
+
+    /// The same mark for all modes: their prompts are to be the same.
+    fn nonce(&self, at: usize, purpose: &[u8]) -> Nonce {
+        Nonce::derive(&[self.items[at].id.as_bytes(), &self.options.seed.to_le_bytes(), purpose])
+    }
+
+    fn plan(&self, reference: &ModeRuns) -> Result<ModesProgress, VerifyError> {
+        let n_runs = N_PARAPHRASES * n_seeds(&reference.facts);
+        let runs = self.items.len() * n_runs;
+        let per_mode = runs + self.items.len().min(SINGLE_ANSWERS);
+        Ok(ModesProgress::Planned {
+            per_mode,
+            live: runs,
+            single_answer_s: single_answer(reference)?,
+        })
+    }
+}
+
+impl ModeRuns {
+    fn cost(&self) -> Result<ModeCost, VerifyError> {
+        let attempts =
+            self.items.iter().flat_map(|item| item.frozen.iter().chain(item.live.iter().flatten()));
+        let replies: Vec<_> = attempts.filter_map(reply_of).collect();
+        let item_s: Vec<f64> = self.items.iter().map(|item| item.frozen_s).collect();
+        let item_s = if item_s.is_empty() { None } else { Some(median(&item_s)?) };
+        let single_answer_s = single_answer(self)?;
+        Ok(ModeCost {
+            generations: replies.len() + self.single_s.len(),
+            tokens: replies.iter().map(|reply| reply.n_prompt_tokens + reply.n_output_tokens).sum(),
+            cached_tokens: replies.iter().map(|reply| reply.n_cached_tokens).sum(),
+            seconds: self.seconds,
+            single_answer_s,
+            item_s,
+            ratio: item_s.zip(single_answer_s).map(|(item, single)| item / single),
+        })
+    }
+}
+
+fn single_answer(runs: &ModeRuns) -> Result<Option<f64>, VerifyError> {
+    Ok(if runs.single_s.is_empty() { None } else { Some(median(&runs.single_s)?) })
+}
+
+/// Seeds per wording; greedy decoding makes them void.
+fn n_seeds(facts: &GeneratorFacts) -> usize {
+    match facts.sampling {
+        SamplingKind::Seeded => SEEDS.len(),
+        SamplingKind::Greedy => 1,
+    }
+}

@@ -1,0 +1,260 @@
+//! The runs of a probe: one item in several wordings and with several seeds over given evidence, what class each
+//! answer is of, and λ over them. What the evidence is, and what is compared, is up to the probe.
+
+use std::collections::BTreeSet;
+
+use exrail_metrics::{
+    AnswerText, Classes, Equivalence, Lambda, LambdaState, Outcome, Run, RunKind, assign_classes,
+    lambda,
+};
+use exrail_retrieval::Hit;
+use serde::Serialize;
+
+use crate::ask::{AskOutcome, AskPolicy, DeltaSGate, RefusalReason, answer_over};
+use crate::attribution::containment;
+use crate::error::VerifyError;
+use crate::prompt::Nonce;
+use crate::system::{Generate, GenerateError, Generated, GeneratedEnd, SamplingKind};
+
+/// The two seeds of the probe.
+pub(crate) const SEEDS: [u64; 2] = [1, 2];
+/// Least share of a reference answer's words in an answer that counts as matching it.
+const MIN_MATCH: f64 = 0.8;
+
+/// λ in one mode.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct ModeLambda {
+    /// The state; none if it depends on answers whose equivalence only a fit encoder could decide.
+    pub state: Option<LambdaState>,
+    /// λ with undecided pairs taken as different.
+    pub strict: Lambda,
+    /// Comparisons that were undecided.
+    pub n_undecided: usize,
+    /// The runs, so that a reader can recompute.
+    pub runs: Vec<ProbeRun>,
+}
+
+impl ModeLambda {
+    /// The class of each run, undecided pairs taken as different.
+    #[must_use]
+    pub fn classes(&self) -> Vec<usize> {
+        self.runs.iter().map(|run| run.class).collect()
+    }
+}
+
+/// One run of the probe.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct ProbeRun {
+    /// Wording, from 1.
+    pub p: usize,
+    /// Seed.
+    pub s: u64,
+    /// Class of the answer.
+    pub class: usize,
+    /// Whether the output was usable.
+    pub valid: bool,
+    /// Whether the user got the refusal token.
+    pub refusal: bool,
+    /// Ids of the cited snippets.
+    pub citations: Vec<String>,
+    /// Whether the generator ran; it does not where the ΔS gate refuses.
+    pub generated: bool,
+    /// Tokens of the prompt.
+    pub tokens_in: usize,
+    /// Tokens of the reply.
+    pub tokens: usize,
+}
+
+/// Who is asked, and how.
+#[derive(Clone, Copy)]
+pub(crate) struct Asking<'a> {
+    pub(crate) generator: &'a dyn Generate,
+    pub(crate) gate: &'a DeltaSGate,
+    pub(crate) policy: &'a AskPolicy,
+    /// One for all runs of an item: they must differ in wording and seed only.
+    pub(crate) nonce: &'a Nonce,
+}
+
+/// One run before its class is known.
+pub(crate) struct Attempt {
+    pub(crate) paraphrase: usize,
+    pub(crate) seed_idx: usize,
+    /// None if the generator gave no reply.
+    pub(crate) outcome: Option<AskOutcome>,
+    pub(crate) answer: Outcome,
+}
+
+impl Asking<'_> {
+    /// Asks every wording over its evidence, with every seed. Greedy sampling makes seeds void, so then there is one
+    /// run per wording.
+    pub(crate) fn all<'h>(
+        &self,
+        paraphrases: &[String],
+        hits: impl Fn(usize) -> &'h [Hit],
+    ) -> Result<Vec<Attempt>, VerifyError> {
+        let n_seeds = match self.generator.facts()?.sampling {
+            SamplingKind::Seeded => SEEDS.len(),
+            SamplingKind::Greedy => 1,
+        };
+        let mut attempts = Vec::with_capacity(paraphrases.len() * n_seeds);
+        for (paraphrase_idx, paraphrase) in paraphrases.iter().enumerate() {
+            for (seed_idx, &seed) in SEEDS[..n_seeds].iter().enumerate() {
+                let result = answer_over(
+                    self.generator,
+                    paraphrase,
+                    hits(paraphrase_idx),
+                    self.gate,
+                    (self.policy, self.nonce, seed),
+                );
+                let (outcome, answer) = classed(result)?;
+                attempts.push(Attempt { paraphrase: paraphrase_idx, seed_idx, outcome, answer });
+            }
+        }
+        Ok(attempts)
+    }
+}
+
+/// What a run gave. Time and numbers that run out are outcomes; everything else that fails is an error.
+fn classed(
+    result: Result<AskOutcome, GenerateError>,
+) -> Result<(Option<AskOutcome>, Outcome), GenerateError> {
+    match result {
+        Ok(outcome) => {
+            let answer = outcome_class(&outcome);
+            Ok((Some(outcome), answer))
+        }
+        Err(GenerateError::Numeric { .. }) => Ok((None, Outcome::Numeric)),
+        Err(GenerateError::TimedOut { .. }) => Ok((None, Outcome::TimedOut)),
+        Err(error @ (GenerateError::PromptTooLong { .. } | GenerateError::Engine(_))) => Err(error),
+    }
+}
+
+/// The class that an outcome belongs to, by what the user sees. Citing what was not retrieved is
+/// an invalid output, although the user sees a refusal.
+fn outcome_class(outcome: &AskOutcome) -> Outcome {
+    match &outcome.refusal {
+        None => Outcome::Answer(AnswerText::Text(outcome.text.clone())),
+        Some(RefusalReason::EmptyReply) => Outcome::Empty,
+        Some(
+            RefusalReason::UnknownCitation { .. }
+            | RefusalReason::FenceBroken { .. }
+            | RefusalReason::Leak,
+        ) => Outcome::Invalid,
+        Some(
+            RefusalReason::NoEvidence
+            | RefusalReason::DeltaS { .. }
+            | RefusalReason::DeltaSUndefined { .. }
+            | RefusalReason::Model
+            | RefusalReason::NoValidCitation { .. }
+            | RefusalReason::ConstraintContradiction { .. }
+            | RefusalReason::LogicCollapse { .. },
+        ) => Outcome::Refusal,
+    }
+}
+
+/// λ of the runs, with what a reader needs to recompute it.
+pub(crate) fn summarise(
+    attempts: &[Attempt],
+    calibrated_ds: &mut dyn FnMut(&str, &str) -> Option<f64>,
+) -> Result<ModeLambda, VerifyError> {
+    let [strict, lenient] = classes_of(attempts.iter(), calibrated_ds);
+    let strict_lambda = lambda(&runs_of(attempts, &strict.ids))?;
+    let lenient_lambda = lambda(&runs_of(attempts, &lenient.ids))?;
+    let same = strict_lambda.state == lenient_lambda.state;
+    let runs = attempts.iter().zip(&strict.ids).map(|(attempt, &class)| ProbeRun {
+        p: attempt.paraphrase + 1,
+        s: SEEDS[attempt.seed_idx],
+        class,
+        valid: !attempt.answer.is_invalid(),
+        refusal: attempt.answer == Outcome::Refusal,
+        citations: citations_of(attempt).into_iter().collect(),
+        generated: reply_of(attempt).is_some() || attempt.outcome.is_none(),
+        tokens_in: reply_of(attempt).map_or(0, |reply| reply.n_prompt_tokens),
+        tokens: reply_of(attempt).map_or(0, |reply| reply.n_output_tokens),
+    });
+    Ok(ModeLambda {
+        state: same.then_some(strict_lambda.state),
+        n_undecided: strict.n_undecided,
+        runs: runs.collect(),
+        strict: strict_lambda,
+    })
+}
+
+/// The classes of the runs, in run order, with undecided pairs as different and as the same.
+pub(crate) fn classes_of<'a>(
+    attempts: impl Iterator<Item = &'a Attempt>,
+    calibrated_ds: &mut dyn FnMut(&str, &str) -> Option<f64>,
+) -> [Classes; 2] {
+    let outcomes: Vec<Outcome> = attempts.map(|attempt| attempt.answer.clone()).collect();
+    [Equivalence::Strict, Equivalence::Lenient]
+        .map(|equivalence| assign_classes(&outcomes, equivalence, calibrated_ds))
+}
+
+/// Whether template, role order and slot order were the same in all runs that had a prompt.
+pub(crate) fn assembled_alike<'a>(attempts: impl Iterator<Item = &'a Attempt>) -> bool {
+    let shape =
+        |attempt: &'a Attempt| Some(&attempt.outcome.as_ref()?.prompt.as_ref()?.shape_sha256);
+    attempts.filter_map(shape).collect::<BTreeSet<&String>>().len() <= 1
+}
+
+/// The runs with these classes.
+pub(crate) fn runs_of(attempts: &[Attempt], classes: &[usize]) -> Vec<Run> {
+    let run = |(attempt, &class): (&Attempt, &usize)| Run {
+        paraphrase: attempt.paraphrase,
+        seed: attempt.seed_idx,
+        class,
+        citations: citations_of(attempt),
+        kind: kind_of(attempt),
+    };
+    attempts.iter().zip(classes).map(run).collect()
+}
+
+fn kind_of(attempt: &Attempt) -> RunKind {
+    match &attempt.answer {
+        Outcome::Invalid | Outcome::Empty | Outcome::TimedOut | Outcome::Numeric => {
+            RunKind::Invalid
+        }
+        Outcome::Answer(_) | Outcome::Refusal => match reply_of(attempt).map(|reply| reply.end) {
+            Some(GeneratedEnd::Looped) => RunKind::Looped,
+            Some(GeneratedEnd::Stop | GeneratedEnd::Length | GeneratedEnd::Closed) | None => {
+                match attempt.answer {
+                    Outcome::Refusal => RunKind::NoCitationRequired,
+                    Outcome::Answer(_)
+                    | Outcome::Invalid
+                    | Outcome::Empty
+                    | Outcome::TimedOut
+                    | Outcome::Numeric => RunKind::Answer,
+                }
+            }
+        },
+    }
+}
+
+pub(crate) fn reply_of(attempt: &Attempt) -> Option<&Generated> {
+    attempt.outcome.as_ref()?.reply.as_ref()
+}
+
+pub(crate) fn citations_of(attempt: &Attempt) -> BTreeSet<String> {
+    let ids = attempt.outcome.iter().flat_map(|outcome| outcome.cited_ids());
+    ids.map(str::to_owned).collect()
+}
+
+/// Whether the largest of these classes holds a reference answer.
+pub(crate) fn majority_matches(
+    attempts: &[Attempt],
+    classes: &[usize],
+    references: &[String],
+) -> bool {
+    let size = |class: usize| classes.iter().filter(|&&other| other == class).count();
+    let majority = classes.iter().copied().max_by_key(|&class| size(class));
+    attempts.iter().zip(classes).any(|(attempt, &class)| {
+        Some(class) == majority
+            && matches!(&attempt.answer, Outcome::Answer(AnswerText::Text(text))
+                if matches_reference(text, references))
+    })
+}
+
+/// Whether an answer holds at least 80% of the content words and every number of one reference.
+pub(crate) fn matches_reference(answer: &str, references: &[String]) -> bool {
+    references.iter().any(|reference| containment(reference, answer) >= MIN_MATCH)
+}
