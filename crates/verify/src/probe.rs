@@ -11,9 +11,10 @@ use exrail_metrics::{
 use exrail_retrieval::Hit;
 use serde::Serialize;
 
-use crate::ask::{AskOutcome, AskPolicy, DeltaSGate, RefusalReason, answer_over, retrieve};
+use crate::ask::{AskOutcome, AskPolicy, RefusalReason, answer_over, retrieve};
 use crate::attribution::containment;
 use crate::error::VerifyError;
+use crate::evidence_gate::EvidenceGate;
 use crate::gold::{GoldItem, N_PARAPHRASES};
 use crate::prompt::Nonce;
 use crate::system::{Generate, GenerateError, GeneratedEnd, Retrieve, SamplingKind};
@@ -81,7 +82,7 @@ pub struct ProbeRun {
 pub(crate) struct ProbeSystem<'a> {
     pub(crate) generator: &'a dyn Generate,
     pub(crate) index: &'a dyn Retrieve,
-    pub(crate) gate: &'a DeltaSGate,
+    pub(crate) gate: &'a EvidenceGate,
     pub(crate) policy: &'a AskPolicy,
 }
 
@@ -94,7 +95,7 @@ pub(crate) struct ProbeSystem<'a> {
 /// outcomes.
 pub fn lambda_probe(
     system: (&dyn Generate, &dyn Retrieve),
-    gate: &DeltaSGate,
+    gate: &EvidenceGate,
     policy: &AskPolicy,
     item: &GoldItem,
     calibrated_ds: &mut dyn FnMut(&str, &str) -> Option<f64>,
@@ -193,6 +194,8 @@ fn outcome_class(outcome: &AskOutcome) -> Outcome {
         Some(
             RefusalReason::NoEvidence
             | RefusalReason::DeltaS { .. }
+            | RefusalReason::WeakEvidence { .. }
+            | RefusalReason::NoContentWords
             | RefusalReason::DeltaSUndefined { .. }
             | RefusalReason::Model
             | RefusalReason::NoValidCitation { .. }
