@@ -60,6 +60,8 @@ enum Command {
     Ask(commands::ask::Ask),
     /// Read documents into a collection.
     Ingest(commands::ingest::Ingest),
+    /// Fit the gate that keeps unanswerable questions out, and store it beside the collection.
+    Calibrate(commands::calibrate::Calibrate),
     /// Measure a collection and a model against a gold set and print the report.
     Verify(commands::verify::Verify),
     /// Print the page about a fault that a report names.
@@ -136,6 +138,7 @@ fn run(command: Command, output: Output) -> anyhow::Result<Ended> {
         Command::Chat(command) => command.run(&output),
         Command::Ask(command) => command.run(&output),
         Command::Ingest(command) => command.run(&output),
+        Command::Calibrate(command) => command.run(&output),
         Command::Verify(command) => command.run(&output),
         Command::Fix(command) => command.run(&output),
         Command::Probe(command) => command.run(&output),
