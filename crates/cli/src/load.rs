@@ -24,7 +24,9 @@ use exrail_server::{
     sentinel,
 };
 use exrail_text::{Specials, Tokenizer};
-use exrail_verify::{CollectionIndex, CorpusCalibration, DeltaSGate, Retrieve};
+use exrail_verify::{
+    CollectionIndex, CorpusCalibration, DeltaSGate, EvidenceGate, Retrieve, Signal,
+};
 use serde_json::{Value, json};
 
 use crate::{
@@ -480,11 +482,11 @@ pub(crate) fn open(spec: &CollectionSpec, encoder: &dyn Encode) -> Result<Collec
 }
 
 /// The gate that the stored calibration allows, and where it came from.
-fn gate(spec: &CollectionSpec, index: &CollectionIndex) -> (DeltaSGate, String) {
-    let not_calibrated = |note: String| (DeltaSGate::NotCalibrated, note);
+fn gate(spec: &CollectionSpec, index: &CollectionIndex) -> (EvidenceGate, String) {
+    let not_calibrated = |note: String| (EvidenceGate::not_calibrated(), note);
     let path = paths::calibration(&spec.dir);
     if !path.exists() {
-        return not_calibrated("not calibrated: run `exrail verify --calibrate`".into());
+        return not_calibrated("not calibrated: run `exrail calibrate`".into());
     }
     let calibration = match CorpusCalibration::load(&path) {
         Ok(calibration) => calibration,
@@ -494,11 +496,18 @@ fn gate(spec: &CollectionSpec, index: &CollectionIndex) -> (DeltaSGate, String) 
     if let Err(error) = calibration.check(encoder_fp, hash, ASK_K) {
         return not_calibrated(format!("not calibrated: {error}"));
     }
-    let gate = DeltaSGate::from_calibration(calibration.qe.calibration());
-    let note = match &gate {
-        DeltaSGate::Calibrated(_) => "calibrated",
-        DeltaSGate::ReportOnly(_) => "report-only: encoder unfit for this corpus",
-        DeltaSGate::NotCalibrated => "not calibrated",
+    let gate = match EvidenceGate::new(Some(&calibration), index) {
+        Ok(gate) => gate,
+        Err(error) => return not_calibrated(format!("not calibrated: {error}")),
+    };
+    let note = match (gate.deciding(), gate.delta_s()) {
+        (Some(Signal::Encoder), _) => "calibrated",
+        (Some(Signal::Lexical), _) => "calibrated: the question's words decide",
+        (Some(Signal::Joint), _) => "calibrated: ΔS and the question's words decide together",
+        (None, DeltaSGate::NotCalibrated) => "not calibrated",
+        (None, DeltaSGate::Calibrated(_) | DeltaSGate::ReportOnly(_)) => {
+            "report-only: no signal is fit for this corpus"
+        }
     };
     (gate, note.into())
 }

@@ -61,6 +61,8 @@ enum Command {
     Ask(commands::ask::Ask),
     /// Read documents into a collection.
     Ingest(commands::ingest::Ingest),
+    /// Fit the gate that keeps unanswerable questions out, and store it beside the collection.
+    Calibrate(commands::calibrate::Calibrate),
     /// Measure a collection and a model against a gold set and print the report.
     Verify(commands::verify::Verify),
     /// Print what to do about a fault: a page for each guard and each breakpoint.
@@ -137,6 +139,7 @@ fn run(command: Command, output: Output) -> anyhow::Result<Ended> {
         Command::Chat(command) => command.run(&output),
         Command::Ask(command) => command.run(&output),
         Command::Ingest(command) => command.run(&output),
+        Command::Calibrate(command) => command.run(&output),
         Command::Verify(command) => command.run(&output),
         Command::Fix(command) => command.run(&output),
         Command::Probe(command) => command.run(&output),

@@ -8,7 +8,7 @@ use std::{
     process::{Command, Output},
 };
 
-use exrail_testkit::{TinyLlama, tiny_llama};
+use exrail_testkit::{TinyLlama, tiny_bert, tiny_llama};
 
 fn exrail(home: &Path, arguments: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_exrail"))
@@ -41,6 +41,7 @@ fn every_command_explains_itself_and_wrong_usage_is_2() {
         "chat",
         "ask",
         "ingest",
+        "calibrate",
         "verify",
         "fix",
         "probe",
@@ -71,6 +72,39 @@ fn every_command_explains_itself_and_wrong_usage_is_2() {
         let said = text(&output.stderr);
         assert!(said.contains("--steps") && said.contains(steps), "{said}");
     }
+}
+
+#[test]
+fn a_calibration_is_none_unfit_or_void_and_each_is_told() {
+    let home = tempfile::tempdir().unwrap();
+    let at = |name: &str| home.path().join(name).to_str().unwrap().to_owned();
+    tiny_bert(1, Path::new(&at("encoder"))).unwrap();
+    std::fs::write(at("a.md"), "# Pages\n\nA page holds 256 tokens of the cache.\n").unwrap();
+    let with = |arguments: &[&str]| {
+        let more = ["--collection", "pages", "--encoder", &at("encoder"), "--json"];
+        let output = exrail(home.path(), &[arguments, &more[..]].concat());
+        let said = text(&output.stdout);
+        let value: serde_json::Value = serde_json::from_str(said.lines().last().unwrap()).unwrap();
+        (output.status.code().unwrap(), value)
+    };
+    assert_eq!(exrail(home.path(), &["calibrate"]).status.code(), Some(2), "no gold set");
+    assert_eq!(with(&["ingest", &at("a.md")]).0, 0);
+    let (code, said) = with(&["calibrate", "--check"]);
+    assert_eq!((code, &said["status"]), (3, &"none".into()), "{said}");
+
+    let item = r#"{"id":"a","kind":"answerable","question":"How many tokens does a page hold?","paraphrases":["a page?","tokens of a page?","size of a page?"],"answers":["256"],"evidence":[{"doc":"a.md","quote":"256 tokens"}]}"#;
+    std::fs::write(at("gold.jsonl"), item).unwrap();
+    let (code, said) = with(&["calibrate", "--gold", &at("gold.jsonl")]);
+    assert_eq!((code, &said["deciding"]), (3, &serde_json::Value::Null), "{said}");
+    let reason = said["calibration"]["lexical"]["map"]["reason"].as_str().unwrap();
+    assert!(reason.contains("50") && said["circular"] == true, "{said}");
+    let (code, said) = with(&["calibrate", "--check", "--gold", &at("gold.jsonl")]);
+    assert_eq!((code, &said["status"]), (0, &"valid".into()), "it holds, and decides nothing");
+
+    std::fs::write(at("gold.jsonl"), item.replace("size of", "what size is")).unwrap();
+    let (code, said) = with(&["calibrate", "--check", "--gold", &at("gold.jsonl")]);
+    assert_eq!((code, &said["status"]), (3, &"void".into()), "{said}");
+    assert!(said["reason"].as_str().unwrap().contains("`gold_sha256`"), "{said}");
 }
 
 #[test]

@@ -98,6 +98,20 @@ fn ingest_ask_and_verify_work_on_the_sample_pack() {
     assert_ne!(answer["gate"]["status"], "not_calibrated");
     let off_topic = ["ask", "How long should I boil an egg?", "--collection", "pages", "--json"];
     assert_eq!(last_json(&exrail(home.path(), &off_topic))["answer"], "not in context");
+    let signals = ["qe", "lexical", "joint"].map(|name| report["calibration"][name].is_object());
+    assert_eq!(signals, [true; 3], "{report}");
+    let gold = gold.to_str().unwrap();
+    let check = ["calibrate", "--check", "--gold", gold, "--collection", "pages", "--json"];
+    let output = exrail(home.path(), &check);
+    assert_eq!((output.status.code(), &last_json(&output)["status"]), (Some(0), &"valid".into()));
+    let more = home.path().join("more.md");
+    std::fs::write(&more, "# More\n\nA page that was not there.\n").unwrap();
+    let ingest = ["ingest", more.to_str().unwrap(), "--collection", "pages"];
+    assert!(exrail(home.path(), &ingest).status.success());
+    let output = exrail(home.path(), &check);
+    let said = last_json(&output);
+    assert_eq!((output.status.code(), &said["status"]), (Some(3), &"void".into()), "{said}");
+    assert!(said["reason"].as_str().unwrap().contains("`index_hash`"), "{said}");
 }
 
 /// The real encoder, and a generator of random weights: what it says means nothing, but how it is compared does.

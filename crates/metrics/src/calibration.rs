@@ -1,6 +1,9 @@
 //! Puts raw ΔS of one encoder on one corpus onto the scale on which the guide's numbers hold
 //! (§1.1.7). After it, ≤ 0.45 means that at most 5% of the unanswerable questions get in, ≥ 0.60
 //! that at most 5% of the answerable ones are lost, and 0.85 is no nearer than off-topic.
+//!
+//! Nothing here asks what the number is made of: any signal in [0, 2] that is small where the
+//! evidence answers the question is put onto the same scale by the same rule.
 
 use serde::{Deserialize, Serialize};
 
@@ -13,6 +16,43 @@ pub const MIN_CALIBRATION_ITEMS: usize = 50;
 
 const MIN_AUROC: f64 = 0.90;
 const MAX_SHARE_BETWEEN: f64 = 0.30;
+
+/// The two quantiles between which a signal decides nothing (§1.1.7).
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Thresholds {
+    /// Raw value that maps to 0.45: 5th percentile of the unanswerable.
+    pub t_pass: f64,
+    /// Raw value that maps to 0.60: 95th percentile of the answerable.
+    pub t_fail: f64,
+    /// Whether the two quantiles crossed, so that both were set to their midpoint.
+    pub midpoint: bool,
+}
+
+impl Thresholds {
+    /// The quantiles of two sets of any size. [`Calibration::fit`] asks for more values than a
+    /// quantile needs; a half of a gold set, on which a held-out error is fitted, may have fewer.
+    ///
+    /// # Errors
+    /// An empty set, or a value that is not finite.
+    pub fn fit(answerable: &[f64], unanswerable: &[f64]) -> Result<Thresholds, MetricsError> {
+        let t_pass = quantile(unanswerable, 0.05)?;
+        let t_fail = quantile(answerable, 0.95)?;
+        if t_fail < t_pass {
+            let middle = f64::midpoint(t_pass, t_fail);
+            return Ok(Thresholds { t_pass: middle, t_fail: middle, midpoint: true });
+        }
+        Ok(Thresholds { t_pass, t_fail, midpoint: false })
+    }
+
+    /// Whether a gate of these thresholds refuses a question: its value is 0.60 or more on the
+    /// calibrated scale. NaN is refused.
+    #[must_use]
+    pub fn refuse(&self, raw: f64) -> bool {
+        // After the midpoint rule the threshold itself maps to 0.45.
+        let passes = raw < self.t_fail || (raw <= self.t_pass && self.t_pass >= self.t_fail);
+        !passes
+    }
+}
 
 /// The fitted map of one probe family, with the evidence that it may gate, or may not.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -60,8 +100,9 @@ pub enum Unfit {
 }
 
 impl Calibration {
-    /// Fits the map on raw ΔS of the statistic that is served: `ds_min` through the live
-    /// retriever for [`Family::QuestionEvidence`], labelled pairs for [`Family::TextText`].
+    /// Fits the map on raw values of the statistic that is served: `ds_min` through the live
+    /// retriever for [`Family::QuestionEvidence`], labelled pairs for [`Family::TextText`], the
+    /// signal of the same questions over the same evidence for the others.
     ///
     /// # Errors
     /// A set smaller than [`MIN_CALIBRATION_ITEMS`], or a value that is not in [0, 2].
@@ -74,14 +115,8 @@ impl Calibration {
         check_set("answerable", answerable)?;
         check_set("unanswerable", unanswerable)?;
         check_set("off_topic", off_topic)?;
-        let mut t_pass = quantile(unanswerable, 0.05)?;
-        let mut t_fail = quantile(answerable, 0.95)?;
+        let Thresholds { t_pass, t_fail, midpoint } = Thresholds::fit(answerable, unanswerable)?;
         let t_rand = median(off_topic)?;
-        let midpoint = t_fail < t_pass;
-        if midpoint {
-            t_pass = f64::midpoint(t_pass, t_fail);
-            t_fail = t_pass;
-        }
         let n_between = answerable.iter().filter(|&&raw| raw > t_pass && raw < t_fail).count();
         let share_between = share(n_between, answerable.len());
         let auroc = auroc(answerable, unanswerable)?;
@@ -108,6 +143,12 @@ impl Calibration {
             n,
             fitness,
         })
+    }
+
+    /// Its thresholds.
+    #[must_use]
+    pub fn thresholds(&self) -> Thresholds {
+        Thresholds { t_pass: self.t_pass, t_fail: self.t_fail, midpoint: self.midpoint }
     }
 
     /// Whether ΔS under this map may gate.
@@ -172,7 +213,7 @@ fn check_set(set: &'static str, values: &[f64]) -> Result<(), MetricsError> {
     finite(set, values)?;
     match values.iter().find(|value| !(0.0..=2.0).contains(*value)) {
         Some(&found) => {
-            Err(MetricsError::OutOfRange { statistic: set, expected: "raw ΔS in [0, 2]", found })
+            Err(MetricsError::OutOfRange { statistic: set, expected: "a value in [0, 2]", found })
         }
         None => Ok(()),
     }
@@ -255,6 +296,25 @@ mod tests {
         assert!(Calibration::fit(Family::TextText, &good, &broken, &good).is_err());
         broken[3] = 2.5;
         assert!(Calibration::fit(Family::TextText, &good, &good, &broken).is_err());
+    }
+
+    #[test]
+    fn thresholds_refuse_what_the_map_fails() {
+        let sets = [(0.1, 0.3, 0.5, 0.7), (0.1, 0.6, 0.5, 0.9), (0.2, 0.2, 0.2, 0.2)];
+        for (a_low, a_high, u_low, u_high) in sets {
+            let (a, u) = (spread(a_low, a_high, 101), spread(u_low, u_high, 101));
+            let calibration = fit(&a, &u, &spread(0.8, 1.0, 101));
+            let thresholds = calibration.thresholds();
+            for raw in spread(0.0, 2.0, 401).into_iter().chain([thresholds.t_pass]) {
+                let closed = match Band::of(calibration.map(raw)) {
+                    Band::Stable | Band::PassEdge | Band::Review => false,
+                    Band::Fail | Band::Danger => true,
+                };
+                assert_eq!(thresholds.refuse(raw), closed, "{raw} of {thresholds:?}");
+            }
+            assert!(thresholds.refuse(f64::NAN));
+        }
+        assert!(Thresholds::fit(&[], &[0.5]).is_err());
     }
 
     #[test]

@@ -185,7 +185,8 @@ impl fmt::Display for Probe {
     }
 }
 
-/// The two kinds of pairs that need two calibration maps (§1.1.7).
+/// What has a calibration map of its own (§1.1.7): the two kinds of pairs of ΔS, and the signals
+/// beside it, which no probe of ΔS belongs to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Family {
     /// A question against text that may answer it.
@@ -194,6 +195,12 @@ pub enum Family {
     /// A text against a text of the same kind, pairs of answers and of paraphrases included.
     #[serde(rename = "tt")]
     TextText,
+    /// How much of a question's words the evidence lacks.
+    #[serde(rename = "lexical")]
+    Lexical,
+    /// ΔS and words together.
+    #[serde(rename = "joint")]
+    Joint,
 }
 
 impl fmt::Display for Family {
@@ -201,6 +208,8 @@ impl fmt::Display for Family {
         formatter.write_str(match self {
             Family::QuestionEvidence => "qe",
             Family::TextText => "tt",
+            Family::Lexical => "lexical",
+            Family::Joint => "joint",
         })
     }
 }

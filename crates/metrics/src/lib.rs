@@ -15,7 +15,7 @@ mod fidelity;
 mod lambda;
 mod statistics;
 
-pub use calibration::{Calibration, Fitness, MIN_CALIBRATION_ITEMS, Unfit};
+pub use calibration::{Calibration, Fitness, MIN_CALIBRATION_ITEMS, Thresholds, Unfit};
 pub use coverage::{Anchor, Coverage, TokenSet, coverage, coverage_of, gold_span_fits};
 pub use delta_s::{
     Band, Ds, Family, KSweep, Probe, SetDs, UndefinedDs, decoy_margin, ds, ds_windows, k_sweep,

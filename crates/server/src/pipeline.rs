@@ -18,9 +18,9 @@ use exrail_grammar::{Grammar, Source};
 use exrail_retrieval::Hit;
 use exrail_text::{ChatMessage, SlotTokens, Specials};
 use exrail_verify::{
-    AskOutcome, AskPolicy, CollectionIndex, DeltaSGate, FrameMessage, Generate, GenerateError,
-    Generated, GeneratedEnd, GeneratorFacts, MAX_STEPS, Nonce, PromptFrame, Retrieve, RuleSet,
-    SamplingKind, Slot, StepPolicy, answer_over, cite_lark, retrieve, step_lark,
+    AskOutcome, AskPolicy, CollectionIndex, DeltaSGate, EvidenceGate, FrameMessage, Generate,
+    GenerateError, Generated, GeneratedEnd, GeneratorFacts, MAX_STEPS, Nonce, PromptFrame,
+    Retrieve, RuleSet, SamplingKind, Slot, StepPolicy, answer_over, cite_lark, retrieve, step_lark,
 };
 use exrail_wire::{Pins, StepRecord};
 use serde_json::{Value, json};
@@ -383,7 +383,7 @@ fn generated(text: String, finished: &Finished) -> Result<Generated, GenerateErr
 /// What questions to one collection need besides a generator. It stays when the generator goes.
 pub struct Grounds {
     index: CollectionIndex,
-    gate: DeltaSGate,
+    gate: EvidenceGate,
     gate_note: String,
     policy: AskPolicy,
     /// Keys the fences: unguessable from outside, the same for the same question, so that asking
@@ -492,7 +492,7 @@ impl Asker {
     pub fn new(
         engine: EngineHandle,
         index: CollectionIndex,
-        gate: DeltaSGate,
+        gate: EvidenceGate,
         gate_note: String,
     ) -> Result<Self, ApiError> {
         let (policy, fence_secret) = (AskPolicy::default(), ids::seed()?);
@@ -580,7 +580,7 @@ impl Asker {
     /// Calibrated ΔS of one hit, where there is a calibration.
     pub(crate) fn calibrated(&self, hit: &Hit) -> Option<f64> {
         let raw = (1.0 - f64::from(hit.cosine)).clamp(0.0, 2.0);
-        match &self.grounds.gate {
+        match self.grounds.gate.delta_s() {
             DeltaSGate::Calibrated(calibration) | DeltaSGate::ReportOnly(calibration) => {
                 Some(calibration.map(raw))
             }

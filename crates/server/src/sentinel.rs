@@ -4,8 +4,8 @@
 use exrail_engine::{EngineHandle, Event, Finish, GenerateRequest, Sampling};
 use exrail_text::ChatMessage;
 use exrail_verify::{
-    Begun, CollectionIndex, DeltaSGate, GoldenDistributions, GoldenDivergence, GoldenError, Nonce,
-    REFUSAL_TOKEN, Retrieve, begin,
+    Begun, CollectionIndex, EvidenceGate, GoldenDistributions, GoldenDivergence, GoldenError,
+    Nonce, REFUSAL_TOKEN, Retrieve, begin,
 };
 use thiserror::Error;
 
@@ -189,7 +189,7 @@ fn generate(
 /// A question without evidence gets the exact refusal token and no generation.
 fn refuse() -> Result<(), SentinelError> {
     let nonce = Nonce::derive(&[b"sentinel"]);
-    match begin("What is the evidence?", &[], &DeltaSGate::NotCalibrated, (None, &nonce)) {
+    match begin("What is the evidence?", &[], &EvidenceGate::not_calibrated(), (None, &nonce)) {
         Begun::Refused(outcome) if outcome.text == REFUSAL_TOKEN => Ok(()),
         Begun::Refused(_) | Begun::Prompt { .. } => Err(SentinelError::Refusal),
     }

@@ -12,7 +12,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::answer::{CitationSource, ParsedAnswer, Segment, UnknownCitation, parse_answer};
 use crate::attribution::{attribute, containment};
+use crate::calibrate::Signal;
 use crate::error::VerifyError;
+use crate::evidence_gate::EvidenceGate;
 use crate::leak::LeakGuard;
 use crate::prompt::{Live, Nonce, PromptFrame, REFUSAL_TOKEN};
 use crate::rules::{Contradiction, RuleSet};
@@ -208,7 +210,7 @@ impl GateReading {
     }
 
     /// Why this reading refuses the question, if it does.
-    fn refusal(&self) -> Option<RefusalReason> {
+    pub(crate) fn refusal(&self) -> Option<RefusalReason> {
         match self {
             GateReading::Calibrated { cal_min, band, .. } => match band {
                 Band::Stable | Band::PassEdge | Band::Review => None,
@@ -234,6 +236,15 @@ pub enum RefusalReason {
         /// Calibrated ΔS; the gate closes at 0.60.
         cal_min: f64,
     },
+    /// The signal that decides in place of ΔS finds too little of the question in the snippets.
+    WeakEvidence {
+        /// The signal.
+        signal: Signal,
+        /// Its calibrated value; the gate closes at 0.60.
+        cal: f64,
+    },
+    /// The signal that decides has no word of the question to look for, so the gate fails closed.
+    NoContentWords,
     /// ΔS has no value, so the gate fails closed.
     DeltaSUndefined {
         /// Why.
@@ -287,6 +298,10 @@ impl RefusalReason {
         match self {
             RefusalReason::NoEvidence => "no_evidence",
             RefusalReason::DeltaS { .. } | RefusalReason::DeltaSUndefined { .. } => "delta_s",
+            RefusalReason::WeakEvidence { signal: Signal::Joint, .. } => "joint_evidence",
+            RefusalReason::WeakEvidence { .. } | RefusalReason::NoContentWords => {
+                "lexical_evidence"
+            }
             RefusalReason::FenceBroken { .. } => "fence",
             RefusalReason::Leak => "leak",
             RefusalReason::Model => "model_refusal",
@@ -306,6 +321,17 @@ impl RefusalReason {
             RefusalReason::NoEvidence => "nothing was retrieved for the question".to_owned(),
             RefusalReason::DeltaS { cal_min } => {
                 format!("the nearest snippet is too far: ΔS {cal_min:.2}, needed below 0.60")
+            }
+            RefusalReason::WeakEvidence { signal, cal } => {
+                let of = match signal {
+                    Signal::Encoder => "ΔS",
+                    Signal::Lexical => "the question's words",
+                    Signal::Joint => "ΔS and the question's words",
+                };
+                format!("no snippet holds enough of the question: {of} {cal:.2}, needed below 0.60")
+            }
+            RefusalReason::NoContentWords => {
+                "the question has no word to look for in a snippet".to_owned()
             }
             RefusalReason::DeltaSUndefined { reason } => format!("ΔS is undefined: {reason}"),
             RefusalReason::FenceBroken { snippet_id } => {
@@ -416,11 +442,11 @@ pub fn evidence_ds(hits: &[Hit]) -> SetDs {
 pub fn begin(
     question: &str,
     hits: &[Hit],
-    gate: &DeltaSGate,
+    gate: &EvidenceGate,
     (rules, nonce): (Option<&RuleSet>, &Nonce),
 ) -> Begun {
-    let gate = gate.read(evidence_ds(hits));
-    if let Some(reason) = gate.refusal() {
+    let (gate, refusal) = gate.read(question, hits);
+    if let Some(reason) = refusal {
         return Begun::Refused(Box::new(refused(reason, hits, gate, None)));
     }
     match PromptFrame::with_rules(question, Live::new(hits), nonce, rules) {
@@ -614,7 +640,7 @@ pub fn answer_over(
     system: &dyn Generate,
     question: &str,
     hits: &[Hit],
-    gate: &DeltaSGate,
+    gate: &EvidenceGate,
     call: (&AskPolicy, &Nonce, u64),
 ) -> Result<AskOutcome, GenerateError> {
     let (policy, nonce, seed) = call;
@@ -680,7 +706,7 @@ pub fn ask(
     generator: &dyn Generate,
     index: &dyn Retrieve,
     question: &str,
-    gate: &DeltaSGate,
+    gate: &EvidenceGate,
     call: (&AskPolicy, &Nonce, u64),
 ) -> Result<AskOutcome, VerifyError> {
     let hits = retrieve(index, question, call.0)?;

@@ -62,7 +62,8 @@ pub(crate) fn stems(text: &str) -> BTreeSet<String> {
     content_words(text).into_iter().map(stem).collect()
 }
 
-fn stem(word: String) -> String {
+/// A word without the commonest English endings.
+pub(crate) fn stem(word: String) -> String {
     for (ending, least) in [("ing", 6), ("ed", 5), ("es", 5), ("s", 4)] {
         if let Some(root) = word.strip_suffix(ending)
             && word.len() >= least

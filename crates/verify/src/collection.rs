@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use exrail_retrieval::{Collection, Document, Encode, Hit, SearchOptions};
+use exrail_retrieval::{Chunk, Collection, Document, Encode, Hit, SearchOptions};
 
 use crate::system::{Retrieve, RetrieveError};
 
@@ -61,5 +61,9 @@ impl Retrieve for CollectionIndex {
 
     fn n_chunks(&self) -> usize {
         self.collection.len()
+    }
+
+    fn chunks(&self) -> Box<dyn Iterator<Item = &Arc<Chunk>> + '_> {
+        Box::new(self.collection.chunks().iter())
     }
 }

@@ -8,10 +8,11 @@ use exrail_metrics::{
 use exrail_retrieval::{Encode, Hit, SearchOptions};
 
 use crate::answer::parse_answer;
-use crate::ask::{AskOutcome, AskPolicy, DeltaSGate, answer_over, evidence_ds, retrieve};
+use crate::ask::{AskOutcome, AskPolicy, answer_over, evidence_ds, retrieve};
 use crate::calibrate::CorpusCalibration;
 use crate::encode::{Side, TextVectors};
 use crate::error::VerifyError;
+use crate::evidence_gate::EvidenceGate;
 use crate::fix::{Findings, fix_for};
 use crate::gates::{self, Observed};
 use crate::gold::{AnchorMode, GoldItem, GoldKind, GoldSet, N_PARAPHRASES, ResolvedItem};
@@ -127,7 +128,7 @@ pub fn verify(
         system,
         options,
         calibration,
-        gate: DeltaSGate::from_calibration(calibration.and_then(|c| c.qe.calibration())),
+        gate: EvidenceGate::new(calibration, system.index)?,
         vectors: TextVectors::new(system.encoder),
         positions: Positions::new(system.encoder, system.index),
         progress,
@@ -250,7 +251,7 @@ struct Run<'a> {
     system: System<'a>,
     options: &'a VerifyOptions,
     calibration: Option<&'a CorpusCalibration>,
-    gate: DeltaSGate,
+    gate: EvidenceGate,
     vectors: TextVectors<'a>,
     positions: Positions<'a>,
     progress: &'a mut dyn FnMut(Progress),

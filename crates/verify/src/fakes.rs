@@ -171,6 +171,13 @@ impl FakeIndex {
         }
         FakeIndex { documents, chunks, encoder, hash: "index-1".to_owned(), finds_nothing: false }
     }
+
+    /// Puts a heading above a section.
+    pub(crate) fn title(&mut self, doc_id: &str, section_id: &str, title: &str) {
+        let document = self.documents.iter_mut().find(|it| it.doc_id == doc_id).unwrap();
+        let mut sections = Arc::make_mut(document).sections.iter_mut();
+        sections.find(|it| it.section_id == section_id).unwrap().path = vec![title.to_owned()];
+    }
 }
 
 impl Retrieve for FakeIndex {
@@ -179,12 +186,15 @@ impl Retrieve for FakeIndex {
             return Ok(Vec::new());
         }
         let vector = self.encoder.encode(&[question]).unwrap().remove(0);
+        // A question has few words, so few of its numbers are not 0.
+        let words: Vec<(usize, f32)> =
+            vector.into_iter().enumerate().filter(|(_, value)| *value != 0.0).collect();
         let mut hits: Vec<Hit> = self
             .chunks
             .iter()
             .filter(|(chunk, _)| !options.mask_docs.contains(&chunk.doc_id))
             .map(|(chunk, other)| {
-                let cosine: f32 = vector.iter().zip(other).map(|(x, y)| x * y).sum();
+                let cosine: f32 = words.iter().map(|(at, value)| value * other[*at]).sum();
                 let base = hit("", 0, "", cosine);
                 Hit { chunk: Arc::clone(chunk), ..base }
             })
@@ -214,6 +224,10 @@ impl Retrieve for FakeIndex {
 
     fn n_chunks(&self) -> usize {
         self.chunks.len()
+    }
+
+    fn chunks(&self) -> Box<dyn Iterator<Item = &Arc<Chunk>> + '_> {
+        Box::new(self.chunks.iter().map(|(chunk, _)| chunk))
     }
 }
 

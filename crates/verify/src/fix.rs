@@ -174,6 +174,19 @@ fn answer_fix(findings: &Findings<'_>) -> Option<Fix> {
 }
 
 fn encoder_fix(findings: &Findings<'_>) -> Option<Fix> {
+    if findings.fails("evidence_gate") {
+        return Some(Fix {
+            guardrail: "G-06",
+            page: "delta-s-calibration",
+            reason: "the gate is wrong too often on questions that it was not fitted on",
+            evidence: findings.value("evidence_gate"),
+            steps: &[
+                "look at the three signals: `exrail calibrate --gold FILE --collection NAME`",
+                "try another encoder, or a gold set whose unanswerable questions are such",
+            ],
+            confidence: Confidence::Medium,
+        });
+    }
     let closed = match findings.status("delta_s") {
         Some(Status::Fail | Status::NotCalibrated | Status::Inconclusive) => true,
         Some(Status::Pass | Status::Review | Status::NotAvailable | Status::Reported) | None => {

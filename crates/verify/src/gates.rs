@@ -1,12 +1,14 @@
 //! Turns what was observed into gates. Thresholds are those of §1.1 to §1.3 and §1.7.
 
 use exrail_metrics::{
-    Calibration, Fitness, LambdaState, Release, Unfit, mean, median, quantile, release, wilson,
+    Calibration, Family, Fitness, LambdaState, Release, Unfit, mean, median, quantile, release,
+    wilson,
 };
 
-use crate::calibrate::{CorpusCalibration, FamilyFit};
+use crate::calibrate::{CorpusCalibration, FamilyFit, Signal};
 use crate::error::VerifyError;
 use crate::evaluate::{AnswerItem, RefusalItem};
+use crate::evidence_gate::gate_line;
 use crate::probe::ItemLambda;
 use crate::report::{Gate, Measured, RetrievalItem, Status, Unit};
 use crate::runs::ModeLambda;
@@ -32,6 +34,7 @@ pub(crate) struct Observed<'a> {
 pub(crate) fn gates(observed: &Observed<'_>) -> Result<Vec<Gate>, VerifyError> {
     Ok(vec![
         delta_s(observed)?,
+        gate_line(observed.calibration),
         coverage(observed.retrieval)?,
         lambda(observed)?,
         citations_valid(observed)?,
@@ -114,6 +117,14 @@ fn scale_fault(observed: &Observed<'_>) -> Option<(Status, Option<String>)> {
             }
             FamilyFit::Fitted(map) => {
                 if let Some(reason) = unfit_in_words(map) {
+                    let decides =
+                        calibration.deciding().filter(|_| map.family == Family::QuestionEvidence);
+                    if let Some(signal @ (Signal::Lexical | Signal::Joint)) = decides {
+                        let reason = format!(
+                            "the encoder is unfit to gate here, so ΔS only reports and {signal} decides: {reason}"
+                        );
+                        return Some((Status::Reported, Some(reason)));
+                    }
                     let reason = format!(
                         "the encoder is unfit to gate here, so ΔS only reports: {pairs}: {reason}"
                     );
@@ -125,8 +136,9 @@ fn scale_fault(observed: &Observed<'_>) -> Option<(Status, Option<String>)> {
     None
 }
 
-/// Which conditions of fitness do not hold, with their numbers.
-pub(crate) fn unfit_in_words(calibration: &Calibration) -> Option<String> {
+/// Which conditions of fitness do not hold, with their numbers; none of a map that may gate.
+#[must_use]
+pub fn unfit_in_words(calibration: &Calibration) -> Option<String> {
     let Fitness::Unfit(reasons) = &calibration.fitness else { return None };
     let words: Vec<String> = reasons
         .iter()

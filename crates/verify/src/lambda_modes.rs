@@ -20,9 +20,10 @@ pub use self::report::{
     Difference, FaultStage, FoundAt, ItemComparison, ItemMode, ItemModes, LambdaModesReport,
     LeakCause, ModeComparison, ModeCost, ModeSection, RetrievalEquality, Stages,
 };
-use crate::ask::{AskPolicy, DeltaSGate, answer_over, retrieve};
+use crate::ask::{AskPolicy, answer_over, retrieve};
 use crate::error::VerifyError;
 use crate::evaluate::sample;
+use crate::evidence_gate::EvidenceGate;
 use crate::gold::{GoldItem, GoldKind, GoldSet, N_PARAPHRASES};
 use crate::probe::retrieve_each;
 use crate::prompt::Nonce;
@@ -106,7 +107,7 @@ pub type Told<'a> = dyn FnMut(ModesProgress) + 'a;
 pub struct LambdaModes<'a> {
     items: Vec<&'a GoldItem>,
     n_answerable: usize,
-    gate: &'a DeltaSGate,
+    gate: &'a EvidenceGate,
     options: LambdaModesOptions,
     reference: QuantMode,
     asked: BTreeMap<QuantMode, Result<ModeRuns, String>>,
@@ -152,7 +153,7 @@ impl<'a> LambdaModes<'a> {
     pub fn begin(
         (mode, system): (QuantMode, ModeSystem<'_>),
         gold: &'a GoldSet,
-        gate: &'a DeltaSGate,
+        gate: &'a EvidenceGate,
         options: LambdaModesOptions,
         told: &mut Told<'_>,
     ) -> Result<LambdaModes<'a>, VerifyError> {

@@ -19,12 +19,15 @@ mod distributions;
 mod encode;
 mod error;
 mod evaluate;
+mod evidence_gate;
 mod fix;
 mod gates;
 mod gold;
+mod held_out;
 mod injection;
 mod lambda_modes;
 mod leak;
+mod lexical;
 mod positions;
 mod probe;
 mod prompt;
@@ -42,6 +45,8 @@ pub mod trace;
 #[cfg(test)]
 mod fakes;
 #[cfg(test)]
+mod null_tests;
+#[cfg(test)]
 mod tests;
 
 pub use answer::{CitationSource, ParsedAnswer, Segment, UnknownCitation, parse_answer};
@@ -54,7 +59,9 @@ pub use cache::{
     BIN_TOKENS, Bin, CHECKPOINT_TOKENS, CacheFault, CacheOracle, CacheReport, Checkpoint, KvWidth,
     MIN_PROBE_TOKENS, ProbeText, UntilDrift, cache_probe, drift,
 };
-pub use calibrate::{CorpusCalibration, FamilyFit, MaskedNull, calibrate};
+pub use calibrate::{
+    CorpusCalibration, FamilyFit, JointScale, MaskedNull, Signal, SignalFit, calibrate,
+};
 pub use cite::{cite_lark, step_lark};
 pub use collection::CollectionIndex;
 pub use distributions::{
@@ -62,11 +69,14 @@ pub use distributions::{
 };
 pub use error::{CalibrationError, GoldError, VerifyError};
 pub use evaluate::{Progress, Stage, System, VerifyOptions, verify};
+pub use evidence_gate::EvidenceGate;
 pub use fix::Confidence;
 pub use fix::Fix;
+pub use gates::unfit_in_words;
 pub use gold::{
     AnchorMode, EvidenceQuote, GoldItem, GoldKind, GoldSet, ResolvedItem, ResolvedSpan,
 };
+pub use held_out::{HeldOut, HeldOutErrors, Rate, Splits};
 pub use injection::{
     Attack, AttackClass, AttackOutcome, InjectionTally, SuccessClass, injection_suite,
 };
@@ -76,6 +86,7 @@ pub use lambda_modes::{
     ModeSystem, ModesProgress, RetrievalCheck, RetrievalEquality, Stages, Told,
 };
 pub use leak::{LEAK_TOKENS, Leak, LeakGuard, LeakWatch, Screened};
+pub use lexical::LexicalEvidence;
 pub use probe::{ItemLambda, lambda_probe};
 pub use prompt::{
     FenceBroken, FrameMessage, Live, Nonce, PromptFrame, REFUSAL_TOKEN, Slot, constraints_sha256,

@@ -8,8 +8,9 @@ use exrail_metrics::retrieve_converges;
 use exrail_retrieval::Hit;
 use serde::Serialize;
 
-use crate::ask::{AskPolicy, DeltaSGate, retrieve};
+use crate::ask::{AskPolicy, retrieve};
 use crate::error::VerifyError;
+use crate::evidence_gate::EvidenceGate;
 use crate::gold::GoldItem;
 use crate::prompt::Nonce;
 use crate::runs::{Asking, ModeLambda, assembled_alike, majority_matches, summarise};
@@ -42,7 +43,7 @@ pub struct ItemLambda {
 /// outcomes.
 pub fn lambda_probe(
     (generator, index): (&dyn Generate, &dyn Retrieve),
-    gate: &DeltaSGate,
+    gate: &EvidenceGate,
     policy: &AskPolicy,
     item: &GoldItem,
     calibrated_ds: &mut dyn FnMut(&str, &str) -> Option<f64>,

@@ -138,7 +138,12 @@ impl Page {
     fn calibration(&mut self, report: &Report) {
         let Some(calibration) = &report.calibration else { return };
         self.title("SCALE OF ΔS");
-        let families = [("question", &calibration.qe), ("wording", &calibration.tt)];
+        let families = [
+            ("question", &calibration.qe),
+            ("words", &calibration.lexical.map),
+            ("joint", &calibration.joint.map),
+            ("wording", &calibration.tt),
+        ];
         for (name, fit) in families {
             let words = match fit {
                 FamilyFit::NotCalibrated { reason } => format!("not calibrated: {reason}"),
@@ -158,6 +163,11 @@ impl Page {
             };
             self.field(name, &words);
         }
+        let decides = match calibration.deciding() {
+            Some(signal) => format!("{signal} decides whether the generator may answer"),
+            None => "no signal is fit to decide whether the generator may answer".to_owned(),
+        };
+        self.field("gate", &decides);
         if let Some(masked) = &calibration.masked {
             let words = format!(
                 "the same questions without their page: AUROC {:.2}, pass would be at raw {:.3} (n = {})",

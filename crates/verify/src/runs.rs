@@ -10,9 +10,10 @@ use exrail_metrics::{
 use exrail_retrieval::Hit;
 use serde::Serialize;
 
-use crate::ask::{AskOutcome, AskPolicy, DeltaSGate, RefusalReason, answer_over};
+use crate::ask::{AskOutcome, AskPolicy, RefusalReason, answer_over};
 use crate::attribution::containment;
 use crate::error::VerifyError;
+use crate::evidence_gate::EvidenceGate;
 use crate::prompt::Nonce;
 use crate::system::{Generate, GenerateError, Generated, GeneratedEnd, SamplingKind};
 
@@ -69,7 +70,7 @@ pub struct ProbeRun {
 #[derive(Clone, Copy)]
 pub(crate) struct Asking<'a> {
     pub(crate) generator: &'a dyn Generate,
-    pub(crate) gate: &'a DeltaSGate,
+    pub(crate) gate: &'a EvidenceGate,
     pub(crate) policy: &'a AskPolicy,
     /// One for all runs of an item: they must differ in wording and seed only.
     pub(crate) nonce: &'a Nonce,
@@ -143,6 +144,8 @@ fn outcome_class(outcome: &AskOutcome) -> Outcome {
         Some(
             RefusalReason::NoEvidence
             | RefusalReason::DeltaS { .. }
+            | RefusalReason::WeakEvidence { .. }
+            | RefusalReason::NoContentWords
             | RefusalReason::DeltaSUndefined { .. }
             | RefusalReason::Model
             | RefusalReason::NoValidCitation { .. }

@@ -4,7 +4,7 @@
 use std::error::Error;
 use std::sync::Arc;
 
-use exrail_retrieval::{Document, Hit, SearchOptions};
+use exrail_retrieval::{Chunk, Document, Hit, SearchOptions};
 
 use crate::prompt::{FrameMessage, PromptFrame};
 
@@ -168,6 +168,9 @@ pub trait Retrieve {
 
     /// Number of chunks.
     fn n_chunks(&self) -> usize;
+
+    /// All chunks, in a fixed order.
+    fn chunks(&self) -> Box<dyn Iterator<Item = &Arc<Chunk>> + '_>;
 }
 
 /// Why a search failed.

@@ -6,10 +6,13 @@ use exrail_retrieval::SearchOptions;
 use crate::ask::{
     AnswerCheck, AskPolicy, ConstraintCheck, DeltaSGate, LeakCheck, RefusalReason, ask,
 };
-use crate::calibrate::{CorpusCalibration, FamilyFit, calibrate};
+use crate::calibrate::{CorpusCalibration, FamilyFit, Signal, calibrate};
+use crate::error::CalibrationError;
 use crate::evaluate::{System, VerifyOptions, verify};
-use crate::fakes::{FakeGenerator, FakeIndex, corpus, gold_text, perfect, sources};
+use crate::evidence_gate::EvidenceGate;
+use crate::fakes::{FakeGenerator, FakeIndex, corpus, gold_text, hit, perfect, sources};
 use crate::gold::GoldSet;
+use crate::held_out::HeldOut;
 use crate::prompt::{FrameMessage, Nonce, REFUSAL_TOKEN};
 use crate::render::Color;
 use crate::report::{Report, Status, Verdict};
@@ -125,19 +128,122 @@ fn a_calibration_of_another_index_is_void() {
     assert!(reason.contains("`index_hash` was index-1, found index-2"), "{reason}");
 }
 
+/// A calibration on which the encoder does not separate the sets.
+fn with_unfit_encoder(index: &FakeIndex) -> CorpusCalibration {
+    let mut calibration = calibrated(index);
+    let FamilyFit::Fitted(map) = &mut calibration.qe else { panic!("must be fitted") };
+    map.auroc = 0.82;
+    map.fitness = exrail_metrics::Fitness::Unfit(vec![exrail_metrics::Unfit::Auroc]);
+    calibration
+}
+
 #[test]
 fn an_unfit_encoder_reports_and_does_not_gate() {
     let index = corpus();
-    let mut calibration = calibrated(&index);
-    if let FamilyFit::Fitted(map) = &mut calibration.qe {
-        map.auroc = 0.82;
-        map.fitness = exrail_metrics::Fitness::Unfit(vec![exrail_metrics::Unfit::Auroc]);
+    let mut calibration = with_unfit_encoder(&index);
+    for signal in [&mut calibration.lexical, &mut calibration.joint] {
+        signal.map = FamilyFit::NotCalibrated { reason: "left out".to_owned() };
     }
+    assert_eq!(calibration.deciding(), None);
     let report = report_of(&FakeGenerator::new(knows), &index, Some(&calibration), &all_items());
     assert_eq!(report.delta_s.status, "encoder_unfit");
     assert_eq!(status(&report, "delta_s"), Status::Inconclusive);
+    assert_eq!(status(&report, "evidence_gate"), Status::Inconclusive);
     assert_eq!(report.verdict, Verdict::Inconclusive);
     assert!(report.delta_s.cal_min.is_some(), "an unfit value is still reported");
+}
+
+#[test]
+fn g06_words_keep_a_question_out_where_the_encoder_is_unfit() {
+    let index = corpus();
+    let calibration = with_unfit_encoder(&index);
+    let gate = EvidenceGate::new(Some(&calibration), &index).unwrap();
+    assert_eq!(gate.deciding(), Some(Signal::Lexical));
+    let must_not_run = FakeGenerator::new(|_: &[FrameMessage], _| panic!("must not run"));
+    let (nonce, policy) = (Nonce::derive(&[b"test"]), AskPolicy::default());
+    let question = "What is the delta3 epsilon3 of alpha3 units?";
+    let outcome = ask(&must_not_run, &index, question, &gate, (&policy, &nonce, 1)).unwrap();
+    let refusal = outcome.refusal.unwrap();
+    assert!(
+        matches!(refusal, RefusalReason::WeakEvidence { signal: Signal::Lexical, cal } if cal >= 0.60),
+        "{refusal:?}"
+    );
+    assert_eq!(refusal.guard(), "lexical_evidence");
+    assert!(refusal.in_words().contains("the question's words"), "{}", refusal.in_words());
+    // What cannot be looked for is refused as well; what the corpus answers is not.
+    let hits = [hit("page0.md", 0, "The gamma1 of alpha1 is 101 units.", 0.9)];
+    let refusal = gate.read("What is it?", &hits).1;
+    assert_eq!(refusal, Some(RefusalReason::NoContentWords));
+    let (question, copies) = ("What is the gamma7 of alpha7?", FakeGenerator::new(perfect));
+    let outcome = ask(&copies, &index, question, &gate, (&policy, &nonce, 1)).unwrap();
+    assert_eq!(outcome.refusal, None);
+
+    // The mutation: without the gate the same question reaches the generator and its answer the user.
+    let question = "What is the delta3 epsilon3 of alpha3 units?";
+    let gate = EvidenceGate::not_calibrated();
+    let outcome = ask(&copies, &index, question, &gate, (&policy, &nonce, 1)).unwrap();
+    assert_eq!(outcome.refusal, None);
+    assert!(outcome.text.contains("alpha3"), "{}", outcome.text);
+}
+
+#[test]
+fn the_report_passes_by_the_second_signal_and_says_so() {
+    let index = corpus();
+    let calibration = with_unfit_encoder(&index);
+    let report = report_of(&FakeGenerator::new(perfect), &index, Some(&calibration), &all_items());
+    assert_eq!(report.delta_s.status, "encoder_unfit");
+    assert_eq!(status(&report, "delta_s"), Status::Reported);
+    assert_eq!(status(&report, "evidence_gate"), Status::Pass);
+    assert_eq!(status(&report, "refusal"), Status::Pass, "a model that copies anything");
+    let gate = report.gates.iter().find(|gate| gate.name == "evidence_gate").unwrap();
+    let reason = gate.measured.reason.as_ref().unwrap();
+    assert!(reason.contains("decided by lexical"), "{reason}");
+}
+
+#[test]
+fn the_gate_judges_by_as_many_snippets_as_it_was_fitted_on() {
+    let index = corpus();
+    let mut calibration = with_unfit_encoder(&index);
+    let gate =
+        |calibration: &CorpusCalibration| EvidenceGate::new(Some(calibration), &index).unwrap();
+    let mut hits = vec![hit("page0.md", 0, "The gamma1 of alpha1 is 1 units.", 0.5); 5];
+    hits.push(hit("page9.md", 0, "The delta3 epsilon3 of alpha3 is 3 units.", 0.5));
+    let question = "What is the delta3 epsilon3 of alpha3 units?";
+    let refusal = gate(&calibration).read(question, &hits).1;
+    assert!(matches!(refusal, Some(RefusalReason::WeakEvidence { .. })), "{refusal:?}");
+    // The mutation: the same thresholds over one snippet more let it in.
+    calibration.k = 6;
+    assert_eq!(gate(&calibration).read(question, &hits).1, None);
+}
+
+#[test]
+fn the_first_signal_that_is_fit_and_holds_decides() {
+    let mut calibration = calibrated(&corpus());
+    assert_eq!(calibration.deciding(), Some(Signal::Encoder));
+    let gate = EvidenceGate::new(Some(&calibration), &corpus()).unwrap();
+    assert_eq!(gate.deciding(), Some(Signal::Encoder));
+    // Fit, but wrong too often on questions that it has not seen.
+    let spoil = |held_out: &mut Option<HeldOut>| {
+        let pooled = &mut held_out.as_mut().unwrap().pooled;
+        pooled.lost.share = 0.06;
+    };
+    spoil(&mut calibration.held_out);
+    assert_eq!(calibration.deciding(), Some(Signal::Lexical));
+    spoil(&mut calibration.lexical.held_out);
+    assert_eq!(calibration.deciding(), Some(Signal::Joint));
+    let gate = EvidenceGate::new(Some(&calibration), &corpus()).unwrap();
+    assert_eq!(gate.deciding(), Some(Signal::Joint));
+    let index = corpus();
+    let copies = FakeGenerator::new(perfect);
+    let (nonce, policy) = (Nonce::derive(&[b"test"]), AskPolicy::default());
+    let question = "What is the delta3 epsilon3 of alpha3 units?";
+    let outcome = ask(&copies, &index, question, &gate, (&policy, &nonce, 1)).unwrap();
+    assert_eq!(outcome.refusal.unwrap().guard(), "joint_evidence");
+    // None holds: the specification's order, the encoder first.
+    spoil(&mut calibration.joint.held_out);
+    assert_eq!(calibration.deciding(), Some(Signal::Encoder));
+    let report = report_of(&copies, &index, Some(&calibration), &all_items());
+    assert_eq!(status(&report, "evidence_gate"), Status::Review);
 }
 
 #[test]
@@ -184,7 +290,7 @@ fn without_the_citation_guard_an_invented_source_reaches_the_user() {
     let question = "What is the gamma7 of alpha7 beta7 units?";
     let nonce = Nonce::derive(&[b"test"]);
     let mut policy = AskPolicy::default();
-    let gate = DeltaSGate::NotCalibrated;
+    let gate = EvidenceGate::not_calibrated();
     let outcome = ask(&inventing, &index, question, &gate, (&policy, &nonce, 1)).unwrap();
     assert_eq!(outcome.text, REFUSAL_TOKEN);
     assert!(matches!(outcome.refusal, Some(RefusalReason::UnknownCitation { .. })));
@@ -206,7 +312,7 @@ fn without_the_citation_guard_an_unsupported_claim_reaches_the_user() {
     let lying = FakeGenerator::new(|_: &[FrameMessage], _| "Paris is in France.".to_owned());
     let nonce = Nonce::derive(&[b"test"]);
     let mut policy = AskPolicy::default();
-    let gate = DeltaSGate::NotCalibrated;
+    let gate = EvidenceGate::not_calibrated();
     let outcome = ask(&lying, &index, "What is gamma7?", &gate, (&policy, &nonce, 1)).unwrap();
     assert_eq!(outcome.refusal, Some(RefusalReason::NoValidCitation { cited_share: 0.0 }));
     policy.check = AnswerCheck::Off;
@@ -224,7 +330,7 @@ fn g21_a_reply_that_repeats_the_system_message_is_refused_and_without_the_guard_
     let question = "What is the gamma7 of alpha7 beta7 units?";
     let nonce = Nonce::derive(&[b"test"]);
     let mut policy = AskPolicy { check: AnswerCheck::Off, ..AskPolicy::default() };
-    let gate = DeltaSGate::NotCalibrated;
+    let gate = EvidenceGate::not_calibrated();
     let outcome = ask(&reciting, &index, question, &gate, (&policy, &nonce, 1)).unwrap();
     assert_eq!(
         (outcome.text.as_str(), outcome.refusal),
@@ -248,7 +354,7 @@ fn g31_an_answer_against_a_rule_is_refused_with_the_rule_and_without_the_guard_i
         perfect(messages, seed)
     });
     let question = "What is the gamma7 of alpha7 beta7 units?";
-    let (nonce, gate) = (Nonce::derive(&[b"test"]), DeltaSGate::NotCalibrated);
+    let (nonce, gate) = (Nonce::derive(&[b"test"]), EvidenceGate::not_calibrated());
     let mut policy = AskPolicy { rules: rules("[0-9]+ units"), ..AskPolicy::default() };
     let outcome = ask(&generator, &index, question, &gate, (&policy, &nonce, 1)).unwrap();
     assert_eq!(outcome.text, REFUSAL_TOKEN);
@@ -277,7 +383,7 @@ fn g31_an_answer_against_a_rule_is_refused_with_the_rule_and_without_the_guard_i
 fn the_gate_refuses_before_the_generator_runs() {
     let index = corpus();
     let calibration = calibrated(&index);
-    let gate = DeltaSGate::from_calibration(calibration.qe.calibration());
+    let gate = EvidenceGate::from(DeltaSGate::from_calibration(calibration.qe.calibration()));
     let generator = FakeGenerator::new(|_: &[FrameMessage], _| panic!("must not run"));
     let nonce = Nonce::derive(&[b"test"]);
     let policy = AskPolicy::default();
@@ -286,7 +392,7 @@ fn the_gate_refuses_before_the_generator_runs() {
     assert!(matches!(outcome.refusal, Some(RefusalReason::DeltaS { .. })), "{:?}", outcome.gate);
     // Mutation: without a scale the same question reaches the model.
     let generator = FakeGenerator::new(perfect);
-    let gate = DeltaSGate::NotCalibrated;
+    let gate = EvidenceGate::not_calibrated();
     let outcome = ask(&generator, &index, question, &gate, (&policy, &nonce, 1)).unwrap();
     assert_eq!(outcome.refusal, None);
 }
@@ -297,7 +403,7 @@ fn snippets_leave_from_the_end_until_the_prompt_fits() {
     let mut generator = FakeGenerator::new(perfect);
     let nonce = Nonce::derive(&[b"test"]);
     let policy = AskPolicy::default();
-    let gate = DeltaSGate::NotCalibrated;
+    let gate = EvidenceGate::not_calibrated();
     let question = "What is the gamma7 of alpha7 beta7 units?";
     generator.prompt_limit = 110;
     let outcome = ask(&generator, &index, question, &gate, (&policy, &nonce, 1)).unwrap();
@@ -317,8 +423,21 @@ fn a_stored_calibration_comes_back_and_is_checked() {
     let loaded = CorpusCalibration::load(&path).unwrap();
     assert_eq!(loaded, calibration);
     assert!(loaded.check("word-encoder", "index-1", 5).is_ok());
-    assert!(loaded.check("other", "index-1", 5).is_err());
-    assert!(loaded.check("word-encoder", "index-1", 6).is_err());
+    let void = |checked: Result<(), CalibrationError>| match checked {
+        Err(CalibrationError::Void { field, .. }) => field,
+        other => panic!("must be void: {other:?}"),
+    };
+    assert_eq!(void(loaded.check("other", "index-1", 5)), "encoder_fp");
+    assert_eq!(void(loaded.check("word-encoder", "index-2", 5)), "index_hash");
+    assert_eq!(void(loaded.check("word-encoder", "index-1", 6)), "k");
+    assert!(loaded.check_gold(&gold()).is_ok());
+    let other = GoldSet::parse(&gold_text().replace("of alpha59", "of the alpha59")).unwrap();
+    assert_eq!(void(loaded.check_gold(&other)), "gold_sha256");
+    // A file of another version is void, whatever else is in it.
+    std::fs::write(&path, r#"{"format":1,"encoder_fp":"word-encoder"}"#).unwrap();
+    assert_eq!(void(CorpusCalibration::load(&path).map(drop)), "format");
+    std::fs::write(&path, "{").unwrap();
+    assert!(matches!(CorpusCalibration::load(&path), Err(CalibrationError::Json { .. })));
     assert!(CorpusCalibration::load(&folder.path().join("none.json")).is_err());
 }
 

@@ -9,15 +9,16 @@ use anyhow::{Context, Result};
 use clap::Args;
 use exrail_server::{
     BootBoard, Retrieval, Services,
-    pipeline::{ASK_K, ASK_MAX_TOKENS, EngineGenerate, ask_sampling},
+    pipeline::{ASK_MAX_TOKENS, EngineGenerate, ask_sampling},
 };
 use exrail_verify::{
-    AskPolicy, CollectionIndex, Color, CorpusCalibration, GoldSet, Report, Retrieve, System,
-    Verdict, VerifyOptions, calibrate, verify,
+    CollectionIndex, Color, CorpusCalibration, GoldSet, Report, System, Verdict, VerifyOptions,
+    verify,
 };
 
 use crate::{
     Ended,
+    commands::calibrate::{Stored, bound_to, fit, policy, stored},
     load::{Boot, CollectionSpec, Prepare},
     options::{EncoderArgs, EngineArgs, Sources},
     output::Output,
@@ -111,7 +112,7 @@ impl Prepare for Calibrate<'_> {
     }
 }
 
-/// Fits and stores the scale of ΔS unless a valid one is there.
+/// Fits and stores the gate unless a valid one is there.
 pub(crate) fn ensure_calibration(
     index: &CollectionIndex,
     dir: &Path,
@@ -119,27 +120,13 @@ pub(crate) fn ensure_calibration(
     anew: bool,
     bars: &mut Bars,
 ) -> Result<()> {
-    let path = paths::calibration(dir);
-    let valid = path.exists()
-        && CorpusCalibration::load(&path).is_ok_and(|stored| {
-            stored.gold_sha256 == gold.sha256()
-                && stored.check(index.encoder_fp(), index.index_hash(), ASK_K).is_ok()
-        });
-    if valid && !anew {
-        return Ok(());
+    match stored(dir, bound_to(index), Some(gold)) {
+        Stored::Valid(_) if !anew => {}
+        Stored::Valid(_) | Stored::None | Stored::Void(_) => {
+            fit(index, dir, gold, bars)?;
+        }
     }
-    let search = policy().search;
-    let fitted = calibrate(gold, index, &**index.encoder(), &search, &mut |step| bars.probe(step))?;
-    bars.clear();
-    fitted.save(&path)?;
     Ok(())
-}
-
-/// How questions are answered.
-pub(crate) fn policy() -> AskPolicy {
-    let mut policy = AskPolicy::default();
-    policy.search.k = ASK_K;
-    policy
 }
 
 /// Runs the gold set against booted services.

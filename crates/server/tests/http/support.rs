@@ -22,7 +22,7 @@ use exrail_server::{
 };
 use exrail_testkit::{TinyLlama, tiny_llama};
 use exrail_text::ChatTemplate;
-use exrail_verify::{CollectionIndex, DeltaSGate, trace::verify_log};
+use exrail_verify::{CollectionIndex, EvidenceGate, trace::verify_log};
 use serde_json::Value;
 use tempfile::TempDir;
 use tower::ServiceExt;
@@ -116,7 +116,8 @@ fn asker(engine: &EngineHandle, folder: &Path) -> Asker {
     let mut collection = Collection::create(&folder.join("index"), contract).unwrap();
     collection.ingest(read_folder(&docs).unwrap(), &*encoder, &mut |_| {}).unwrap();
     let index = CollectionIndex::new(collection, encoder);
-    Asker::new(engine.clone(), index, DeltaSGate::NotCalibrated, "not calibrated".into()).unwrap()
+    Asker::new(engine.clone(), index, EvidenceGate::not_calibrated(), "not calibrated".into())
+        .unwrap()
 }
 
 /// A server whose boot has not begun.

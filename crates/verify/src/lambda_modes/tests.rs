@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use exrail_metrics::LambdaState;
-use exrail_retrieval::{Document, Hit, SearchOptions};
+use exrail_retrieval::{Chunk, Document, Hit, SearchOptions};
 
 use super::*;
 use crate::calibrate::{CorpusCalibration, calibrate};
@@ -46,7 +46,7 @@ impl World {
         n_items: usize,
         scale: &mut AnswerScale<'_>,
     ) -> LambdaModesReport {
-        let gate = DeltaSGate::NotCalibrated;
+        let gate = EvidenceGate::not_calibrated();
         let options = LambdaModesOptions { n_items, ..LambdaModesOptions::default() };
         let index = &self.index;
         let system = ModeSystem { generator: reference, index };
@@ -145,6 +145,10 @@ impl Retrieve for Leaking<'_> {
 
     fn n_chunks(&self) -> usize {
         self.0.n_chunks()
+    }
+
+    fn chunks(&self) -> Box<dyn Iterator<Item = &Arc<Chunk>> + '_> {
+        self.0.chunks()
     }
 }
 
@@ -284,7 +288,7 @@ fn a_mode_that_fails_is_not_available_and_says_why() {
 #[test]
 fn int4_is_compared_with_int8_as_well_and_their_citations_gate() {
     let world = World::new();
-    let gate = DeltaSGate::NotCalibrated;
+    let gate = EvidenceGate::not_calibrated();
     let same = FakeGenerator::new(perfect);
     let system = ModeSystem { generator: &same, index: &world.index };
     let options = LambdaModesOptions { n_items: N_ITEMS, ..LambdaModesOptions::default() };
@@ -312,7 +316,7 @@ fn int4_is_compared_with_int8_as_well_and_their_citations_gate() {
 /// The same answers, over an index that one mode moves by one bit.
 fn leaking(check: RetrievalCheck) -> LambdaModesReport {
     let world = World::new();
-    let (same, gate) = (FakeGenerator::new(perfect), DeltaSGate::NotCalibrated);
+    let (same, gate) = (FakeGenerator::new(perfect), EvidenceGate::not_calibrated());
     let system = ModeSystem { generator: &same, index: &world.index };
     let options =
         LambdaModesOptions { n_items: N_ITEMS, retrieval: check, ..LambdaModesOptions::default() };
@@ -351,7 +355,7 @@ fn without_the_comparison_a_leak_passes() {
 #[test]
 fn a_probe_without_items_is_refused() {
     let world = World::new();
-    let (same, gate) = (FakeGenerator::new(perfect), DeltaSGate::NotCalibrated);
+    let (same, gate) = (FakeGenerator::new(perfect), EvidenceGate::not_calibrated());
     let system = ModeSystem { generator: &same, index: &world.index };
     let options = LambdaModesOptions { n_items: 0, ..LambdaModesOptions::default() };
     let served = (QuantMode::AsServed, system);

@@ -6,7 +6,8 @@ use exrail_retrieval::Hit;
 
 use super::*;
 use crate::answer::CitationSource;
-use crate::ask::{DeltaSGate, answer_over};
+use crate::ask::answer_over;
+use crate::evidence_gate::EvidenceGate;
 use crate::fakes::{Scripted, hit};
 use crate::prompt::{Nonce, REFUSAL_TOKEN};
 use crate::rules::{HardRule, RuleSet};
@@ -44,7 +45,7 @@ fn forbidding(policy: AskPolicy, pattern: &str) -> AskPolicy {
 }
 
 fn answer(generator: &Scripted, policy: &AskPolicy) -> AskOutcome {
-    let (nonce, gate) = (Nonce::derive(&[b"test"]), DeltaSGate::NotCalibrated);
+    let (nonce, gate) = (Nonce::derive(&[b"test"]), EvidenceGate::not_calibrated());
     answer_over(generator, QUESTION, &hits(), &gate, (policy, &nonce, 1)).unwrap()
 }
 

@@ -15,7 +15,7 @@ use exrail_server::{
     pipeline::{ASK_K, ASK_MAX_TOKENS, EngineGenerate, ask_sampling},
 };
 use exrail_verify::{
-    AnswerScale, CorpusCalibration, DeltaSGate, GoldSet, LambdaModes, LambdaModesOptions,
+    AnswerScale, CorpusCalibration, EvidenceGate, GoldSet, LambdaModes, LambdaModesOptions,
     LambdaModesReport, ModeSystem, ModesProgress, QuantMode, Retrieve, Verdict,
 };
 use serde::Serialize;
@@ -27,7 +27,7 @@ use super::{
 };
 use crate::{
     Ended,
-    commands::verify::{Calibrate, policy},
+    commands::{calibrate::policy, verify::Calibrate},
     load::{AsItIs, Boot, CollectionSpec, Prepare},
     options::{EncoderArgs, EngineArgs},
     output::{Output, explain},
@@ -102,8 +102,8 @@ impl LambdaProbe {
         let calibration = CorpusCalibration::load(&paths::calibration(&spec.dir))
             .ok()
             .filter(|of| of.check(served.encoder.fingerprint(), &served.index_hash, ASK_K).is_ok());
-        let gate =
-            DeltaSGate::from_calibration(calibration.as_ref().and_then(|of| of.qe.calibration()));
+        let index = services.collections[&spec.name].index();
+        let gate = EvidenceGate::new(calibration.as_ref(), index)?;
         let options = LambdaModesOptions {
             policy: policy(),
             n_items: self.items,
