@@ -188,17 +188,17 @@ fn fit(family: Family, a: &[f64], u: &[f64], o: &[f64]) -> FamilyFit {
     }
 }
 
-struct LiveSets<'a> {
-    index: &'a dyn Retrieve,
-    search: &'a SearchOptions,
-    progress: &'a mut dyn FnMut(Progress),
-    n_without_evidence: usize,
+pub(crate) struct LiveSets<'a> {
+    pub(crate) index: &'a dyn Retrieve,
+    pub(crate) search: &'a SearchOptions,
+    pub(crate) progress: &'a mut dyn FnMut(Progress),
+    pub(crate) n_without_evidence: usize,
 }
 
 impl LiveSets<'_> {
     /// Raw `ds_min` of each question with its masked documents; questions without evidence are
     /// counted and left out.
-    fn ds_min<'q>(
+    pub(crate) fn ds_min<'q>(
         &mut self,
         questions: impl Iterator<Item = (&'q str, Vec<String>)>,
     ) -> Result<Vec<f64>, VerifyError> {
@@ -224,6 +224,16 @@ fn text_pairs(
     answerable: &[ResolvedItem],
     encoder: &dyn Encode,
 ) -> Result<FamilyFit, VerifyError> {
+    let [a, u, o] = text_pair_sets(gold, answerable, encoder)?;
+    Ok(fit(Family::TextText, &a, &u, &o))
+}
+
+/// Raw ΔS of those pairs: the same in other words, the same page, off topic.
+pub(crate) fn text_pair_sets(
+    gold: &GoldSet,
+    answerable: &[ResolvedItem],
+    encoder: &dyn Encode,
+) -> Result<[Vec<f64>; 3], VerifyError> {
     let mut vectors = TextVectors::new(encoder);
     let (mut a, mut u, mut o) = (Vec::new(), Vec::new(), Vec::new());
     let mut add = |set: &mut Vec<f64>, x: &str, y: &str| -> Result<(), VerifyError> {
@@ -243,5 +253,5 @@ fn text_pairs(
     for (item, off_topic) in answerable.iter().cycle().zip(gold.of_kind(GoldKind::OffTopic)) {
         add(&mut o, &item.item.question, &off_topic.question)?;
     }
-    Ok(fit(Family::TextText, &a, &u, &o))
+    Ok([a, u, o])
 }
