@@ -5,6 +5,7 @@ pub(crate) mod bench;
 pub(crate) mod chat;
 pub(crate) mod demo;
 pub(crate) mod devices;
+pub(crate) mod diagnose;
 pub(crate) mod embed;
 pub(crate) mod fix;
 pub(crate) mod ingest;

@@ -1,6 +1,6 @@
 //! The `exrail` binary: parse → resolve → one function per command.
 //!
-//! Exit codes: 0 done (for `verify` and `probe`: every gate passes), 1 error, 2 wrong usage or an input that cannot
+//! Exit codes: 0 done (for `verify`, `diagnose` and `probe`: every gate passes), 1 error, 2 wrong usage or an input that cannot
 //! be read, 3 a gate does not pass.
 
 #[cfg(feature = "faults")]
@@ -62,6 +62,8 @@ enum Command {
     Ingest(commands::ingest::Ingest),
     /// Measure a collection and a model against a gold set and print the report.
     Verify(commands::verify::Verify),
+    /// Measure everything once, judge it and name the smallest fix; or compare two such reports.
+    Diagnose(Box<commands::diagnose::Diagnose>),
     /// Print the page about a fault that a report names.
     Fix(commands::fix::Fix),
     /// Measure one part of a model by itself.
@@ -137,6 +139,7 @@ fn run(command: Command, output: Output) -> anyhow::Result<Ended> {
         Command::Ask(command) => command.run(&output),
         Command::Ingest(command) => command.run(&output),
         Command::Verify(command) => command.run(&output),
+        Command::Diagnose(command) => command.run(&output),
         Command::Fix(command) => command.run(&output),
         Command::Probe(command) => command.run(&output),
         Command::Embed(command) => command.run(&output),
