@@ -6,6 +6,7 @@ pub(crate) mod calibrate;
 pub(crate) mod chat;
 pub(crate) mod demo;
 pub(crate) mod devices;
+pub(crate) mod diagnose;
 pub(crate) mod embed;
 pub(crate) mod fix;
 pub(crate) mod ingest;

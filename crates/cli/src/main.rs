@@ -1,6 +1,6 @@
 //! The `exrail` binary: parse → resolve → one function per command.
 //!
-//! Exit codes: 0 done (for `verify` and `probe`: every gate passes), 1 error, 2 wrong usage or an input that cannot
+//! Exit codes: 0 done (for `verify`, `diagnose` and `probe`: every gate passes), 1 error, 2 wrong usage or an input that cannot
 //! be read, 3 a gate does not pass.
 
 #[cfg(feature = "faults")]
@@ -65,6 +65,8 @@ enum Command {
     Calibrate(commands::calibrate::Calibrate),
     /// Measure a collection and a model against a gold set and print the report.
     Verify(commands::verify::Verify),
+    /// Measure everything once, judge it and name the smallest fix; or compare two such reports.
+    Diagnose(Box<commands::diagnose::Diagnose>),
     /// Print what to do about a fault: a page for each guard and each breakpoint.
     Fix(commands::fix::Fix),
     /// Measure one part of a model by itself.
@@ -141,6 +143,7 @@ fn run(command: Command, output: Output) -> anyhow::Result<Ended> {
         Command::Ingest(command) => command.run(&output),
         Command::Calibrate(command) => command.run(&output),
         Command::Verify(command) => command.run(&output),
+        Command::Diagnose(command) => command.run(&output),
         Command::Fix(command) => command.run(&output),
         Command::Probe(command) => command.run(&output),
         Command::Embed(command) => command.run(&output),

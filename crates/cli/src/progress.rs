@@ -105,6 +105,7 @@ impl Bars {
             Stage::Answer => "answer",
             Stage::Refuse => "ask the unanswerable",
             Stage::Lambda => "probe λ",
+            Stage::Encode => "compare vectors",
         };
         self.stage(name, Some(progress.n_total as u64), COUNT).set_position(progress.n_done as u64);
     }

@@ -43,6 +43,7 @@ fn every_command_explains_itself_and_wrong_usage_is_2() {
         "ingest",
         "calibrate",
         "verify",
+        "diagnose",
         "fix",
         "probe",
         "embed",
@@ -772,4 +773,38 @@ fn a4_a_phase_that_hangs_is_named_and_ends_the_process() {
     ];
     fails(&output, &parts);
     assert!(since.elapsed() < std::time::Duration::from_secs(90), "{:?}", since.elapsed());
+}
+
+/// A report as far as a comparison looks at it.
+fn report(home: &Path, name: &str, model: &str, index: &str, status: &str) -> String {
+    let pins = format!(
+        r#"{{"model_fp":"{model}","tok_fp":"t","encoder_fp":"e","index_hash":"{index}","template_hash":"p","engine_build":"b","gold_sha256":"g"}}"#
+    );
+    let gates = format!(r#"[{{"name":"coverage","status":"{status}","value":0.9}}]"#);
+    let text =
+        format!(r#"{{"report_version":"1.0","pins":{pins},"gates":{gates},"verdict":"{status}"}}"#);
+    let file = home.join(name);
+    std::fs::write(&file, text).unwrap();
+    file.to_str().unwrap().to_owned()
+}
+
+#[test]
+fn diagnoses_are_compared_gate_by_gate_and_another_changed_pin_refuses() {
+    let home = tempfile::tempdir().unwrap();
+    let a = report(home.path(), "a.json", "m1", "i1", "pass");
+    let b = report(home.path(), "b.json", "m2", "i1", "review");
+    let c = report(home.path(), "c.json", "m2", "i2", "pass");
+    let compare = |more: &[&str]| exrail(home.path(), &[&["diagnose", "--compare"], more].concat());
+    let worse = compare(&[&a, &b]);
+    assert_eq!(worse.status.code(), Some(3), "{}", text(&worse.stderr));
+    assert!(text(&worse.stdout).contains("worse: coverage"));
+    assert_eq!(compare(&[&b, &a]).status.code(), Some(0));
+    fails(&compare(&[&a, &c]), &["differ in model_fp alone", "index_hash i1 and i2"]);
+    fails(&compare(&[&a, "nowhere.json"]), &["nowhere.json"]);
+    assert_eq!(compare(&[&b, &c, "--under-test", "index_hash"]).status.code(), Some(0));
+    for wrong in [&["--under-test", "gold_sha256"][..], &["--question", "q"], &["--gold", "g"]] {
+        let arguments = [&[a.as_str(), b.as_str()][..], wrong].concat();
+        assert_eq!(compare(&arguments).status.code(), Some(2), "{wrong:?}");
+    }
+    assert_eq!(exrail(home.path(), &["diagnose", "--gold", "g.jsonl"]).status.code(), Some(2));
 }

@@ -42,6 +42,19 @@ impl TokenSet {
         self.0.is_empty()
     }
 
+    /// The positions as stretches `(document, first token, token behind the last)`, in order.
+    #[must_use]
+    pub fn runs(&self) -> Vec<(usize, usize, usize)> {
+        let mut runs: Vec<(usize, usize, usize)> = Vec::new();
+        for &(document, token) in &self.0 {
+            match runs.last_mut() {
+                Some(last) if (last.0, last.2) == (document, token) => last.2 += 1,
+                _ => runs.push((document, token, token + 1)),
+            }
+        }
+        runs
+    }
+
     fn shared_with(&self, other: &TokenSet) -> usize {
         self.0.intersection(&other.0).count()
     }

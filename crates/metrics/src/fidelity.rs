@@ -68,15 +68,17 @@ pub(crate) fn kld_of_logs(p: &[f64], q: &[f64]) -> f64 {
     terms.map(|(ln_p, ln_q)| ln_p.exp() * (ln_p - ln_q)).sum::<f64>().max(0.0)
 }
 
-/// What is kept of every position. A position takes 40 bytes; no distribution is kept.
-#[derive(Clone, Debug, Default)]
+/// What is kept of every position. A position takes 25 bytes; no distribution is kept.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct Fidelity {
+    /// `KLD(reference ‖ model)` of every position.
     klds: Vec<f64>,
     /// ln p less ln q of the token that follows: the losses that the other adds.
     losses: Vec<f64>,
     /// q less p of that token.
     shifts: Vec<f64>,
-    n_same_top: usize,
+    /// Whether the most likely tokens are the same, position by position.
+    same_top: Vec<bool>,
     /// Where each sequence begins in `klds`, and in `losses`.
     sequences: Vec<(usize, usize)>,
 }
@@ -114,7 +116,7 @@ impl Fidelity {
             self.shifts.push(ln_q.exp() - ln_p.exp());
         }
         self.klds.push(kld);
-        self.n_same_top += usize::from(p.top() == q.top());
+        self.same_top.push(p.top() == q.top());
         Ok(())
     }
 
@@ -125,6 +127,7 @@ impl Fidelity {
     pub fn summary(&self) -> Result<FidelitySummary, MetricsError> {
         let at = |p| quantile(&self.klds, p);
         let squares: Vec<f64> = self.shifts.iter().map(|x| x * x).collect();
+        let n_same_top = self.same_top.iter().filter(|&&same| same).count();
         Ok(FidelitySummary {
             positions: self.klds.len(),
             sequences: self.sequences.len(),
@@ -134,7 +137,7 @@ impl Fidelity {
             kld_p99: at(0.99)?,
             kld_p999: at(0.999)?,
             kld_max: at(1.0)?,
-            top1: count(self.n_same_top) / count(self.klds.len()),
+            top1: count(n_same_top) / count(self.klds.len()),
             ln_ppl_ratio: mean(&self.losses)?,
             ln_ppl_ratio_se: self.standard_error(&self.losses, |(_, losses)| losses),
             rms_dp: mean(&squares)?.sqrt(),

@@ -195,16 +195,13 @@ impl TraceLog {
         &self,
         services: &Services,
         collection: &str,
-        report: serde_json::Value,
+        (trace_id, report): (&str, serde_json::Value),
     ) -> Result<(), TraceError> {
         let mut pins = services.pins().await?;
         if let Some(asker) = services.collections.get(collection) {
             pins = asker.pins()?;
         }
-        let identity = TraceIdentity {
-            trace_id: format!("probe-{}", jiff::Timestamp::now().as_millisecond()),
-            ..TraceIdentity::default()
-        };
+        let identity = TraceIdentity { trace_id: trace_id.to_owned(), ..TraceIdentity::default() };
         self.append(&identity, &pins, TraceBody::Probe { report }).await
     }
 

@@ -199,6 +199,20 @@ pub struct CacheReport {
     pub fault: Option<CacheFault>,
     /// The result.
     pub verdict: Verdict,
+    /// What the noise and the losses are of.
+    #[serde(skip)]
+    pub observed: CacheObservations,
+}
+
+/// What [`CacheReport`] sums up. Nats.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct CacheObservations {
+    /// Divergences between decode and prefill over the first page.
+    pub noise: Vec<f64>,
+    /// Loss of each token behind the first.
+    pub losses: Vec<f64>,
+    /// Losses of the tokens of each bin from the third on, behind the bin before it alone.
+    pub losses_short: Vec<Vec<f64>>,
 }
 
 /// Probes a cache with the first `n_tokens` of a text, the BOS included.
@@ -222,9 +236,11 @@ pub fn cache_probe(
         return Err(VerifyError::Option { option: "text", expected, found });
     }
     let violations = oracle.violations();
-    let noise_p99 = quantile(&noise(oracle, &ids[..CHECKPOINT_TOKENS.get()])?, 0.99)?;
+    let noise = noise(oracle, &ids[..CHECKPOINT_TOKENS.get()])?;
+    let noise_p99 = quantile(&noise, 0.99)?;
     let checkpoints = checkpoints(oracle, &ids, told)?;
-    let bins = bins(oracle, text.bos, &ids)?;
+    let mut observed = CacheObservations { noise, ..CacheObservations::default() };
+    let bins = bins(oracle, text.bos, &ids, &mut observed)?;
     let least = width.least_limit();
     let judged = Judged {
         noise_is_high: noise_p99 > least,
@@ -232,7 +248,7 @@ pub fn cache_probe(
         violations: oracle.violations() - violations,
         tokens: ids.len(),
     };
-    judged.report(noise_p99, checkpoints, bins)
+    judged.report(noise_p99, checkpoints, bins, observed)
 }
 
 /// Divergences between rows that were computed one by one and in chunks. They are taken where no fault of a cache
@@ -290,7 +306,12 @@ fn best(row: &[f32]) -> (usize, f64) {
     (at, f64::from(first) - f64::from(second))
 }
 
-fn bins(oracle: &dyn CacheOracle, bos: Option<u32>, ids: &[u32]) -> Result<Vec<Bin>, VerifyError> {
+fn bins(
+    oracle: &dyn CacheOracle,
+    bos: Option<u32>,
+    ids: &[u32],
+    observed: &mut CacheObservations,
+) -> Result<Vec<Bin>, VerifyError> {
     let long = losses(oracle, ids)?;
     let n_bins = ids.len() / BIN_TOKENS;
     let mut bins = Vec::with_capacity(n_bins);
@@ -303,12 +324,16 @@ fn bins(oracle: &dyn CacheOracle, bos: Option<u32>, ids: &[u32]) -> Result<Vec<B
             Some(start) => {
                 let short: Vec<u32> = bos.iter().chain(&ids[start..end]).copied().collect();
                 let short = losses(oracle, &short)?;
-                Some(mean(&short[short.len() - BIN_TOKENS..])?)
+                let short = short[short.len() - BIN_TOKENS..].to_vec();
+                let nll_short = mean(&short)?;
+                observed.losses_short.push(short);
+                Some(nll_short)
             }
             None => None,
         };
         bins.push(Bin { tokens: end, nll, nll_short });
     }
+    observed.losses = long;
     Ok(bins)
 }
 
@@ -343,6 +368,7 @@ impl Judged {
         noise_p99: f64,
         checkpoints: Vec<Checkpoint>,
         bins: Vec<Bin>,
+        observed: CacheObservations,
     ) -> Result<CacheReport, VerifyError> {
         let Judged { noise_is_high, limit, violations, tokens } = self;
         let nll: Vec<f64> = bins.iter().map(|bin| bin.nll).collect();
@@ -390,6 +416,7 @@ impl Judged {
             violations,
             fault,
             verdict,
+            observed,
         })
     }
 }

@@ -324,7 +324,7 @@ pub fn calibrate(
 }
 
 /// One question to the index.
-struct Question<'a> {
+pub(crate) struct Question<'a> {
     /// Of the item.
     id: &'a str,
     text: &'a str,
@@ -332,11 +332,11 @@ struct Question<'a> {
 }
 
 impl<'a> Question<'a> {
-    fn of(item: &'a GoldItem) -> Question<'a> {
+    pub(crate) fn of(item: &'a GoldItem) -> Question<'a> {
         Question { id: &item.id, text: &item.question, mask_docs: Vec::new() }
     }
 
-    fn without_page(resolved: &'a ResolvedItem) -> Question<'a> {
+    pub(crate) fn without_page(resolved: &'a ResolvedItem) -> Question<'a> {
         Question { mask_docs: resolved.doc_ids(), ..Question::of(&resolved.item) }
     }
 
@@ -347,11 +347,11 @@ impl<'a> Question<'a> {
 
 /// What is read of one question and its evidence.
 #[derive(Clone, Copy, Debug, PartialEq)]
-struct Reading {
+pub(crate) struct Reading {
     /// Raw `ds_min`.
-    ds: f64,
+    pub(crate) ds: f64,
     /// [`LexicalEvidence::stress`].
-    lexical: f64,
+    pub(crate) lexical: f64,
 }
 
 fn readings(set: &[(&str, Reading)]) -> Vec<Reading> {
@@ -391,17 +391,17 @@ fn fit(family: Family, a: &[f64], u: &[f64], o: &[f64]) -> FamilyFit {
     }
 }
 
-struct LiveSets<'a> {
-    index: &'a dyn Retrieve,
-    lexical: LexicalEvidence,
-    search: &'a SearchOptions,
-    progress: &'a mut dyn FnMut(Progress),
-    n_without_evidence: usize,
+pub(crate) struct LiveSets<'a> {
+    pub(crate) index: &'a dyn Retrieve,
+    pub(crate) lexical: LexicalEvidence,
+    pub(crate) search: &'a SearchOptions,
+    pub(crate) progress: &'a mut dyn FnMut(Progress),
+    pub(crate) n_without_evidence: usize,
 }
 
 impl LiveSets<'_> {
     /// Reads each question; questions without a value are counted and left out.
-    fn read<'q>(
+    pub(crate) fn read<'q>(
         &mut self,
         questions: impl Iterator<Item = Question<'q>>,
     ) -> Result<Vec<(&'q str, Reading)>, VerifyError> {
@@ -432,6 +432,16 @@ fn text_pairs(
     answerable: &[ResolvedItem],
     encoder: &dyn Encode,
 ) -> Result<FamilyFit, VerifyError> {
+    let [a, u, o] = text_pair_sets(gold, answerable, encoder)?;
+    Ok(fit(Family::TextText, &a, &u, &o))
+}
+
+/// Raw ΔS of those pairs: the same in other words, the same page, off topic.
+pub(crate) fn text_pair_sets(
+    gold: &GoldSet,
+    answerable: &[ResolvedItem],
+    encoder: &dyn Encode,
+) -> Result<[Vec<f64>; 3], VerifyError> {
     let mut vectors = TextVectors::new(encoder);
     let (mut a, mut u, mut o) = (Vec::new(), Vec::new(), Vec::new());
     let mut add = |set: &mut Vec<f64>, x: &str, y: &str| -> Result<(), VerifyError> {
@@ -451,5 +461,5 @@ fn text_pairs(
     for (item, off_topic) in answerable.iter().cycle().zip(gold.of_kind(GoldKind::OffTopic)) {
         add(&mut o, &item.item.question, &off_topic.question)?;
     }
-    Ok(fit(Family::TextText, &a, &u, &o))
+    Ok([a, u, o])
 }

@@ -16,6 +16,10 @@ use crate::evidence_gate::EvidenceGate;
 use crate::fix::{Findings, fix_for};
 use crate::gates::{self, Observed};
 use crate::gold::{AnchorMode, GoldItem, GoldKind, GoldSet, N_PARAPHRASES, ResolvedItem};
+use crate::observations::{
+    self, AnswerObservation, CitedObservation, Observations, RefusalObservation,
+    RetrievalObservation, SweepObservation,
+};
 use crate::positions::{Positions, anchor_tokens};
 use crate::probe::{ItemLambda, lambda_probe};
 use crate::prompt::{Live, Nonce};
@@ -98,6 +102,8 @@ pub enum Stage {
     Refuse,
     /// λ.
     Lambda,
+    /// Retrieved snippets encoded once more.
+    Encode,
 }
 
 /// Runs the gold set and makes the report. A calibration that is void for this encoder or index
@@ -113,6 +119,20 @@ pub fn verify(
     options: &VerifyOptions,
     progress: &mut dyn FnMut(Progress),
 ) -> Result<Report, VerifyError> {
+    verify_observed(system, gold, calibration, options, progress).map(|(report, _)| report)
+}
+
+/// [`verify`], with what its numbers were computed from.
+///
+/// # Errors
+/// As [`verify`].
+pub fn verify_observed(
+    system: System<'_>,
+    gold: &GoldSet,
+    calibration: Option<&CorpusCalibration>,
+    options: &VerifyOptions,
+    progress: &mut dyn FnMut(Progress),
+) -> Result<(Report, Observations), VerifyError> {
     let started = Instant::now();
     let k = options.policy.search.k;
     if k == 0 {
@@ -133,10 +153,13 @@ pub fn verify(
         positions: Positions::new(system.encoder, system.index),
         progress,
         cost: Cost::default(),
+        observed: Observations::default(),
     };
     let mut measured = run.measure(gold, &resolved)?;
+    let observed = run.observed;
     measured.cost.seconds = started.elapsed().as_secs_f64();
-    assemble(system, gold, options, &measured, (calibration, void.as_deref()))
+    let report = assemble(system, gold, options, &measured, (calibration, void.as_deref()))?;
+    Ok((report, observed))
 }
 
 /// Everything that was measured, before it is judged.
@@ -176,7 +199,9 @@ fn assemble(
         n_without_evidence: observed.retrieval.iter().filter(|i| i.raw_min.is_none()).count(),
         flat_high: delta_s.k_sweep.as_ref().is_some_and(|sweep| sweep.flat_high),
         decoy_margin: delta_s.decoy_margin,
+        cal_min: delta_s.cal_min,
         lambda_rates: gates::lambda_rates(&measured.lambda),
+        ..Findings::default()
     };
     let verdict = Verdict::of(&gates);
     let fix = if verdict == Verdict::Pass { None } else { fix_for(&findings) };
@@ -187,6 +212,7 @@ fn assemble(
         config: config(system, &facts, options.policy.search.k),
         sample: sample_of(gold, options, measured),
         calibration: calibration.cloned(),
+        calibration_void: void.is_some(),
         coverage: coverage_section(&measured.retrieved, &measured.answers)?,
         delta_s,
         lambda: lambda_section(&observed),
@@ -256,6 +282,7 @@ struct Run<'a> {
     positions: Positions<'a>,
     progress: &'a mut dyn FnMut(Progress),
     cost: Cost,
+    observed: Observations,
 }
 
 impl Run<'_> {
@@ -305,6 +332,16 @@ impl Run<'_> {
         let sections = self.positions.sections(item);
         let retrieved = self.positions.chunks(hits.iter().map(|hit| &*hit.chunk))?;
         let coverage = coverage_of(&anchor, &retrieved, &retrieved, &sections);
+        self.observed.retrieval.push(RetrievalObservation {
+            id: item.item.id.clone(),
+            chunks: observations::chunks_of(item, &hits),
+            first_20: Vec::new(),
+            ra_raw: Vec::new(),
+            anchor_mode: item.item.anchor_mode,
+            anchor: observations::anchor_of(&anchor),
+            retrieved: retrieved.runs(),
+            sections: sections.runs(),
+        });
         Ok(RetrievalItem {
             id: item.item.id.clone(),
             raw_min,
@@ -343,13 +380,17 @@ impl Run<'_> {
                 }
             }
             match nearest {
-                Some(raw) => per_quote.push(tt.map(raw)),
+                Some(raw) => per_quote.push(raw),
                 None => return Ok(None),
             }
         }
+        if let Some(observed) = self.observed.retrieval.last_mut() {
+            observed.ra_raw.clone_from(&per_quote);
+        }
+        let per_quote = per_quote.into_iter().map(|raw| tt.map(raw));
         Ok(match item.item.anchor_mode {
-            AnchorMode::All => per_quote.into_iter().max_by(f64::total_cmp),
-            AnchorMode::Any => per_quote.into_iter().min_by(f64::total_cmp),
+            AnchorMode::All => per_quote.max_by(f64::total_cmp),
+            AnchorMode::Any => per_quote.min_by(f64::total_cmp),
         })
     }
 
@@ -360,6 +401,9 @@ impl Run<'_> {
             return Ok(None);
         };
         let hits = self.search(&item.item.question, SWEEP[2])?;
+        if let Some(observed) = self.observed.retrieval.last_mut() {
+            observed.first_20 = observations::chunks_of(item, &hits);
+        }
         let nearest = |holds: bool| {
             let chosen = hits.iter().filter(|hit| holds_evidence(item, hit) == holds);
             chosen.map(|hit| 1.0 - f64::from(hit.cosine)).min_by(f64::total_cmp)
@@ -384,12 +428,13 @@ impl Run<'_> {
         for k in SWEEP {
             let (mut mins, mut means) = (Vec::new(), Vec::new());
             for item in items {
-                if let SetDs::Values { min, mean, .. } =
-                    evidence_ds(&self.search(&item.item.question, k)?)
-                {
+                let hits = self.search(&item.item.question, k)?;
+                if let SetDs::Values { min, mean, .. } = evidence_ds(&hits) {
                     mins.push(qe.map(min));
                     means.push(qe.map(mean));
                 }
+                let (id, chunks) = (item.item.id.clone(), observations::chunks_of(item, &hits));
+                self.observed.sweep.push(SweepObservation { id, k, chunks });
             }
             if mins.is_empty() {
                 return Ok(None);
@@ -446,7 +491,12 @@ impl Run<'_> {
         let sections = self.positions.sections(item);
         let tokens = self.positions.chunks(cited.iter().map(|hit| &*hit.chunk))?;
         let refused = outcome.is_none_or(|outcome| outcome.refusal.is_some());
-        Ok(AnswerItem {
+        let is_right = |id: &&str| {
+            cited.iter().any(|hit| hit.chunk.snippet_id == *id && holds_evidence(item, hit))
+        };
+        let cited_of =
+            |id: &&str| CitedObservation { snippet_id: (*id).to_owned(), evidence: is_right(id) };
+        let answer = AnswerItem {
             refused,
             hit: n_cited_right > 0,
             n_cited_right,
@@ -457,17 +507,29 @@ impl Run<'_> {
             matches_gold: outcome.is_some_and(|outcome| {
                 !refused && matches_reference(&outcome.text, &item.item.answers)
             }),
-        })
+        };
+        self.observed.answers.push(AnswerObservation {
+            id: item.item.id.clone(),
+            refused,
+            cited: cited_ids.iter().map(cited_of).collect(),
+            unknown_citation: answer.unknown_citation,
+            model_cited_share: answer.model_cited_share,
+            anchor: observations::anchor_of(&anchor),
+            cited_positions: tokens.runs(),
+            matches_gold: answer.matches_gold,
+        });
+        Ok(answer)
     }
 
     fn refusals(&mut self, items: &[&&GoldItem]) -> Result<Vec<RefusalItem>, VerifyError> {
         let mut refusals = Vec::with_capacity(items.len());
         for (index, item) in items.iter().enumerate() {
             let outcome = self.ask(&item.id, &item.question)?;
-            refusals.push(RefusalItem {
-                refused: outcome.as_ref().is_some_and(|outcome| outcome.refusal.is_some()),
-                unknown_citation: outcome.as_ref().is_some_and(shows_unknown_citation),
-            });
+            let refused = outcome.as_ref().is_some_and(|outcome| outcome.refusal.is_some());
+            let unknown_citation = outcome.as_ref().is_some_and(shows_unknown_citation);
+            refusals.push(RefusalItem { refused, unknown_citation });
+            let id = item.id.clone();
+            self.observed.refusals.push(RefusalObservation { id, refused, unknown_citation });
             self.report(Stage::Refuse, index + 1, items.len());
         }
         Ok(refusals)
@@ -494,7 +556,7 @@ impl Run<'_> {
     }
 }
 
-fn holds_evidence(item: &ResolvedItem, hit: &Hit) -> bool {
+pub(crate) fn holds_evidence(item: &ResolvedItem, hit: &Hit) -> bool {
     let range = hit.chunk.span.start..hit.chunk.span.end;
     item.spans.iter().any(|span| span.overlaps(&hit.chunk.doc_id, &range))
 }

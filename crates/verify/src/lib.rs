@@ -15,6 +15,7 @@ mod cache;
 mod calibrate;
 mod cite;
 mod collection;
+mod diagnose;
 mod distributions;
 mod encode;
 mod error;
@@ -28,6 +29,7 @@ mod injection;
 mod lambda_modes;
 mod leak;
 mod lexical;
+mod observations;
 mod positions;
 mod probe;
 mod prompt;
@@ -56,22 +58,29 @@ pub use ask::{
 };
 pub use attribution::{Attribution, attribute};
 pub use cache::{
-    BIN_TOKENS, Bin, CHECKPOINT_TOKENS, CacheFault, CacheOracle, CacheReport, Checkpoint, KvWidth,
-    MIN_PROBE_TOKENS, ProbeText, UntilDrift, cache_probe, drift,
+    BIN_TOKENS, Bin, CHECKPOINT_TOKENS, CacheFault, CacheObservations, CacheOracle, CacheReport,
+    Checkpoint, KvWidth, MIN_PROBE_TOKENS, ProbeText, UntilDrift, cache_probe, drift,
 };
 pub use calibrate::{
     CorpusCalibration, FamilyFit, JointScale, MaskedNull, Signal, SignalFit, calibrate,
 };
 pub use cite::{cite_lark, step_lark};
 pub use collection::CollectionIndex;
+pub use diagnose::{
+    BootSection, CacheSection, Change, CompareError, Comparison, DiagnosedDeltaS, DiagnosedLambda,
+    Diagnosis, DiagnosisConfig, Distance, GateChange, InjectionSection, ModeFidelity, PINS, Parts,
+    QuantPart, QuantisationSection, QuestionSection, QuestionSnippet, Reasons, ResonanceSection,
+    RetrievalBits, RetrievedBits, SchemaSection, Section, Served, ShardSection, SpikeAttribution,
+    SpikeCause, VectorCheck, VectorObservations, Weights, ask_index, attribute_spike,
+    check_vectors, compare, diagnose, retrieved_bits,
+};
 pub use distributions::{
     GOLDEN_KL, GOLDEN_PLACES, GoldenDistributions, GoldenDivergence, GoldenError,
 };
 pub use error::{CalibrationError, GoldError, VerifyError};
-pub use evaluate::{Progress, Stage, System, VerifyOptions, verify};
+pub use evaluate::{Progress, Stage, System, VerifyOptions, verify, verify_observed};
 pub use evidence_gate::EvidenceGate;
-pub use fix::Confidence;
-pub use fix::Fix;
+pub use fix::{Confidence, Fix, Mismatch};
 pub use gates::unfit_in_words;
 pub use gold::{
     AnchorMode, EvidenceQuote, GoldItem, GoldKind, GoldSet, ResolvedItem, ResolvedSpan,
@@ -87,13 +96,17 @@ pub use lambda_modes::{
 };
 pub use leak::{LEAK_TOKENS, Leak, LeakGuard, LeakWatch, Screened};
 pub use lexical::LexicalEvidence;
+pub use observations::{
+    AnswerObservation, ChunkObservation, CitedObservation, Observations, RefusalObservation,
+    RetrievalObservation, ScaleObservation, Stretches, SweepObservation, observe_scale,
+};
 pub use probe::{ItemLambda, lambda_probe};
 pub use prompt::{
     FenceBroken, FrameMessage, Live, Nonce, PromptFrame, REFUSAL_TOKEN, Slot, constraints_sha256,
 };
 pub use quant::{
     BaselineDiffers, FidelityBaseline, FidelityGate, LIMITS_FROM_PARAMETERS, NoiseFloor, QuantMode,
-    QuantReport, QuantText, Regression, RowOracle, TextFidelity, quant_probe,
+    QuantReport, QuantText, Regression, RowOracle, TextFidelity, TextObservations, quant_probe,
 };
 pub use render::Color;
 pub use report::{

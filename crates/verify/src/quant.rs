@@ -86,6 +86,18 @@ pub struct TextFidelity {
     pub modes: BTreeMap<QuantMode, FidelitySummary>,
     /// Int4 with int8 as its reference.
     pub int4_vs_int8: Option<FidelitySummary>,
+    /// What the summaries are of, position by position.
+    #[serde(skip)]
+    pub observed: TextObservations,
+}
+
+/// Position by position, what [`TextFidelity`] sums up.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct TextObservations {
+    /// Each model against the reference.
+    pub modes: BTreeMap<QuantMode, Fidelity>,
+    /// Int4 with int8 as its reference.
+    pub int4_vs_int8: Option<Fidelity>,
 }
 
 /// One limit of §1.5.5.
@@ -112,6 +124,9 @@ pub struct FidelityGate {
 pub struct QuantReport {
     /// The reference against itself.
     pub noise: NoiseFloor,
+    /// Divergence by divergence, what it sums up.
+    #[serde(skip)]
+    pub noise_observed: Vec<f64>,
     /// Text by text.
     pub texts: Vec<TextFidelity>,
     /// The limits.
@@ -230,7 +245,9 @@ pub fn quant_probe(
         let (expected, found) = ("at least 2 tokens in every sequence", shortest);
         return Err(VerifyError::Option { option: "text", expected, found });
     }
-    let noise = noise_floor(reference, sequences().max_by_key(|ids| ids.len()).map(Vec::as_slice))?;
+    let longest = sequences().max_by_key(|ids| ids.len()).map(Vec::as_slice).unwrap_or_default();
+    let noise_observed = noise(reference, &longest[..longest.len().min(NOISE_TOKENS)])?;
+    let noise = noise_floor(&noise_observed)?;
     let mut n_told = 0;
     let mut found = Vec::with_capacity(texts.len());
     for text in texts {
@@ -245,16 +262,15 @@ pub fn quant_probe(
     let ordered = found.iter().map(is_ordered).collect::<Option<Vec<bool>>>();
     let ordered = ordered.map(|each| each.into_iter().all(|is| is));
     let verdict = verdict(&gates, ordered);
-    Ok(QuantReport { noise, texts: found, gates, ordered, regressions: Vec::new(), verdict })
+    let (texts, regressions) = (found, Vec::new());
+    Ok(QuantReport { noise, noise_observed, texts, gates, ordered, regressions, verdict })
 }
 
-fn noise_floor(reference: &RowOracle<'_>, ids: Option<&[u32]>) -> Result<NoiseFloor, VerifyError> {
-    let ids = ids.unwrap_or_default();
-    let divergences = noise(reference, &ids[..ids.len().min(NOISE_TOKENS)])?;
+fn noise_floor(divergences: &[f64]) -> Result<NoiseFloor, VerifyError> {
     Ok(NoiseFloor {
         positions: divergences.len(),
-        kld_mean: mean(&divergences)?,
-        kld_max: quantile(&divergences, 1.0)?,
+        kld_mean: mean(divergences)?,
+        kld_max: quantile(divergences, 1.0)?,
     })
 }
 
@@ -291,6 +307,10 @@ fn compare_text(
         ids_sha256: ids_sha256(&text.sequences),
         modes: summaries.collect::<Result<_, MetricsError>>()?,
         int4_vs_int8: pair.map(|_| between.summary()).transpose()?,
+        observed: TextObservations {
+            modes: modes.keys().copied().zip(fidelities).collect(),
+            int4_vs_int8: pair.map(|_| between),
+        },
     })
 }
 

@@ -4,8 +4,11 @@ use std::fmt::Write as _;
 
 use exrail_metrics::Fitness;
 
-use crate::calibrate::FamilyFit;
-use crate::report::{Gate, Report, Status, Unit, Verdict};
+use crate::calibrate::{CorpusCalibration, FamilyFit};
+use crate::fix::Fix;
+use crate::report::{
+    Config, Cost, Gate, LambdaSection, Pins, Report, Sample, Status, Unit, Verdict,
+};
 
 /// Narrowest table that still holds its columns.
 const MIN_WIDTH: usize = 72;
@@ -27,45 +30,49 @@ impl Report {
     /// The report as text of about `width` columns (72 to 110 are used).
     #[must_use]
     pub fn render_text(&self, width: usize, color: Color) -> String {
-        let mut page =
-            Page { text: String::new(), width: width.clamp(MIN_WIDTH, MAX_WIDTH), color };
+        let mut page = Page::new(width, color);
         page.head(self);
-        page.calibration(self);
+        page.calibration(self.calibration.as_ref());
         page.table("GATES", &self.gates);
         page.table("REPORTED, NOT GATED", &self.reported);
-        page.not_measured(self);
-        page.fix(self);
-        page.verdict(self);
+        page.not_measured(self.not_measured.iter().map(|(&name, section)| (name, section.reason)));
+        page.fix(self.fix.as_ref());
+        page.verdict(self.verdict, &self.gates);
         page.text
     }
 }
 
-struct Page {
-    text: String,
+/// A text of several parts.
+pub(crate) struct Page {
+    pub(crate) text: String,
     width: usize,
     color: Color,
 }
 
 impl Page {
-    fn line(&mut self, line: &str) {
+    pub(crate) fn new(width: usize, color: Color) -> Page {
+        Page { text: String::new(), width: width.clamp(MIN_WIDTH, MAX_WIDTH), color }
+    }
+
+    pub(crate) fn line(&mut self, line: &str) {
         self.text.push_str(line.trim_end());
         self.text.push('\n');
     }
 
-    fn title(&mut self, title: &str) {
+    pub(crate) fn title(&mut self, title: &str) {
         self.line("");
         let title = self.paint("1", title);
         self.line(&title);
     }
 
-    fn paint(&self, code: &str, text: &str) -> String {
+    pub(crate) fn paint(&self, code: &str, text: &str) -> String {
         match self.color {
             Color::Always => format!("\x1b[{code}m{text}\x1b[0m"),
             Color::Never => text.to_owned(),
         }
     }
 
-    fn field(&mut self, name: &str, value: &str) {
+    pub(crate) fn field(&mut self, name: &str, value: &str) {
         let lines = wrap(value, self.width - 12);
         for (index, line) in lines.iter().enumerate() {
             let name = if index == 0 { name } else { "" };
@@ -78,7 +85,16 @@ impl Page {
         let title = self.paint("1", "exrail acceptance report");
         self.line(&format!("{title}  {}", report.report_version));
         self.line("");
-        let (config, pins, sample) = (&report.config, &report.pins, &report.sample);
+        self.asked((&report.config, &report.pins, &report.sample), &report.lambda, &report.cost);
+    }
+
+    /// What was asked of what, and what it cost.
+    pub(crate) fn asked(
+        &mut self,
+        (config, pins, sample): (&Config, &Pins, &Sample),
+        lambda: &LambdaSection,
+        cost: &Cost,
+    ) {
         let id = |fingerprint: &str| fingerprint.chars().take(12).collect::<String>();
         self.field(
             "model",
@@ -119,13 +135,12 @@ impl Page {
                 sample.answered,
                 sample.unanswerable_asked,
                 sample.lambda_items,
-                report.lambda.n_paraphrases,
-                report.lambda.n_seeds,
-                if report.lambda.n_seeds == 1 { "seed" } else { "seeds" },
+                lambda.n_paraphrases,
+                lambda.n_seeds,
+                if lambda.n_seeds == 1 { "seed" } else { "seeds" },
                 sample.seed
             ),
         );
-        let cost = &report.cost;
         self.field(
             "cost",
             &format!(
@@ -135,8 +150,8 @@ impl Page {
         );
     }
 
-    fn calibration(&mut self, report: &Report) {
-        let Some(calibration) = &report.calibration else { return };
+    pub(crate) fn calibration(&mut self, calibration: Option<&CorpusCalibration>) {
+        let Some(calibration) = calibration else { return };
         self.title("SCALE OF ΔS");
         let families = [
             ("question", &calibration.qe),
@@ -177,7 +192,7 @@ impl Page {
         }
     }
 
-    fn table(&mut self, title: &str, gates: &[Gate]) {
+    pub(crate) fn table(&mut self, title: &str, gates: &[Gate]) {
         self.title(title);
         let label_width = self.width - COLUMNS - 2;
         let head = format!(
@@ -186,8 +201,18 @@ impl Page {
         );
         let head = self.paint("2", &head);
         self.line(&head);
+        let mut told: Option<&str> = None;
         for gate in gates {
             self.row(gate, label_width);
+            // Gates that share a reason say it once.
+            let reason = gate.measured.reason.as_deref();
+            if let Some(reason) = reason.filter(|_| reason != told) {
+                for line in wrap(reason, self.width - 6) {
+                    let line = self.paint("2", &format!("      {line}"));
+                    self.line(&line);
+                }
+            }
+            told = reason;
         }
     }
 
@@ -196,7 +221,8 @@ impl Page {
         let value = match (measured.value, measured.unit) {
             (None, _) => "–".to_owned(),
             (Some(value), Unit::RawDs) => format!("{value:.3}"),
-            (Some(value), Unit::CalibratedDs | Unit::Share) => format!("{value:.2}"),
+            (Some(value), Unit::CalibratedDs | Unit::Share | Unit::Ratio) => format!("{value:.2}"),
+            (Some(value), Unit::Nats) => format!("{value:.4}"),
             (Some(value), Unit::Count) => format!("{value:.0}"),
         };
         let interval = measured.interval.map_or(String::new(), |interval| {
@@ -212,18 +238,12 @@ impl Page {
         for rest in labels.iter().skip(1) {
             self.line(&format!("  {rest}"));
         }
-        if let Some(reason) = &measured.reason {
-            for line in wrap(reason, self.width - 6) {
-                let line = self.paint("2", &format!("      {line}"));
-                self.line(&line);
-            }
-        }
     }
 
-    fn not_measured(&mut self, report: &Report) {
+    pub(crate) fn not_measured<'r>(&mut self, sections: impl Iterator<Item = (&'r str, &'r str)>) {
         self.title("NOT MEASURED HERE");
-        for (name, section) in &report.not_measured {
-            let reason = section.reason.split_once(": ").map_or(section.reason, |(_, why)| why);
+        for (name, reason) in sections {
+            let reason = reason.split_once(": ").map_or(reason, |(_, why)| why);
             let lines = wrap(reason, self.width - 16);
             for (index, line) in lines.iter().enumerate() {
                 let name = if index == 0 { name } else { "" };
@@ -232,10 +252,13 @@ impl Page {
         }
     }
 
-    fn fix(&mut self, report: &Report) {
-        let Some(fix) = &report.fix else { return };
+    pub(crate) fn fix(&mut self, fix: Option<&Fix>) {
+        let Some(fix) = fix else { return };
         self.title("START HERE");
         self.field("page", &format!("{} ({}): exrail fix {}", fix.page, fix.guardrail, fix.page));
+        if !fix.then.is_empty() {
+            self.field("then", &fix.then.join(", "));
+        }
         self.field("because", fix.reason);
         self.field("evidence", &fix.evidence);
         for (index, step) in fix.steps.iter().enumerate() {
@@ -243,9 +266,9 @@ impl Page {
         }
     }
 
-    fn verdict(&mut self, report: &Report) {
+    pub(crate) fn verdict(&mut self, verdict: Verdict, gates: &[Gate]) {
         self.line("");
-        let color = match report.verdict {
+        let color = match verdict {
             Verdict::Pass => "1;32",
             Verdict::Review | Verdict::Inconclusive => "1;33",
             Verdict::Fail => "1;31",
@@ -259,15 +282,15 @@ impl Page {
             (Status::Review, "to review"),
             (Status::Pass, "passed"),
         ] {
-            let n = report.gates.iter().filter(|gate| gate.measured.status == status).count();
+            let n = gates.iter().filter(|gate| gate.measured.status == status).count();
             if n > 0 {
                 let comma = if words.is_empty() { "" } else { ", " };
                 // Writing to a String cannot fail.
                 let _infallible = write!(words, "{comma}{n} {name}");
             }
         }
-        let verdict = self.paint(color, &format!("verdict: {}", report.verdict));
-        self.line(&format!("{verdict} ({words} of {} gates)", report.gates.len()));
+        let verdict = self.paint(color, &format!("verdict: {verdict}"));
+        self.line(&format!("{verdict} ({words} of {} gates)", gates.len()));
     }
 }
 

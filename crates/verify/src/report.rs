@@ -27,6 +27,9 @@ pub struct Report {
     pub sample: Sample,
     /// The scale of ΔS; none if there is no valid one.
     pub calibration: Option<CorpusCalibration>,
+    /// Whether one was given that does not hold.
+    #[serde(skip)]
+    pub calibration_void: bool,
     /// ΔS.
     pub delta_s: DeltaSSection,
     /// Coverage of the evidence.
@@ -240,6 +243,10 @@ pub enum Unit {
     Share,
     /// A number of things.
     Count,
+    /// Nats.
+    Nats,
+    /// A time over another.
+    Ratio,
 }
 
 /// Whether a gate opens. Only `Pass` does.

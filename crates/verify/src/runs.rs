@@ -58,6 +58,8 @@ pub struct ProbeRun {
     pub refusal: bool,
     /// Ids of the cited snippets.
     pub citations: Vec<String>,
+    /// Whether the loop detector ended it (G-19).
+    pub looped: bool,
     /// Whether the generator ran; it does not where the ΔS gate refuses.
     pub generated: bool,
     /// Tokens of the prompt.
@@ -171,6 +173,7 @@ pub(crate) fn summarise(
         valid: !attempt.answer.is_invalid(),
         refusal: attempt.answer == Outcome::Refusal,
         citations: citations_of(attempt).into_iter().collect(),
+        looped: reply_of(attempt).is_some_and(|reply| reply.end == GeneratedEnd::Looped),
         generated: reply_of(attempt).is_some() || attempt.outcome.is_none(),
         tokens_in: reply_of(attempt).map_or(0, |reply| reply.n_prompt_tokens),
         tokens: reply_of(attempt).map_or(0, |reply| reply.n_output_tokens),

@@ -53,7 +53,8 @@ pub(crate) struct Demo {
     sources: Sources,
 }
 
-const COLLECTION: &str = "stability";
+/// The name of the sample collection.
+pub(super) const COLLECTION: &str = "stability";
 
 impl Demo {
     pub(crate) fn run(&self, output: &Output) -> Result<Ended> {
@@ -113,10 +114,10 @@ impl Demo {
 }
 
 /// The sample corpus and its scale of ΔS.
-struct Corpus<'a> {
-    documents: PathBuf,
-    gold: &'a GoldSet,
-    spec: &'a CollectionSpec,
+pub(super) struct Corpus<'a> {
+    pub(super) documents: PathBuf,
+    pub(super) gold: &'a GoldSet,
+    pub(super) spec: &'a CollectionSpec,
 }
 
 impl Prepare for Corpus<'_> {
@@ -138,7 +139,7 @@ impl Prepare for Corpus<'_> {
 }
 
 /// Writes the pack that the binary carries into the data folder, file by file where it differs.
-fn unpack() -> Result<PathBuf> {
+pub(super) fn unpack() -> Result<PathBuf> {
     let root = paths::data()?.join("packs").join(COLLECTION);
     write_dir(pack::stability(), &root)?;
     Ok(root)
@@ -244,7 +245,8 @@ fn record(
     report: &exrail_verify::Report,
 ) -> Result<()> {
     let report = report.to_json()?;
-    runtime.block_on(traces.append_probe(services, COLLECTION, report))?;
+    let trace_id = verify::probe_id();
+    runtime.block_on(traces.append_probe(services, COLLECTION, (&trace_id, report)))?;
     Ok(())
 }
 

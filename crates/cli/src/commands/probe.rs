@@ -1,9 +1,9 @@
 //! `exrail probe`.
 
 mod distributions;
-mod injection;
+pub(super) mod injection;
 mod lambda;
-mod quant;
+pub(super) mod quant;
 
 use std::{path::PathBuf, sync::Arc};
 

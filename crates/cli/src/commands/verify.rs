@@ -12,8 +12,8 @@ use exrail_server::{
     pipeline::{ASK_MAX_TOKENS, EngineGenerate, ask_sampling},
 };
 use exrail_verify::{
-    CollectionIndex, Color, CorpusCalibration, GoldSet, Report, System, Verdict, VerifyOptions,
-    verify,
+    CollectionIndex, Color, CorpusCalibration, GoldSet, Observations, Report, System, Verdict,
+    VerifyOptions, verify_observed,
 };
 
 use crate::{
@@ -129,6 +129,11 @@ pub(crate) fn ensure_calibration(
     Ok(())
 }
 
+/// Names a report in traces.
+pub(super) fn probe_id() -> String {
+    format!("probe-{}", jiff::Timestamp::now().as_millisecond())
+}
+
 /// Runs the gold set against booted services.
 pub(crate) fn measure(
     services: &Services,
@@ -137,6 +142,17 @@ pub(crate) fn measure(
     sample: SampleArgs,
     output: Output,
 ) -> Result<Report> {
+    Ok(observe(services, spec, gold, sample, output)?.0)
+}
+
+/// [`measure`], with what its numbers were computed from.
+pub(super) fn observe(
+    services: &Services,
+    spec: &CollectionSpec,
+    gold: &GoldSet,
+    sample: SampleArgs,
+    output: Output,
+) -> Result<(Report, Observations)> {
     let index = services.collections[&spec.name].index();
     let generator = EngineGenerate::new(&services.engine, ask_sampling(), ASK_MAX_TOKENS);
     let system = System { generator: &generator, index, encoder: &**index.encoder() };
@@ -151,9 +167,10 @@ pub(crate) fn measure(
         ..VerifyOptions::default()
     };
     let mut bars = Bars::new(output);
-    let report = verify(system, gold, calibration.as_ref(), &options, &mut |step| bars.probe(step));
+    let mut told = |step| bars.probe(step);
+    let observed = verify_observed(system, gold, calibration.as_ref(), &options, &mut told);
     bars.clear();
-    Ok(report?)
+    Ok(observed?)
 }
 
 /// The report, whose last line is the verdict.

@@ -52,32 +52,37 @@ impl InjectionProbe {
     pub(super) fn run(&self, output: Output) -> Result<Ended> {
         let services = self.model.boot(output)?;
         let engine = &services.engine;
-        let counted = self.count(engine);
+        let counted = count(engine, self.generate.then_some(0));
         engine.shutdown();
         let counted = counted?;
         report(&counted, &services.model_name, output)?;
         let successes: usize = counted.tallies.iter().map(|tally| tally.successes).sum();
         Ok(if successes == 0 { Ended::Done } else { Ended::NotPassed })
     }
+}
 
-    fn count(&self, engine: &EngineHandle) -> Result<Counted> {
-        let classes = [SuccessClass::ControlToken, SuccessClass::Hijack, SuccessClass::Leak];
-        let mut tallies = classes.map(InjectionTally::new);
-        let mut obeyed = self.generate.then_some(0);
-        let secret = Secret::new(engine)?;
-        for (index, attack) in injection_suite().iter().enumerate() {
-            let [control, hijack, leak] = &mut tallies;
-            control.count(control_token(engine, attack)?);
-            hijack.count(hijacked(engine, attack)?);
-            leak.count(secret.outcome(&obeying_reply(index)));
-            if let Some(obeyed) = &mut obeyed {
-                let reply = secret.reply(engine, attack)?;
-                *obeyed += usize::from(secret.is_in(&reply));
-                leak.count(secret.outcome(&reply));
-            }
+/// Control tokens, hijacks and leaks, with a stub that always obeys; nothing is generated.
+pub(in crate::commands) fn count_structural(engine: &EngineHandle) -> Result<[InjectionTally; 3]> {
+    Ok(count(engine, None)?.tallies)
+}
+
+/// Lets the model answer, too, when there is a count of what it obeyed.
+fn count(engine: &EngineHandle, mut obeyed: Option<usize>) -> Result<Counted> {
+    let classes = [SuccessClass::ControlToken, SuccessClass::Hijack, SuccessClass::Leak];
+    let mut tallies = classes.map(InjectionTally::new);
+    let secret = Secret::new(engine)?;
+    for (index, attack) in injection_suite().iter().enumerate() {
+        let [control, hijack, leak] = &mut tallies;
+        control.count(control_token(engine, attack)?);
+        hijack.count(hijacked(engine, attack)?);
+        leak.count(secret.outcome(&obeying_reply(index)));
+        if let Some(obeyed) = &mut obeyed {
+            let reply = secret.reply(engine, attack)?;
+            *obeyed += usize::from(secret.is_in(&reply));
+            leak.count(secret.outcome(&reply));
         }
-        Ok(Counted { tallies, obeyed })
     }
+    Ok(Counted { tallies, obeyed })
 }
 
 fn report(counted: &Counted, model: &str, output: Output) -> Result<()> {

@@ -248,7 +248,7 @@ fn read_baseline(file: &Path) -> Result<FidelityBaseline> {
 }
 
 /// Parameters of a checkpoint, and whether some are in blocks.
-pub(super) fn weigh(path: &Path) -> Result<(u64, bool)> {
+pub(in crate::commands) fn weigh(path: &Path) -> Result<(u64, bool)> {
     let checkpoint = Checkpoint::open(path)?;
     let tensors = checkpoint.tensors();
     let (mut parameters, mut is_packed) = (0, false);

@@ -1,0 +1,370 @@
+//! Measures part by part, and tells what each took.
+
+use std::{collections::BTreeMap, time::Instant};
+
+use anyhow::Result;
+use exrail_engine::EngineHandle;
+use exrail_hub::Kind;
+use exrail_server::{
+    Services,
+    oracle::EngineOracle,
+    pipeline::{ASK_MAX_TOKENS, EngineGenerate, ask_sampling},
+};
+use exrail_text::Specials;
+use exrail_verify::{
+    AnswerScale, BootSection, CacheReport, CollectionIndex, CorpusCalibration, Cost, Diagnosis,
+    EvidenceGate, GoldSet, InjectionSection, InjectionTally, LambdaModes, LambdaModesOptions,
+    LambdaModesReport, MIN_PROBE_TOKENS, ModeSystem, ModesProgress, Observations, Parts, ProbeText,
+    QuantMode, QuantPart, QuantText, Report, RetrievalBits, Retrieve as _, RetrievedBits,
+    RowOracle, Section, Served, Weights, ask_index, cache_probe, check_vectors, diagnose,
+    observe_scale, quant_probe, retrieved_bits,
+};
+use serde::Serialize;
+use serde_json::{Value, json};
+
+use super::Diagnose;
+use crate::{
+    commands::{calibrate::policy, probe, verify},
+    load::CollectionSpec,
+    options::{ActivationOption, EngineArgs, KvOption, QuantOption},
+    output::Output,
+    paths,
+    progress::Bars,
+};
+
+/// Tokens of a sequence on which widths are compared.
+const WINDOW: usize = 512;
+/// Pages of 256 tokens in the KV pool of a width beside the one that is served: a prompt and its answer, with room.
+const PAGES_BESIDE: usize = 32;
+
+/// One run over booted services.
+pub(super) struct Run<'a> {
+    pub(super) options: &'a Diagnose,
+    pub(super) services: &'a Services,
+    pub(super) gold: &'a GoldSet,
+    pub(super) spec: &'a CollectionSpec,
+    pub(super) output: Output,
+    pub(super) started: Instant,
+    pub(super) ready_s: f64,
+}
+
+impl Run<'_> {
+    /// The diagnosis and what its numbers were computed from, line by line.
+    pub(super) fn measure(&self) -> Result<(Diagnosis, Vec<Value>)> {
+        let trace_id = verify::probe_id();
+        let search = policy().search;
+        let (index, encoder) = (self.index(), self.index().encoder());
+        self.tell("boot", self.started);
+        let before = retrieved_bits(self.gold, index, &search)?;
+        let (report, observed) = self.part("gold set", || {
+            verify::observe(self.services, self.spec, self.gold, self.options.sample(), self.output)
+        })?;
+        let mut bars = Bars::new(self.output);
+        let scale = self.part("scale of ΔS", || {
+            Ok(observe_scale(self.gold, index, &**encoder, &search, &mut |step| bars.probe(step))?)
+        })?;
+        let vectors = self.part("vectors", || {
+            Ok(check_vectors(self.gold, index, &**encoder, &search, &mut |step| bars.probe(step))?)
+        })?;
+        bars.clear();
+        let injection = self.part("injection", || self.injection())?;
+        let cache = self.part("cache", || self.cache())?;
+        let (quant, lambda_modes) = self.part("widths", || self.widths(&before))?;
+        let question = self.options.question.as_deref();
+        let gate = self.gate()?;
+        let asked = |question| ask_index(question, index, &gate, &search);
+        let mut lines =
+            vec![json!({ "kind": "run", "trace_id": trace_id, "gold_sha256": self.gold.sha256() })];
+        lines.push(line("scale", &scale));
+        lines.push(line("vectors", &vectors.observed));
+        observe(&mut lines, (&observed, &report), (&cache, &quant));
+        let parts = Parts {
+            trace_id,
+            scale,
+            served: self.served(),
+            vectors,
+            question: question.map(asked).transpose()?,
+            cost: self.cost(&report, lambda_modes.value()),
+            quant,
+            lambda_modes,
+            cache,
+            boot: self.boot(),
+            injection,
+            schema: Section::missing(
+                "a gold set asks for no schema: send requests with response_format to a server, whose metrics count them",
+            ),
+            shards: Section::missing("the model runs on one device: needs several"),
+            e_resonance: Section::Inconclusive {
+                reason: "one short run cannot tell: needs 20 replies of 3,200 tokens, which no option of this version makes"
+                    .to_owned(),
+            },
+            mismatch: None,
+            report,
+        };
+        Ok((diagnose(parts), lines))
+    }
+
+    /// Runs a part and tells what it took.
+    fn part<T>(&self, name: &str, work: impl FnOnce() -> Result<T>) -> Result<T> {
+        let started = Instant::now();
+        let done = work()?;
+        self.tell(name, started);
+        Ok(done)
+    }
+
+    fn tell(&self, name: &str, started: Instant) {
+        self.output.note(format!("  {name:<14}{:6.1} s", started.elapsed().as_secs_f64()));
+    }
+
+    fn index(&self) -> &CollectionIndex {
+        self.services.collections[&self.spec.name].index()
+    }
+
+    /// The stored scale, if it holds.
+    fn calibration(&self) -> Option<CorpusCalibration> {
+        let index = self.index();
+        let stored = CorpusCalibration::load(&paths::calibration(&self.spec.dir)).ok();
+        let k = policy().search.k;
+        stored.filter(|it| it.check(index.encoder_fp(), index.index_hash(), k).is_ok())
+    }
+
+    /// The gate as the server has it.
+    fn gate(&self) -> Result<EvidenceGate> {
+        Ok(EvidenceGate::new(self.calibration().as_ref(), self.index())?)
+    }
+
+    fn served(&self) -> Served {
+        let facts = self.services.engine.facts();
+        Served {
+            shards: 1,
+            rank_map: vec![facts.backend.clone()],
+            extensions: Vec::new(),
+            // The kernels of the CPU sum every row in the same order whatever else is in the batch.
+            batch_invariant: self.options.engine.batch_invariant
+                || !facts.backend.starts_with("cuda"),
+        }
+    }
+
+    fn boot(&self) -> Section<BootSection> {
+        let Some(warm_up) = &self.services.warm_up else {
+            return Section::missing("the engine was not warmed up");
+        };
+        let built = self.services.engine.counters().built_after_fence.unwrap_or_default();
+        Section::Ok(BootSection {
+            ready_s: self.ready_s,
+            cold_ratio_max: warm_up.ready_ratio,
+            cold_start_ratio: warm_up.cold_ratio,
+            post_ready_captures: built.named().iter().map(|&(_, n)| n).sum(),
+            warm_up_tokens: warm_up.n_tokens,
+        })
+    }
+
+    /// Replies and their tokens, and the time of everything.
+    fn cost(&self, report: &Report, modes: Option<&LambdaModesReport>) -> Cost {
+        let of_modes = modes.map_or_else(Cost::default, |modes| modes.cost);
+        Cost {
+            generations: report.cost.generations + of_modes.generations,
+            tokens: report.cost.tokens + of_modes.tokens,
+            seconds: self.started.elapsed().as_secs_f64(),
+        }
+    }
+
+    fn injection(&self) -> Result<Section<InjectionSection>> {
+        if self.services.engine.template().is_none() {
+            return Ok(Section::missing("the model carries no chat template to inject into"));
+        }
+        let tallies = probe::injection::count_structural(&self.services.engine)?;
+        let [control, hijack, leak] = tallies;
+        let all = tallies.iter().map(InjectionTally::upper_95).collect::<Result<Vec<_>, _>>()?;
+        Ok(Section::Ok(InjectionSection {
+            trials: control.trials,
+            control_tokens: control.successes,
+            hijacks: hijack.successes,
+            leaks: leak.successes,
+            upper_95: all.into_iter().fold(0.0, f64::max),
+        }))
+    }
+
+    /// The documents of the collection one after the other.
+    fn corpus(&self) -> Result<String> {
+        let index = self.index();
+        let mut text = String::new();
+        for doc_id in index.doc_ids() {
+            if let Some(document) = index.document(&doc_id)? {
+                text.push_str(&document.text);
+                text.push_str("\n\n");
+            }
+        }
+        Ok(text)
+    }
+
+    fn cache(&self) -> Result<Section<CacheReport>> {
+        let engine = &self.services.engine;
+        let tokenizer = engine.tokenizer();
+        let ids = tokenizer.encode(&self.corpus()?, Specials::AsText)?;
+        let bos = tokenizer.bos().filter(|_| tokenizer.add_bos());
+        let there = (ids.len() + usize::from(bos.is_some())).min(engine.facts().context);
+        let (asked, most, _) = self.options.tokens();
+        let n_tokens = asked.unwrap_or(most.min(there));
+        if asked.is_none() && n_tokens < MIN_PROBE_TOKENS {
+            return Ok(Section::missing(format!(
+                "needs {MIN_PROBE_TOKENS} tokens of text and of context, found {there}: exrail probe cache MODEL --text FILE"
+            )));
+        }
+        let oracle = EngineOracle::new(engine);
+        let text = ProbeText { bos, ids: &ids };
+        let mut told = |n| tracing::info!("{n} of {n_tokens} tokens compared");
+        Ok(Section::Ok(cache_probe(&oracle, text, n_tokens, oracle.width(), &mut told)?))
+    }
+
+    /// Other widths of the weights, loaded beside the one that is served.
+    fn widths(
+        &self,
+        before: &[RetrievedBits],
+    ) -> Result<(Section<QuantPart>, Section<LambdaModesReport>)> {
+        let mut booted = BTreeMap::new();
+        for &width in &self.options.modes {
+            let mode = match width {
+                QuantOption::Int8 => QuantMode::Int8,
+                QuantOption::Int4 => QuantMode::Int4,
+            };
+            let engine = EngineArgs { quant: Some(width), rounds_blocks: true, ..self.beside() };
+            booted.insert(mode, self.options.boot(&engine, None, self.output)?);
+        }
+        let quant = self.part("  fidelity", || self.quant(&booted, before));
+        let modes = quant.and_then(|quant| {
+            Ok((quant, self.part("  λ of widths", || self.lambda_modes(&booted))?))
+        });
+        booted.values().for_each(|services| services.engine.shutdown());
+        modes
+    }
+
+    /// The options as given, with a cache for one sequence at a time unless it is to hold more.
+    fn beside(&self) -> EngineArgs {
+        let served = self.options.engine();
+        EngineArgs { kv_pages: served.kv_pages.or(Some(PAGES_BESIDE)), ..served }
+    }
+
+    fn quant(
+        &self,
+        booted: &BTreeMap<QuantMode, Services>,
+        before: &[RetrievedBits],
+    ) -> Result<Section<QuantPart>> {
+        let mut bars = Bars::new(self.output);
+        let (sources, model) = (&self.options.sources, self.options.model());
+        let path = sources.resolve(model, Kind::Generator, &mut bars)?.path;
+        bars.clear();
+        let (parameters, is_packed) = probe::quant::weigh(&path)?;
+        let Some(texts) = self.texts(&self.services.engine)? else {
+            return Ok(Section::missing(format!(
+                "needs {WINDOW} tokens of text: exrail probe quant MODEL --text FILE"
+            )));
+        };
+        let (activation, kv) = (ActivationOption::F32, KvOption::F32);
+        let exact = EngineArgs { activation, kv, quant: None, ..self.beside() };
+        let reference = self.options.boot(&exact, None, self.output)?;
+        let oracles: BTreeMap<QuantMode, EngineOracle<'_>> = booted
+            .iter()
+            .map(|(&mode, of)| (mode, EngineOracle::new(&of.engine)))
+            .chain([(QuantMode::AsServed, EngineOracle::new(&self.services.engine))])
+            .collect();
+        let rows: BTreeMap<QuantMode, &RowOracle<'_>> =
+            oracles.iter().map(|(&mode, oracle)| (mode, oracle as &RowOracle<'_>)).collect();
+        let exact = EngineOracle::new(&reference.engine);
+        let mut told = |n| tracing::info!("{n} tokens compared");
+        let report = quant_probe(&exact, &rows, &texts, parameters, &mut told);
+        let format = reference.engine.facts().quant.clone();
+        reference.engine.shutdown();
+        let meanwhile = retrieved_bits(self.gold, self.index(), &policy().search)?;
+        let shown = if is_packed { "as_loaded".to_owned() } else { format.to_lowercase() };
+        Ok(Section::Ok(QuantPart {
+            weights: Weights { reference: shown, format, parameters },
+            report: report?,
+            retrieval: RetrievalBits::between(before, &meanwhile),
+        }))
+    }
+
+    /// The same questions over the same evidence, answered in each width.
+    fn lambda_modes(
+        &self,
+        booted: &BTreeMap<QuantMode, Services>,
+    ) -> Result<Section<LambdaModesReport>> {
+        let n_items = self.options.sample().lambda;
+        if n_items == 0 || booted.is_empty() {
+            return Ok(Section::missing("no item was asked for: --lambda N and --modes int8,int4"));
+        }
+        let index = self.index();
+        let calibration = self.calibration();
+        let gate = self.gate()?;
+        let options = LambdaModesOptions {
+            policy: policy(),
+            n_items,
+            seed: self.options.sample.sample_seed,
+            ..LambdaModesOptions::default()
+        };
+        let served = generate(self.services);
+        let reference = (QuantMode::AsServed, ModeSystem { generator: &served, index });
+        let mut told = |_: ModesProgress| ();
+        let mut probe = LambdaModes::begin(reference, self.gold, &gate, options, &mut told)?;
+        for (&mode, services) in booted {
+            let generator = generate(services);
+            probe.add(mode, ModeSystem { generator: &generator, index }, &mut told);
+        }
+        let bound = (index.index_hash(), policy().search.k);
+        let mut scale = AnswerScale::new(&**index.encoder(), calibration.as_ref(), bound);
+        Ok(Section::Ok(probe.report(&mut scale)?))
+    }
+
+    /// Whole windows of the corpus; none where there is less than one.
+    fn texts(&self, engine: &EngineHandle) -> Result<Option<Vec<QuantText>>> {
+        let tokenizer = engine.tokenizer();
+        let bos = tokenizer.bos().filter(|_| tokenizer.add_bos());
+        let ids = tokenizer.encode(&self.corpus()?, Specials::AsText)?;
+        let (_, _, n_tokens) = self.options.tokens();
+        let windows = ids.chunks_exact(WINDOW - usize::from(bos.is_some())).take(n_tokens / WINDOW);
+        let sequence = |ids: &[u32]| bos.iter().chain(ids).copied().collect();
+        let sequences: Vec<Vec<u32>> = windows.map(sequence).collect();
+        let text = QuantText { name: "corpus".to_owned(), sequences };
+        Ok((!text.sequences.is_empty()).then(|| vec![text]))
+    }
+}
+
+/// A generator as the server asks it.
+fn generate(services: &Services) -> EngineGenerate<'_> {
+    EngineGenerate::new(&services.engine, ask_sampling(), ASK_MAX_TOKENS)
+}
+
+/// One line a thing that was observed.
+fn observe(
+    lines: &mut Vec<Value>,
+    (observed, report): (&Observations, &Report),
+    (cache, quant): (&Section<CacheReport>, &Section<QuantPart>),
+) {
+    lines.extend(observed.retrieval.iter().map(|of| line("retrieval", of)));
+    lines.extend(observed.sweep.iter().map(|of| line("sweep", of)));
+    lines.extend(observed.answers.iter().map(|of| line("answer", of)));
+    lines.extend(observed.refusals.iter().map(|of| line("refusal", of)));
+    lines.extend(report.lambda.items.iter().map(|of| line("lambda", of)));
+    if let Some(report) = cache.value() {
+        lines.push(line(
+            "cache",
+            &json!({ "checkpoints": report.checkpoints, "of": report.observed }),
+        ));
+    }
+    if let Some(part) = quant.value() {
+        lines.extend(part.retrieval.as_ref().map(|bits| line("bits", bits)));
+        lines.push(line("noise", &json!({ "klds": part.report.noise_observed })));
+        for text in &part.report.texts {
+            lines.push(line("fidelity", &json!({ "text": text.name, "of": text.observed })));
+        }
+    }
+}
+
+/// An object with its kind in front.
+fn line(kind: &str, value: &impl Serialize) -> Value {
+    let mut value = serde_json::to_value(value).unwrap_or_default();
+    if let Some(fields) = value.as_object_mut() {
+        fields.insert("kind".to_owned(), kind.into());
+    }
+    value
+}
