@@ -8,6 +8,8 @@ use std::{
     process::{Command, Output},
 };
 
+use exrail_checkpoint::Gguf;
+use exrail_tensor::DType;
 use exrail_testkit::{TinyLlama, tiny_bert, tiny_llama};
 
 fn exrail(home: &Path, arguments: &[&str]) -> Output {
@@ -610,6 +612,31 @@ fn a_model_that_computes_something_else_than_its_manifest_keeps_is_not_served() 
     assert!(boot().status.success());
 }
 
+/// The same weights in blocks, the scales of one matrix doubled.
+fn one_layer_with_wrong_scales_is_named(home: &Path) {
+    let spec = TinyLlama { n_layers: 4, ..TinyLlama::default() };
+    let mut blocks = tiny_llama(3, TinyLlama { dtype: DType::Q8_0, ..spec });
+    let [exact, broken] = ["exact.gguf", "broken.gguf"].map(|name| home.join(name));
+    std::fs::write(&exact, tiny_llama(3, spec)).unwrap();
+    std::fs::write(&broken, &blocks).unwrap();
+    let gguf = Gguf::open(&broken).unwrap();
+    let matrix = gguf.tensor("blk.2.ffn_up.weight").unwrap().bytes.to_vec();
+    drop(gguf);
+    let at = blocks.windows(matrix.len()).position(|bytes| bytes == matrix).unwrap();
+    for scale in blocks[at..at + matrix.len()].chunks_exact_mut(34) {
+        // Of an f16 the next exponent is twice the value.
+        scale[1] += 4;
+    }
+    std::fs::write(&broken, blocks).unwrap();
+    let [exact, broken] = [exact, broken].map(|path| path.to_str().unwrap().to_owned());
+    let arguments =
+        ["probe", "quant", &exact, "--device", "cpu", "--tokens", "128", "--window", "64"];
+    let more = ["--modes", "as-served", "--against", &broken];
+    let told = text(&exrail(home, &[&arguments[..], &more].concat()).stdout);
+    assert!(told.contains("stands out: blk.2.ffn_up.weight"), "{told}");
+    assert_eq!(told.matches("stands out").count(), 1, "{told}");
+}
+
 #[test]
 fn widths_are_compared_with_the_model_that_they_are_of() {
     let home = tempfile::tempdir().unwrap();
@@ -642,6 +669,12 @@ fn widths_are_compared_with_the_model_that_they_are_of() {
         let [fine, coarse] = [fine, &coarse].map(|loss| loss["sqnr_db"].as_f64().unwrap());
         assert!(fine >= coarse && coarse > 10.0, "{found}");
     }
+    // Another seed, another model: all of its matrices, none more than the others.
+    assert!(losses("against").len() > 7 && found["stand_out"]["against"] == serde_json::json!([]));
+    assert!(
+        losses("against").iter().all(|loss| loss["sqnr_db"].as_f64().unwrap() < 0.0),
+        "{found}"
+    );
     // Its own past is a scale: the same passes, and what was nearer then does not.
     let past = home.path().join("past.json");
     let baseline = |report: &serde_json::Value| {
@@ -669,6 +702,8 @@ fn widths_are_compared_with_the_model_that_they_are_of() {
     for part in ["noise floor", "int4 vs int8", "worst of", "not calibrated", "3 billion"] {
         assert!(table.contains(part), "{part}: {table}");
     }
+
+    one_layer_with_wrong_scales_is_named(home.path());
 
     let short = home.path().join("short.txt");
     std::fs::write(&short, "Too short.").unwrap();

@@ -56,6 +56,16 @@ pub enum EngineError {
         /// Whether there is a `tokenizer.model`.
         has_sentencepiece: bool,
     },
+    /// Two models whose weights are to be compared have other tensors.
+    #[error("weights of {other}: expected the matrices of {reference}, found {found}")]
+    OtherTensors {
+        /// The model that is compared with.
+        reference: String,
+        /// The model that is compared.
+        other: String,
+        /// What differs.
+        found: String,
+    },
     /// An engine option cannot be honoured.
     #[error("engine option `{field}`: expected {expected}, found {found}")]
     BadOption {

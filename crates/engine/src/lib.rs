@@ -35,6 +35,7 @@ mod fingerprint;
 mod handle;
 mod load;
 mod loops;
+mod losses;
 mod masks;
 mod open_json;
 mod output;
@@ -67,10 +68,11 @@ pub use faults::{Fault, FaultBoard, FaultPlan, Guard, Guards, InjectedFaults};
 pub use fingerprint::{FingerprintError, FingerprintState, HashProgress, ModelFingerprint};
 pub use handle::{Engine, EngineFacts, EngineHandle, EngineOptions};
 pub use load::{
-    CheckedGenerator, Identity, LoadOptions, Loaded, RoundingLoss, check_generator, load_admitted,
-    load_generator, prepare_generator, rounding_losses,
+    CheckedGenerator, Identity, LoadOptions, Loaded, check_generator, load_admitted,
+    load_generator, prepare_generator,
 };
 pub use loops::{LoopGuard, OnLoop};
+pub use losses::{StandsOut, WeightLoss, checkpoint_losses, rounding_losses, standing_out};
 pub use plan::{
     Admission, Change, DoesNotFit, Fit, FormatBytes, Free, Mebibytes, MemoryPlan, Need,
 };

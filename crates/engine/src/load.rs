@@ -14,7 +14,6 @@ use exrail_kernels::Backend;
 use exrail_model::{Decoder, LoadProgress};
 use exrail_tensor::IntGrid;
 use exrail_text::{ChatTemplate, Specials, TokenRoles, Tokenizer, Vocabulary};
-use serde::Serialize;
 
 use crate::error::EngineError;
 use crate::fingerprint::{ModelFingerprint, Unhashed};
@@ -211,41 +210,6 @@ pub(crate) fn round(
         return Ok(Rounded::of_any(checkpoint.tensors(), grid));
     }
     Rounded::new(checkpoint.tensors(), grid)
-}
-
-/// What rounding a matrix costs it.
-#[derive(Clone, Debug, PartialEq, Serialize)]
-pub struct RoundingLoss {
-    /// Its name in the checkpoint.
-    pub tensor: String,
-    /// Signal to quantisation noise, `10 log10(Σ w² / Σ (w − ŵ)²)`, in decibels; none where rounding changed nothing.
-    pub sqnr_db: Option<f64>,
-}
-
-/// What [`LoadOptions::quant`] costs each matrix of the model at `path`, blocks included, in the order of the checkpoint.
-/// Reads the weights one matrix at a time.
-///
-/// # Errors
-/// The model is refused as by [`load_generator`], or a weight is not finite.
-pub fn rounding_losses(path: &Path, grid: IntGrid) -> Result<Vec<RoundingLoss>, EngineError> {
-    let checkpoint = Checkpoint::open(path)?;
-    let (tensors, rounded) = (checkpoint.tensors(), round(&checkpoint, grid, true)?);
-    let mut losses = Vec::new();
-    for name in tensors.names() {
-        let dtypes = [tensors.info(name), rounded.info(name)].map(|info| info.map(|i| i.dtype));
-        if dtypes[0] == dtypes[1] {
-            continue;
-        }
-        let (values, found) = (tensors.tensor(name)?.to_f32()?, rounded.tensor(name)?.to_f32()?);
-        let (mut signal, mut noise) = (0.0, 0.0);
-        for (&value, found) in values.iter().zip(found) {
-            signal += f64::from(value).powi(2);
-            noise += (f64::from(value) - f64::from(found)).powi(2);
-        }
-        let sqnr_db = (noise > 0.0).then(|| 10.0 * (signal / noise).log10());
-        losses.push(RoundingLoss { tensor: name.to_owned(), sqnr_db });
-    }
-    Ok(losses)
 }
 
 /// A checkpoint of which everything but the weights was read, and found to agree.

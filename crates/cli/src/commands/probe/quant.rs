@@ -8,7 +8,9 @@ use std::{
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
 use exrail_checkpoint::Checkpoint;
-use exrail_engine::{EngineHandle, RoundingLoss, rounding_losses};
+use exrail_engine::{
+    EngineHandle, StandsOut, WeightLoss, checkpoint_losses, rounding_losses, standing_out,
+};
 use exrail_hub::Kind;
 use exrail_server::{Services, oracle::EngineOracle};
 use exrail_tensor::IntGrid;
@@ -145,7 +147,10 @@ impl QuantProbe {
         }
         let format = reference.engine.facts().quant.clone();
         let about = Reference::of(is_packed, format, parameters);
-        let losses = losses(&path, &modes)?;
+        let mut losses = losses(&path, &modes)?;
+        if let Some(other) = self.other_path(output)? {
+            losses.insert(QuantMode::Against, checkpoint_losses(&path, &other)?);
+        }
         self.tell(&report, &about, &losses, &reference, output);
         modes.values().chain([&reference]).for_each(|services| services.engine.shutdown());
         Ok(if report.verdict == Verdict::Pass { Ended::Done } else { Ended::NotPassed })
@@ -166,6 +171,15 @@ impl QuantProbe {
             );
         }
         Ok(services)
+    }
+
+    /// Where that is.
+    fn other_path(&self, output: Output) -> Result<Option<PathBuf>> {
+        let Some(name) = &self.against else { return Ok(None) };
+        let mut bars = Bars::new(output);
+        let path = self.model.sources.resolve(name, Kind::Generator, &mut bars)?.path;
+        bars.clear();
+        Ok(Some(path))
     }
 
     /// The options as given; the cache holds one sequence unless it is to hold more.
@@ -212,7 +226,7 @@ impl QuantProbe {
         &self,
         report: &QuantReport,
         about: &Reference,
-        losses: &BTreeMap<QuantMode, Vec<RoundingLoss>>,
+        losses: &BTreeMap<QuantMode, Vec<WeightLoss>>,
         services: &Services,
         output: Output,
     ) {
@@ -226,6 +240,7 @@ impl QuantProbe {
             "weights": about,
             "fidelity": report,
             "rounding": losses,
+            "stand_out": stand_out(losses),
         }));
         let name = &services.model_name;
         output
@@ -275,11 +290,16 @@ fn compare(
     Ok(quant_probe(&EngineOracle::new(reference), &rows, texts, parameters, &mut told)?)
 }
 
+/// Matrices that lost more than their peers in other layers, by mode.
+fn stand_out(losses: &BTreeMap<QuantMode, Vec<WeightLoss>>) -> BTreeMap<QuantMode, Vec<StandsOut>> {
+    losses.iter().map(|(&mode, losses)| (mode, standing_out(losses))).collect()
+}
+
 /// What rounding costs each matrix, of the modes that round.
 fn losses(
     path: &Path,
     modes: &BTreeMap<QuantMode, Services>,
-) -> Result<BTreeMap<QuantMode, Vec<RoundingLoss>>> {
+) -> Result<BTreeMap<QuantMode, Vec<WeightLoss>>> {
     let mut losses = BTreeMap::new();
     for (mode, grid) in [(QuantMode::Int8, IntGrid::Int8), (QuantMode::Int4, IntGrid::Int4)] {
         if modes.contains_key(&mode) {
@@ -289,7 +309,28 @@ fn losses(
     Ok(losses)
 }
 
-fn lines(report: &QuantReport, losses: &BTreeMap<QuantMode, Vec<RoundingLoss>>) -> Vec<String> {
+/// The matrices that lost most, and those that lost more than their peers.
+fn matrix_lines(mode: QuantMode, losses: &[WeightLoss]) -> Vec<String> {
+    let mut worst: Vec<(f64, &str)> =
+        losses.iter().filter_map(|loss| Some((loss.sqnr_db?, loss.tensor.as_str()))).collect();
+    worst.sort_by(|a, b| a.0.total_cmp(&b.0));
+    let shown = worst.iter().take(WORST).map(|(db, tensor)| format!("{tensor} {db:.1} dB"));
+    let mut lines = vec![format!(
+        "{:<19}signal to noise of the matrices, worst of {}: {}",
+        mode.name(),
+        worst.len(),
+        shown.collect::<Vec<_>>().join(", ")
+    )];
+    for StandsOut { tensor, sqnr_db, median_db } in standing_out(losses).iter().take(WORST) {
+        let peers = median_db.map_or("unchanged".to_owned(), |db| format!("{db:.1} dB"));
+        lines.push(format!(
+            "                   stands out: {tensor} {sqnr_db:.1} dB, the same matrix of other layers {peers}; look at its scales"
+        ));
+    }
+    lines
+}
+
+fn lines(report: &QuantReport, losses: &BTreeMap<QuantMode, Vec<WeightLoss>>) -> Vec<String> {
     let noise = report.noise;
     let mut lines = vec![format!(
         "noise floor        mean {:.1e} nats, at most {:.1e}: the reference row by row and in chunks",
@@ -325,18 +366,7 @@ fn lines(report: &QuantReport, losses: &BTreeMap<QuantMode, Vec<RoundingLoss>>) 
             ));
         }
     }
-    for (mode, losses) in losses {
-        let mut worst: Vec<(f64, &str)> =
-            losses.iter().filter_map(|loss| Some((loss.sqnr_db?, loss.tensor.as_str()))).collect();
-        worst.sort_by(|a, b| a.0.total_cmp(&b.0));
-        let shown = worst.iter().take(WORST).map(|(db, tensor)| format!("{tensor} {db:.1} dB"));
-        lines.push(format!(
-            "{:<19}signal to noise of the matrices, worst of {}: {}",
-            mode.name(),
-            worst.len(),
-            shown.collect::<Vec<_>>().join(", ")
-        ));
-    }
+    lines.extend(losses.iter().flat_map(|(&mode, losses)| matrix_lines(mode, losses)));
     for gate in &report.gates {
         let fail = gate.fail.map_or(String::new(), |fail| format!(", fails from {fail}"));
         lines.push(format!(
