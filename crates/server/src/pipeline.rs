@@ -199,7 +199,17 @@ impl<'a> EngineGenerate<'a> {
         grammar: Option<Grammar>,
         (max_tokens, seed): (usize, u64),
     ) -> Result<Generated, GenerateError> {
-        let request = GenerateRequest {
+        let request = self.request(prompt, grammar, (max_tokens, seed));
+        Pending::of(self.engine.submit(request).map_err(engine_error)?).finish(self)
+    }
+
+    fn request(
+        &self,
+        prompt: Vec<u32>,
+        grammar: Option<Grammar>,
+        (max_tokens, seed): (usize, u64),
+    ) -> GenerateRequest {
+        GenerateRequest {
             grammar,
             sampling: Sampling { seed, ..self.sampling.clone() },
             // The trace of a verified answer carries it.
@@ -210,31 +220,29 @@ impl<'a> EngineGenerate<'a> {
             loop_guard: self.loop_guard,
             prefix_cache: self.prefix_cache,
             ..GenerateRequest::new(prompt, max_tokens)
-        };
-        let submitted = Instant::now();
-        let generation = self.engine.submit(request).map_err(engine_error)?;
-        let mut text = String::new();
-        let mut first_token_ms = None;
-        while let Some(event) = self.next(&generation)? {
-            match event {
-                Event::Started { .. } | Event::Rotated(_) | Event::RolledBack { .. } => {}
-                Event::Token(token) => {
-                    first_token_ms.get_or_insert_with(|| ms_since(submitted));
-                    text.push_str(&token.text);
+        }
+    }
+
+    /// Hands a prompt over evidence to the engine. One that finds no place waits until those before it have ended: who
+    /// asks several things at once is refused no sooner than who asks one after the other.
+    fn hand_over(
+        &self,
+        (frame, seed): (&PromptFrame, u64),
+        before: &mut [InFlight],
+    ) -> Result<Pending, GenerateError> {
+        let grammar = self.grammar(cite_lark(frame.live()))?;
+        let request = self.request(self.framed(frame)?, grammar, (self.max_tokens, seed));
+        let mut waiting = before.iter_mut();
+        loop {
+            match self.engine.submit(request.clone()) {
+                Ok(generation) => return Ok(Pending::of(generation)),
+                Err(error @ (SubmitError::QueueFull { .. } | SubmitError::Overloaded { .. })) => {
+                    let Some(oldest) = waiting.next() else { return Err(engine_error(error)) };
+                    oldest.end(self);
                 }
-                Event::Tail(tail) => text.push_str(&tail),
-                Event::Finished(finished) => {
-                    let this = measured(first_token_ms, &finished);
-                    self.taken.set(Some(self.taken.get().map_or(this, |before| before.and(this))));
-                    return generated(text, &finished);
-                }
-                Event::Failed(SequenceFault::NumericFault { step }) => {
-                    return Err(GenerateError::Numeric { step });
-                }
-                Event::Failed(fault) => return Err(engine_error(ApiError::from(fault))),
+                Err(error) => return Err(engine_error(error)),
             }
         }
-        Err(engine_error(ApiError::Lost))
     }
 
     fn prompt(&self, messages: &[FrameMessage]) -> Result<Vec<u32>, GenerateError> {
@@ -261,6 +269,91 @@ impl<'a> EngineGenerate<'a> {
     }
 }
 
+/// One of several generations.
+enum InFlight {
+    /// Its events are to come.
+    Running(Pending),
+    /// What it gave.
+    Ended(Result<Generated, GenerateError>),
+}
+
+impl InFlight {
+    /// Waits for its end.
+    fn end(&mut self, of: &EngineGenerate<'_>) {
+        let lost = InFlight::Ended(Err(engine_error(ApiError::Lost)));
+        *self = InFlight::Ended(std::mem::replace(self, lost).ended(of));
+    }
+
+    /// What it gave, when it has ended.
+    fn ended(self, of: &EngineGenerate<'_>) -> Result<Generated, GenerateError> {
+        match self {
+            InFlight::Running(pending) => pending.finish(of),
+            InFlight::Ended(result) => result,
+        }
+    }
+}
+
+/// A generation with what came of it so far.
+struct Pending {
+    generation: Generation,
+    submitted: Instant,
+    text: String,
+    first_token_ms: Option<f64>,
+    finished: Option<Finished>,
+}
+
+impl Pending {
+    fn of(generation: Generation) -> Self {
+        let submitted = Instant::now();
+        Self { generation, submitted, text: String::new(), first_token_ms: None, finished: None }
+    }
+
+    /// Waits until the prompt is read, which the first token shows.
+    fn read_prompt(&mut self, of: &EngineGenerate<'_>) -> Result<(), GenerateError> {
+        while self.first_token_ms.is_none() && self.finished.is_none() {
+            self.take(of)?;
+        }
+        Ok(())
+    }
+
+    /// Waits for the end.
+    fn finish(mut self, of: &EngineGenerate<'_>) -> Result<Generated, GenerateError> {
+        loop {
+            if let Some(finished) = &self.finished {
+                let this = measured(self.first_token_ms, finished);
+                of.taken.set(Some(of.taken.get().map_or(this, |before| before.and(this))));
+                return generated(self.text, finished);
+            }
+            self.take(of)?;
+        }
+    }
+
+    /// Takes the next event.
+    fn take(&mut self, of: &EngineGenerate<'_>) -> Result<(), GenerateError> {
+        match of.next(&self.generation)? {
+            Some(Event::Started { .. } | Event::Rotated(_) | Event::RolledBack { .. }) => Ok(()),
+            Some(Event::Token(token)) => {
+                self.first_token_ms.get_or_insert_with(|| ms_since(self.submitted));
+                self.text.push_str(&token.text);
+                Ok(())
+            }
+            Some(Event::Tail(tail)) => {
+                self.text.push_str(&tail);
+                Ok(())
+            }
+            Some(Event::Finished(finished)) => {
+                self.finished = Some(finished);
+                Ok(())
+            }
+            Some(Event::Failed(SequenceFault::NumericFault { step })) => {
+                Err(GenerateError::Numeric { step })
+            }
+            Some(Event::Failed(fault)) => Err(engine_error(ApiError::from(fault))),
+            None => Err(engine_error(ApiError::Lost)),
+        }
+    }
+}
+
 fn chat_messages(messages: &[FrameMessage]) -> Vec<ChatMessage> {
     messages.iter().map(|m| ChatMessage::new(m.role, m.content.clone())).collect()
 }
@@ -283,6 +376,27 @@ impl Generate for EngineGenerate<'_> {
     fn generate(&self, prompt: &PromptFrame, seed: u64) -> Result<Generated, GenerateError> {
         let grammar = self.grammar(cite_lark(prompt.live()))?;
         self.reply(self.framed(prompt)?, grammar, (self.max_tokens, seed))
+    }
+
+    /// All of them are in the engine at once. The first one goes ahead until its prompt is read: from then on the pages
+    /// that the others have in common with it are found, and not computed again.
+    fn generate_all(
+        &self,
+        prompts: &[(&PromptFrame, u64)],
+    ) -> Vec<Result<Generated, GenerateError>> {
+        let mut all: Vec<InFlight> = Vec::with_capacity(prompts.len());
+        for &prompt in prompts {
+            let handed_over = self.hand_over(prompt, &mut all);
+            all.push(
+                handed_over.map_or_else(|error| InFlight::Ended(Err(error)), InFlight::Running),
+            );
+            if let [InFlight::Running(first)] = &mut all[..]
+                && let Err(error) = first.read_prompt(self)
+            {
+                all[0] = InFlight::Ended(Err(error));
+            }
+        }
+        all.into_iter().map(|one| one.ended(self)).collect()
     }
 
     /// The copy-on-write checkpoint of a step (G-20) is what the prefix cache holds of the prompt and the steps that
@@ -637,9 +751,62 @@ fn ask_error(error: GenerateError) -> ApiError {
 
 #[cfg(test)]
 mod tests {
-    use exrail_engine::PageFault;
+    use exrail_checkpoint::{Checkpoint, Gguf};
+    use exrail_engine::{
+        Engine, EngineOptions, Identity, LoadOptions, PageFault, prepare_generator,
+    };
+    use exrail_kernels_cpu::{CpuBackend, CpuOptions};
+    use exrail_testkit::{TinyLlama, tiny_llama};
+    use exrail_verify::Live;
 
     use super::*;
+
+    fn engine(options: EngineOptions) -> EngineHandle {
+        let backend = CpuBackend::new(CpuOptions { threads: Some(1), ..CpuOptions::default() });
+        let gguf = Gguf::parse(tiny_llama(7, TinyLlama::default())).unwrap();
+        let who = Identity { name: "tiny".into(), sha256: "0".repeat(64) };
+        let (checkpoint, load) = (Checkpoint::Gguf(gguf), LoadOptions::default());
+        let loaded =
+            prepare_generator(backend.unwrap(), &checkpoint, who, load, &mut |_| {}).unwrap();
+        Engine::start(loaded, EngineOptions { kv_pages: Some(32), ..options }).unwrap()
+    }
+
+    /// What three prompts that begin alike give: asked together, and one after the other.
+    fn together_and_alone(options: EngineOptions) -> [Vec<Generated>; 2] {
+        let nonce = Nonce::derive(&[b"together"]);
+        let frame = |of: &str| {
+            let question = format!("{} {of}?", "How long is a page of the cache".repeat(20));
+            PromptFrame::new(&question, Live::default(), &nonce).unwrap()
+        };
+        let frames = ["today", "tomorrow", "on Monday"].map(frame);
+        let prompts: Vec<(&PromptFrame, u64)> = frames.iter().zip(1..).collect();
+        let sampling = Sampling { temperature: 1.0, ..ask_sampling() };
+        let [first, second] = [engine(options), engine(options)];
+        let of = |engine| EngineGenerate::new(engine, sampling.clone(), 12).locked(AnswerLock::Off);
+        let together = of(&first).generate_all(&prompts);
+        let alone = prompts.iter().map(|&(frame, seed)| of(&second).generate(frame, seed));
+        let found = [together, alone.collect()]
+            .map(|all| all.into_iter().map(Result::unwrap).collect::<Vec<_>>());
+        [first, second].iter().for_each(EngineHandle::shutdown);
+        found
+    }
+
+    #[test]
+    fn prompts_that_are_asked_together_give_what_they_give_alone_and_share_what_they_have_in_common()
+     {
+        let [together, alone] = together_and_alone(EngineOptions::default());
+        assert_eq!(together, alone);
+        assert_ne!(together[0].text, together[1].text, "the prompts and the seeds differ");
+        assert_eq!(together[0].n_cached_tokens, 0);
+        assert!(together[1..].iter().all(|reply| reply.n_cached_tokens >= 256), "{together:?}");
+    }
+
+    #[test]
+    fn who_asks_several_things_at_once_is_not_refused_by_the_queue() {
+        let narrow = EngineOptions { max_sequences: 1, queue_limit: 1, ..EngineOptions::default() };
+        let [together, alone] = together_and_alone(narrow);
+        assert_eq!(together, alone);
+    }
 
     #[test]
     fn a_broken_page_keeps_its_code_through_an_ask() {

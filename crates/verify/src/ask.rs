@@ -644,17 +644,80 @@ pub fn answer_over(
     call: (&AskPolicy, &Nonce, u64),
 ) -> Result<AskOutcome, GenerateError> {
     let (policy, nonce, seed) = call;
-    let mut hits = hits;
+    match fit(system, (question, hits), gate, (policy, nonce))? {
+        Fitted::Refused(outcome) => Ok(*outcome),
+        Fitted::Prompt(prompt) => reply_to(system, &prompt, (policy, seed)),
+    }
+}
+
+/// Answers several questions, each over its evidence and with its seed, as [`answer_over`] would one after the other; the
+/// generator may compute them together. An answer that is made step by step is made alone.
+pub(crate) fn answer_all(
+    system: &dyn Generate,
+    questions: &[(&str, &[Hit], u64)],
+    gate: &EvidenceGate,
+    (policy, nonce): (&AskPolicy, &Nonce),
+) -> Vec<Result<AskOutcome, GenerateError>> {
+    if policy.steps.is_some() {
+        let alone = |&(question, hits, seed): &(&str, &[Hit], u64)| {
+            answer_over(system, question, hits, gate, (policy, nonce, seed))
+        };
+        return questions.iter().map(alone).collect();
+    }
+    let fitted: Vec<_> = questions
+        .iter()
+        .map(|&(question, hits, _)| fit(system, (question, hits), gate, (policy, nonce)))
+        .collect();
+    let prompts = fitted.iter().zip(questions).filter_map(|(fitted, &(.., seed))| match fitted {
+        Ok(Fitted::Prompt(prompt)) => Some((&prompt.frame, seed)),
+        Ok(Fitted::Refused(_)) | Err(_) => None,
+    });
+    let mut replies = system.generate_all(&prompts.collect::<Vec<_>>()).into_iter();
+    let mut next = || replies.next().expect("a generator gives one reply for each prompt");
+    fitted
+        .into_iter()
+        .map(|fitted| match fitted? {
+            Fitted::Refused(outcome) => Ok(*outcome),
+            Fitted::Prompt(prompt) => {
+                let walked = Walked { steps: Vec::new(), reply: next()?, refusal: None };
+                decide(system, &prompt, policy, walked)
+            }
+        })
+        .collect()
+}
+
+/// A question before the generator runs.
+enum Fitted<'h> {
+    /// The generator must not run.
+    Refused(Box<AskOutcome>),
+    /// The generator answers this prompt.
+    Prompt(Box<Prompt<'h>>),
+}
+
+/// A prompt that fits, with the evidence that is in it and what the gate read.
+struct Prompt<'h> {
+    frame: PromptFrame,
+    hits: &'h [Hit],
+    gate: GateReading,
+}
+
+/// Builds the prompt of a question with as many snippets as fit.
+fn fit<'h>(
+    system: &dyn Generate,
+    (question, mut hits): (&str, &'h [Hit]),
+    gate: &EvidenceGate,
+    (policy, nonce): (&AskPolicy, &Nonce),
+) -> Result<Fitted<'h>, GenerateError> {
     loop {
         let locked = (policy.rules.as_deref(), nonce);
-        let (frame, reading) = match begin(question, hits, gate, locked) {
-            Begun::Refused(outcome) => return Ok(*outcome),
+        let (frame, gate) = match begin(question, hits, gate, locked) {
+            Begun::Refused(outcome) => return Ok(Fitted::Refused(outcome)),
             Begun::Prompt { frame, gate } => (frame, gate),
         };
         let tokens = system.count_tokens(frame.messages())?;
         let limit = system.prompt_limit();
         if tokens <= limit {
-            return reply_to(system, &frame, (hits, reading), (policy, seed));
+            return Ok(Fitted::Prompt(Box::new(Prompt { frame, hits, gate })));
         }
         if hits.len() == 1 {
             return Err(GenerateError::PromptTooLong { tokens, limit });
@@ -666,14 +729,26 @@ pub fn answer_over(
 /// Generates the answer to a prompt that fits, whole or step by step, and decides about it.
 fn reply_to(
     system: &dyn Generate,
-    frame: &PromptFrame,
-    (hits, gate): (&[Hit], GateReading),
+    prompt: &Prompt<'_>,
     (policy, seed): (&AskPolicy, u64),
 ) -> Result<AskOutcome, GenerateError> {
+    let frame = &prompt.frame;
     let walked = match policy.steps {
         None => Walked { steps: Vec::new(), reply: system.generate(frame, seed)?, refusal: None },
         Some(options) => walk(system, frame, (policy, options), seed)?,
     };
+    decide(system, prompt, policy, walked)
+}
+
+/// Turns what was generated into what the user sees.
+fn decide(
+    system: &dyn Generate,
+    prompt: &Prompt<'_>,
+    policy: &AskPolicy,
+    walked: Walked,
+) -> Result<AskOutcome, GenerateError> {
+    let Prompt { frame, hits, gate } = prompt;
+    let gate = gate.clone();
     let is_screened = policy.leak == LeakCheck::Enforce && walked.refusal.is_none();
     if is_screened && leaks(system, frame, &walked.reply.text)? {
         let refusal = Some(RefusalReason::Leak);

@@ -17,7 +17,7 @@ use crate::system::{
     SamplingKind,
 };
 
-const DIM: usize = 4096;
+const DIM: usize = 1024;
 
 /// Bag of content words: each new word gets the next dimension.
 #[derive(Default)]

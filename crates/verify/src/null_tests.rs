@@ -41,7 +41,7 @@ impl Retrieve for RandomIndex<'_> {
         let all = SearchOptions { k: usize::MAX, ..options.clone() };
         let mut hits = self.index.search(question, &all)?;
         let key = |hit: &Hit| random(self.seed ^ hash(question), hash(&hit.chunk.snippet_id));
-        hits.sort_by_key(key);
+        hits.sort_by_cached_key(key);
         hits.truncate(options.k);
         Ok(hits)
     }

@@ -10,7 +10,7 @@ use exrail_metrics::{
 use exrail_retrieval::Hit;
 use serde::Serialize;
 
-use crate::ask::{AskOutcome, AskPolicy, RefusalReason, answer_over};
+use crate::ask::{AskOutcome, AskPolicy, RefusalReason, answer_all};
 use crate::attribution::containment;
 use crate::error::VerifyError;
 use crate::evidence_gate::EvidenceGate;
@@ -99,19 +99,18 @@ impl Asking<'_> {
             SamplingKind::Seeded => SEEDS.len(),
             SamplingKind::Greedy => 1,
         };
-        let mut attempts = Vec::with_capacity(paraphrases.len() * n_seeds);
-        for (paraphrase_idx, paraphrase) in paraphrases.iter().enumerate() {
-            for (seed_idx, &seed) in SEEDS[..n_seeds].iter().enumerate() {
-                let result = answer_over(
-                    self.generator,
-                    paraphrase,
-                    hits(paraphrase_idx),
-                    self.gate,
-                    (self.policy, self.nonce, seed),
-                );
-                let (outcome, answer) = classed(result)?;
-                attempts.push(Attempt { paraphrase: paraphrase_idx, seed_idx, outcome, answer });
-            }
+        let pairs: Vec<(usize, usize)> = (0..paraphrases.len())
+            .flat_map(|paraphrase| (0..n_seeds).map(move |seed_idx| (paraphrase, seed_idx)))
+            .collect();
+        let questions: Vec<(&str, &[Hit], u64)> = pairs
+            .iter()
+            .map(|&(at, seed_idx)| (paraphrases[at].as_str(), hits(at), SEEDS[seed_idx]))
+            .collect();
+        let answered = answer_all(self.generator, &questions, self.gate, (self.policy, self.nonce));
+        let mut attempts = Vec::with_capacity(pairs.len());
+        for ((paraphrase, seed_idx), result) in pairs.into_iter().zip(answered) {
+            let (outcome, answer) = classed(result)?;
+            attempts.push(Attempt { paraphrase, seed_idx, outcome, answer });
         }
         Ok(attempts)
     }

@@ -17,6 +17,15 @@ pub trait Generate {
     /// See [`GenerateError`].
     fn generate(&self, prompt: &PromptFrame, seed: u64) -> Result<Generated, GenerateError>;
 
+    /// Generates replies to several prompts, one for each and in their order, each as [`Generate::generate`] would. A
+    /// generator that can computes them together, so that what the prompts have in common is read once.
+    fn generate_all(
+        &self,
+        prompts: &[(&PromptFrame, u64)],
+    ) -> Vec<Result<Generated, GenerateError>> {
+        prompts.iter().map(|&(prompt, seed)| self.generate(prompt, seed)).collect()
+    }
+
     /// Generates the next step of an answer whose model's turn begins with `so_far`, one that [`crate::step_lark`]
     /// allows where answers are locked. Nothing is the end of the answer. Two calls with equal arguments give equal
     /// text.

@@ -1,6 +1,6 @@
 //! The report for a terminal, to be read in half a minute. The last line is the verdict.
 
-use super::{ItemComparison, ItemModes, LambdaModesReport, ModeComparison, ModeSection};
+use super::{FaultStage, ItemComparison, ItemMode, LambdaModesReport, ModeComparison, ModeSection};
 use crate::quant::QuantMode;
 use crate::report::{Measured, Status};
 use crate::runs::ModeLambda;
@@ -23,7 +23,7 @@ impl LambdaModesReport {
             headed(
                 "",
                 format!(
-                    "{:<11}{:>11}{:>7}{:>7}{:>7}{:>8}{:>12}{:>10}{:>7}",
+                    "{:<11}{:>11}{:>7}{:>7}{:>7}{:>8}{:>12}{:>10}{:>7}  first fault",
                     "", "convergent", "c", "SE", "cit", "right", "one answer", "an item", "ratio"
                 ),
             ),
@@ -79,29 +79,23 @@ impl LambdaModesReport {
         let seconds = |of: Option<f64>| of.map_or("-".to_owned(), |s| format!("{s:.2} s"));
         let ratio = cost.ratio.map_or("-".to_owned(), |ratio| format!("{ratio:.1}"));
         let (single, item) = (seconds(cost.single_answer_s), seconds(cost.item_s));
-        let of_mode =
-            || self.items.iter().filter_map(move |item: &ItemModes| item.modes.get(&mode));
+        let of_mode = || self.items.iter().filter_map(move |item| item.modes.get(&mode));
+        let count = |n: usize| format!("{n} of {}", self.n_items);
         let frozen = means(of_mode().map(|item| &item.frozen));
-        let n = self.n_items;
-        let undecided = match section.n_undecided {
-            0 => String::new(),
-            n => format!("; {n} undecided"),
-        };
-        let right = format!("{} of {n}", section.n_matching);
-        let mut lines = vec![headed(
-            mode.name(),
-            format!(
-                "{:<11}{:>11}{frozen}{right:>8}{single:>12}{item:>10}{ratio:>7}{undecided}",
-                "frozen",
-                format!("{} of {n}", section.n_convergent)
-            ),
-        )];
-        if let Some(n_live) = section.n_convergent_live {
+        let convergent = count(section.n_convergent);
+        let right = count(section.n_matching);
+        let faults = faults(of_mode());
+        let live = section.n_convergent_live.map(|n_live| {
             let live = means(of_mode().filter_map(|item| item.live.as_ref()));
-            let convergent = format!("{n_live} of {n}");
-            lines.push(headed("", format!("{:<11}{convergent:>11}{live}", "live")));
-        }
-        lines
+            format!("{:<11}{:>11}{live}{:>37}  {faults}", "live", count(n_live), "")
+        });
+        // The stages of a mode with live runs are those of the live runs.
+        let of_frozen = if live.is_some() { "" } else { faults.as_str() };
+        let line = format!(
+            "{:<11}{convergent:>11}{frozen}{right:>8}{single:>12}{item:>10}{ratio:>7}  {of_frozen}",
+            "frozen"
+        );
+        [headed(mode.name(), line)].into_iter().chain(live.map(|live| headed("", live))).collect()
     }
 
     fn flip_lines(&self, comparison: &ModeComparison) -> Vec<String> {
@@ -116,7 +110,7 @@ impl LambdaModesReport {
                 format!("{}{label}", of.state)
             };
             let (before, after) = (state(comparison.reference), state(comparison.mode));
-            let stage = flip.stage.map_or("", super::FaultStage::name);
+            let stage = flip.stage.map_or("", FaultStage::name);
             let what = if flip.majority_differs {
                 "another majority answer"
             } else {
@@ -130,6 +124,18 @@ impl LambdaModesReport {
         }
         lines
     }
+}
+
+/// How many items are not convergent from which stage on.
+fn faults<'a>(items: impl Iterator<Item = &'a ItemMode>) -> String {
+    let items: Vec<&ItemMode> = items.collect();
+    let count = |stage: FaultStage| items.iter().filter(|of| of.fault == Some(stage)).count();
+    let is_undecided = |of: &&&ItemMode| of.fault.is_none() && of.stages.reason.is_none();
+    let stages = [FaultStage::Retrieve, FaultStage::Assemble, FaultStage::Reason];
+    let stages = stages.map(|stage| (stage.name(), count(stage)));
+    let undecided = ("undecided", items.iter().filter(is_undecided).count());
+    let told = stages.into_iter().chain([undecided]).filter(|&(_, n)| n > 0);
+    told.map(|(name, n)| format!("{name} {n}")).collect::<Vec<_>>().join(", ")
 }
 
 /// Means of c, semantic entropy and citation agreement.
