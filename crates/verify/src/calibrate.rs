@@ -340,7 +340,7 @@ impl<'a> Question<'a> {
         Question { mask_docs: resolved.doc_ids(), ..Question::of(&resolved.item) }
     }
 
-    fn worded(item: &'a GoldItem) -> impl Iterator<Item = Question<'a>> {
+    pub(crate) fn worded(item: &'a GoldItem) -> impl Iterator<Item = Question<'a>> {
         item.paraphrases.iter().map(|text| Question { text, ..Question::of(item) })
     }
 }

@@ -97,8 +97,9 @@ pub use lambda_modes::{
 pub use leak::{LEAK_TOKENS, Leak, LeakGuard, LeakWatch, Screened};
 pub use lexical::LexicalEvidence;
 pub use observations::{
-    AnswerObservation, ChunkObservation, CitedObservation, Observations, RefusalObservation,
-    RetrievalObservation, ScaleObservation, Stretches, SweepObservation, observe_scale,
+    AnswerObservation, ChunkObservation, CitedObservation, Observations, ReadingObservation,
+    RefusalObservation, RetrievalObservation, ScaleObservation, Stretches, SweepObservation,
+    observe_scale,
 };
 pub use probe::{ItemLambda, lambda_probe};
 pub use prompt::{

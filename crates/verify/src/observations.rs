@@ -5,7 +5,7 @@ use exrail_metrics::TokenSet;
 use exrail_retrieval::{Hit, SearchOptions};
 use serde::Serialize;
 
-use crate::calibrate::{LiveSets, Question, text_pair_sets};
+use crate::calibrate::{LiveSets, Question, Reading, text_pair_sets};
 use crate::error::VerifyError;
 use crate::evaluate::{Progress, holds_evidence};
 use crate::gold::{AnchorMode, GoldKind, GoldSet, ResolvedItem};
@@ -114,17 +114,30 @@ pub struct RefusalObservation {
     pub unknown_citation: bool,
 }
 
-/// The distances that a scale of ΔS is fitted to.
+/// What is read of one question and its evidence.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct ReadingObservation {
+    /// The item.
+    pub id: String,
+    /// Raw `ds_min`.
+    pub ds: f64,
+    /// What the evidence lacks of the question's words ([`LexicalEvidence::stress`]).
+    pub lexical: f64,
+}
+
+/// What the signals of the gate are fitted to and judged by.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct ScaleObservation {
-    /// Raw `ds_min` of answerable questions.
-    pub answerable: Vec<f64>,
-    /// Raw `ds_min` of questions that the corpus cannot answer.
-    pub unanswerable: Vec<f64>,
-    /// Raw `ds_min` of questions about something else.
-    pub off_topic: Vec<f64>,
-    /// Raw `ds_min` of answerable questions without their own page.
-    pub masked: Vec<f64>,
+    /// Answerable questions.
+    pub answerable: Vec<ReadingObservation>,
+    /// Questions that the corpus cannot answer.
+    pub unanswerable: Vec<ReadingObservation>,
+    /// Questions about something else.
+    pub off_topic: Vec<ReadingObservation>,
+    /// Answerable questions without their own page.
+    pub masked: Vec<ReadingObservation>,
+    /// Answerable questions in other words.
+    pub worded: Vec<ReadingObservation>,
     /// Raw ΔS of pairs of questions: the same in other words, another on the same page, off topic.
     pub pairs: [Vec<f64>; 3],
 }
@@ -143,15 +156,22 @@ pub fn observe_scale(
     let resolved = gold.resolve(index)?;
     let lexical = LexicalEvidence::of(index)?;
     let mut sets = LiveSets { index, lexical, search, progress, n_without_evidence: 0 };
-    let mut ds = |questions: Vec<Question<'_>>| -> Result<Vec<f64>, VerifyError> {
-        Ok(sets.read(questions.into_iter())?.into_iter().map(|(_, reading)| reading.ds).collect())
+    let mut read = |questions: Vec<Question<'_>>| -> Result<Vec<ReadingObservation>, VerifyError> {
+        let read = sets.read(questions.into_iter())?.into_iter();
+        let observed = |(id, Reading { ds, lexical }): (&str, Reading)| ReadingObservation {
+            id: id.to_owned(),
+            ds,
+            lexical,
+        };
+        Ok(read.map(observed).collect())
     };
     let of_kind = |kind| gold.of_kind(kind).map(Question::of).collect();
     Ok(ScaleObservation {
-        answerable: ds(of_kind(GoldKind::Answerable))?,
-        unanswerable: ds(of_kind(GoldKind::Unanswerable))?,
-        off_topic: ds(of_kind(GoldKind::OffTopic))?,
-        masked: ds(resolved.iter().map(Question::without_page).collect())?,
+        answerable: read(of_kind(GoldKind::Answerable))?,
+        unanswerable: read(of_kind(GoldKind::Unanswerable))?,
+        off_topic: read(of_kind(GoldKind::OffTopic))?,
+        masked: read(resolved.iter().map(Question::without_page).collect())?,
+        worded: read(resolved.iter().flat_map(|it| Question::worded(&it.item)).collect())?,
         pairs: text_pair_sets(gold, &resolved, encoder)?,
     })
 }

@@ -34,7 +34,7 @@ use crate::calibrate::CorpusCalibration;
 use crate::fix::{Findings, Fix, Mismatch, fix_for};
 use crate::gates::lambda_rates;
 use crate::lambda_modes::LambdaModesReport;
-use crate::observations::ScaleObservation;
+use crate::observations::{ReadingObservation, ScaleObservation};
 use crate::report::{
     Config, Cost, CoverageSection, DeltaSSection, Gate, LambdaSection, Pins, REPORT_VERSION,
     Report, RetrievalItem, Sample, Status, Verdict,
@@ -344,7 +344,10 @@ fn flat_high(sweep: Option<&KSweep>) -> bool {
 fn delta_s(parts: &Parts) -> DiagnosedDeltaS {
     let mut section = parts.report.delta_s.clone();
     let scale = parts.report.calibration.as_ref().and_then(|c| c.qe.calibration());
-    let at = |&raw_min: &f64| Distance { raw_min, cal_min: scale.map(|scale| scale.map(raw_min)) };
+    let at = |of: &ReadingObservation| Distance {
+        raw_min: of.ds,
+        cal_min: scale.map(|scale| scale.map(of.ds)),
+    };
     let mut reasons = Reasons::new();
     let no_scale = match scale {
         Some(_) => "no question has this value",

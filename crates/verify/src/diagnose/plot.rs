@@ -264,29 +264,26 @@ fn head(title: &str) -> String {
 }
 
 fn axes(svg: &mut String, frame: &Frame, (x_name, y_name): (&str, &str)) {
-    for tick in 0..=TICKS {
-        let share = as_f64(tick) / as_f64(TICKS);
-        let y = frame.y.0 + share * (frame.y.1 - frame.y.0);
+    for (y, label) in ticks(frame.y) {
         let (_, down) = frame.at(frame.x.0, y);
         put(
             svg,
             format_args!(
                 "<line class=\"grid\" x1=\"{LEFT}\" x2=\"{:.1}\" y1=\"{down:.1}\" y2=\"{down:.1}\"/>\
-             <text class=\"tick\" x=\"{:.1}\" y=\"{:.1}\" text-anchor=\"end\">{}</text>",
+             <text class=\"tick\" x=\"{:.1}\" y=\"{:.1}\" text-anchor=\"end\">{label}</text>",
                 WIDTH - RIGHT,
                 LEFT - 6.0,
-                down + 3.5,
-                number(y)
+                down + 3.5
             ),
         );
-        let x = frame.x.0 + share * (frame.x.1 - frame.x.0);
+    }
+    for (x, label) in ticks(frame.x) {
         let (across, _) = frame.at(x, frame.y.0);
         put(
             svg,
             format_args!(
-                "<text class=\"tick\" x=\"{across:.1}\" y=\"{:.1}\" text-anchor=\"middle\">{}</text>",
-                HEIGHT - BOTTOM + 15.0,
-                number(x)
+                "<text class=\"tick\" x=\"{across:.1}\" y=\"{:.1}\" text-anchor=\"middle\">{label}</text>",
+                HEIGHT - BOTTOM + 15.0
             ),
         );
     }
@@ -302,6 +299,39 @@ fn axes(svg: &mut String, frame: &Frame, (x_name, y_name): (&str, &str)) {
             escaped(y_name)
         ),
     );
+}
+
+/// Round places of a scale, with their labels: a step of 1, 2 or 5 times a power of ten, about [`TICKS`] of them.
+fn ticks((low, high): (f64, f64)) -> Vec<(f64, String)> {
+    let least = (high - low) / as_f64(TICKS);
+    if !(least > 0.0 && least.is_finite()) {
+        return Vec::new();
+    }
+    let power = least.log10().floor();
+    let unit = 10f64.powf(power);
+    let times = [1.0, 2.0, 5.0].into_iter().find(|times| times * unit >= least * (1.0 - 1e-9));
+    let (step, power) = times.map_or((10.0 * unit, power + 1.0), |times| (times * unit, power));
+    let first = (low / step - 1e-9).ceil();
+    let places = (0..=2 * TICKS).map(|i| (first + as_f64(i)) * step);
+    let within = places.take_while(|&at| at <= high + 1e-9 * step);
+    within.map(|at| (at, label(at, power))).collect()
+}
+
+/// A place of a scale whose step is a few times `10^power`.
+fn label(at: f64, power: f64) -> String {
+    // Below zero by what a sum of steps leaves.
+    let at = if at.abs() < 10f64.powf(power) / 2.0 { 0.0 } else { at };
+    if at == 0.0 {
+        "0".to_owned()
+    } else if power >= 0.0 {
+        format!("{at:.0}")
+    } else if power >= -4.0 {
+        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "1 to 4")]
+        let decimals = -power as usize;
+        format!("{at:.decimals$}")
+    } else {
+        format!("{at:.0e}")
+    }
 }
 
 fn legend(names: &[&str]) -> String {
@@ -336,4 +366,24 @@ fn put(svg: &mut String, text: std::fmt::Arguments<'_>) {
 #[expect(clippy::cast_precision_loss, reason = "counts are far below 2^52")]
 fn as_f64(n: usize) -> f64 {
     n as f64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn labels(scale: (f64, f64)) -> Vec<String> {
+        ticks(scale).into_iter().map(|(_, label)| label).collect()
+    }
+
+    #[test]
+    fn places_of_a_scale_are_round_and_inside() {
+        assert_eq!(labels((0.0, 448.0)), ["0", "100", "200", "300", "400"]);
+        assert_eq!(labels((512.0, 2048.0)), ["1000", "1500", "2000"]);
+        assert_eq!(labels((0.0, 0.011)), ["0", "0.005", "0.010"]);
+        assert_eq!(labels((-1.0, 1.0)), ["-1.0", "-0.5", "0", "0.5", "1.0"]);
+        assert_eq!(labels((0.0, 3e-7)), ["0", "1e-7", "2e-7", "3e-7"]);
+        assert_eq!(labels((1.0, 1.0)), Vec::<String>::new());
+        assert_eq!(labels((0.0, f64::NAN)), Vec::<String>::new());
+    }
 }

@@ -387,7 +387,7 @@ fn flips_net(matches: &Matches) -> Measured {
     Measured {
         value: Some(share(n_gained, n) - share(n_lost, n)),
         unit: Unit::Share,
-        needed: "−0.02 to 0.02",
+        needed: "± 0.02",
         n,
         interval: None,
         status,
@@ -461,7 +461,7 @@ fn not_available(
         reference,
         lambda_flip: none(Unit::Share, "≤ 0.10"),
         n_undecided: 0,
-        flips_net: none(Unit::Share, "−0.02 to 0.02"),
+        flips_net: none(Unit::Share, "± 0.02"),
         flips_gross: none(Unit::Share, "≤ 0.05"),
         citations_same: none(Unit::Share, "≥ 0.95"),
         ds_drift: none(Unit::CalibratedDs, "≤ 0.10"),
