@@ -143,7 +143,7 @@ fn fingerprints(findings: &Findings<'_>) -> Option<Fix> {
     };
     match &findings.mismatch {
         Some(Mismatch::Model(what)) => Some(differ(
-            "preflight",
+            "predeploy-collapse",
             "the model is not the one that its manifest describes",
             what,
             &[
@@ -206,7 +206,7 @@ fn readiness(findings: &Findings<'_>) -> Option<Fix> {
 
 fn shards(findings: &Findings<'_>) -> Option<Fix> {
     findings.shards.as_ref().map(|what| Fix {
-        guardrail: "G-10",
+        guardrail: "G-27",
         page: "deployment-deadlock",
         then: &["shard-order"],
         reason: "the parts of the model do not make one model",
@@ -333,7 +333,7 @@ fn generator(findings: &Findings<'_>) -> Option<Fix> {
 
 fn fidelity(findings: &Findings<'_>) -> Option<Fix> {
     findings.failing("quant_").map(|gate| Fix {
-        guardrail: "G-18",
+        guardrail: "G-26",
         page: "quantisation-drift",
         then: &[],
         reason: "rounding changes what the model predicts: requantise; no page of the guide applies, ours says how",
@@ -381,8 +381,8 @@ fn encoder(findings: &Findings<'_>) -> Option<Fix> {
     if findings.fails("evidence_gate") {
         return Some(Fix {
             guardrail: "G-06",
-            page: "delta-s-calibration",
-            then: &["embedding-vs-semantic"],
+            page: "embedding-vs-semantic",
+            then: &["delta-s-calibration"],
             reason: "the gate is wrong too often on questions that it was not fitted on",
             evidence: findings.value("evidence_gate"),
             steps: &[
@@ -414,8 +414,8 @@ fn far(findings: &Findings<'_>) -> Option<Fix> {
     let cal_min = findings.cal_min.filter(|&cal_min| cal_min >= 0.60)?;
     Some(Fix {
         guardrail: "G-06",
-        page: "delta-s",
-        then: &["retrieval-playbook"],
+        page: "retrieval-playbook",
+        then: &["delta-s"],
         reason: "the nearest snippet is as far as those of questions that the corpus cannot answer",
         evidence: format!("calibrated ΔS {cal_min:.2}"),
         steps: &["ask whether the corpus holds the answer at all", "ingest what does"],
@@ -425,8 +425,8 @@ fn far(findings: &Findings<'_>) -> Option<Fix> {
 
 fn any(findings: &Findings<'_>) -> Option<Fix> {
     findings.failing("").map(|gate| Fix {
-        guardrail: "G-18",
-        page: "diagnosis",
+        guardrail: "G-26",
+        page: "regression-gate",
         then: &[],
         reason: "a gate fails that no rule of the order explains",
         evidence: value_of(gate),
@@ -463,7 +463,7 @@ mod tests {
     #[test]
     fn of_several_faults_the_earlier_one_wins() {
         let rows: [(&str, Cure); 16] = [
-            ("preflight", |f, _| f.mismatch = Some(Mismatch::Encoder("v".to_owned()))),
+            ("predeploy-collapse", |f, _| f.mismatch = Some(Mismatch::Encoder("v".to_owned()))),
             ("embedding-vs-semantic", |f, _| {
                 f.mismatch = Some(Mismatch::Tokenizer("t".to_owned()))
             }),
@@ -516,9 +516,13 @@ mod tests {
         }
         let gates = [failing("odd")];
         let left = Findings { gates: &gates, ..findings.clone() };
-        assert_eq!(fix_for(&left).unwrap().page, "delta-s", "far evidence has a fix");
+        assert_eq!(fix_for(&left).unwrap().page, "retrieval-playbook", "far evidence has a fix");
         let left = Findings { cal_min: Some(0.59), ..left };
-        assert_eq!(fix_for(&left).unwrap().page, "diagnosis", "C-38: any failing gate has one");
+        assert_eq!(
+            fix_for(&left).unwrap().page,
+            "regression-gate",
+            "C-38: any failing gate has one"
+        );
         assert_eq!(fix_for(&Findings::default()), None);
     }
 

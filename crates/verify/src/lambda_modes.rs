@@ -44,6 +44,8 @@ pub struct LambdaModesOptions {
     pub n_items: usize,
     /// Chooses them.
     pub seed: u64,
+    /// Whether the reference is asked over what each wording retrieves, too; not where that has been measured.
+    pub live: bool,
     /// Whether retrieval is compared.
     pub retrieval: RetrievalCheck,
 }
@@ -54,6 +56,7 @@ impl Default for LambdaModesOptions {
             policy: AskPolicy::default(),
             n_items: 8,
             seed: 1,
+            live: true,
             retrieval: RetrievalCheck::Enforce,
         }
     }
@@ -246,7 +249,8 @@ impl<'a> LambdaModes<'a> {
         let n_total = self.items.len();
         let mut items = Vec::with_capacity(n_total);
         for (at, of_item) in found.iter().enumerate() {
-            let live = matches!(evidence, Evidence::Own).then_some(&of_item[1..]);
+            let is_live = self.options.live && matches!(evidence, Evidence::Own);
+            let live = is_live.then_some(&of_item[1..]);
             items.push(self.ask_item(system.generator, at, (hits(at), live))?);
             told(ModesProgress::Asked { mode, n_done: at + 1, n_total });
         }
@@ -306,7 +310,7 @@ impl<'a> LambdaModes<'a> {
         let per_mode = runs + self.items.len().min(SINGLE_ANSWERS);
         Ok(ModesProgress::Planned {
             per_mode,
-            live: runs,
+            live: if self.options.live { runs } else { 0 },
             single_answer_s: single_answer(reference)?,
         })
     }

@@ -302,7 +302,7 @@ fn a_far_question_has_a_fix_even_when_every_gate_passes() {
         GateReading::Calibrated { raw_min: 0.9, cal_min: 0.7, cal_mean: 0.8, band: Band::Fail };
     parts.question = Some(("sha".to_owned(), QuestionSection { delta_s, snippets: Vec::new() }));
     let found = diagnose(parts);
-    assert_eq!((found.verdict, found.fix.unwrap().page), (Verdict::Pass, "delta-s"));
+    assert_eq!((found.verdict, found.fix.unwrap().page), (Verdict::Pass, "retrieval-playbook"));
     assert_eq!(
         found.quantisation.value().unwrap().attribution.as_ref().unwrap().cause,
         SpikeCause::Corpus

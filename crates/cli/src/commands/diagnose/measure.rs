@@ -300,6 +300,8 @@ impl Run<'_> {
             policy: policy(),
             n_items,
             seed: self.options.sample.sample_seed,
+            // The gold set was asked live already.
+            live: false,
             ..LambdaModesOptions::default()
         };
         let served = generate(self.services);
