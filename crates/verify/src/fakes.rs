@@ -231,6 +231,48 @@ impl Retrieve for FakeIndex {
     }
 }
 
+/// An index that searches by a closure over the sound one.
+pub(crate) struct Altered<'a, F> {
+    index: &'a FakeIndex,
+    search: F,
+}
+
+impl<'a, F: Fn(&FakeIndex, &str, &SearchOptions) -> Vec<Hit>> Altered<'a, F> {
+    pub(crate) fn new(index: &'a FakeIndex, search: F) -> Altered<'a, F> {
+        Altered { index, search }
+    }
+}
+
+impl<F: Fn(&FakeIndex, &str, &SearchOptions) -> Vec<Hit>> Retrieve for Altered<'_, F> {
+    fn search(&self, question: &str, options: &SearchOptions) -> Result<Vec<Hit>, RetrieveError> {
+        Ok((self.search)(self.index, question, options))
+    }
+
+    fn document(&self, doc_id: &str) -> Result<Option<Arc<Document>>, RetrieveError> {
+        self.index.document(doc_id)
+    }
+
+    fn doc_ids(&self) -> Vec<String> {
+        self.index.doc_ids()
+    }
+
+    fn index_hash(&self) -> &str {
+        self.index.index_hash()
+    }
+
+    fn encoder_fp(&self) -> &str {
+        self.index.encoder_fp()
+    }
+
+    fn n_chunks(&self) -> usize {
+        self.index.n_chunks()
+    }
+
+    fn chunks(&self) -> Box<dyn Iterator<Item = &Arc<Chunk>> + '_> {
+        self.index.chunks()
+    }
+}
+
 /// Replies by a closure over the messages and the seed.
 pub(crate) struct FakeGenerator<F> {
     pub(crate) reply: F,

@@ -1,16 +1,14 @@
 //! A system that knows nothing gets no `pass`, however often it is tried.
 
-use std::sync::Arc;
-
-use exrail_retrieval::{Chunk, Document, Hit, SearchOptions};
+use exrail_retrieval::{Hit, SearchOptions};
 
 use crate::calibrate::{CorpusCalibration, calibrate};
 use crate::evaluate::{System, VerifyOptions, verify};
-use crate::fakes::{FakeGenerator, FakeIndex, corpus, gold_text, perfect, sources};
+use crate::fakes::{Altered, FakeGenerator, FakeIndex, corpus, gold_text, perfect, sources};
 use crate::gold::GoldSet;
 use crate::prompt::FrameMessage;
 use crate::report::{Report, Verdict};
-use crate::system::{Generate, Retrieve, RetrieveError};
+use crate::system::{Generate, Retrieve};
 
 /// Seeds per kind of null.
 const TRIES: u64 = 100;
@@ -30,45 +28,18 @@ fn hash(text: &str) -> u64 {
     })
 }
 
-/// Finds chunks that have nothing to do with the question, with their true cosines.
-struct RandomIndex<'a> {
-    index: &'a FakeIndex,
-    seed: u64,
-}
-
-impl Retrieve for RandomIndex<'_> {
-    fn search(&self, question: &str, options: &SearchOptions) -> Result<Vec<Hit>, RetrieveError> {
-        let all = SearchOptions { k: usize::MAX, ..options.clone() };
-        let mut hits = self.index.search(question, &all)?;
-        let key = |hit: &Hit| random(self.seed ^ hash(question), hash(&hit.chunk.snippet_id));
-        hits.sort_by_cached_key(key);
-        hits.truncate(options.k);
-        Ok(hits)
-    }
-
-    fn document(&self, doc_id: &str) -> Result<Option<Arc<Document>>, RetrieveError> {
-        self.index.document(doc_id)
-    }
-
-    fn doc_ids(&self) -> Vec<String> {
-        self.index.doc_ids()
-    }
-
-    fn index_hash(&self) -> &str {
-        self.index.index_hash()
-    }
-
-    fn encoder_fp(&self) -> &str {
-        self.index.encoder_fp()
-    }
-
-    fn n_chunks(&self) -> usize {
-        self.index.n_chunks()
-    }
-
-    fn chunks(&self) -> Box<dyn Iterator<Item = &Arc<Chunk>> + '_> {
-        self.index.chunks()
-    }
+/// Chunks that have nothing to do with the question, with their true cosines.
+fn at_random(
+    index: &FakeIndex,
+    (question, seed): (&str, u64),
+    options: &SearchOptions,
+) -> Vec<Hit> {
+    let all = SearchOptions { k: usize::MAX, ..options.clone() };
+    let mut hits = index.search(question, &all).unwrap();
+    let key = |hit: &Hit| random(seed ^ hash(question), hash(&hit.chunk.snippet_id));
+    hits.sort_by_cached_key(key);
+    hits.truncate(options.k);
+    hits
 }
 
 /// A world with its gold set, and a sample that is large enough to pass.
@@ -123,7 +94,9 @@ fn random_retrieval_never_passes() {
     let world = World::new();
     let honest = world.calibrate(&world.index);
     never_passes(&world, |seed| {
-        let index = RandomIndex { index: &world.index, seed };
+        let index = Altered::new(&world.index, |index, question, options| {
+            at_random(index, (question, seed), options)
+        });
         // Some fit a scale to what they have, the others trust that of the index as it was.
         let fitted = if seed % 4 == 0 { world.calibrate(&index) } else { honest.clone() };
         world.report(&FakeGenerator::new(perfect), &index, &fitted, seed)

@@ -82,6 +82,21 @@ pub struct Pins {
     pub gold_sha256: String,
 }
 
+impl Pins {
+    /// All of them with their names in JSON.
+    pub(crate) fn named(&self) -> [(&'static str, &str); 7] {
+        [
+            ("model_fp", &self.model_fp),
+            ("tok_fp", &self.tok_fp),
+            ("encoder_fp", &self.encoder_fp),
+            ("index_hash", &self.index_hash),
+            ("template_hash", &self.template_hash),
+            ("engine_build", &self.engine_build),
+            ("gold_sha256", &self.gold_sha256),
+        ]
+    }
+}
+
 /// Names and settings, for people.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Config {

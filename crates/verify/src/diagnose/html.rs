@@ -244,15 +244,9 @@ impl Html {
                     sample.seed
                 ),
             ),
-            ("model_fp", pins.model_fp.clone()),
-            ("tok_fp", pins.tok_fp.clone()),
-            ("encoder_fp", pins.encoder_fp.clone()),
-            ("index_hash", pins.index_hash.clone()),
-            ("template_hash", pins.template_hash.clone()),
-            ("engine_build", pins.engine_build.clone()),
-            ("gold_sha256", pins.gold_sha256.clone()),
         ];
-        for (name, value) in rows {
+        let pins = pins.named().map(|(name, value)| (name, value.to_owned()));
+        for (name, value) in rows.into_iter().chain(pins) {
             self.put(format_args!("<dt>{name}</dt><dd><code>{}</code></dd>\n", escaped(&value)));
         }
         self.put(format_args!("</dl>\n"));

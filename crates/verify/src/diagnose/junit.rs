@@ -51,18 +51,10 @@ impl Diagnosis {
     }
 
     fn properties(&self) -> Vec<(&'static str, String)> {
-        let pins = &self.pins;
-        vec![
-            ("trace_id", self.trace_id.clone()),
-            ("model", self.config.config.model.clone()),
-            ("model_fp", pins.model_fp.clone()),
-            ("tok_fp", pins.tok_fp.clone()),
-            ("encoder_fp", pins.encoder_fp.clone()),
-            ("index_hash", pins.index_hash.clone()),
-            ("template_hash", pins.template_hash.clone()),
-            ("engine_build", pins.engine_build.clone()),
-            ("gold_sha256", pins.gold_sha256.clone()),
-        ]
+        let about =
+            [("trace_id", self.trace_id.clone()), ("model", self.config.config.model.clone())];
+        let pins = self.pins.named().map(|(name, value)| (name, value.to_owned()));
+        about.into_iter().chain(pins).collect()
     }
 
     /// Verdict and fix in a few lines.

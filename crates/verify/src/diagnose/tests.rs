@@ -1,17 +1,15 @@
 //! Diagnoses of fakes, and what the renderers make of them.
 
-use std::collections::BTreeMap;
-use std::sync::Arc;
-
 use exrail_metrics::{FidelitySummary, PositionBin};
-use exrail_retrieval::{Chunk, Document, Hit, SearchOptions};
+use exrail_retrieval::{Hit, SearchOptions};
+use std::collections::BTreeMap;
 
 use super::*;
 use crate::cache::{Bin, CacheObservations, Checkpoint, UntilDrift};
 use crate::calibrate::calibrate;
 use crate::evaluate::{System, VerifyOptions, verify_observed};
 use crate::evidence_gate::EvidenceGate;
-use crate::fakes::{FakeGenerator, FakeIndex, corpus, gold_text, perfect};
+use crate::fakes::{Altered, FakeGenerator, FakeIndex, corpus, gold_text, perfect};
 use crate::gold::GoldSet;
 use crate::lambda_modes::{LambdaModes, LambdaModesOptions, ModeSystem};
 use crate::observations::observe_scale;
@@ -20,7 +18,7 @@ use crate::quant::{
 };
 use crate::render::Color;
 use crate::scale::AnswerScale;
-use crate::system::{Retrieve, RetrieveError};
+use crate::system::Retrieve;
 
 const LARGE: u64 = 7_000_000_000;
 
@@ -179,41 +177,13 @@ fn of_index(index: &dyn Retrieve) -> Parts {
     }
 }
 
-/// An index some of whose vectors are another encoder's.
-struct Mixed(FakeIndex);
-
-impl Retrieve for Mixed {
-    fn search(&self, question: &str, options: &SearchOptions) -> Result<Vec<Hit>, RetrieveError> {
-        let mut hits = self.0.search(question, options)?;
-        for hit in hits.iter_mut().filter(|hit| hit.chunk.span.start == 0) {
-            hit.cosine *= 0.8;
-        }
-        Ok(hits)
+/// What an index finds some of whose vectors are another encoder's.
+fn mixed(index: &FakeIndex, question: &str, options: &SearchOptions) -> Vec<Hit> {
+    let mut hits = index.search(question, options).unwrap();
+    for hit in hits.iter_mut().filter(|hit| hit.chunk.span.start == 0) {
+        hit.cosine *= 0.8;
     }
-
-    fn document(&self, doc_id: &str) -> Result<Option<Arc<Document>>, RetrieveError> {
-        self.0.document(doc_id)
-    }
-
-    fn doc_ids(&self) -> Vec<String> {
-        self.0.doc_ids()
-    }
-
-    fn index_hash(&self) -> &str {
-        self.0.index_hash()
-    }
-
-    fn encoder_fp(&self) -> &str {
-        self.0.encoder_fp()
-    }
-
-    fn n_chunks(&self) -> usize {
-        self.0.n_chunks()
-    }
-
-    fn chunks(&self) -> Box<dyn Iterator<Item = &Arc<Chunk>> + '_> {
-        self.0.chunks()
-    }
+    hits
 }
 
 #[test]
@@ -275,9 +245,11 @@ fn rounding_that_costs_too_much_is_attributed_to_answers() {
 
 #[test]
 fn vectors_of_another_encoder_are_found_and_without_the_check_they_are_not() {
-    let parts = of_index(&Mixed(corpus()));
+    let index = corpus();
+    let index = Altered::new(&index, mixed);
+    let parts = of_index(&index);
     assert!(parts.vectors.pairs_differ > 0, "{:?}", parts.vectors);
-    let blind = Parts { vectors: VectorCheck::default(), ..of_index(&Mixed(corpus())) };
+    let blind = Parts { vectors: VectorCheck::default(), ..of_index(&index) };
     let found = diagnose(parts);
     let attribution = found.quantisation.value().unwrap().attribution.clone().unwrap();
     assert_eq!(attribution.cause, SpikeCause::Encoder);

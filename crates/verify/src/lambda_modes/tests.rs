@@ -1,16 +1,14 @@
 //! Two models that are fakes, and what the probe says of them.
 
-use std::sync::Arc;
-
 use exrail_metrics::LambdaState;
-use exrail_retrieval::{Chunk, Document, Hit, SearchOptions};
+use exrail_retrieval::{Hit, SearchOptions};
 
 use super::*;
 use crate::calibrate::{CorpusCalibration, calibrate};
-use crate::fakes::{FakeGenerator, FakeIndex, corpus, gold_text, perfect, sources};
+use crate::fakes::{Altered, FakeGenerator, FakeIndex, corpus, gold_text, perfect, sources};
 use crate::prompt::{FrameMessage, PromptFrame};
 use crate::report::{Status, Verdict};
-use crate::system::{Generated, RetrieveError};
+use crate::system::Generated;
 
 const N_ITEMS: usize = 60;
 
@@ -115,41 +113,13 @@ impl Generate for Failing {
     }
 }
 
-/// An index whose encoder shares weights with the generator: one cosine moves by one unit in the last place.
-struct Leaking<'a>(&'a FakeIndex);
-
-impl Retrieve for Leaking<'_> {
-    fn search(&self, question: &str, options: &SearchOptions) -> Result<Vec<Hit>, RetrieveError> {
-        let mut hits = self.0.search(question, options)?;
-        if question.contains("gamma7 ") {
-            hits[1].cosine = f32::from_bits(hits[1].cosine.to_bits() + 1);
-        }
-        Ok(hits)
+/// What an index finds whose encoder shares weights with the generator: one cosine moves by one unit in the last place.
+fn nudged(index: &FakeIndex, question: &str, options: &SearchOptions) -> Vec<Hit> {
+    let mut hits = index.search(question, options).unwrap();
+    if question.contains("gamma7 ") {
+        hits[1].cosine = f32::from_bits(hits[1].cosine.to_bits() + 1);
     }
-
-    fn document(&self, doc_id: &str) -> Result<Option<Arc<Document>>, RetrieveError> {
-        self.0.document(doc_id)
-    }
-
-    fn doc_ids(&self) -> Vec<String> {
-        self.0.doc_ids()
-    }
-
-    fn index_hash(&self) -> &str {
-        self.0.index_hash()
-    }
-
-    fn encoder_fp(&self) -> &str {
-        self.0.encoder_fp()
-    }
-
-    fn n_chunks(&self) -> usize {
-        self.0.n_chunks()
-    }
-
-    fn chunks(&self) -> Box<dyn Iterator<Item = &Arc<Chunk>> + '_> {
-        self.0.chunks()
-    }
+    hits
 }
 
 #[test]
@@ -322,7 +292,7 @@ fn leaking(check: RetrievalCheck) -> LambdaModesReport {
         LambdaModesOptions { n_items: N_ITEMS, retrieval: check, ..LambdaModesOptions::default() };
     let served = (QuantMode::AsServed, system);
     let mut probe = LambdaModes::begin(served, &world.gold, &gate, options, &mut |_| {}).unwrap();
-    let index = Leaking(&world.index);
+    let index = Altered::new(&world.index, nudged);
     probe.add(QuantMode::Int8, ModeSystem { index: &index, ..system }, &mut |_| {});
     probe.report(&mut world.scale()).unwrap()
 }
