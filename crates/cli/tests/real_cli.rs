@@ -146,7 +146,8 @@ fn modes_are_asked_over_the_same_evidence_and_compared() {
     std::fs::write(&gold, lines).unwrap();
     let probe = |more: &[&str]| {
         let (model, gold) = (model.to_str().unwrap(), gold.to_str().unwrap());
-        let arguments = ["probe", "lambda", model, "--gold", gold, "--collection", "sizes"];
+        let arguments =
+            ["probe", "lambda", "--model", model, "--gold", gold, "--collection", "sizes"];
         exrail(home.path(), &[&arguments[..], &["--device", "cpu"], more].concat())
     };
 
