@@ -837,7 +837,16 @@ fn diagnoses_are_compared_gate_by_gate_and_another_changed_pin_refuses() {
     fails(&compare(&[&a, &c]), &["differ in model_fp alone", "index_hash i1 and i2"]);
     fails(&compare(&[&a, "nowhere.json"]), &["nowhere.json"]);
     assert_eq!(compare(&[&b, &c, "--under-test", "index_hash"]).status.code(), Some(0));
-    for wrong in [&["--under-test", "gold_sha256"][..], &["--question", "q"], &["--gold", "g"]] {
+    let wrong = [
+        &["--under-test", "gold_sha256"][..],
+        &["--question", "q"],
+        &["--gold", "g"],
+        &["--deep"],
+        &["--modes", "int8"],
+        &["--answered", "3"],
+        &["--sample-seed", "1"],
+    ];
+    for wrong in wrong {
         let arguments = [&[a.as_str(), b.as_str()][..], wrong].concat();
         assert_eq!(compare(&arguments).status.code(), Some(2), "{wrong:?}");
     }

@@ -66,7 +66,8 @@ pub(crate) struct Diagnose {
     observations: Option<PathBuf>,
     /// Compare two reports of `exrail diagnose --json`, and measure nothing.
     #[arg(long, num_args = 2, value_names = ["A", "B"],
-          conflicts_with_all = ["gold", "collection", "question", "html", "junit", "observations", "diagnosed"])]
+          conflicts_with_all = ["gold", "collection", "question", "html", "junit", "observations", "diagnosed",
+                                "deep", "modes", "DiagnosedSample"])]
     compare: Option<Vec<PathBuf>>,
     /// With --compare: the pin that may differ between the reports.
     #[arg(long, value_name = "PIN", requires = "compare", default_value = "model_fp",
