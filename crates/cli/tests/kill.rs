@@ -229,9 +229,11 @@ fn until_killed(
     });
 }
 
-/// Lines of the log; whether the last one is whole only matters before the next start.
+/// Finished lines of the log. The server runs and may be writing another, which is seen in part; one that
+/// a kill had left and the start had not cut would stand in the middle, glued to the next.
 fn traced(place: &Path) -> BTreeSet<String> {
     let text = std::fs::read_to_string(place.join("trace.jsonl")).unwrap();
+    let text = &text[..text.rfind('\n').map_or(0, |end| end + 1)];
     let record = |line: &str| {
         serde_json::from_str::<Value>(line).unwrap_or_else(|error| panic!("{error}: {line}"))
     };
