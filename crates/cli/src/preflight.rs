@@ -110,6 +110,15 @@ impl Compared {
         }
     }
 
+    /// The same for a diagnosis.
+    pub(crate) fn section(&self) -> exrail_verify::Manifest {
+        exrail_verify::Manifest {
+            values: self.rows.len(),
+            differs: self.verdict().err().map(|error| error.to_string()),
+            overlooked: self.overlooked().map(str::to_owned),
+        }
+    }
+
     pub(crate) fn to_json(&self) -> Value {
         let row = |row: &Row| {
             json!({

@@ -106,6 +106,7 @@ impl Bars {
             Stage::Refuse => "ask the unanswerable",
             Stage::Lambda => "probe λ",
             Stage::Encode => "compare vectors",
+            Stage::Assemble => "build prompts",
         };
         self.stage(name, Some(progress.n_total as u64), COUNT).set_position(progress.n_done as u64);
     }

@@ -72,7 +72,9 @@ pub use load::{
     load_generator, prepare_generator,
 };
 pub use loops::{LoopGuard, OnLoop};
-pub use losses::{StandsOut, WeightLoss, checkpoint_losses, rounding_losses, standing_out};
+pub use losses::{
+    StandsOut, WeightLoss, Yardstick, checkpoint_losses, rounding_losses, standing_out,
+};
 pub use plan::{
     Admission, Change, DoesNotFit, Fit, FormatBytes, Free, Mebibytes, MemoryPlan, Need,
 };

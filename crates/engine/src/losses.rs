@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use exrail_checkpoint::{Checkpoint, DecoderConfig, LoadError, RopePairs, Tensors};
-use exrail_tensor::IntGrid;
+use exrail_tensor::{DType, IntGrid, dequantize, quantize};
 use serde::Serialize;
 
 use crate::error::EngineError;
@@ -26,17 +26,47 @@ pub struct WeightLoss {
     pub format: String,
     /// Signal to quantisation noise, `10 log10(Σ w² / Σ (w − ŵ)²)`, in decibels; none where nothing changed.
     pub sqnr_db: Option<f64>,
+    /// The same of the reference rounded to `format` anew, which is what the format itself costs; none where that
+    /// changes nothing.
+    pub format_db: Option<f64>,
 }
 
-/// A matrix that lost more than its peers, the same matrix of other layers in the same format.
+/// A matrix that lost more than its peers, the same matrix of other layers in the same format, or more than its format
+/// costs.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct StandsOut {
     /// Its name.
     pub tensor: String,
     /// Its signal to noise in decibels.
     pub sqnr_db: f64,
-    /// The median of its peers; none where nothing changed in most of them.
-    pub median_db: Option<f64>,
+    /// What it should be about: of its peers the median, or of its format; none where nothing should have changed.
+    pub expected_db: Option<f64>,
+    /// What that is.
+    pub against: Yardstick,
+}
+
+impl StandsOut {
+    /// The matrix with both numbers.
+    #[must_use]
+    pub fn in_words(&self) -> String {
+        let Self { tensor, sqnr_db, expected_db, against } = self;
+        let against = match against {
+            Yardstick::Peers => "the same matrix of other layers",
+            Yardstick::Format => "its format itself",
+        };
+        let expected = expected_db.map_or("unchanged".to_owned(), |db| format!("{db:.1} dB"));
+        format!("{tensor} {sqnr_db:.1} dB, {against} {expected}")
+    }
+}
+
+/// What a matrix is measured by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Yardstick {
+    /// The same matrix of other layers.
+    Peers,
+    /// The reference rounded to the same format anew. It tells, too, where all layers are wrong alike.
+    Format,
 }
 
 /// What [`crate::LoadOptions::quant`] costs each matrix of the model at `path`, blocks included, in the order of the
@@ -92,7 +122,7 @@ pub fn checkpoint_losses(reference: &Path, other: &Path) -> Result<Vec<WeightLos
     }
 }
 
-/// The matrices of which something is lost that their peers keep, the worst first.
+/// The matrices of which more is lost than of their peers, or than their format costs; the worst first.
 #[must_use]
 pub fn standing_out(losses: &[WeightLoss]) -> Vec<StandsOut> {
     let mut kinds: BTreeMap<(&str, &str), Vec<&WeightLoss>> = BTreeMap::new();
@@ -100,21 +130,35 @@ pub fn standing_out(losses: &[WeightLoss]) -> Vec<StandsOut> {
         kinds.entry((part_of(&loss.tensor), &loss.format)).or_default().push(loss);
     }
     let mut found = Vec::new();
-    for peers in kinds.values().filter(|peers| peers.len() >= LEAST_PEERS) {
-        // What lost nothing is infinitely near.
-        let of = |loss: &WeightLoss| loss.sqnr_db.unwrap_or(f64::INFINITY);
-        let mut all: Vec<f64> = peers.iter().map(|loss| of(loss)).collect();
-        all.sort_by(f64::total_cmp);
-        let median = all[all.len() / 2];
-        let low = peers.iter().filter(|loss| of(loss) < median - STANDS_OUT_DB);
-        found.extend(low.map(|loss| StandsOut {
-            tensor: loss.tensor.clone(),
-            sqnr_db: of(loss),
-            median_db: median.is_finite().then_some(median),
-        }));
+    for peers in kinds.values() {
+        let among_peers = (peers.len() >= LEAST_PEERS).then(|| median_db(peers));
+        found.extend(peers.iter().filter_map(|loss| stands_out(loss, among_peers)));
     }
     found.sort_by(|a, b| a.sqnr_db.total_cmp(&b.sqnr_db));
     found
+}
+
+/// Decibels, where what lost nothing is infinitely near.
+fn or_all(db: Option<f64>) -> f64 {
+    db.unwrap_or(f64::INFINITY)
+}
+
+fn median_db(peers: &[&WeightLoss]) -> f64 {
+    let mut all: Vec<f64> = peers.iter().map(|loss| or_all(loss.sqnr_db)).collect();
+    all.sort_by(f64::total_cmp);
+    all[all.len() / 2]
+}
+
+fn stands_out(loss: &WeightLoss, among_peers: Option<f64>) -> Option<StandsOut> {
+    let sqnr_db = loss.sqnr_db?;
+    let yardsticks =
+        [(among_peers, Yardstick::Peers), (Some(or_all(loss.format_db)), Yardstick::Format)];
+    let is_below = |expected: f64| sqnr_db < expected - STANDS_OUT_DB;
+    let (expected, against) = yardsticks
+        .into_iter()
+        .find_map(|(expected, against)| Some((expected.filter(|&db| is_below(db))?, against)))?;
+    let expected_db = expected.is_finite().then_some(expected);
+    Some(StandsOut { tensor: loss.tensor.clone(), sqnr_db, expected_db, against })
 }
 
 /// The name without the number of its layer.
@@ -136,13 +180,28 @@ fn loss(
     let found = other.to_f32()?;
     let found =
         order.map_or(Cow::Borrowed(&found), |order| Cow::Owned(order.apply(&found, columns)));
+    Ok(WeightLoss {
+        tensor: name.to_owned(),
+        format: other.dtype.to_string(),
+        sqnr_db: sqnr_db(values, &found),
+        format_db: format_db(values, other.dtype),
+    })
+}
+
+fn sqnr_db(values: &[f32], found: &[f32]) -> Option<f64> {
     let (mut signal, mut noise) = (0.0, 0.0);
-    for (&value, &found) in values.iter().zip(found.iter()) {
+    for (&value, &found) in values.iter().zip(found) {
         signal += f64::from(value).powi(2);
         noise += (f64::from(value) - f64::from(found)).powi(2);
     }
-    let sqnr_db = (noise > 0.0).then(|| 10.0 * (signal / noise).log10());
-    Ok(WeightLoss { tensor: name.to_owned(), format: other.dtype.to_string(), sqnr_db })
+    (noise > 0.0).then(|| 10.0 * (signal / noise).log10())
+}
+
+/// What it costs to store these values in a format at all. A row that is no whole number of blocks has no such cost.
+fn format_db(values: &[f32], dtype: DType) -> Option<f64> {
+    let mut found = vec![0.0; values.len()];
+    let rounded = quantize(dtype, values).and_then(|bytes| dequantize(dtype, &bytes, &mut found));
+    rounded.ok().and_then(|()| sqnr_db(values, &found))
 }
 
 /// Files of one family may keep the two halves of a rotated head apart or pair by pair: the same rows in another order.
@@ -230,7 +289,41 @@ mod tests {
         assert_eq!(found[0].tensor, name);
         // Twice the weights: the error is as large as they are.
         assert!(found[0].sqnr_db.abs() < 0.5, "{found:?}");
-        assert!(found[0].median_db.unwrap() > 35.0, "{found:?}");
+        assert!(found[0].expected_db.unwrap() > 35.0, "{found:?}");
+        assert_eq!(found[0].against, Yardstick::Peers);
+    }
+
+    /// A file each of whose groups of 64 values has the scale of its first 32: groups of 32 read as twice as many.
+    fn with_merged_groups(mut file: Vec<u8>, matrices: &[Vec<u8>]) -> Vec<u8> {
+        for matrix in matrices {
+            let at = file.windows(matrix.len()).position(|bytes| bytes == matrix).unwrap();
+            for blocks in file[at..at + matrix.len()].chunks_exact_mut(36) {
+                blocks.copy_within(0..2, 18);
+            }
+        }
+        file
+    }
+
+    #[test]
+    fn groups_that_are_read_as_larger_ones_stand_out_in_every_layer_although_all_are_wrong_alike() {
+        let exact = tiny_llama(7, SPEC);
+        let rounded = tiny_llama(7, TinyLlama { dtype: DType::Q4_0, ..SPEC });
+        let losses = losses_of(&exact, &rounded).unwrap();
+        assert_eq!(standing_out(&losses), []);
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("rounded.gguf");
+        std::fs::write(&path, &rounded).unwrap();
+        let checkpoint = Checkpoint::open(&path).unwrap();
+        let bytes = |name: &str| checkpoint.tensors().tensor(name).unwrap().bytes.to_vec();
+        let matrices: Vec<Vec<u8>> = losses.iter().map(|loss| bytes(&loss.tensor)).collect();
+        let losses = losses_of(&exact, &with_merged_groups(rounded, &matrices)).unwrap();
+        let found = standing_out(&losses);
+        assert_eq!(found.len(), losses.len(), "{losses:?}");
+        assert!(found.iter().all(|it| it.against == Yardstick::Format), "{found:?}");
+        // Mutation: peers alone do not tell, because all of them are wrong.
+        let blind: Vec<WeightLoss> =
+            losses.into_iter().map(|loss| WeightLoss { format_db: Some(0.0), ..loss }).collect();
+        assert_eq!(standing_out(&blind), []);
     }
 
     #[test]
@@ -240,8 +333,12 @@ mod tests {
         assert!(losses.iter().all(|loss| loss.sqnr_db.is_none()), "{losses:?}");
         losses.iter_mut().find(|it| it.tensor == "blk.2.attn_v.weight").unwrap().sqnr_db =
             Some(60.0);
-        let expected =
-            StandsOut { tensor: "blk.2.attn_v.weight".to_owned(), sqnr_db: 60.0, median_db: None };
+        let expected = StandsOut {
+            tensor: "blk.2.attn_v.weight".to_owned(),
+            sqnr_db: 60.0,
+            expected_db: None,
+            against: Yardstick::Peers,
+        };
         assert_eq!(standing_out(&losses), [expected]);
     }
 

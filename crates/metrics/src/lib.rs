@@ -13,6 +13,7 @@ mod equivalence;
 mod error;
 mod fidelity;
 mod lambda;
+mod ranking;
 mod statistics;
 
 pub use calibration::{Calibration, Fitness, MIN_CALIBRATION_ITEMS, Thresholds, Unfit};
@@ -31,6 +32,7 @@ pub use lambda::{
     Lambda, LambdaState, Release, Run, RunKind, SubLabel, lambda, mean_pairwise_jaccard, release,
     retrieve_converges, semantic_entropy,
 };
+pub use ranking::{fused, ndcg, reciprocal_rank};
 pub use statistics::{
     Interval, TheilSen, auroc, binomial_upper, bootstrap_median, jaccard, kld_from_logits,
     kld_probabilities, mean, median, quantile, theil_sen, wilson,

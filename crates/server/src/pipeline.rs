@@ -19,15 +19,21 @@ use exrail_retrieval::Hit;
 use exrail_text::{ChatMessage, SlotTokens, Specials};
 use exrail_verify::{
     AskOutcome, AskPolicy, CollectionIndex, DeltaSGate, EvidenceGate, FrameMessage, Generate,
-    GenerateError, Generated, GeneratedEnd, GeneratorFacts, MAX_STEPS, Nonce, PromptFrame,
-    Retrieve, RuleSet, SamplingKind, Slot, StepPolicy, answer_over, cite_lark, retrieve, step_lark,
+    GenerateError, Generated, GeneratedEnd, GeneratorFacts, MAX_STEPS, Nonce, OfSchema, Placed,
+    PromptFrame, Retrieve, RuleSet, SamplingKind, Slot, StepPolicy, answer_over, cite_lark,
+    retrieve, step_lark,
 };
 use exrail_wire::{Pins, StepRecord};
 use serde_json::{Value, json};
 
 use crate::{
-    ENGINE_BUILD, baseline::EntropyBaseline, error::ApiError, generation::ms_since, ids, leak,
-    rules, state, trace::TraceError, translate,
+    ENGINE_BUILD,
+    baseline::EntropyBaseline,
+    error::ApiError,
+    generation::ms_since,
+    ids, leak, rules, state,
+    trace::TraceError,
+    translate::{self, Slotted},
 };
 
 /// The sampling of grounded answers: nearly greedy, because the answer should be the evidence's, and
@@ -174,12 +180,12 @@ impl<'a> EngineGenerate<'a> {
     }
 
     /// What may be said, where that is locked.
-    fn grammar(&self, lark: String) -> Result<Option<Grammar>, GenerateError> {
+    fn grammar(&self, source: Source) -> Result<Option<Grammar>, GenerateError> {
         match self.lock {
             AnswerLock::Off => Ok(None),
             AnswerLock::Enforce => {
                 let compiler = self.engine.grammars().map_err(engine_error)?;
-                let grammar = compiler.compile(&Source::Lark(lark));
+                let grammar = compiler.compile(&source);
                 grammar.map(Some).map_err(engine_error)
             }
         }
@@ -230,7 +236,7 @@ impl<'a> EngineGenerate<'a> {
         (frame, seed): (&PromptFrame, u64),
         before: &mut [InFlight],
     ) -> Result<Pending, GenerateError> {
-        let grammar = self.grammar(cite_lark(frame.live()))?;
+        let grammar = self.grammar(Source::Lark(cite_lark(frame.live())))?;
         let request = self.request(self.framed(frame)?, grammar, (self.max_tokens, seed));
         let mut waiting = before.iter_mut();
         loop {
@@ -246,24 +252,39 @@ impl<'a> EngineGenerate<'a> {
     }
 
     fn prompt(&self, messages: &[FrameMessage]) -> Result<Vec<u32>, GenerateError> {
-        translate::chat_prompt(self.engine, &chat_messages(messages)).map_err(engine_error)
+        translate::chat_prompt(self.engine, &chat_messages(messages)).map_err(refused_or_failed)
     }
 
-    /// The ids of a frame. Where a request has rules, all of the frame's are read back out of them (G-31).
-    fn framed(&self, frame: &PromptFrame) -> Result<Vec<u32>, GenerateError> {
+    /// A frame as the template writes it, with the place of each slot.
+    fn slotted(&self, frame: &PromptFrame) -> Result<Slotted, GenerateError> {
         let bytes =
             |(_, message, bytes): &(Slot, usize, std::ops::Range<usize>)| (*message, bytes.clone());
         let slots: Vec<_> = frame.slots().iter().map(bytes).collect();
         let messages = chat_messages(frame.messages());
         let slotted = translate::slotted_prompt(self.engine, &messages, None, &slots);
-        let slotted = slotted.map_err(engine_error)?;
+        slotted.map_err(refused_or_failed)
+    }
+
+    /// The ids of a frame, whose slots stand in their order (G-12). Where a request has rules, all of the frame's are
+    /// read back out of them (G-31).
+    fn framed(&self, frame: &PromptFrame) -> Result<Vec<u32>, GenerateError> {
+        let slotted = self.slotted(frame)?;
+        if let Some((before, behind)) = translate::out_of_order(&slotted.slots) {
+            let name = |at: usize| frame.slots().get(at).map_or("?", |(slot, ..)| slot.name());
+            let problem = format!(
+                "expected the slot {} behind {}, found it in front: the chat template puts the messages into another \
+                 order",
+                name(behind),
+                name(before)
+            );
+            return Err(refused_or_failed(ApiError::PromptLint { rule: "slot_order", problem }));
+        }
         if frame.is_locked() {
             let at = frame.slots().iter().position(|(slot, ..)| *slot == Slot::Constraints);
             let slot = at.and_then(|at| slotted.slots[at].as_ref());
             let (tokenizer, ids) = (self.engine.tokenizer(), &slotted.placed.ids);
             rules::echo(tokenizer, ids, slot, frame.constraints()).map_err(engine_error)?;
         }
-        let ends = |slot: &SlotTokens| [slot.tokens.start, slot.tokens.end];
         self.slots.replace(slotted.slots.iter().map(|slot| slot.as_ref().map(ends)).collect());
         Ok(slotted.placed.ids)
     }
@@ -317,12 +338,18 @@ impl Pending {
     }
 
     /// Waits for the end.
-    fn finish(mut self, of: &EngineGenerate<'_>) -> Result<Generated, GenerateError> {
+    fn finish(self, of: &EngineGenerate<'_>) -> Result<Generated, GenerateError> {
+        let (text, finished) = self.wait(of)?;
+        generated(text, &finished)
+    }
+
+    /// Waits for the end; the text, and the engine's own account of it.
+    fn wait(mut self, of: &EngineGenerate<'_>) -> Result<(String, Finished), GenerateError> {
         loop {
-            if let Some(finished) = &self.finished {
-                let this = measured(self.first_token_ms, finished);
+            if let Some(finished) = self.finished {
+                let this = measured(self.first_token_ms, &finished);
                 of.taken.set(Some(of.taken.get().map_or(this, |before| before.and(this))));
-                return generated(self.text, finished);
+                return Ok((self.text, finished));
             }
             self.take(of)?;
         }
@@ -358,6 +385,20 @@ fn chat_messages(messages: &[FrameMessage]) -> Vec<ChatMessage> {
     messages.iter().map(|m| ChatMessage::new(m.role, m.content.clone())).collect()
 }
 
+/// First token of a slot and one past its last.
+fn ends(slot: &SlotTokens) -> [usize; 2] {
+    [slot.tokens.start, slot.tokens.end]
+}
+
+/// A prompt that a guard refuses is what one question came to; everything else is a failure.
+fn refused_or_failed(error: ApiError) -> GenerateError {
+    if matches!(error, ApiError::PromptLint { .. }) {
+        GenerateError::Refused(Box::new(error))
+    } else {
+        engine_error(error)
+    }
+}
+
 fn engine_error(error: impl std::error::Error + Send + Sync + 'static) -> GenerateError {
     GenerateError::Engine(Box::new(error))
 }
@@ -374,7 +415,7 @@ pub enum AnswerLock {
 
 impl Generate for EngineGenerate<'_> {
     fn generate(&self, prompt: &PromptFrame, seed: u64) -> Result<Generated, GenerateError> {
-        let grammar = self.grammar(cite_lark(prompt.live()))?;
+        let grammar = self.grammar(Source::Lark(cite_lark(prompt.live())))?;
         self.reply(self.framed(prompt)?, grammar, (self.max_tokens, seed))
     }
 
@@ -425,8 +466,28 @@ impl Generate for EngineGenerate<'_> {
                 n_cached_tokens: 0,
             });
         }
-        let grammar = self.grammar(step_lark(prompt.live(), so_far))?;
+        let grammar = self.grammar(Source::Lark(step_lark(prompt.live(), so_far)))?;
         self.reply(ids, grammar, (left, seed))
+    }
+
+    fn generate_of_schema(
+        &self,
+        messages: &[FrameMessage],
+        schema: &Value,
+        seed: u64,
+    ) -> Result<OfSchema, GenerateError> {
+        let grammar = self.grammar(Source::JsonSchema(schema.clone()))?;
+        let request = self.request(self.prompt(messages)?, grammar, (self.max_tokens, seed));
+        let pending = Pending::of(self.engine.submit(request).map_err(engine_error)?);
+        let (text, finished) = pending.wait(self)?;
+        let allowed = finished.constrained.map(|of| f64::from(of.allowed_mass_min));
+        Ok(OfSchema { text, allowed_mass_min: allowed })
+    }
+
+    fn place(&self, prompt: &PromptFrame) -> Result<Placed, GenerateError> {
+        let Slotted { placed, slots, .. } = self.slotted(prompt)?;
+        let slots = slots.iter().map(|slot| slot.as_ref().map(ends)).collect();
+        Ok(Placed { n_tokens: placed.ids.len(), slots })
     }
 
     fn count_tokens(&self, messages: &[FrameMessage]) -> Result<usize, GenerateError> {
@@ -738,13 +799,15 @@ fn ask_error(error: GenerateError) -> ApiError {
             SubmitError::PromptTooLong { tokens, limit }.into()
         }
         // A refusal keeps its own status: a full queue is a 429, not a 500.
-        GenerateError::Engine(source) => match source.downcast::<SubmitError>() {
-            Ok(refused) => (*refused).into(),
-            Err(source) => match source.downcast::<ApiError>() {
-                Ok(own) => *own,
-                Err(source) => ApiError::Ask(source.to_string()),
-            },
-        },
+        GenerateError::Engine(source) | GenerateError::Refused(source) => {
+            match source.downcast::<SubmitError>() {
+                Ok(refused) => (*refused).into(),
+                Err(source) => match source.downcast::<ApiError>() {
+                    Ok(own) => *own,
+                    Err(source) => ApiError::Ask(source.to_string()),
+                },
+            }
+        }
         other @ (GenerateError::TimedOut { .. } | _) => ApiError::Ask(other.to_string()),
     }
 }
@@ -757,17 +820,25 @@ mod tests {
     };
     use exrail_kernels_cpu::{CpuBackend, CpuOptions};
     use exrail_testkit::{TinyLlama, tiny_llama};
+    use exrail_text::ChatTemplate;
     use exrail_verify::Live;
 
     use super::*;
 
     fn engine(options: EngineOptions) -> EngineHandle {
+        engine_with(options, None)
+    }
+
+    fn engine_with(options: EngineOptions, template: Option<&str>) -> EngineHandle {
         let backend = CpuBackend::new(CpuOptions { threads: Some(1), ..CpuOptions::default() });
         let gguf = Gguf::parse(tiny_llama(7, TinyLlama::default())).unwrap();
         let who = Identity { name: "tiny".into(), sha256: "0".repeat(64) };
         let (checkpoint, load) = (Checkpoint::Gguf(gguf), LoadOptions::default());
-        let loaded =
+        let mut loaded =
             prepare_generator(backend.unwrap(), &checkpoint, who, load, &mut |_| {}).unwrap();
+        if let Some(template) = template {
+            loaded.template = Some(Arc::new(ChatTemplate::compile(template, "", "").unwrap()));
+        }
         Engine::start(loaded, EngineOptions { kv_pages: Some(32), ..options }).unwrap()
     }
 
@@ -799,6 +870,31 @@ mod tests {
         assert_ne!(together[0].text, together[1].text, "the prompts and the seeds differ");
         assert_eq!(together[0].n_cached_tokens, 0);
         assert!(together[1..].iter().all(|reply| reply.n_cached_tokens >= 256), "{together:?}");
+    }
+
+    /// A template that writes the last message first.
+    const REVERSED: &str = "{% for message in messages | reverse %}{{ '<|im_start|>' + message['role'] + '\n' \
+        + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}";
+
+    #[test]
+    fn g12_a_template_that_moves_the_slots_is_refused_and_without_the_guard_the_model_reads_them_so()
+     {
+        let engine = engine_with(EngineOptions::default(), Some(REVERSED));
+        let generator = EngineGenerate::new(&engine, ask_sampling(), 12);
+        let nonce = Nonce::derive(&[b"order"]);
+        let frame = PromptFrame::new("How long is a page?", Live::default(), &nonce).unwrap();
+        let refused = generator.generate(&frame, 1).unwrap_err();
+        assert!(refused.is_outcome(), "{refused}");
+        let refused = ask_error(refused);
+        assert_eq!(refused.status().as_u16(), 422);
+        let told = refused.body().error;
+        assert_eq!(told.code, "prompt_lint");
+        assert!(told.message.contains("slot_order"), "{}", told.message);
+        // Mutation: what would be read.
+        let ids = generator.slotted(&frame).unwrap().placed.ids;
+        let text = engine.tokenizer().decode(&ids);
+        assert!(text.find("How long is a page?") < text.find("You answer"), "{text}");
+        engine.shutdown();
     }
 
     #[test]

@@ -337,6 +337,19 @@ pub(crate) fn slotted_prompt(
     Ok(Slotted { placed, slots, text: prompt.text() })
 }
 
+/// The first two slots in a row that stand in another order than they were given in, by their places in it. Two slots of
+/// one message may share the token between them; one whose place is not known tells nothing.
+pub(crate) fn out_of_order(slots: &[Option<SlotTokens>]) -> Option<(usize, usize)> {
+    let known: Vec<(usize, &Range<usize>)> = slots
+        .iter()
+        .enumerate()
+        .filter_map(|(at, slot)| Some((at, &slot.as_ref()?.tokens)))
+        .collect();
+    let stands_behind = |a: &Range<usize>, b: &Range<usize>| a.start <= b.start && a.end <= b.end;
+    let wrong = known.windows(2).find(|pair| !stands_behind(pair[0].1, pair[1].1))?;
+    Some((wrong[0].0, wrong[1].0))
+}
+
 fn not_encoded(error: PromptError) -> ApiError {
     let problem = error.to_string();
     match error {

@@ -167,7 +167,8 @@ pub struct SlotTokens {
 }
 
 /// [`encode_messages`] with the tokens of some stretches of the messages: each is the index of a content and bytes
-/// of it. `None` for a stretch of a text that the template changed, and for one without text.
+/// of it. `None` for a stretch of a text that the template changed, and for one without text. Stretches of a message that
+/// the template moved are told where they stand, so that they may come in another order.
 ///
 /// # Errors
 /// As [`encode_prompt`].
@@ -203,8 +204,12 @@ pub fn encode_slots(
         start..cuts[at + 1] + shift
     };
     let places = found.iter().map(|at| at.map(place)).collect();
+    // A message that the template moved in front of an earlier one has no place among them, but its parts stand somewhere.
+    let moved = |content: &str| {
+        untrusted.iter().position(|bytes| text[bytes.clone()].trim() == content.trim())
+    };
     let slot = |(content, slot): &(usize, Range<usize>)| {
-        let at = (*found.get(*content)?)?;
+        let at = (*found.get(*content)?).or_else(|| moved(contents[*content]))?;
         let bytes = in_prompt(&text, &untrusted[at], contents[*content], slot)?;
         let tokens = inside(&bytes);
         let (first, last) =

@@ -687,7 +687,7 @@ pub(crate) fn answer_all(
 }
 
 /// A question before the generator runs.
-enum Fitted<'h> {
+pub(crate) enum Fitted<'h> {
     /// The generator must not run.
     Refused(Box<AskOutcome>),
     /// The generator answers this prompt.
@@ -695,14 +695,14 @@ enum Fitted<'h> {
 }
 
 /// A prompt that fits, with the evidence that is in it and what the gate read.
-struct Prompt<'h> {
-    frame: PromptFrame,
-    hits: &'h [Hit],
+pub(crate) struct Prompt<'h> {
+    pub(crate) frame: PromptFrame,
+    pub(crate) hits: &'h [Hit],
     gate: GateReading,
 }
 
 /// Builds the prompt of a question with as many snippets as fit.
-fn fit<'h>(
+pub(crate) fn fit<'h>(
     system: &dyn Generate,
     (question, mut hits): (&str, &'h [Hit]),
     gate: &EvidenceGate,

@@ -29,7 +29,7 @@ use crate::report::{
 };
 use crate::runs::matches_reference;
 use crate::scale::{AnswerScale, equivalence_in_words};
-use crate::system::{Generate, GenerateError, GeneratorFacts, Retrieve, SamplingKind};
+use crate::system::{Generate, GeneratorFacts, Retrieve, SamplingKind};
 
 /// The k of the sweep (§1.1.10).
 const SWEEP: [usize; 3] = [5, 10, 20];
@@ -104,6 +104,8 @@ pub enum Stage {
     Lambda,
     /// Retrieved snippets encoded once more.
     Encode,
+    /// Prompts put together.
+    Assemble,
 }
 
 /// Runs the gold set and makes the report. A calibration that is void for this encoder or index
@@ -458,10 +460,8 @@ impl Run<'_> {
                 Ok(Some(outcome))
             }
             // The user gets an error, which is no answer and no refusal.
-            Err(GenerateError::Numeric { .. } | GenerateError::TimedOut { .. }) => Ok(None),
-            Err(error @ (GenerateError::PromptTooLong { .. } | GenerateError::Engine(_))) => {
-                Err(error.into())
-            }
+            Err(error) if error.is_outcome() => Ok(None),
+            Err(error) => Err(error.into()),
         }
     }
 

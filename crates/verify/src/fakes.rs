@@ -1,4 +1,4 @@
-//! A small world for tests: an encoder that counts words, an index that ranks by it, a corpus of
+//! A small world for tests, of this crate and of others: an encoder that counts words, an index that ranks by it, a corpus of
 //! 60 facts on 15 pages, and generators given as closures.
 
 use std::collections::HashMap;
@@ -11,17 +11,19 @@ use exrail_retrieval::{
     EncoderFacts, Hit, SearchOptions, Section, SpanUnit, TokenizerFacts,
 };
 
-use crate::prompt::{FrameMessage, PromptFrame};
+use serde_json::Value;
+
+use crate::prompt::{FrameMessage, PromptFrame, REFUSAL_TOKEN};
 use crate::system::{
-    Generate, GenerateError, Generated, GeneratedEnd, GeneratorFacts, Retrieve, RetrieveError,
-    SamplingKind,
+    Generate, GenerateError, Generated, GeneratedEnd, GeneratorFacts, OfSchema, Placed, Retrieve,
+    RetrieveError, SamplingKind,
 };
 
 const DIM: usize = 1024;
 
 /// Bag of content words: each new word gets the next dimension.
 #[derive(Default)]
-pub(crate) struct WordEncoder {
+pub struct WordEncoder {
     words: Mutex<HashMap<String, usize>>,
 }
 
@@ -54,7 +56,7 @@ impl Encode for WordEncoder {
     }
 
     fn encode(&self, texts: &[&str]) -> Result<Vec<Vec<f32>>, EncodeError> {
-        let mut words = self.words.lock().unwrap();
+        let mut words = self.words.lock().expect("the small world holds");
         let mut vectors = Vec::new();
         for (index, text) in texts.iter().enumerate() {
             let mut vector = vec![0.0f32; DIM];
@@ -76,7 +78,7 @@ pub(crate) fn chunk(doc_id: &str, start: usize, text: &str) -> Chunk {
     Chunk {
         snippet_id: format!("{:016x}", fnv(&format!("{doc_id} {start} {text}"))),
         doc_id: doc_id.to_owned(),
-        section_id: format!("{doc_id}#{start}"),
+        section_id: section_id(doc_id, start),
         rev: "r1".to_owned(),
         source_url: doc_id.to_owned(),
         span: ChunkSpan {
@@ -129,55 +131,102 @@ fn fnv(text: &str) -> u64 {
 }
 
 /// Documents whose lines are chunks and sections.
-pub(crate) struct FakeIndex {
+pub struct FakeIndex {
     documents: Vec<Arc<Document>>,
     chunks: Vec<(Arc<Chunk>, Vec<f32>)>,
-    pub(crate) encoder: Arc<WordEncoder>,
-    pub(crate) hash: String,
+    /// What made its vectors.
+    pub encoder: Arc<WordEncoder>,
+    /// [`Retrieve::index_hash`].
+    pub hash: String,
     /// The index is up but finds nothing.
-    pub(crate) finds_nothing: bool,
+    pub finds_nothing: bool,
 }
 
 impl FakeIndex {
-    pub(crate) fn of_texts(texts: &[(&str, &str)]) -> FakeIndex {
+    /// An index of these documents, each a name and a text.
+    ///
+    /// # Panics
+    /// A line has no word.
+    #[must_use]
+    pub fn of_texts(texts: &[(&str, &str)]) -> FakeIndex {
+        FakeIndex::cut(texts, |text| {
+            lines(text).map(|line| line.start..line.start + text[line].trim_end().len()).collect()
+        })
+    }
+
+    /// The same with chunks that are cut elsewhere; lines are sections nevertheless.
+    ///
+    /// # Panics
+    /// A chunk has no word.
+    #[must_use]
+    pub fn cut(texts: &[(&str, &str)], cut: impl Fn(&str) -> Vec<Range<usize>>) -> FakeIndex {
         let encoder = Arc::new(WordEncoder::default());
         let (mut documents, mut chunks) = (Vec::new(), Vec::new());
         for (doc_id, text) in texts {
-            let mut sections = Vec::new();
-            let mut start = 0;
-            for line in text.split_inclusive('\n') {
-                let chunk = chunk(doc_id, start, line.trim_end());
-                sections.push(Section {
-                    section_id: chunk.section_id.clone(),
-                    title: String::new(),
-                    path: Vec::new(),
-                    anchor: String::new(),
-                    span: start..start + line.len(),
-                });
-                let vector = encoder.encode(&[&chunk.text]).unwrap().remove(0);
+            for span in cut(text) {
+                let chunk = chunk(doc_id, span.start, &text[span]);
+                let vector = encoder.encode(&[&chunk.text]).expect("a chunk has words").remove(0);
                 chunks.push((Arc::new(chunk), vector));
-                start += line.len();
             }
-            documents.push(Arc::new(Document {
-                doc_id: (*doc_id).to_owned(),
-                rev: "r1".to_owned(),
-                source_url: (*doc_id).to_owned(),
-                lang: "en".to_owned(),
-                format: DocumentFormat::Markdown,
-                text: (*text).to_owned(),
-                sections,
-                blocks: Vec::new(),
-            }));
+            documents.push(Arc::new(document(doc_id, text)));
         }
         FakeIndex { documents, chunks, encoder, hash: "index-1".to_owned(), finds_nothing: false }
     }
 
-    /// Puts a heading above a section.
-    pub(crate) fn title(&mut self, doc_id: &str, section_id: &str, title: &str) {
-        let document = self.documents.iter_mut().find(|it| it.doc_id == doc_id).unwrap();
-        let mut sections = Arc::make_mut(document).sections.iter_mut();
-        sections.find(|it| it.section_id == section_id).unwrap().path = vec![title.to_owned()];
+    /// Lets the chunks of one document say that they are another's.
+    pub fn mistake(&mut self, doc_id: &str, for_doc_id: &str) {
+        for (chunk, _) in &mut self.chunks {
+            if chunk.doc_id == doc_id {
+                Arc::make_mut(chunk).doc_id = for_doc_id.to_owned();
+            }
+        }
     }
+
+    /// Puts a heading above a section.
+    #[cfg(test)]
+    pub(crate) fn title(&mut self, doc_id: &str, section_id: &str, title: &str) {
+        let document = self
+            .documents
+            .iter_mut()
+            .find(|it| it.doc_id == doc_id)
+            .expect("the small world holds");
+        let mut sections = Arc::make_mut(document).sections.iter_mut();
+        sections.find(|it| it.section_id == section_id).expect("the small world holds").path =
+            vec![title.to_owned()];
+    }
+}
+
+/// The bytes of each line, its break included.
+fn lines(text: &str) -> impl Iterator<Item = Range<usize>> {
+    text.split_inclusive('\n').scan(0, |start, line| {
+        let from = *start;
+        *start += line.len();
+        Some(from..*start)
+    })
+}
+
+fn document(doc_id: &str, text: &str) -> Document {
+    let sections = lines(text).map(|span| Section {
+        section_id: section_id(doc_id, span.start),
+        title: String::new(),
+        path: Vec::new(),
+        anchor: String::new(),
+        span,
+    });
+    Document {
+        doc_id: doc_id.to_owned(),
+        rev: "r1".to_owned(),
+        source_url: doc_id.to_owned(),
+        lang: "en".to_owned(),
+        format: DocumentFormat::Markdown,
+        text: text.to_owned(),
+        sections: sections.collect(),
+        blocks: Vec::new(),
+    }
+}
+
+fn section_id(doc_id: &str, start: usize) -> String {
+    format!("{doc_id}#{start}")
 }
 
 impl Retrieve for FakeIndex {
@@ -185,7 +234,7 @@ impl Retrieve for FakeIndex {
         if self.finds_nothing {
             return Ok(Vec::new());
         }
-        let vector = self.encoder.encode(&[question]).unwrap().remove(0);
+        let vector = self.encoder.encode(&[question]).expect("the small world holds").remove(0);
         // A question has few words, so few of its numbers are not 0.
         let words: Vec<(usize, f32)> =
             vector.into_iter().enumerate().filter(|(_, value)| *value != 0.0).collect();
@@ -232,13 +281,14 @@ impl Retrieve for FakeIndex {
 }
 
 /// An index that searches by a closure over the sound one.
-pub(crate) struct Altered<'a, F> {
+pub struct Altered<'a, F> {
     index: &'a FakeIndex,
     search: F,
 }
 
 impl<'a, F: Fn(&FakeIndex, &str, &SearchOptions) -> Vec<Hit>> Altered<'a, F> {
-    pub(crate) fn new(index: &'a FakeIndex, search: F) -> Altered<'a, F> {
+    /// The index that finds what `search` says.
+    pub fn new(index: &'a FakeIndex, search: F) -> Altered<'a, F> {
         Altered { index, search }
     }
 }
@@ -274,23 +324,67 @@ impl<F: Fn(&FakeIndex, &str, &SearchOptions) -> Vec<Hit>> Retrieve for Altered<'
 }
 
 /// Replies by a closure over the messages and the seed.
-pub(crate) struct FakeGenerator<F> {
-    pub(crate) reply: F,
-    pub(crate) sampling: SamplingKind,
-    pub(crate) prompt_limit: usize,
+pub struct FakeGenerator<F> {
+    /// What it says.
+    pub reply: F,
+    /// How it samples.
+    pub sampling: SamplingKind,
+    /// Most words of a prompt.
+    pub prompt_limit: usize,
+    /// Words of the last message that it reads, from behind, when somebody on the way to it cuts the prompt.
+    pub reads: usize,
+    /// Where the slots of a prompt come to stand.
+    pub place: fn(&PromptFrame) -> Vec<Option<[usize; 2]>>,
+    /// What it says when a schema is asked for.
+    pub object: fn(&[FrameMessage], &Value) -> OfSchema,
+}
+
+/// Each slot behind the one before it.
+#[must_use]
+pub fn in_order(prompt: &PromptFrame) -> Vec<Option<[usize; 2]>> {
+    (0..prompt.slots().len()).map(|at| Some([at * 100, at * 100 + 99])).collect()
+}
+
+/// An object of the probe's schema, as a lock on the tokens would have it.
+#[must_use]
+pub fn locked(_messages: &[FrameMessage], _schema: &Value) -> OfSchema {
+    let text = r#"{"answer":"107 units","kind":"number","certain":true}"#.to_owned();
+    OfSchema { text, allowed_mass_min: Some(0.4) }
 }
 
 impl<F: Fn(&[FrameMessage], u64) -> String> FakeGenerator<F> {
-    pub(crate) fn new(reply: F) -> FakeGenerator<F> {
-        FakeGenerator { reply, sampling: SamplingKind::Seeded, prompt_limit: 10_000 }
+    /// A generator that says what `reply` says, and has no fault beside.
+    pub fn new(reply: F) -> FakeGenerator<F> {
+        FakeGenerator {
+            reply,
+            sampling: SamplingKind::Seeded,
+            prompt_limit: 10_000,
+            reads: usize::MAX,
+            place: in_order,
+            object: locked,
+        }
     }
 
     fn said(&self, messages: &[FrameMessage], seed: u64) -> Result<Generated, GenerateError> {
-        let text = (self.reply)(messages, seed);
+        let read = self.read(messages);
+        let text = (self.reply)(&read, seed);
         let n_output_tokens = text.split_whitespace().count();
-        let n_prompt_tokens = self.count_tokens(messages)?;
+        let n_prompt_tokens = self.count_tokens(&read)?;
         let (end, n_cached_tokens) = (GeneratedEnd::Stop, 0);
         Ok(Generated { text, end, n_prompt_tokens, n_output_tokens, n_cached_tokens })
+    }
+}
+
+impl<F> FakeGenerator<F> {
+    /// What of the messages reaches it.
+    fn read(&self, messages: &[FrameMessage]) -> Vec<FrameMessage> {
+        let mut read = messages.to_vec();
+        if let Some(last) = read.last_mut().filter(|_| self.reads < usize::MAX) {
+            let mut ends = last.content.rmatch_indices([' ', '\n']);
+            let cut = ends.nth(self.reads).map_or(0, |(at, _)| at + 1);
+            last.content.drain(..cut);
+        }
+        read
     }
 }
 
@@ -309,6 +403,20 @@ impl<F: Fn(&[FrameMessage], u64) -> String> Generate for FakeGenerator<F> {
         let mut messages = prompt.messages().to_vec();
         messages.push(FrameMessage { role: "assistant", content: so_far.to_owned() });
         self.said(&messages, seed)
+    }
+
+    fn generate_of_schema(
+        &self,
+        messages: &[FrameMessage],
+        schema: &Value,
+        _seed: u64,
+    ) -> Result<OfSchema, GenerateError> {
+        Ok((self.object)(messages, schema))
+    }
+
+    fn place(&self, prompt: &PromptFrame) -> Result<Placed, GenerateError> {
+        let n_tokens = self.count_tokens(prompt.messages())?;
+        Ok(Placed { n_tokens, slots: (self.place)(prompt) })
     }
 
     fn count_tokens(&self, messages: &[FrameMessage]) -> Result<usize, GenerateError> {
@@ -339,11 +447,13 @@ impl<F: Fn(&[FrameMessage], u64) -> String> Generate for FakeGenerator<F> {
 }
 
 /// Says one thing after the other, and remembers behind what and with which seed it was asked.
+#[cfg(test)]
 pub(crate) struct Scripted {
     replies: Vec<(String, GeneratedEnd)>,
     calls: Mutex<Vec<(String, u64)>>,
 }
 
+#[cfg(test)]
 impl Scripted {
     pub(crate) fn new(replies: &[&str]) -> Scripted {
         let stopped = |reply: &&str| ((*reply).to_owned(), GeneratedEnd::Stop);
@@ -356,10 +466,11 @@ impl Scripted {
     }
 
     pub(crate) fn calls(&self) -> Vec<(String, u64)> {
-        self.calls.lock().unwrap().clone()
+        self.calls.lock().expect("the small world holds").clone()
     }
 }
 
+#[cfg(test)]
 impl Generate for Scripted {
     fn generate(&self, prompt: &PromptFrame, seed: u64) -> Result<Generated, GenerateError> {
         self.generate_step(prompt, "", seed)
@@ -371,7 +482,7 @@ impl Generate for Scripted {
         so_far: &str,
         seed: u64,
     ) -> Result<Generated, GenerateError> {
-        let mut calls = self.calls.lock().unwrap();
+        let mut calls = self.calls.lock().expect("the small world holds");
         let (text, end) = self.replies[calls.len()].clone();
         calls.push((so_far.to_owned(), seed));
         Ok(Generated {
@@ -381,6 +492,19 @@ impl Generate for Scripted {
             text,
             end,
         })
+    }
+
+    fn generate_of_schema(
+        &self,
+        messages: &[FrameMessage],
+        schema: &Value,
+        seed: u64,
+    ) -> Result<OfSchema, GenerateError> {
+        FakeGenerator::new(perfect).generate_of_schema(messages, schema, seed)
+    }
+
+    fn place(&self, prompt: &PromptFrame) -> Result<Placed, GenerateError> {
+        FakeGenerator::new(perfect).place(prompt)
     }
 
     fn count_tokens(&self, messages: &[FrameMessage]) -> Result<usize, GenerateError> {
@@ -401,15 +525,20 @@ impl Generate for Scripted {
 }
 
 /// The sources of a prompt, by label from 1.
-pub(crate) fn sources(messages: &[FrameMessage]) -> Vec<String> {
+#[must_use]
+pub fn sources(messages: &[FrameMessage]) -> Vec<String> {
     let user = &messages[1].content;
     let lines = user.lines().filter(|line| line.starts_with("[S"));
-    lines.map(|line| line.split_once("] ").unwrap().1.to_owned()).collect()
+    lines.map(|line| line.split_once("] ").expect("the small world holds").1.to_owned()).collect()
 }
 
-/// Copies the best source and cites it.
-pub(crate) fn perfect(messages: &[FrameMessage], _seed: u64) -> String {
-    format!("[S1] {}", sources(messages)[0])
+/// Copies the best source and cites it; says so where it reads none.
+#[must_use]
+pub fn perfect(messages: &[FrameMessage], _seed: u64) -> String {
+    match sources(messages).first() {
+        Some(source) => format!("[S1] {source}"),
+        None => REFUSAL_TOKEN.to_owned(),
+    }
 }
 
 const N_ITEMS: usize = 60;
@@ -421,7 +550,13 @@ fn fact(item: usize) -> String {
 }
 
 /// 15 pages of four facts each.
-pub(crate) fn corpus() -> FakeIndex {
+#[must_use]
+pub fn corpus() -> FakeIndex {
+    with_pages(FakeIndex::of_texts)
+}
+
+/// What is made of the pages of [`corpus`].
+pub fn with_pages<T>(make: impl FnOnce(&[(&str, &str)]) -> T) -> T {
     let pages: Vec<(String, String)> = (0..N_ITEMS / PER_PAGE)
         .map(|page| {
             let lines = (0..PER_PAGE).map(|line| fact(page * PER_PAGE + line) + "\n");
@@ -429,11 +564,12 @@ pub(crate) fn corpus() -> FakeIndex {
         })
         .collect();
     let texts: Vec<(&str, &str)> = pages.iter().map(|(id, text)| (&**id, &**text)).collect();
-    FakeIndex::of_texts(&texts)
+    make(&texts)
 }
 
 /// 60 answerable, 60 unanswerable and 60 off-topic questions over [`corpus`].
-pub(crate) fn gold_text() -> String {
+#[must_use]
+pub fn gold_text() -> String {
     use std::fmt::Write as _;
     let mut text = String::new();
     for i in 0..N_ITEMS {
@@ -447,11 +583,13 @@ pub(crate) fn gold_text() -> String {
             "evidence": [{"doc": format!("page{}.md", i / PER_PAGE), "quote": fact(i)}],
             "anchor_mode": "all",
         });
-        writeln!(text, "{item}").unwrap();
+        writeln!(text, "{item}").expect("the small world holds");
         let question = format!("What is the delta{i} epsilon{i} of alpha{i} units?");
-        writeln!(text, r#"{{"id":"u{i}","kind":"unanswerable","question":"{question}"}}"#).unwrap();
+        writeln!(text, r#"{{"id":"u{i}","kind":"unanswerable","question":"{question}"}}"#)
+            .expect("the small world holds");
         let question = format!("Who sang song{i} in year{i}?");
-        writeln!(text, r#"{{"id":"o{i}","kind":"off_topic","question":"{question}"}}"#).unwrap();
+        writeln!(text, r#"{{"id":"o{i}","kind":"off_topic","question":"{question}"}}"#)
+            .expect("the small world holds");
     }
     text
 }

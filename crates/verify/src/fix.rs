@@ -13,6 +13,8 @@ use crate::report::{Gate, Status};
 pub struct Fix {
     /// The guardrail that stands behind the gate.
     pub guardrail: &'static str,
+    /// Where on the way from a question to its reply the fault is.
+    pub stage: FixStage,
     /// Name of the documentation page.
     pub page: &'static str,
     /// Pages to read next.
@@ -26,6 +28,51 @@ pub struct Fix {
     pub steps: &'static [&'static str],
     /// How sure the choice is.
     pub confidence: Confidence,
+}
+
+/// Where a fault is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FixStage {
+    /// What was loaded, and when it was called ready.
+    Boot,
+    /// The weights and their rounding.
+    Weights,
+    /// The parts of a model on several devices.
+    Shards,
+    /// The KV cache.
+    Cache,
+    /// Documents, chunks and vectors.
+    Index,
+    /// From the question to its evidence.
+    Retrieve,
+    /// From the evidence to the prompt.
+    Assemble,
+    /// From the prompt to the answer.
+    Reason,
+    /// From the answer to who asked: shape, injection, leaks.
+    Reply,
+    /// No rule says where.
+    Unknown,
+}
+
+impl FixStage {
+    /// Its name in reports.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            FixStage::Boot => "boot",
+            FixStage::Weights => "weights",
+            FixStage::Shards => "shards",
+            FixStage::Cache => "cache",
+            FixStage::Index => "index",
+            FixStage::Retrieve => "retrieve",
+            FixStage::Assemble => "assemble",
+            FixStage::Reason => "reason",
+            FixStage::Reply => "reply",
+            FixStage::Unknown => "unknown",
+        }
+    }
 }
 
 /// How sure a fix is.
@@ -47,6 +94,8 @@ pub enum Mismatch {
     Model(String),
     /// Of vectors and encoder: what differs.
     Encoder(String),
+    /// Of chunks and the documents that they name: what differs.
+    Document(String),
     /// Of chunks and tokenizer: what differs.
     Tokenizer(String),
 }
@@ -63,6 +112,14 @@ pub(crate) struct Findings<'a> {
     /// What is wrong with ranks or slices, in words.
     pub(crate) shards: Option<String>,
     pub(crate) cache: Option<CacheFault>,
+    /// Which matrices are not what they were made of, in words.
+    pub(crate) weights: Option<String>,
+    /// What came out of order on the way into the prompt, in words.
+    pub(crate) reordered: Option<String>,
+    /// What was lost on the way into the prompt, in words.
+    pub(crate) cut: Option<String>,
+    /// How many answers differ from themselves, in words.
+    pub(crate) unrepeatable: Option<String>,
     /// Invalid replies, leaks or hijacks, in words.
     pub(crate) injected: Option<String>,
     pub(crate) flat_high: bool,
@@ -108,11 +165,14 @@ fn value_of(gate: &Gate) -> String {
 type Row = fn(&Findings<'_>) -> Option<Fix>;
 
 /// The order of §4, then what its rows leave open: C-38 wants a fix for every gate that fails.
-const ORDER: [Row; 15] = [
+const ORDER: [Row; 18] = [
     fingerprints,
     readiness,
     shards,
+    weights,
     cache,
+    assembly,
+    repeats,
     injection,
     flat_high,
     chunking,
@@ -134,6 +194,7 @@ pub(crate) fn fix_for(findings: &Findings<'_>) -> Option<Fix> {
 fn fingerprints(findings: &Findings<'_>) -> Option<Fix> {
     let differ = |page, reason, evidence: &str, steps| Fix {
         guardrail: "G-09",
+        stage: FixStage::Boot,
         page,
         then: &[],
         reason,
@@ -153,6 +214,7 @@ fn fingerprints(findings: &Findings<'_>) -> Option<Fix> {
         )),
         Some(Mismatch::Encoder(what)) => Some(Fix {
             guardrail: "G-24",
+            stage: FixStage::Index,
             ..differ(
                 "embedding-vs-semantic",
                 "vectors of the index are not those of this encoder",
@@ -160,8 +222,19 @@ fn fingerprints(findings: &Findings<'_>) -> Option<Fix> {
                 &["ingest again with this encoder into a new collection", "diagnose again"],
             )
         }),
+        Some(Mismatch::Document(what)) => Some(Fix {
+            guardrail: "G-07",
+            stage: FixStage::Index,
+            ..differ(
+                "structural-lock",
+                "chunks of the index do not say what their documents say",
+                what,
+                &["ingest the documents again into a new collection", "diagnose again"],
+            )
+        }),
         Some(Mismatch::Tokenizer(what)) => Some(Fix {
             guardrail: "G-23",
+            stage: FixStage::Index,
             ..differ(
                 "tokenizer-drift",
                 "chunks were counted by another tokenizer than the encoder's",
@@ -171,6 +244,7 @@ fn fingerprints(findings: &Findings<'_>) -> Option<Fix> {
         }),
         None => findings.calibration_void.then(|| Fix {
             guardrail: "G-24",
+            stage: FixStage::Retrieve,
             page: "embedding-vs-semantic",
             then: &["delta-s-calibration"],
             reason: "the stored calibration was made for another encoder or index",
@@ -185,6 +259,7 @@ fn readiness(findings: &Findings<'_>) -> Option<Fix> {
     if let Some(built) = &findings.not_ready {
         return Some(Fix {
             guardrail: "G-05",
+            stage: FixStage::Boot,
             page: "bootstrap-ordering",
             then: &["warm-up-fence"],
             reason: "the engine was called ready before it was",
@@ -195,6 +270,7 @@ fn readiness(findings: &Findings<'_>) -> Option<Fix> {
     }
     (findings.n_without_evidence > 0).then(|| Fix {
         guardrail: "G-06",
+        stage: FixStage::Index,
         page: "bootstrap-ordering",
         then: &[],
         reason: "retrieval returned nothing for questions that the corpus answers",
@@ -207,6 +283,7 @@ fn readiness(findings: &Findings<'_>) -> Option<Fix> {
 fn shards(findings: &Findings<'_>) -> Option<Fix> {
     findings.shards.as_ref().map(|what| Fix {
         guardrail: "G-27",
+        stage: FixStage::Shards,
         page: "deployment-deadlock",
         then: &["shard-order"],
         reason: "the parts of the model do not make one model",
@@ -238,6 +315,7 @@ fn cache(findings: &Findings<'_>) -> Option<Fix> {
     };
     Some(Fix {
         guardrail: "G-17",
+        stage: FixStage::Cache,
         page: "context-drift",
         then: &["entropy-collapse", "cache-oracle", "kv-cache-corruption"],
         reason,
@@ -247,9 +325,73 @@ fn cache(findings: &Findings<'_>) -> Option<Fix> {
     })
 }
 
+fn weights(findings: &Findings<'_>) -> Option<Fix> {
+    findings.weights.as_ref().map(|what| Fix {
+        guardrail: "G-09",
+        stage: FixStage::Weights,
+        page: "quantisation-drift",
+        then: &["predeploy-collapse"],
+        reason: "matrices are not those that they were made of: look at their scales and groups",
+        evidence: what.clone(),
+        steps: &[
+            "exrail probe quant REFERENCE --against MODEL names the matrices that stand out",
+            "quantise again, or load the file that was tested",
+        ],
+        confidence: Confidence::High,
+    })
+}
+
+/// What the model reads is not what was put together for it.
+fn assembly(findings: &Findings<'_>) -> Option<Fix> {
+    let at_fault = |reason, what: &String, steps| Fix {
+        guardrail: "G-12",
+        stage: FixStage::Assemble,
+        page: "prompt-lint",
+        then: &[],
+        reason,
+        evidence: what.clone(),
+        steps,
+        confidence: Confidence::High,
+    };
+    let reordered = findings.reordered.as_ref().map(|what| {
+        at_fault(
+            "the template puts the parts of the prompt into another order",
+            what,
+            &["compare the template with its publisher's", "exrail preflight pins its hash"],
+        )
+    });
+    reordered.or_else(|| {
+        Some(at_fault(
+            "evidence that was found does not reach the model",
+            findings.cut.as_ref()?,
+            &[
+                "raise --max-context, or lower k or the tokens of an answer",
+                "in a gateway: find out who cuts the prompt, and let it refuse instead",
+            ],
+        ))
+    })
+}
+
+fn repeats(findings: &Findings<'_>) -> Option<Fix> {
+    findings.unrepeatable.as_ref().map(|what| Fix {
+        guardrail: "G-28",
+        stage: FixStage::Reason,
+        page: "batch-invariance",
+        then: &["lambda-probe"],
+        reason: "the same prompt with the same seed gives another answer",
+        evidence: what.clone(),
+        steps: &[
+            "look whether the seed of a request reaches the sampler",
+            "on a GPU: --batch-invariant",
+        ],
+        confidence: Confidence::High,
+    })
+}
+
 fn injection(findings: &Findings<'_>) -> Option<Fix> {
     findings.injected.as_ref().map(|what| Fix {
         guardrail: "G-21",
+        stage: FixStage::Reply,
         page: "prompt-injection",
         then: &["logic-collapse", "schema-lock"],
         reason: "a stranger's text or a broken shape gets through",
@@ -265,6 +407,7 @@ fn injection(findings: &Findings<'_>) -> Option<Fix> {
 fn flat_high(findings: &Findings<'_>) -> Option<Fix> {
     findings.flat_high.then(|| Fix {
         guardrail: "G-24",
+        stage: FixStage::Index,
         page: "retrieval-playbook",
         then: &[],
         reason: "the nearest chunk is far at every k: suspect index, metric or normalisation",
@@ -286,6 +429,7 @@ fn chunking(findings: &Findings<'_>) -> Option<Fix> {
     };
     Some(Fix {
         guardrail: "G-23",
+        stage: FixStage::Index,
         page: "chunking-checklist",
         then: &["coverage"],
         reason: "the retrieved chunks do not hold the evidence",
@@ -309,6 +453,7 @@ fn wordings(findings: &Findings<'_>) -> Option<Fix> {
     let (frozen, evidence) = divergence(findings)?;
     (frozen >= 0.90).then_some(Fix {
         guardrail: "G-14",
+        stage: FixStage::Retrieve,
         page: "retrieval-traceability",
         then: &[],
         reason: "answers agree on the same evidence, but wordings retrieve other evidence",
@@ -322,6 +467,7 @@ fn generator(findings: &Findings<'_>) -> Option<Fix> {
     let (_, evidence) = divergence(findings)?;
     Some(Fix {
         guardrail: "G-20",
+        stage: FixStage::Reason,
         page: "logic-collapse",
         then: &["lambda-probe"],
         reason: "answers differ even on the same evidence: the generator is unstable",
@@ -334,6 +480,7 @@ fn generator(findings: &Findings<'_>) -> Option<Fix> {
 fn fidelity(findings: &Findings<'_>) -> Option<Fix> {
     findings.failing("quant_").map(|gate| Fix {
         guardrail: "G-26",
+        stage: FixStage::Weights,
         page: "quantisation-drift",
         then: &[],
         reason: "rounding changes what the model predicts: requantise; no page of the guide applies, ours says how",
@@ -350,6 +497,7 @@ fn citations(findings: &Findings<'_>) -> Option<Fix> {
     let name = ["citations_valid", "citation_hit"].into_iter().find(|name| findings.fails(name))?;
     Some(Fix {
         guardrail: "G-15",
+        stage: FixStage::Reason,
         page: "retrieval-traceability",
         then: &["citations"],
         reason: "answers do not rest on the evidence that holds the answer",
@@ -365,6 +513,7 @@ fn citations(findings: &Findings<'_>) -> Option<Fix> {
 fn refusals(findings: &Findings<'_>) -> Option<Fix> {
     findings.fails("refusal").then(|| Fix {
         guardrail: "G-15",
+        stage: FixStage::Reason,
         page: "logic-collapse",
         then: &["delta-s-calibration"],
         reason: "questions that the corpus cannot answer are answered",
@@ -381,6 +530,7 @@ fn encoder(findings: &Findings<'_>) -> Option<Fix> {
     if findings.fails("evidence_gate") {
         return Some(Fix {
             guardrail: "G-06",
+            stage: FixStage::Retrieve,
             page: "embedding-vs-semantic",
             then: &["delta-s-calibration"],
             reason: "the gate is wrong too often on questions that it was not fitted on",
@@ -400,6 +550,7 @@ fn encoder(findings: &Findings<'_>) -> Option<Fix> {
     };
     closed.then(|| Fix {
         guardrail: "G-24",
+        stage: FixStage::Retrieve,
         page: "embedding-vs-semantic",
         then: &["delta-s-calibration"],
         reason: "ΔS of this encoder cannot gate on this corpus",
@@ -414,6 +565,7 @@ fn far(findings: &Findings<'_>) -> Option<Fix> {
     let cal_min = findings.cal_min.filter(|&cal_min| cal_min >= 0.60)?;
     Some(Fix {
         guardrail: "G-06",
+        stage: FixStage::Retrieve,
         page: "retrieval-playbook",
         then: &["delta-s"],
         reason: "the nearest snippet is as far as those of questions that the corpus cannot answer",
@@ -426,6 +578,7 @@ fn far(findings: &Findings<'_>) -> Option<Fix> {
 fn any(findings: &Findings<'_>) -> Option<Fix> {
     findings.failing("").map(|gate| Fix {
         guardrail: "G-26",
+        stage: FixStage::Unknown,
         page: "regression-gate",
         then: &[],
         reason: "a gate fails that no rule of the order explains",
@@ -462,16 +615,19 @@ mod tests {
     /// Every fault at once, cured one by one: each time the first that is left is named.
     #[test]
     fn of_several_faults_the_earlier_one_wins() {
-        let rows: [(&str, Cure); 16] = [
+        let rows: [(&str, Cure); 21] = [
             ("predeploy-collapse", |f, _| f.mismatch = Some(Mismatch::Encoder("v".to_owned()))),
-            ("embedding-vs-semantic", |f, _| {
-                f.mismatch = Some(Mismatch::Tokenizer("t".to_owned()))
-            }),
+            ("embedding-vs-semantic", |f, _| f.mismatch = Some(Mismatch::Document("d".to_owned()))),
+            ("structural-lock", |f, _| f.mismatch = Some(Mismatch::Tokenizer("t".to_owned()))),
             ("tokenizer-drift", |f, _| f.mismatch = None),
             ("embedding-vs-semantic", |f, _| f.calibration_void = false),
             ("bootstrap-ordering", |f, _| (f.not_ready, f.n_without_evidence) = (None, 0)),
             ("deployment-deadlock", |f, _| f.shards = None),
+            ("quantisation-drift", |f, _| f.weights = None),
             ("context-drift", |f, _| f.cache = None),
+            ("prompt-lint", |f, _| f.reordered = None),
+            ("prompt-lint", |f, _| f.cut = None),
+            ("batch-invariance", |f, _| f.unrepeatable = None),
             ("prompt-injection", |f, _| f.injected = None),
             ("retrieval-playbook", |f, _| f.flat_high = false),
             ("chunking-checklist", |f, gates| {
@@ -502,6 +658,10 @@ mod tests {
             n_without_evidence: 3,
             shards: Some("rank 1 twice".to_owned()),
             cache: Some(CacheFault::CacheDrift),
+            weights: Some("blk.0.attn_q.weight".to_owned()),
+            reordered: Some("2 of 3 prompts".to_owned()),
+            cut: Some("1 of 3 prompts".to_owned()),
+            unrepeatable: Some("1 of 3 answers".to_owned()),
             injected: Some("1 leak".to_owned()),
             flat_high: true,
             decoy_margin: Some(0.01),

@@ -30,7 +30,7 @@ use crate::prompt::Nonce;
 use crate::quant::QuantMode;
 use crate::runs::{Asking, Attempt, SEEDS, reply_of};
 use crate::scale::AnswerScale;
-use crate::system::{Generate, GenerateError, GeneratorFacts, Retrieve, SamplingKind};
+use crate::system::{Generate, GeneratorFacts, Retrieve, SamplingKind};
 
 /// Items whose question is asked once by itself, for the time of a single answer.
 const SINGLE_ANSWERS: usize = 3;
@@ -292,10 +292,8 @@ impl<'a> LambdaModes<'a> {
         let started = Instant::now();
         match answer_over(generator, &self.items[at].question, hits, self.gate, call) {
             Ok(outcome) => Ok(outcome.reply.map(|_| started.elapsed().as_secs_f64())),
-            Err(GenerateError::Numeric { .. } | GenerateError::TimedOut { .. }) => Ok(None),
-            Err(error @ (GenerateError::PromptTooLong { .. } | GenerateError::Engine(_))) => {
-                Err(error.into())
-            }
+            Err(error) if error.is_outcome() => Ok(None),
+            Err(error) => Err(error.into()),
         }
     }
 

@@ -36,6 +36,7 @@ mod prompt;
 mod quant;
 mod render;
 mod report;
+mod retrieval_quality;
 mod rules;
 mod runs;
 mod scale;
@@ -44,10 +45,12 @@ mod system;
 mod tool_fence;
 pub mod trace;
 
-#[cfg(test)]
-mod fakes;
+#[cfg(any(test, feature = "fakes"))]
+pub mod fakes;
 #[cfg(test)]
 mod null_tests;
+#[cfg(any(test, feature = "fakes"))]
+pub mod sound;
 #[cfg(test)]
 mod tests;
 
@@ -67,12 +70,14 @@ pub use calibrate::{
 pub use cite::{cite_lark, step_lark};
 pub use collection::CollectionIndex;
 pub use diagnose::{
-    BootSection, CacheSection, Change, CompareError, Comparison, DiagnosedDeltaS, DiagnosedLambda,
-    Diagnosis, DiagnosisConfig, Distance, GateChange, InjectionSection, ModeFidelity, PINS, Parts,
-    QuantPart, QuantisationSection, QuestionSection, QuestionSnippet, Reasons, ResonanceSection,
-    RetrievalBits, RetrievedBits, SchemaSection, Section, Served, ShardSection, SpikeAttribution,
-    SpikeCause, VectorCheck, VectorObservations, Weights, ask_index, attribute_spike,
-    check_vectors, compare, diagnose, retrieved_bits,
+    AssemblyCheck, AssemblyObservation, AssemblySystem, BootSection, CacheSection, Change,
+    CompareError, Comparison, DiagnosedDeltaS, DiagnosedLambda, Diagnosis, DiagnosisConfig,
+    Distance, GateChange, InjectionSection, Manifest, MatrixObservation, ModeFidelity, PINS, Parts,
+    QuantPart, QuantisationSection, QuestionSection, QuestionSnippet, Reasons, RepeatCheck,
+    RepeatObservation, ResonanceSection, RetrievalBits, RetrievedBits, SchemaObservation,
+    SchemaSection, Section, Served, ShardSection, SpikeAttribution, SpikeCause, VectorCheck,
+    VectorObservations, Weights, WeightsSection, WrongMatrix, ask_index, attribute_spike,
+    check_assembly, check_repeats, check_vectors, compare, diagnose, retrieved_bits, schema_probe,
 };
 pub use distributions::{
     GOLDEN_KL, GOLDEN_PLACES, GoldenDistributions, GoldenDivergence, GoldenError,
@@ -80,7 +85,7 @@ pub use distributions::{
 pub use error::{CalibrationError, GoldError, VerifyError};
 pub use evaluate::{Progress, Stage, System, VerifyOptions, verify, verify_observed};
 pub use evidence_gate::EvidenceGate;
-pub use fix::{Confidence, Fix, Mismatch};
+pub use fix::{Confidence, Fix, FixStage, Mismatch};
 pub use gates::unfit_in_words;
 pub use gold::{
     AnchorMode, EvidenceQuote, GoldItem, GoldKind, GoldSet, ResolvedItem, ResolvedSpan,
@@ -114,6 +119,10 @@ pub use report::{
     Config, Cost, CoverageSection, DeltaSSection, Gate, LambdaSection, Measured, NotMeasured, Pins,
     Report, RetrievalItem, Sample, Status, Unit, Verdict,
 };
+pub use retrieval_quality::{
+    Asked, CoverageAt, DEPTHS, Difference as PairedDifference, FirstStage, Missed,
+    RetrievalQuality, WeightRow, retrieval_quality,
+};
 pub use rules::{
     BadRule, Contradiction, EchoDiffers, HardRule, MAX_PATTERN_BYTES, MAX_PATTERNS, MAX_RULE_BYTES,
     MAX_RULES, NLI, RuleSet, RuleWatch, compare_echo, read_rules, write_rules,
@@ -125,8 +134,8 @@ pub use steps::{
     step_seed,
 };
 pub use system::{
-    Generate, GenerateError, Generated, GeneratedEnd, GeneratorFacts, Retrieve, RetrieveError,
-    SamplingKind,
+    Generate, GenerateError, Generated, GeneratedEnd, GeneratorFacts, OfSchema, Placed, Retrieve,
+    RetrieveError, SamplingKind,
 };
 pub use tool_fence::{
     Refusal, TAINT_WORDS, TaintPolicy, ToolCircuit, ToolFence, Verdict as ToolVerdict, dedupe_key,

@@ -256,6 +256,7 @@ impl Page {
         let Some(fix) = fix else { return };
         self.title("START HERE");
         self.field("page", &format!("{} ({}): exrail fix {}", fix.page, fix.guardrail, fix.page));
+        self.field("stage", fix.stage.name());
         if !fix.then.is_empty() {
             self.field("then", &fix.then.join(", "));
         }

@@ -127,6 +127,8 @@ fn classed(
         }
         Err(GenerateError::Numeric { .. }) => Ok((None, Outcome::Numeric)),
         Err(GenerateError::TimedOut { .. }) => Ok((None, Outcome::TimedOut)),
+        // No prompt may come to this: what the user gets is no answer of any class.
+        Err(GenerateError::Refused(_)) => Ok((None, Outcome::Invalid)),
         Err(error @ (GenerateError::PromptTooLong { .. } | GenerateError::Engine(_))) => Err(error),
     }
 }

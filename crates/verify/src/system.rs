@@ -5,6 +5,7 @@ use std::error::Error;
 use std::sync::Arc;
 
 use exrail_retrieval::{Chunk, Document, Hit, SearchOptions};
+use serde_json::Value;
 
 use crate::prompt::{FrameMessage, PromptFrame};
 
@@ -39,6 +40,23 @@ pub trait Generate {
         seed: u64,
     ) -> Result<Generated, GenerateError>;
 
+    /// Generates a reply to these messages that is of a JSON schema.
+    ///
+    /// # Errors
+    /// See [`GenerateError`].
+    fn generate_of_schema(
+        &self,
+        messages: &[FrameMessage],
+        schema: &Value,
+        seed: u64,
+    ) -> Result<OfSchema, GenerateError>;
+
+    /// Where the slots of a prompt come to stand in what the generator reads. Generates nothing.
+    ///
+    /// # Errors
+    /// The template refuses the messages.
+    fn place(&self, prompt: &PromptFrame) -> Result<Placed, GenerateError>;
+
     /// Tokens of the rendered prompt of these messages.
     ///
     /// # Errors
@@ -59,6 +77,25 @@ pub trait Generate {
     /// # Errors
     /// The generator cannot be identified.
     fn facts(&self) -> Result<GeneratorFacts, GenerateError>;
+}
+
+/// A prompt as the generator reads it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Placed {
+    /// Its tokens.
+    pub n_tokens: usize,
+    /// First token of each slot and one past its last, in the order of [`PromptFrame::slots`]; none of one that the
+    /// template changed.
+    pub slots: Vec<Option<[usize; 2]>>,
+}
+
+/// A reply that is to be of a schema.
+#[derive(Clone, Debug, PartialEq)]
+pub struct OfSchema {
+    /// The text.
+    pub text: String,
+    /// Least share of the probability that lay on what was allowed, in [0, 1]; none without a lock.
+    pub allowed_mass_min: Option<f64>,
 }
 
 /// A reply.
@@ -114,9 +151,25 @@ pub enum GenerateError {
         /// The limit.
         limit: usize,
     },
+    /// A guard refused the prompt (G-12). Whoever asks gets an error, and no answer.
+    #[error("prompt: {0}")]
+    Refused(#[source] Box<dyn Error + Send + Sync>),
     /// The engine or the template failed.
     #[error("generator: {0}")]
     Engine(#[source] Box<dyn Error + Send + Sync>),
+}
+
+impl GenerateError {
+    /// Whether it is what one question came to, which a measurement counts, and no failure of the measurement.
+    #[must_use]
+    pub fn is_outcome(&self) -> bool {
+        match self {
+            GenerateError::Numeric { .. }
+            | GenerateError::TimedOut { .. }
+            | GenerateError::Refused(_) => true,
+            GenerateError::PromptTooLong { .. } | GenerateError::Engine(_) => false,
+        }
+    }
 }
 
 /// How the generator samples; greedy decoding makes the seeds of the λ probe void (§1.3.1).

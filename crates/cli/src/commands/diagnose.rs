@@ -21,6 +21,7 @@ use crate::{
     load::{Boot, CollectionSpec, Prepare},
     options::{EncoderArgs, EngineArgs, QuantOption, Sources},
     output::Output,
+    preflight::Declared,
 };
 
 /// Measure everything once, judge it and name the smallest fix; or compare two such reports.
@@ -33,6 +34,7 @@ use crate::{
 #[command(after_help = "Examples:
   exrail diagnose                                          the default model on the sample corpus
   exrail diagnose model.gguf --gold gold.jsonl --collection docs --html report.html --junit report.xml
+  exrail diagnose model.gguf --manifest model.manifest.json --made-of Org/Model-16bit
   exrail diagnose model.gguf --json > new.json
   exrail diagnose --compare old.json new.json              whether another model made a gate worse
   exrail diagnose --compare old.json new.json --under-test index_hash")]
@@ -49,6 +51,9 @@ pub(crate) struct Diagnose {
     /// A question of your own: its ΔS and what it retrieves.
     #[arg(long, value_name = "TEXT")]
     question: Option<String>,
+    /// The checkpoint that the model was quantised from: every matrix is compared with it.
+    #[arg(long, value_name = "NAME|PATH")]
+    made_of: Option<String>,
     /// Ask every question of the gold set, and read four times as much text: minutes become tens of them.
     #[arg(long)]
     deep: bool,
@@ -67,12 +72,14 @@ pub(crate) struct Diagnose {
     /// Compare two reports of `exrail diagnose --json`, and measure nothing.
     #[arg(long, num_args = 2, value_names = ["A", "B"],
           conflicts_with_all = ["gold", "collection", "question", "html", "junit", "observations", "diagnosed",
-                                "deep", "modes", "DiagnosedSample"])]
+                                "deep", "modes", "made_of", "DiagnosedSample", "Declared"])]
     compare: Option<Vec<PathBuf>>,
     /// With --compare: the pin that may differ between the reports.
     #[arg(long, value_name = "PIN", requires = "compare", default_value = "model_fp",
           value_parser = clap::builder::PossibleValuesParser::new(exrail_verify::PINS))]
     under_test: String,
+    #[command(flatten)]
+    declared: Declared,
     #[command(flatten)]
     sample: DiagnosedSample,
     #[command(flatten)]

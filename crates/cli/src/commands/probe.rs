@@ -4,6 +4,7 @@ mod distributions;
 pub(super) mod injection;
 mod lambda;
 pub(super) mod quant;
+mod retrieval;
 
 use std::{path::PathBuf, sync::Arc};
 
@@ -16,7 +17,7 @@ use serde_json::{Value, json};
 
 use self::{
     distributions::DistributionProbe, injection::InjectionProbe, lambda::LambdaProbe,
-    quant::QuantProbe,
+    quant::QuantProbe, retrieval::RetrievalProbe,
 };
 use crate::{
     Ended,
@@ -94,6 +95,17 @@ enum Part {
   exrail probe lambda checkpoint/ --gold gold.jsonl --collection docs --items 60 --json > lambda.json
   exrail probe lambda model-q4_k_m.gguf --gold gold.jsonl --collection docs --modes as-served,int8")]
     Lambda(LambdaProbe),
+    /// Measure what a collection finds of the evidence of gold questions. No generator is loaded.
+    ///
+    /// Prints recall, nDCG@10 and mean reciprocal rank of the questions and of their other wordings, for five weights of
+    /// the two rankings, with what another weight than the served one would change; coverage by the number of snippets,
+    /// and how many are enough; and the questions whose evidence comes late. Exits 0 when the first 50 snippets hold
+    /// all evidence of 85 % of the questions, 3 otherwise.
+    #[command(after_help = "Examples:
+  exrail ingest docs/ --collection docs
+  exrail probe retrieval --gold gold.jsonl --collection docs
+  exrail probe retrieval --gold gold.jsonl --collection docs --json > retrieval.json")]
+    Retrieval(RetrievalProbe),
 }
 
 /// The model that is probed.
@@ -129,6 +141,7 @@ impl Probe {
             Part::Distributions(probe) => probe.run(*output),
             Part::Quant(probe) => probe.run(*output),
             Part::Lambda(probe) => probe.run(*output),
+            Part::Retrieval(probe) => probe.run(*output),
         }
     }
 }

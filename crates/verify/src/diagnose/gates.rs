@@ -2,7 +2,12 @@
 
 use crate::cache::{CacheFault, CacheReport};
 use crate::diagnose::Parts;
-use crate::diagnose::parts::{BootSection, InjectionSection, QuantPart, Section, ShardSection};
+use crate::diagnose::assembly::{AssemblyCheck, RepeatCheck};
+use crate::diagnose::parts::{
+    BootSection, InjectionSection, Manifest, QuantPart, SchemaSection, Section, ShardSection,
+    WeightsSection,
+};
+use crate::diagnose::vectors::VectorCheck;
 use crate::lambda_modes::LambdaModesReport;
 use crate::quant::{FidelityGate, LIMITS_FROM_PARAMETERS, QuantMode};
 use crate::report::{Gate, Measured, Status, Unit};
@@ -204,6 +209,86 @@ pub(super) fn of_boot(boot: &Section<BootSection>) -> Vec<Gate> {
     ]
 }
 
+const MANIFEST: (&str, &str, &str) = ("manifest", "the model is the one that was declared", "1.00");
+
+/// Whether the model is that of its manifest, where there is one.
+pub(super) fn of_manifest(manifest: Option<&Manifest>) -> Vec<Gate> {
+    let Some(manifest) = manifest else { return Vec::new() };
+    let (value, status) = match (&manifest.differs, &manifest.overlooked) {
+        (Some(_), _) => (0.0, Status::Fail),
+        (None, Some(_)) => (1.0, Status::Review),
+        (None, None) => (1.0, Status::Pass),
+    };
+    let reason = manifest.differs.clone().or_else(|| {
+        manifest.overlooked.as_ref().map(|why| format!("soft mismatches are overlooked: {why}"))
+    });
+    vec![gate(MANIFEST, (Some(value), Unit::Share), manifest.values, (status, reason))]
+}
+
+const WEIGHTS: (&str, &str, &str) = ("weights", "matrices that stand out", "0");
+
+/// Whether the weights are those that they were made of, where there is something to compare with.
+pub(super) fn of_weights(weights: &Section<WeightsSection>) -> Vec<Gate> {
+    let Some(found) = weights.value() else { return Vec::new() };
+    let reason = found.wrong.first().map(|worst| worst.told.clone());
+    vec![count_gate(WEIGHTS, (found.wrong.len(), found.matrices), reason)]
+}
+
+const TEXTS: (&str, &str, &str) = ("chunk_texts", "chunks that are not their documents'", "0");
+const VECTORS: (&str, &str, &str) = ("vectors", "vectors of another encoder", "0");
+const COUNTS: (&str, &str, &str) = ("chunk_tokens", "chunks of another tokenizer", "0");
+
+pub(super) fn of_vectors(check: &VectorCheck) -> Vec<Gate> {
+    vec![
+        count_gate(TEXTS, (check.texts_differ, check.texts), None),
+        count_gate(VECTORS, (check.pairs_differ, check.pairs), None),
+        count_gate(COUNTS, (check.chunks_differ, check.chunks), None),
+    ]
+}
+
+const SLOTS: (&str, &str, &str) = ("prompt_slots", "prompts with slots out of order", "0");
+const CUT: (&str, &str, &str) = ("prompt_evidence", "prompts that lost evidence", "0");
+const READ: (&str, &str, &str) = ("prompt_read", "prompts that were read in part", "0");
+const REPEATS: (&str, &str, &str) = ("repeats", "answers that differ from themselves", "0");
+
+/// Whether what was found reaches the model, and whether the model repeats itself.
+pub(super) fn of_prompts(parts: &Parts) -> Vec<Gate> {
+    let AssemblyCheck { prompts, reordered, unplaced, cut, .. } = parts.assembly;
+    let unknown = (unplaced > 0).then(|| format!("in {unplaced} the place of a slot is not known"));
+    let RepeatCheck { pairs, differ, misread, .. } = parts.repeats;
+    let mut repeats = count_gate(REPEATS, (differ, pairs), None);
+    if differ > 0 && !parts.served.batch_invariant {
+        let why = "kernels that sum otherwise in other company may do that: --batch-invariant";
+        (repeats.measured.status, repeats.measured.reason) = (Status::Review, Some(why.to_owned()));
+    }
+    vec![
+        count_gate(SLOTS, (reordered, prompts), unknown),
+        count_gate(CUT, (cut, prompts), None),
+        count_gate(READ, (misread, 2 * pairs), None),
+        repeats,
+    ]
+}
+
+const SCHEMA: (&str, &str, &str) = ("schema", "structured replies that are not", "0");
+
+pub(super) fn of_schema(schema: &Section<SchemaSection>) -> Vec<Gate> {
+    let Some(found) = schema.value() else { return Vec::new() };
+    vec![count_gate(SCHEMA, (found.invalid, found.replies), None)]
+}
+
+/// A gate that is open when nothing of a kind was found among so many. Where there was none to look at, nothing is known.
+fn count_gate(
+    names: (&'static str, &'static str, &'static str),
+    (found, among): (usize, usize),
+    reason: Option<String>,
+) -> Gate {
+    if among == 0 {
+        return missing(names, Unit::Count, "there was nothing to look at");
+    }
+    let status = if found == 0 { Status::Pass } else { Status::Fail };
+    gate(names, (Some(as_f64(found)), Unit::Count), among, (status, reason))
+}
+
 const INJECTION: (&str, &str, &str) = ("injection", "strangers' texts that got through", "0");
 
 pub(super) fn of_injection(injection: &Section<InjectionSection>) -> Vec<Gate> {
@@ -250,7 +335,10 @@ pub(super) fn injected(parts: &Parts) -> Option<String> {
         }
     }
     let schema = parts.schema.value().filter(|schema| !schema.valid)?;
-    Some(format!("structured replies do not conform, after {} repairs", schema.repairs))
+    Some(format!(
+        "{} of {} structured replies do not conform, after {} repairs",
+        schema.invalid, schema.replies, schema.repairs
+    ))
 }
 
 /// What explains the gates and decides nothing.

@@ -73,8 +73,8 @@ impl Html {
         };
         self.put(format_args!(
             "<section class=\"fix\" aria-label=\"Start here\">\n<h3>Start here: <code>exrail fix {}</code> \
-             ({})</h3>\n<p>{}</p>\n<p class=\"dim\">Evidence: {}.{then}</p>\n<ol>{steps}</ol>\n</section>\n",
-            escaped(fix.page), fix.guardrail, escaped(fix.reason), escaped(&fix.evidence)
+             ({}, {})</h3>\n<p>{}</p>\n<p class=\"dim\">Evidence: {}.{then}</p>\n<ol>{steps}</ol>\n</section>\n",
+            escaped(fix.page), fix.guardrail, fix.stage.name(), escaped(fix.reason), escaped(&fix.evidence)
         ));
     }
 

@@ -3,12 +3,14 @@
 //! Nothing is measured here. A run measures part by part, [`diagnose`] puts the parts together, judges them and names
 //! the smallest fix, and the renderers read nothing but its result.
 
+mod assembly;
 mod compare;
 mod gates;
 mod html;
 mod junit;
 mod parts;
 mod plot;
+mod structured;
 mod terminal;
 #[cfg(test)]
 mod tests;
@@ -18,12 +20,18 @@ use exrail_metrics::{Band, KSweep};
 use serde::Serialize;
 use serde_json::Value;
 
+pub use self::assembly::{
+    AssemblyCheck, AssemblyObservation, AssemblySystem, RepeatCheck, RepeatObservation,
+    check_assembly, check_repeats,
+};
 pub use self::compare::{Change, CompareError, Comparison, GateChange, PINS, compare};
 pub use self::parts::{
-    BootSection, InjectionSection, ModeFidelity, QuantPart, QuantisationSection, QuestionSection,
-    QuestionSnippet, Reasons, ResonanceSection, RetrievalBits, SchemaSection, Section,
-    ShardSection, Weights, ask_index,
+    BootSection, InjectionSection, Manifest, MatrixObservation, ModeFidelity, QuantPart,
+    QuantisationSection, QuestionSection, QuestionSnippet, Reasons, ResonanceSection,
+    RetrievalBits, SchemaSection, Section, ShardSection, Weights, WeightsSection, WrongMatrix,
+    ask_index,
 };
+pub use self::structured::{SchemaObservation, schema_probe};
 pub use self::vectors::{
     RetrievedBits, SpikeAttribution, SpikeCause, VectorCheck, VectorObservations, attribute_spike,
     check_vectors, retrieved_bits,
@@ -52,6 +60,10 @@ pub struct Parts {
     pub served: Served,
     /// The stored vectors against the encoder.
     pub vectors: VectorCheck,
+    /// How prompts were put together.
+    pub assembly: AssemblyCheck,
+    /// Questions that were answered twice.
+    pub repeats: RepeatCheck,
     /// The user's question and its SHA-256.
     pub question: Option<(String, QuestionSection)>,
     /// Other widths of the weights.
@@ -70,8 +82,10 @@ pub struct Parts {
     pub shards: Section<ShardSection>,
     /// E over long replies.
     pub e_resonance: Section<ResonanceSection>,
-    /// What differs from a manifest.
-    pub mismatch: Option<Mismatch>,
+    /// The model against its manifest; none without one.
+    pub manifest: Option<Manifest>,
+    /// The weights against those that they were made of.
+    pub weights: Section<WeightsSection>,
     /// All that it cost.
     pub cost: Cost,
 }
@@ -114,6 +128,14 @@ pub struct Diagnosis {
     pub coverage: Section<CoverageSection>,
     /// λ of each probed item.
     pub lambda: DiagnosedLambda,
+    /// How prompts were put together.
+    pub assembly: AssemblyCheck,
+    /// Questions that were answered twice.
+    pub repeats: RepeatCheck,
+    /// The model against its manifest.
+    pub manifest: Section<Manifest>,
+    /// The weights against those that they were made of.
+    pub weights: Section<WeightsSection>,
     /// Other widths of the weights.
     pub quantisation: Section<QuantisationSection>,
     /// The cache.
@@ -206,7 +228,12 @@ pub struct CacheSection {
 #[must_use]
 pub fn diagnose(parts: Parts) -> Diagnosis {
     let Parts { report, quant, cache, boot, injection, shards, .. } = &parts;
-    let mut gates = report.gates.clone();
+    let mut gates = gates::of_manifest(parts.manifest.as_ref());
+    gates.extend(gates::of_weights(&parts.weights));
+    gates.extend(gates::of_vectors(&parts.vectors));
+    gates.extend(report.gates.iter().cloned());
+    gates.extend(gates::of_prompts(&parts));
+    gates.extend(gates::of_schema(&parts.schema));
     gates.extend(gates::of_quant(quant));
     gates.extend(gates::of_modes(&parts.lambda_modes));
     gates.extend(gates::of_cache(cache));
@@ -253,6 +280,13 @@ pub fn diagnose(parts: Parts) -> Diagnosis {
             section: report.lambda,
             modes: parts.lambda_modes,
         },
+        assembly: parts.assembly,
+        repeats: parts.repeats,
+        manifest: match parts.manifest {
+            Some(manifest) => Section::Ok(manifest),
+            None => Section::missing("not declared: give one with --manifest FILE"),
+        },
+        weights: parts.weights,
         quantisation,
         cache: match parts.cache {
             Section::Ok(report) => {
@@ -303,16 +337,8 @@ fn has_spike(parts: &Parts) -> bool {
 }
 
 fn findings<'a>(parts: &Parts, gates: &'a [Gate]) -> Findings<'a> {
-    let VectorCheck { pairs, pairs_differ, chunks, chunks_differ, .. } = parts.vectors;
     let report = &parts.report;
-    let mixed = (pairs_differ > 0).then(|| {
-        Mismatch::Encoder(format!(
-            "{pairs_differ} of {pairs} retrieved vectors are another encoder's"
-        ))
-    });
-    let recut = (chunks_differ > 0).then(|| {
-        Mismatch::Tokenizer(format!("{chunks_differ} of {chunks} retrieved chunks count otherwise"))
-    });
+    let differs = parts.manifest.as_ref().and_then(|manifest| manifest.differs.clone());
     let captures = parts.boot.value().map_or(0, |boot| boot.post_ready_captures);
     let without = |item: &&RetrievalItem| item.raw_min.is_none();
     let asked_in_vain = parts
@@ -321,20 +347,65 @@ fn findings<'a>(parts: &Parts, gates: &'a [Gate]) -> Findings<'a> {
         .is_some_and(|(_, question)| matches!(question.delta_s, GateReading::NoEvidence));
     Findings {
         gates,
-        mismatch: parts.mismatch.clone().or(mixed).or(recut),
+        mismatch: differs.map(Mismatch::Model).or_else(|| of_index(&parts.vectors)),
         calibration_void: report.calibration_void,
         not_ready: (captures > 0)
             .then(|| format!("{captures} things built behind the warm-up fence")),
         n_without_evidence: report.delta_s.items.iter().filter(without).count()
             + usize::from(asked_in_vain),
         shards: parts.shards.value().and_then(gates::broken_shards),
+        weights: parts.weights.value().and_then(wrong_matrices),
         cache: parts.cache.value().and_then(|cache| cache.fault),
+        reordered: of_prompts(parts.assembly.reordered, &parts.assembly, "have slots out of order"),
+        cut: read_in_part(parts),
+        unrepeatable: (parts.repeats.differ > 0 && parts.served.batch_invariant).then(|| {
+            let RepeatCheck { pairs, differ, .. } = parts.repeats;
+            format!("{differ} of {pairs} questions, asked twice")
+        }),
         injected: gates::injected(parts),
         flat_high: flat_high(report.delta_s.k_sweep.as_ref()),
         decoy_margin: report.delta_s.decoy_margin,
         cal_min: cal_min(parts),
         lambda_rates: lambda_rates(&report.lambda.items),
     }
+}
+
+/// What is wrong with the index itself: what makes other numbers meaningless comes first.
+fn of_index(check: &VectorCheck) -> Option<Mismatch> {
+    let VectorCheck { pairs, pairs_differ, chunks, chunks_differ, texts, texts_differ, .. } = check;
+    if *texts_differ > 0 {
+        let what = format!("{texts_differ} of {texts} chunks say something else");
+        Some(Mismatch::Document(what))
+    } else if *pairs_differ > 0 {
+        let what = format!("{pairs_differ} of {pairs} retrieved vectors are another encoder's");
+        Some(Mismatch::Encoder(what))
+    } else if *chunks_differ > 0 {
+        let what = format!("{chunks_differ} of {chunks} retrieved chunks count otherwise");
+        Some(Mismatch::Tokenizer(what))
+    } else {
+        None
+    }
+}
+
+/// The matrices that stand out, the worst in words.
+fn wrong_matrices(weights: &WeightsSection) -> Option<String> {
+    let worst = weights.wrong.first()?;
+    let (n_wrong, matrices) = (weights.wrong.len(), weights.matrices);
+    Some(format!("{n_wrong} of {matrices} matrices stand out, first {}", worst.told))
+}
+
+fn of_prompts(n: usize, of: &AssemblyCheck, what: &str) -> Option<String> {
+    (n > 0).then(|| format!("{n} of {} prompts {what}", of.prompts))
+}
+
+/// Evidence that did not fit, or a prompt that somebody shortened on its way.
+fn read_in_part(parts: &Parts) -> Option<String> {
+    let misread = parts.repeats.misread;
+    let read = (misread > 0).then(|| {
+        let n_all = 2 * parts.repeats.pairs;
+        format!("{misread} of {n_all} prompts were read with another number of tokens")
+    });
+    read.or_else(|| of_prompts(parts.assembly.cut, &parts.assembly, "lost evidence that was found"))
 }
 
 fn flat_high(sweep: Option<&KSweep>) -> bool {

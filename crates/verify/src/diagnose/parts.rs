@@ -8,6 +8,7 @@ use serde::Serialize;
 use sha2::{Digest, Sha256};
 
 use crate::ask::GateReading;
+use crate::diagnose::structured::SchemaObservation;
 use crate::diagnose::vectors::{RetrievedBits, SpikeAttribution};
 use crate::error::VerifyError;
 use crate::evidence_gate::EvidenceGate;
@@ -307,6 +308,17 @@ impl QuantPart {
     }
 }
 
+/// The files of the model against what a manifest declares of them (G-09).
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Manifest {
+    /// Values that were compared.
+    pub values: usize,
+    /// What differs; null where nothing does that is not overlooked.
+    pub differs: Option<String>,
+    /// Why soft mismatches are overlooked; null where there are none.
+    pub overlooked: Option<String>,
+}
+
 /// What the boot measured.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct BootSection {
@@ -349,14 +361,61 @@ pub struct ShardSection {
 }
 
 /// Structured replies.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct SchemaSection {
+    /// Replies that were to be of a schema.
+    pub replies: usize,
+    /// Those that are not of it, after one repair.
+    pub invalid: usize,
     /// Whether every reply conformed.
     pub valid: bool,
     /// Replies that were asked for once more.
     pub repairs: usize,
-    /// Least probability mass that the grammar left.
-    pub min_allowed_mass: f64,
+    /// Least probability mass that the lock left; null where nothing holds replies to the schema.
+    pub min_allowed_mass: Option<f64>,
+    /// Reply by reply.
+    #[serde(skip)]
+    pub observed: Vec<SchemaObservation>,
+}
+
+/// The weights against those that they were made of.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct WeightsSection {
+    /// The checkpoint that they are compared with.
+    pub against: String,
+    /// Matrices that both have.
+    pub matrices: usize,
+    /// Those that lost more than the same matrix of other layers, or than their format costs; the worst first.
+    pub wrong: Vec<WrongMatrix>,
+    /// Matrix by matrix.
+    #[serde(skip)]
+    pub observed: Vec<MatrixObservation>,
+}
+
+/// A matrix that is not what it was made of.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct WrongMatrix {
+    /// Its name, such as `blk.0.attn_q.weight`.
+    pub tensor: String,
+    /// Signal to noise, decibels.
+    pub sqnr_db: f64,
+    /// What it should be about; null where nothing should have changed.
+    pub expected_db: Option<f64>,
+    /// Both in words.
+    pub told: String,
+}
+
+/// What a matrix lost.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct MatrixObservation {
+    /// Its name.
+    pub tensor: String,
+    /// Its format.
+    pub format: String,
+    /// Signal to noise, decibels; none where nothing changed.
+    pub sqnr_db: Option<f64>,
+    /// What its format costs.
+    pub format_db: Option<f64>,
 }
 
 /// E over long replies (§1.4).

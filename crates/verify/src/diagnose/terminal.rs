@@ -1,7 +1,7 @@
 //! The diagnosis for a terminal: what was found part by part, the gates, where to start. The last line is the verdict.
 
 use crate::cache::CacheFault;
-use crate::diagnose::{Diagnosis, ModeFidelity, Section};
+use crate::diagnose::{Diagnosis, ModeFidelity, SchemaSection, Section};
 use crate::render::{Color, Page};
 
 impl Diagnosis {
@@ -42,6 +42,8 @@ impl Diagnosis {
                 question.delta_s.raw_min().map_or("–".to_owned(), |raw| format!("{raw:.3}"));
             found.push(("question", format!("ΔS raw {raw}, {value}")));
         }
+        found.push(("index", self.index_line()));
+        found.push(("prompts", self.prompts_line()));
         found.push(("λ", self.lambda_line()));
         if let Some(quant) = self.quantisation.value() {
             let widths = [("int8", &quant.int8), ("int4", &quant.int4)];
@@ -78,6 +80,20 @@ impl Diagnosis {
                 ),
             ));
         }
+        if let Some(schema) = self.schema.value() {
+            let mass = schema.min_allowed_mass;
+            let mass = mass.map_or("no lock".to_owned(), |mass| format!("least mass {mass:.1e}"));
+            let SchemaSection { replies, invalid, repairs, .. } = schema;
+            found.push((
+                "schema",
+                format!("{invalid} of {replies} replies are not of it, {repairs} repairs, {mass}"),
+            ));
+        }
+        if let Some(weights) = self.weights.value() {
+            let worst = weights.wrong.first().map_or(String::new(), |of| format!(": {}", of.told));
+            let (n_wrong, matrices) = (weights.wrong.len(), weights.matrices);
+            found.push(("weights", format!("{n_wrong} of {matrices} matrices stand out{worst}")));
+        }
         if let Some(injection) = self.injection.value() {
             found.push((
                 "injection",
@@ -96,13 +112,32 @@ impl Diagnosis {
             |value: Option<f64>| value.map_or("–".to_owned(), |value| format!("{value:.2}"));
         let band = section.band.map_or("no band".to_owned(), |band| band.to_string());
         format!(
-            "{}: median {} ({band}), to the anchor {}, decoy margin {}; {} of {} vectors are another encoder's",
+            "{}: median {} ({band}), to the anchor {}, decoy margin {}",
             section.status.replace('_', " "),
             number(section.cal_min),
             number(section.ra),
-            number(section.decoy_margin),
-            self.delta_s.vectors.pairs_differ,
-            self.delta_s.vectors.pairs
+            number(section.decoy_margin)
+        )
+    }
+
+    fn index_line(&self) -> String {
+        let check = &self.delta_s.vectors;
+        format!(
+            "{} of {} vectors are another encoder's, {} of {} chunks another tokenizer's, {} of {} not their document's",
+            check.pairs_differ,
+            check.pairs,
+            check.chunks_differ,
+            check.chunks,
+            check.texts_differ,
+            check.texts
+        )
+    }
+
+    fn prompts_line(&self) -> String {
+        let (prompts, repeats) = (&self.assembly, &self.repeats);
+        format!(
+            "of {} built {} out of order, {} without evidence that was found; of {} answers asked twice {} differ",
+            prompts.prompts, prompts.reordered, prompts.cut, repeats.pairs, repeats.differ
         )
     }
 
@@ -131,6 +166,8 @@ impl Diagnosis {
     /// What this run did not measure, with what would.
     pub(crate) fn left_out(&self) -> impl Iterator<Item = (&'static str, &str)> {
         let sections = [
+            ("manifest", self.manifest.reason()),
+            ("weights", self.weights.reason()),
             ("question", self.question.reason()),
             ("coverage", self.coverage.reason()),
             ("λ of widths", self.lambda.modes.reason()),

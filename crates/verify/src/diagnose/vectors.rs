@@ -3,7 +3,8 @@
 //! ΔS of a question and a snippet does not contain the generator's weights. Three ways are left by which a change of
 //! the system can move it: vectors that are not those of this encoder, questions that the generator rewrites, and
 //! chunks that were cut by another tokenizer. The first and the last are measured here on every snippet that the gold
-//! set retrieves; exrail asks the index with the user's own words, so there is no rewriting.
+//! set retrieves; exrail asks the index with the user's own words, so there is no rewriting. A vector may also be right and
+//! its text wrong: every chunk is compared with the document that it names.
 
 use std::collections::BTreeSet;
 
@@ -43,6 +44,10 @@ pub struct VectorCheck {
     pub chunks: usize,
     /// Snippets with another count, or another tokenizer's hash.
     pub chunks_differ: usize,
+    /// Chunks of the index whose text was compared with the document that they name.
+    pub texts: usize,
+    /// Chunks that say something else than their document does there, or whose document is not there.
+    pub texts_differ: usize,
     /// What was compared.
     #[serde(skip)]
     pub observed: VectorObservations,
@@ -55,6 +60,8 @@ pub struct VectorObservations {
     pub pairs: Vec<(f64, f64)>,
     /// Tokens of each snippet: stored, counted anew, and whether the tokenizer's hash is another one.
     pub counts: Vec<(usize, usize, bool)>,
+    /// Whether each chunk's text is that of its document.
+    pub texts: Vec<bool>,
 }
 
 impl VectorCheck {
@@ -64,6 +71,20 @@ impl VectorCheck {
         self.pairs_differ += usize::from(difference > TOLERANCE);
         self.max_difference = self.max_difference.max(difference);
         self.observed.pairs.push((stored, anew));
+    }
+
+    /// Compares every chunk with what its document says at its place.
+    fn add_texts(&mut self, index: &dyn Retrieve) -> Result<(), VerifyError> {
+        for chunk in index.chunks() {
+            let document = index.document(&chunk.doc_id)?;
+            let said =
+                document.as_ref().and_then(|of| of.text.get(chunk.span.start..chunk.span.end));
+            let is_same = said == Some(&*chunk.text);
+            self.texts += 1;
+            self.texts_differ += usize::from(!is_same);
+            self.observed.texts.push(is_same);
+        }
+        Ok(())
     }
 
     fn add_count(&mut self, stored: usize, counted: usize, is_other: bool) {
@@ -105,6 +126,7 @@ pub fn check_vectors(
     let tokenizer = encoder.facts().tokenizer_fp;
     let mut vectors = TextVectors::new(encoder);
     let mut check = VectorCheck::default();
+    check.add_texts(index)?;
     let mut seen = BTreeSet::new();
     let n_total = gold.of_kind(GoldKind::Answerable).count();
     for (n_done, item) in gold.of_kind(GoldKind::Answerable).enumerate() {

@@ -2,13 +2,14 @@
 
 use exrail_metrics::LambdaState;
 use exrail_retrieval::{Hit, SearchOptions};
+use serde_json::Value;
 
 use super::*;
 use crate::calibrate::{CorpusCalibration, calibrate};
 use crate::fakes::{Altered, FakeGenerator, FakeIndex, corpus, gold_text, perfect, sources};
 use crate::prompt::{FrameMessage, PromptFrame};
 use crate::report::{Status, Verdict};
-use crate::system::Generated;
+use crate::system::{GenerateError, Generated, OfSchema, Placed};
 
 const N_ITEMS: usize = 60;
 
@@ -94,6 +95,19 @@ impl Generate for Failing {
         seed: u64,
     ) -> Result<Generated, GenerateError> {
         FakeGenerator::new(perfect).generate_step(prompt, so_far, seed)
+    }
+
+    fn generate_of_schema(
+        &self,
+        messages: &[FrameMessage],
+        schema: &Value,
+        seed: u64,
+    ) -> Result<OfSchema, GenerateError> {
+        FakeGenerator::new(perfect).generate_of_schema(messages, schema, seed)
+    }
+
+    fn place(&self, prompt: &PromptFrame) -> Result<Placed, GenerateError> {
+        FakeGenerator::new(perfect).place(prompt)
     }
 
     fn count_tokens(&self, messages: &[FrameMessage]) -> Result<usize, GenerateError> {

@@ -1,23 +1,26 @@
 //! Measures part by part, and tells what each took.
 
-use std::{collections::BTreeMap, time::Instant};
+use std::{collections::BTreeMap, path::PathBuf, time::Instant};
 
 use anyhow::Result;
-use exrail_engine::EngineHandle;
+use exrail_engine::{EngineHandle, WeightLoss, checkpoint_losses, standing_out};
 use exrail_hub::Kind;
 use exrail_server::{
     Services,
     oracle::EngineOracle,
     pipeline::{ASK_MAX_TOKENS, EngineGenerate, ask_sampling},
+    sentinel,
 };
 use exrail_text::Specials;
 use exrail_verify::{
-    AnswerScale, BootSection, CacheReport, CollectionIndex, CorpusCalibration, Cost, Diagnosis,
-    EvidenceGate, GoldSet, InjectionSection, InjectionTally, LambdaModes, LambdaModesOptions,
-    LambdaModesReport, MIN_PROBE_TOKENS, ModeSystem, ModesProgress, Observations, Parts, ProbeText,
-    QuantMode, QuantPart, QuantText, Report, RetrievalBits, Retrieve as _, RetrievedBits,
-    RowOracle, Section, Served, Weights, ask_index, cache_probe, check_vectors, diagnose,
-    observe_scale, quant_probe, retrieved_bits,
+    AnswerScale, AssemblyCheck, AssemblySystem, BootSection, CacheReport, CollectionIndex,
+    CorpusCalibration, Cost, Diagnosis, EvidenceGate, GoldSet, InjectionSection, InjectionTally,
+    LambdaModes, LambdaModesOptions, LambdaModesReport, MIN_PROBE_TOKENS, Manifest,
+    MatrixObservation, ModeSystem, ModesProgress, Observations, Parts, ProbeText, QuantMode,
+    QuantPart, QuantText, RepeatCheck, Report, RetrievalBits, Retrieve as _, RetrievedBits,
+    RowOracle, Section, Served, Weights, WeightsSection, WrongMatrix, ask_index, cache_probe,
+    check_assembly, check_repeats, check_vectors, diagnose, observe_scale, quant_probe,
+    retrieved_bits, schema_probe,
 };
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -55,6 +58,8 @@ impl Run<'_> {
         let search = policy().search;
         let (index, encoder) = (self.index(), self.index().encoder());
         self.tell("boot", self.started);
+        let manifest = self.manifest()?;
+        let weights = self.part("weights", || self.weights())?;
         let before = retrieved_bits(self.gold, index, &search)?;
         let (report, observed) = self.part("gold set", || {
             verify::observe(self.services, self.spec, self.gold, self.options.sample(), self.output)
@@ -67,22 +72,35 @@ impl Run<'_> {
             Ok(check_vectors(self.gold, index, &**encoder, &search, &mut |step| bars.probe(step))?)
         })?;
         bars.clear();
+        let gate = self.gate()?;
+        let (assembly, repeats) = self.part("prompts", || self.prompts(&gate))?;
+        let schema = self.part("schema", || {
+            let seed = self.options.sample.sample_seed;
+            Ok(Section::Ok(schema_probe(&generate(self.services), self.gold, seed)?))
+        })?;
         let injection = self.part("injection", || self.injection())?;
         let cache = self.part("cache", || self.cache())?;
         let (quant, lambda_modes) = self.part("widths", || self.widths(&before))?;
         let question = self.options.question.as_deref();
-        let gate = self.gate()?;
         let asked = |question| ask_index(question, index, &gate, &search);
         let mut lines =
             vec![json!({ "kind": "run", "trace_id": trace_id, "gold_sha256": self.gold.sha256() })];
         lines.push(line("scale", &scale));
         lines.push(line("vectors", &vectors.observed));
+        lines.extend(assembly.observed.iter().map(|of| line("assembly", of)));
+        lines.extend(repeats.observed.iter().map(|of| line("repeat", of)));
+        lines.extend(of_section(&schema, |of| &of.observed).map(|of| line("schema", of)));
+        lines.extend(of_section(&weights, |of| &of.observed).map(|of| line("matrix", of)));
         observe(&mut lines, (&observed, &report), (&cache, &quant));
         let parts = Parts {
             trace_id,
             scale,
             served: self.served(),
             vectors,
+            assembly,
+            repeats,
+            manifest,
+            weights,
             question: question.map(asked).transpose()?,
             cost: self.cost(&report, lambda_modes.value()),
             quant,
@@ -90,15 +108,12 @@ impl Run<'_> {
             cache,
             boot: self.boot(),
             injection,
-            schema: Section::missing(
-                "a gold set asks for no schema: send requests with response_format to a server, whose metrics count them",
-            ),
+            schema,
             shards: Section::missing("the model runs on one device: needs several"),
             e_resonance: Section::Inconclusive {
                 reason: "one short run cannot tell: needs 20 replies of 3,200 tokens, which no option of this version makes"
                     .to_owned(),
             },
-            mismatch: None,
             report,
         };
         Ok((diagnose(parts), lines))
@@ -167,6 +182,65 @@ impl Run<'_> {
             tokens: report.cost.tokens + of_modes.tokens,
             seconds: self.started.elapsed().as_secs_f64(),
         }
+    }
+
+    /// The model against what was declared of it.
+    fn manifest(&self) -> Result<Option<Manifest>> {
+        let mut bars = Bars::new(self.output);
+        let compared =
+            self.options.declared.compare(&self.path(self.options.model())?, &mut bars)?;
+        bars.clear();
+        let Some(compared) = compared else { return Ok(None) };
+        let mut manifest = compared.section();
+        if let (None, Some(golden)) = (&manifest.differs, compared.golden()) {
+            let found = sentinel::golden(&self.services.engine, golden, &mut || ());
+            manifest.differs = found.err().map(|error| error.to_string());
+        }
+        Ok(Some(manifest))
+    }
+
+    fn path(&self, name: &str) -> Result<PathBuf> {
+        let mut bars = Bars::new(self.output);
+        let found = self.options.sources.resolve(name, Kind::Generator, &mut bars);
+        bars.clear();
+        Ok(found?.path)
+    }
+
+    /// Matrix by matrix against what the model was made of.
+    fn weights(&self) -> Result<Section<WeightsSection>> {
+        let Some(made_of) = &self.options.made_of else {
+            return Ok(Section::missing(
+                "nothing to compare with: give the checkpoint that the model was quantised from with --made-of",
+            ));
+        };
+        let (model, reference) = (self.path(self.options.model())?, self.path(made_of)?);
+        let losses = checkpoint_losses(&reference, &model)?;
+        let wrong = standing_out(&losses).into_iter().map(|found| WrongMatrix {
+            told: found.in_words(),
+            tensor: found.tensor,
+            sqnr_db: found.sqnr_db,
+            expected_db: found.expected_db,
+        });
+        Ok(Section::Ok(WeightsSection {
+            against: made_of.clone(),
+            matrices: losses.len(),
+            wrong: wrong.collect(),
+            observed: losses.into_iter().map(observed_loss).collect(),
+        }))
+    }
+
+    /// How prompts are put together, and a few of them answered twice.
+    fn prompts(&self, gate: &EvidenceGate) -> Result<(AssemblyCheck, RepeatCheck)> {
+        let index = self.index();
+        let (generator, policy) = (generate(self.services), policy());
+        let encoder = &**index.encoder();
+        let system =
+            AssemblySystem { generator: &generator, index, encoder, gate, policy: &policy };
+        let mut bars = Bars::new(self.output);
+        let assembly = check_assembly(system, self.gold, &mut |step| bars.probe(step))?;
+        bars.clear();
+        let repeats = check_repeats(system, self.gold, self.options.sample.sample_seed)?;
+        Ok((assembly, repeats))
     }
 
     fn injection(&self) -> Result<Section<InjectionSection>> {
@@ -329,6 +403,19 @@ impl Run<'_> {
         let text = QuantText { name: "corpus".to_owned(), sequences };
         Ok((!text.sequences.is_empty()).then(|| vec![text]))
     }
+}
+
+fn observed_loss(loss: WeightLoss) -> MatrixObservation {
+    let WeightLoss { tensor, format, sqnr_db, format_db } = loss;
+    MatrixObservation { tensor, format, sqnr_db, format_db }
+}
+
+/// What a section was made of, if it was.
+fn of_section<'s, T, U: 's>(
+    section: &'s Section<T>,
+    of: fn(&T) -> &Vec<U>,
+) -> impl Iterator<Item = &'s U> {
+    section.value().into_iter().flat_map(of)
 }
 
 /// A generator as the server asks it.

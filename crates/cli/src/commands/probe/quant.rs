@@ -321,10 +321,10 @@ fn matrix_lines(mode: QuantMode, losses: &[WeightLoss]) -> Vec<String> {
         worst.len(),
         shown.collect::<Vec<_>>().join(", ")
     )];
-    for StandsOut { tensor, sqnr_db, median_db } in standing_out(losses).iter().take(WORST) {
-        let peers = median_db.map_or("unchanged".to_owned(), |db| format!("{db:.1} dB"));
+    for found in standing_out(losses).iter().take(WORST) {
         lines.push(format!(
-            "                   stands out: {tensor} {sqnr_db:.1} dB, the same matrix of other layers {peers}; look at its scales"
+            "                   stands out: {}; look at its scales",
+            found.in_words()
         ));
     }
     lines
