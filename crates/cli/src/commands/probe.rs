@@ -98,7 +98,7 @@ enum Part {
     /// Measure what a collection finds of the evidence of gold questions. No generator is loaded.
     ///
     /// Prints recall, nDCG@10 and mean reciprocal rank of the questions and of their other wordings, for five weights of
-    /// the two rankings, with what another weight than the served one would change; coverage by the number of snippets,
+    /// words against vectors, with what another weight than the served one would change; coverage by the number of snippets,
     /// and how many are enough; and the questions whose evidence comes late. Exits 0 when the first 50 snippets hold
     /// all evidence of 85 % of the questions, 3 otherwise.
     #[command(after_help = "Examples:

@@ -105,10 +105,10 @@ fn lines(quality: &RetrievalQuality) -> Vec<String> {
 /// Recall, nDCG and reciprocal rank by weight.
 fn table(name: &str, asked: &Asked) -> Vec<String> {
     let depths = DEPTHS.map(|k| format!("{:>6}", format!("@{k}"))).concat();
-    let (ndcg, mrr) = ("nDCG@10", "MRR");
+    let (words, ndcg, mrr) = ("words", "nDCG@10", "MRR");
     let mut lines = vec![format!(
-        "{name:<19}{} asked; share of the words' ranking, then recall{depths}{ndcg:>9}{mrr:>7}",
-        asked.n
+        "{name:<19}{:<12}{words:>6}   recall{depths}{ndcg:>9}{mrr:>7}",
+        format!("{} asked", asked.n)
     )];
     lines.extend(asked.weights.iter().map(row));
     lines
@@ -121,7 +121,8 @@ fn row(of: &WeightRow) -> String {
         Some(difference) => format!("   {:+.3} {}", difference.mean, in_words(difference)),
     };
     format!(
-        "                   {:<46}{recall}{:>9}{:>7}{against}",
+        "{:<31}{:>6.2}         {recall}{:>9}{:>7}{against}",
+        "",
         of.lexical,
         share(of.ndcg_10),
         share(of.mrr)
