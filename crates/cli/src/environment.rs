@@ -26,8 +26,21 @@ pub(crate) const REGISTRY: &str = "EXRAIL_REGISTRY";
 pub(crate) const THREADS: &str = "EXRAIL_THREADS";
 pub(crate) const TRACE_LOG: &str = "EXRAIL_TRACE_LOG";
 
+// Those of OpenTelemetry that this program reads, or lets its libraries read.
+pub(crate) const OTEL_DISABLED: &str = "OTEL_SDK_DISABLED";
+pub(crate) const OTEL_ENDPOINT: &str = "OTEL_EXPORTER_OTLP_ENDPOINT";
+pub(crate) const OTEL_HEADERS: &str = "OTEL_EXPORTER_OTLP_HEADERS";
+pub(crate) const OTEL_PROTOCOL: &str = "OTEL_EXPORTER_OTLP_PROTOCOL";
+pub(crate) const OTEL_SERVICE_NAME: &str = "OTEL_SERVICE_NAME";
+pub(crate) const OTEL_TIMEOUT: &str = "OTEL_EXPORTER_OTLP_TIMEOUT";
+pub(crate) const OTEL_TRACES_ENDPOINT: &str = "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT";
+pub(crate) const OTEL_TRACES_EXPORTER: &str = "OTEL_TRACES_EXPORTER";
+pub(crate) const OTEL_TRACES_HEADERS: &str = "OTEL_EXPORTER_OTLP_TRACES_HEADERS";
+pub(crate) const OTEL_TRACES_PROTOCOL: &str = "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL";
+pub(crate) const OTEL_TRACES_TIMEOUT: &str = "OTEL_EXPORTER_OTLP_TRACES_TIMEOUT";
+
 /// All of them: whatever reads a variable takes its name from here.
-const KNOWN: [&str; 16] = [
+const KNOWN: [&str; 27] = [
     API_KEYS,
     API_KEY_FILE,
     BOOT_PATIENCE,
@@ -44,6 +57,17 @@ const KNOWN: [&str; 16] = [
     REGISTRY,
     THREADS,
     TRACE_LOG,
+    OTEL_DISABLED,
+    OTEL_ENDPOINT,
+    OTEL_HEADERS,
+    OTEL_PROTOCOL,
+    OTEL_SERVICE_NAME,
+    OTEL_TIMEOUT,
+    OTEL_TRACES_ENDPOINT,
+    OTEL_TRACES_EXPORTER,
+    OTEL_TRACES_HEADERS,
+    OTEL_TRACES_PROTOCOL,
+    OTEL_TRACES_TIMEOUT,
 ];
 
 /// Refuses names that are nearly those of this program. Values are never read, let alone printed.

@@ -13,6 +13,7 @@ mod load;
 mod markdown;
 mod memory;
 mod options;
+mod otlp;
 mod output;
 mod pack;
 mod paths;

@@ -16,6 +16,7 @@ use crate::{
     auth::{Caller, KeyFolder},
     boot::BootState,
     error::ApiError,
+    otlp::RequestSpans,
     sessions::{Origin, Turn},
     state::Services,
     swap::{Asking, Models, Pass},
@@ -152,9 +153,19 @@ struct Answering {
     services: OnceLock<Arc<Services>>,
     /// Name and memory of the session that the turn began from.
     session: OnceLock<(String, Memory)>,
+    spans: RequestSpans,
 }
 
 impl Answerer {
+    /// Of a request with these spans.
+    pub(crate) fn of(spans: RequestSpans) -> Self {
+        Self(Arc::new(Answering { spans, ..Answering::default() }))
+    }
+
+    pub(crate) fn spans(&self) -> &RequestSpans {
+        &self.0.spans
+    }
+
     pub(crate) fn services(&self) -> Option<Arc<Services>> {
         self.0.services.get().cloned()
     }
@@ -180,6 +191,11 @@ impl Ready {
         let pass = self.models.pass(model, asking).await?;
         self.answerer.0.services.get_or_init(|| Arc::clone(pass.services()));
         Ok(pass)
+    }
+
+    /// The spans of this request.
+    pub(crate) fn spans(&self) -> RequestSpans {
+        self.answerer.spans().clone()
     }
 
     /// Whose sessions this request may begin from.

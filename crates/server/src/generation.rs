@@ -152,6 +152,11 @@ impl Choice {
         }
     }
 
+    /// The text of a choice that was released: what its client was told, without thoughts.
+    pub(crate) fn released(&self) -> String {
+        self.reply.as_ref().map_or(&self.text, |reply| &reply.content).clone()
+    }
+
     /// Adds an event; a failure of the sequence is the request's.
     pub(crate) fn take(&mut self, event: Event) -> Result<(), ApiError> {
         match event {

@@ -20,6 +20,7 @@ mod messages;
 mod observe;
 mod odd;
 pub mod oracle;
+pub mod otlp;
 pub mod pipeline;
 mod relay;
 mod rotation;
@@ -43,6 +44,9 @@ pub use boot::{
     NotProved, Pace, Phase, PhaseRecord, Retrieval,
 };
 pub use error::ApiError;
+pub use otlp::{
+    OtlpError, OtlpOptions, OtlpProtocol, RequestSpans, SpanContent, SpanCounts, SpanExport,
+};
 pub use serve::{ServeError, bind, router, serve};
 pub use sessions::SessionKeeper;
 pub use state::{AppState, ENGINE_BUILD, Limits, ServedEncoder, Services, Shelf, StructuredLimits};

@@ -13,6 +13,7 @@ use serde_json::{Map, Value};
 use crate::{
     error::ApiError,
     extract::refuse_unknown,
+    otlp::Said,
     rotation,
     rules::{self, HeldRules, Written},
     state::Services,
@@ -53,6 +54,19 @@ impl Role {
 
 /// The functions that were called so far, by the ids of the calls.
 type Called = BTreeMap<String, String>;
+
+/// What was said, as it came: who and what, without calls. Nothing that is added to it later is in here.
+pub(crate) fn said(wire: &[RequestMessage]) -> Vec<Said> {
+    let text = |content: &Content| match content {
+        Content::Text(text) => text.clone(),
+        Content::Parts(parts) => parts.iter().filter_map(|part| part.text.as_deref()).collect(),
+    };
+    let one = |message: &RequestMessage| Said {
+        role: message.role.clone(),
+        text: message.content.as_ref().map(text).unwrap_or_default(),
+    };
+    wire.iter().map(one).collect()
+}
 
 /// Messages of a request as the templates take them.
 pub(crate) fn of_wire(wire: Vec<RequestMessage>) -> Result<Vec<ChatMessage>, ApiError> {

@@ -14,6 +14,7 @@ use exrail_engine::{BucketReport, InjectedFaults, WarmUpReport};
 
 use crate::{
     boot::{BootState, BootStatus},
+    otlp::SpanCounts,
     swap::{Lineup, ModelState, ModelStatus},
 };
 
@@ -331,6 +332,19 @@ pub(crate) fn tool_circuits(states: &[(String, bool)]) -> String {
     for (model, is_open) in states {
         text.line(&format!("{name}{{model=\"{}\"}}", label(model)), u8::from(*is_open));
     }
+    text.0
+}
+
+/// What became of spans; no line in a program that sends none.
+pub(crate) fn spans(counts: Option<SpanCounts>) -> String {
+    let mut text = Text::default();
+    let Some(SpanCounts { sent, queue_full, not_taken }) = counts else { return text.0 };
+    text.head("exrail_otlp_spans_sent_total", "counter", "Spans that the collector has taken.");
+    text.line("exrail_otlp_spans_sent_total", sent);
+    let name = "exrail_otlp_spans_dropped_total";
+    text.head(name, "counter", "Spans that were dropped, by reason.");
+    text.line(&format!("{name}{{reason=\"queue_full\"}}"), queue_full);
+    text.line(&format!("{name}{{reason=\"not_taken\"}}"), not_taken);
     text.0
 }
 

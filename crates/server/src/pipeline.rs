@@ -92,6 +92,8 @@ pub struct Measured {
     pub cached_tokens: usize,
     /// Tokens that were generated.
     n_tokens: usize,
+    /// From the first submission to the last end.
+    pub(crate) during: Option<(Instant, Instant)>,
 }
 
 impl Measured {
@@ -110,6 +112,10 @@ impl Measured {
             },
             cached_tokens: self.cached_tokens + next.cached_tokens,
             n_tokens: self.n_tokens + next.n_tokens,
+            during: match (self.during, next.during) {
+                (Some((from, _)), Some((_, to))) => Some((from, to)),
+                (before, after) => before.or(after),
+            },
         }
     }
 }
@@ -347,7 +353,7 @@ impl Pending {
     fn wait(mut self, of: &EngineGenerate<'_>) -> Result<(String, Finished), GenerateError> {
         loop {
             if let Some(finished) = self.finished {
-                let this = measured(self.first_token_ms, &finished);
+                let this = measured(self.first_token_ms, &finished, self.submitted);
                 of.taken.set(Some(of.taken.get().map_or(this, |before| before.and(this))));
                 return Ok((self.text, finished));
             }
@@ -523,7 +529,7 @@ impl Generate for EngineGenerate<'_> {
     }
 }
 
-fn measured(first_token_ms: Option<f64>, finished: &Finished) -> Measured {
+fn measured(first_token_ms: Option<f64>, finished: &Finished, submitted: Instant) -> Measured {
     Measured {
         first_token_ms,
         queue_ms: finished.timings.queue_ms,
@@ -532,6 +538,7 @@ fn measured(first_token_ms: Option<f64>, finished: &Finished) -> Measured {
         entropy_mean: finished.entropy_mean.map(f64::from),
         cached_tokens: finished.usage.cached_tokens,
         n_tokens: finished.usage.completion_tokens,
+        during: Some((submitted, Instant::now())),
     }
 }
 

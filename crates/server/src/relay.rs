@@ -15,7 +15,9 @@ use crate::{
     error::ApiError,
     generation::{self, Choice, LogprobAt, RotatedAt},
     leak::{self, LEAK},
-    odd, rotation, rules,
+    odd,
+    otlp::{Asked, RequestSpans, Stage},
+    rotation, rules,
     rules::HeldRules,
     sessions::Turn,
     sse::{self, EventSink, Gone},
@@ -47,6 +49,20 @@ pub(crate) struct Job {
 }
 
 impl Job {
+    /// The same for a request with these spans.
+    pub(crate) fn spanned(&mut self, spans: RequestSpans, model: &str, is_stream: bool) {
+        spans.asked(|| Asked::of(&self.requests, model, is_stream));
+        self.identity.spans = spans;
+    }
+
+    /// Tells the spans of a job whose records are written what was released. Of one that failed it is not known what
+    /// its client has.
+    fn released(&self, choices: &[Choice]) {
+        let spans = &self.identity.spans;
+        spans.finished(choices.iter().filter_map(|choice| choice.told().finish_reason));
+        spans.told(|| choices.iter().map(Choice::released).collect());
+    }
+
     /// Choices that have not begun.
     fn choices(&self, n: usize) -> Vec<Choice> {
         vec![Choice::held_to(self.lock.as_ref(), self.rules.as_ref()); n]
@@ -101,13 +117,16 @@ async fn gather(
             None => Ok(()),
         }
     };
+    let begun = Instant::now();
     let gathered = tokio::select! {
         gathered = to_the_end => gathered.map_err(|error| pass.explain(error)),
         _ = hung_up.recv_async() => Err(ApiError::HungUp),
     };
+    job.identity.spans.spent(Stage::Generate, (begun, Instant::now()));
     let mut record = generation::trace_body(job.route, job.seed, &choices);
     match (&gathered, &mut record) {
-        (Err(ApiError::HungUp), TraceBody::Infer { finish_reason, .. }) => {
+        (Err(error @ ApiError::HungUp), TraceBody::Infer { finish_reason, .. }) => {
+            job.identity.spans.failed(error.code());
             *finish_reason = CANCELLED.into();
         }
         // The layer around the routes records a failure.
@@ -116,7 +135,9 @@ async fn gather(
     }
     let before = noted(&state, &job, &choices);
     append(&state, &pass, &job.identity, before, record).await?;
-    gathered.map(|()| choices)
+    gathered?;
+    job.released(&choices);
+    Ok(choices)
 }
 
 /// All choices, each whole and held to its lock.
@@ -206,14 +227,23 @@ pub(crate) async fn stream(
     let turn = job.turn.take();
     let sending =
         Sending { state: &state, services: &pass, job: &job, wording: &wording, sink: &sink };
+    let begun = Instant::now();
     let streamed = sending.pass_on(generations, &mut choices).await;
+    let spans = job.identity.spans.clone();
+    spans.spent(Stage::Generate, (begun, Instant::now()));
     let streamed = sending.turned(streamed, turn).await.map_err(|cut| cut.explained(&pass));
     let mut record = generation::trace_body(job.route, job.seed, &choices);
     if let TraceBody::Infer { finish_reason, .. } = &mut record {
         match &streamed {
             Ok(()) => {}
-            Err(Cut::Gone) => *finish_reason = CANCELLED.into(),
-            Err(Cut::Failed(error)) => *finish_reason = error.code().into(),
+            Err(Cut::Gone) => {
+                spans.failed(ApiError::HungUp.code());
+                *finish_reason = CANCELLED.into();
+            }
+            Err(Cut::Failed(error)) => {
+                spans.failed(error.code());
+                *finish_reason = error.code().into();
+            }
         }
     }
     let mut before = noted(&state, &job, &choices);
@@ -226,8 +256,17 @@ pub(crate) async fn stream(
     let traced = append(&state, &pass, &job.identity, before, record);
     let traced = sink.alive_while(traced).await;
     match (streamed, traced) {
-        (Ok(()), Ok(())) => drop(close(&choices, &wording, &sink).await),
-        (Ok(()), Err(error)) => sink.fail(&error.into()).await,
+        (Ok(()), Ok(())) => {
+            job.released(&choices);
+            // Its spans are on their way before the client knows of its end.
+            drop((job, spans));
+            drop(close(&choices, &wording, &sink).await);
+        }
+        (Ok(()), Err(error)) => {
+            let error = ApiError::from(error);
+            spans.failed(error.code());
+            sink.fail(&error).await;
+        }
         (Err(Cut::Failed(error)), _) => sink.fail(&error).await,
         (Err(Cut::Gone), _) => {}
     }

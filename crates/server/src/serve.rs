@@ -25,6 +25,7 @@ use crate::{
     error::{ApiError, Failure},
     extract::Answerer,
     ids,
+    otlp::RequestSpans,
     state::Services,
     table::{Access, ROUTES},
     trace::TraceError,
@@ -168,15 +169,21 @@ async fn trace_failure(
     mut request: Request,
     next: Next,
 ) -> Response {
-    let answerer = Answerer::default();
+    let route = request.extensions().get::<MatchedPath>().map(|path| path.as_str().to_owned());
+    let asked = (request.method().as_str(), route.as_deref());
+    let spans = RequestSpans::open(state.spans.get(), asked, request.headers());
+    let answerer = Answerer::of(spans.clone());
     request.extensions_mut().insert(answerer.clone());
     let caller = request.extensions().get::<Caller>().cloned();
     let response = next.run(request).await;
+    spans.answered(response.status().as_u16());
     let Some(failure) = response.extensions().get::<Failure>().cloned() else { return response };
+    spans.failed(failure.code);
     let named = ids::name("request").and_then(|id| Ok((id, ids::name("trace")?)));
     let Ok((request_id, trace_id)) = named else { return response };
     let agent_id = caller.and_then(|caller| caller.0);
-    let identity = TraceIdentity { trace_id, request_id, agent_id, ..TraceIdentity::default() };
+    let identity =
+        TraceIdentity { trace_id, request_id, agent_id, spans, ..TraceIdentity::default() };
     let turned = answerer.session().map(|(name, memory)| (name, Some(memory)));
     let identity = match turned.or(failure.session) {
         None => identity,

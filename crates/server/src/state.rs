@@ -20,6 +20,7 @@ use crate::{
     error::ApiError,
     ids,
     observe::Metrics,
+    otlp::SpanExport,
     pipeline::{Asker, Grounds},
     sessions::SessionKeeper,
     swap::{Fleet, Models},
@@ -274,6 +275,8 @@ pub struct AppState {
     canary_secret: OnceLock<u64>,
     /// Unset: nothing is kept on disk.
     pub(crate) sessions: OnceLock<SessionKeeper>,
+    /// Unset: no spans are made.
+    pub(crate) spans: OnceLock<SpanExport>,
     /// Which models call tools that can be read.
     pub(crate) tool_circuits: ToolCircuits,
 }
@@ -292,6 +295,7 @@ impl AppState {
             compiling: Semaphore::new(COMPILATIONS),
             canary_secret: OnceLock::new(),
             sessions: OnceLock::new(),
+            spans: OnceLock::new(),
             tool_circuits: ToolCircuits::default(),
         })
     }
@@ -316,6 +320,11 @@ impl AppState {
     /// Keeps sessions with this owner. The first one stays.
     pub fn keep_sessions(&self, keeper: SessionKeeper) {
         self.sessions.get_or_init(|| keeper);
+    }
+
+    /// Sends the spans of requests from now on. The first one stays.
+    pub fn export_spans(&self, export: SpanExport) {
+        self.spans.get_or_init(|| export);
     }
 
     /// The boot board.

@@ -22,7 +22,7 @@ use exrail_wire::{Pins, TRACE_SCHEMA_VERSION, TraceBody, TraceEnvelope};
 use thiserror::Error;
 use tokio::sync::oneshot;
 
-use crate::Services;
+use crate::{Services, otlp::RequestSpans};
 
 /// Why a record was not written.
 #[derive(Debug, Error)]
@@ -92,6 +92,8 @@ pub struct TraceIdentity {
     pub agent_id: Option<String>,
     /// Which state of the session (G-22); none without one.
     pub memory: Option<Memory>,
+    /// Where the record goes as well, once it is written.
+    pub spans: RequestSpans,
 }
 
 impl TraceIdentity {
@@ -153,8 +155,10 @@ impl TraceLog {
         pins: &Pins,
         body: TraceBody,
     ) -> Result<(), TraceError> {
-        let done = self.send(identity, pins, body, None)?;
-        done.await.map_err(|_| TraceError::Stopped)?.map_err(TraceError::Write)
+        let (done, envelope) = self.send(identity, pins, body, None)?;
+        done.await.map_err(|_| TraceError::Stopped)?.map_err(TraceError::Write)?;
+        identity.spans.record(envelope);
+        Ok(())
     }
 
     /// The same for callers outside the async runtime.
@@ -167,8 +171,7 @@ impl TraceLog {
         pins: &Pins,
         body: TraceBody,
     ) -> Result<(), TraceError> {
-        let done = self.send(identity, pins, body, None)?;
-        done.blocking_recv().map_err(|_| TraceError::Stopped)?.map_err(TraceError::Write)
+        self.send_blocking(identity, pins, body, None)
     }
 
     /// [`TraceLog::append_blocking`] of a record that was drawn from a collection: it must agree with what is stored
@@ -183,8 +186,7 @@ impl TraceLog {
         body: TraceBody,
         collection: &Collection,
     ) -> Result<(), TraceError> {
-        let done = self.send(identity, pins, body, Some(collection))?;
-        done.blocking_recv().map_err(|_| TraceError::Stopped)?.map_err(TraceError::Write)
+        self.send_blocking(identity, pins, body, Some(collection))
     }
 
     /// Appends the report of a probe over one collection.
@@ -205,13 +207,26 @@ impl TraceLog {
         self.append(&identity, &pins, TraceBody::Probe { report }).await
     }
 
+    fn send_blocking(
+        &self,
+        identity: &TraceIdentity,
+        pins: &Pins,
+        body: TraceBody,
+        collection: Option<&Collection>,
+    ) -> Result<(), TraceError> {
+        let (done, envelope) = self.send(identity, pins, body, collection)?;
+        done.blocking_recv().map_err(|_| TraceError::Stopped)?.map_err(TraceError::Write)?;
+        identity.spans.record(envelope);
+        Ok(())
+    }
+
     fn send(
         &self,
         identity: &TraceIdentity,
         pins: &Pins,
         body: TraceBody,
         collection: Option<&Collection>,
-    ) -> Result<oneshot::Receiver<io::Result<()>>, TraceError> {
+    ) -> Result<(oneshot::Receiver<io::Result<()>>, TraceEnvelope), TraceError> {
         let envelope = TraceEnvelope {
             schema_version: TRACE_SCHEMA_VERSION,
             ts: jiff::Timestamp::now().to_string(),
@@ -232,7 +247,7 @@ impl TraceLog {
         line.push('\n');
         let (done, receiver) = oneshot::channel();
         self.appends.send(Append { line, done }).map_err(|_| TraceError::Stopped)?;
-        Ok(receiver)
+        Ok((receiver, envelope))
     }
 }
 

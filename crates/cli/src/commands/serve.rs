@@ -9,7 +9,9 @@ use std::{
 
 use anyhow::{Context, Result};
 use clap::Args;
-use exrail_server::{AppState, BootBoard, BootPlan, Fleet, Keys, Limits, TraceLog, TraceMode};
+use exrail_server::{
+    AppState, BootBoard, BootPlan, Fleet, Keys, Limits, SpanExport, TraceLog, TraceMode,
+};
 use serde_json::json;
 use tokio::{net::TcpListener, runtime::Runtime};
 
@@ -17,6 +19,7 @@ use crate::{
     Ended, environment, keys,
     load::{AsItIs, Boot, CollectionSpec, phases_json, print_phases},
     options::{Access, EncoderArgs, EngineArgs, RotateArgs, SessionArgs, Sources, SwapArgs},
+    otlp::OtlpArgs,
     output::Output,
     paths,
     preflight::Declared,
@@ -92,6 +95,8 @@ pub(crate) struct Started {
     sources: Sources,
     #[command(flatten)]
     swap: SwapArgs,
+    #[command(flatten)]
+    otlp: OtlpArgs,
 }
 
 impl Started {
@@ -125,6 +130,14 @@ impl Started {
     fn engine(&self, n_keys: usize) -> EngineArgs {
         let engine = EngineArgs { rotation: self.rotate.options(), ..self.engine.clone() };
         engine.for_keys(n_keys)
+    }
+
+    /// The way of spans out of a server, when one is asked for.
+    fn spans(&self, state: &AppState) -> Result<Option<SpanExport>> {
+        let Some(options) = self.otlp.options()? else { return Ok(None) };
+        let export = SpanExport::start(options)?;
+        state.export_spans(export.clone());
+        Ok(Some(export))
     }
 
     fn boot<'a>(
@@ -171,6 +184,8 @@ impl BootCommand {
         let board = Arc::new(BootBoard::new());
         let (keys, told) = self.started.keys()?;
         keys.allow_bind(self.listen.host)?;
+        // Nothing is sent, and what could not be is refused all the same.
+        self.started.otlp.options()?;
         let engine = self.started.engine(keys.len());
         let boot = self.started.boot(&engine, &board, told, None, *output)?;
         if self.plan {
@@ -278,6 +293,7 @@ impl Serve {
         if let Some(keeper) = self.started.sessions.keeper()? {
             state.keep_sessions(keeper);
         }
+        let spans = self.started.spans(&state)?;
         let boot =
             self.started.boot(&engine, state.board(), told, Some(state.traces()), *output)?;
         let fleet = self.started.fleet(&engine, state.traces(), *output)?;
@@ -306,7 +322,20 @@ impl Serve {
         if let Some(models) = state.models() {
             models.stop();
         }
+        flush(spans.as_ref());
         Ok(Ended::Done)
+    }
+}
+
+/// How long a server that ends waits for the collector.
+const FLUSH: Duration = Duration::from_secs(5);
+
+/// Sends what still waits; a collector that does not take it in time is not waited for.
+fn flush(spans: Option<&SpanExport>) {
+    if let Some(spans) = spans
+        && !spans.flush(FLUSH)
+    {
+        tracing::warn!("the last spans were not taken within {} s and are lost", FLUSH.as_secs());
     }
 }
 

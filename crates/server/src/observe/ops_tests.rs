@@ -105,7 +105,7 @@ fn exposed() -> String {
     let mut text = Text(metrics.render(&BootBoard::new().status(), Some(&lineup)));
     engine_lines(&mut text, &counters());
     warm_up_lines(&mut text, &warm_up());
-    text.0 + &tool_circuits(&[("tiny".to_owned(), false)])
+    text.0 + &tool_circuits(&[("tiny".to_owned(), false)]) + &spans(Some(SpanCounts::default()))
 }
 
 /// Names of the families, as their heads say.

@@ -32,6 +32,7 @@ use crate::{
     extract::{Body, Ready, refuse_unknown},
     generation::{Told, hex},
     messages, odd,
+    otlp::{self, RequestSpans, Stage},
     pipeline::{ASK_K, ASK_MAX_TOKENS, AskCall, Asked, Asker, ask_sampling},
     rules,
     sse::{self, EventSink, Gone},
@@ -74,6 +75,7 @@ pub(crate) async fn ask(
     let Arrival { asking, .. } = fields.arrival(received, &caller, &state.limits)?;
     let pass = ready.generator(request.model.as_deref(), &asking).await?;
     let header = chat::header(&pass, "ask")?;
+    let spans = ready.spans();
     let question = Question {
         collection: collection_name(&pass, request.collection.clone()),
         asker: Arc::clone(pass.collection(request.collection.as_deref())?),
@@ -82,10 +84,29 @@ pub(crate) async fn ask(
             steps: request.steps,
             ..call(&state, &asking, &fields, request.k, request.max_tokens).await?
         },
-        identity: chat::identity(&header, asking.tenant, None)?,
+        identity: spanned(spans, chat::identity(&header, asking.tenant, None)?),
         pass,
     };
+    question.asked(false);
     Ok(Json(decide(state, question).await?))
+}
+
+impl Question {
+    fn asked(&self, is_stream: bool) {
+        self.identity.spans.asked(|| otlp::Asked {
+            model: self.pass.model_name.clone(),
+            sampling: Some(self.call.sampling.clone()),
+            max_tokens: Some(self.call.max_tokens),
+            n_choices: 1,
+            is_stream,
+            k: Some(self.call.k),
+        });
+    }
+}
+
+/// The identity of a request with these spans.
+fn spanned(spans: RequestSpans, identity: TraceIdentity) -> TraceIdentity {
+    TraceIdentity { spans, ..identity }
 }
 
 fn collection_name(services: &Services, asked: Option<String>) -> String {
@@ -164,6 +185,9 @@ async fn decide(state: Arc<AppState>, mut question: Question) -> Result<AskRespo
         }
         let body = TraceBody::Answer(Box::new(record));
         state.traces.append_grounded(&question.identity, &pins, body, collection)?;
+        let reason = asked.outcome.reply.as_ref().map(|reply| finish_reason(reply.end));
+        let told = reason.and_then(|reason| Told::named(reason).finish_reason);
+        question.identity.spans.finished(told.into_iter());
         Ok(response(question.identity.trace_id, asked))
     });
     blocking.await.map_err(|_| ApiError::Internal("ask task"))?
@@ -174,9 +198,19 @@ async fn decide(state: Arc<AppState>, mut question: Question) -> Result<AskRespo
 fn ask_and_trace(state: &AppState, question: &Question) -> Result<Asked, ApiError> {
     let Question { asker, call, identity, text, .. } = question;
     let explain = |error| question.pass.explain(error);
+    let (spans, begun) = (&identity.spans, Instant::now());
     let found = asker.find(text, call).map_err(explain)?;
+    let found_at = Instant::now();
+    spans.spent(Stage::Retrieve, (begun, found_at));
+    spans.documents(|| found.hits.iter().map(|hit| hit.chunk.text.clone()).collect());
     let asked = asker.answer(text, found.clone(), call).map_err(explain);
+    spans.spent(Stage::Decide, (found_at, Instant::now()));
+    let measured = asked.as_ref().ok().and_then(|asked| asked.measured);
+    if let Some(during) = measured.and_then(|measured| measured.during) {
+        spans.spent(Stage::Generate, during);
+    }
     if let Err(error @ ApiError::HungUp) = &asked {
+        spans.failed(error.code());
         let pins = asker.pins()?;
         let search = TraceBody::Retrieve {
             query: query(question),
@@ -442,7 +476,7 @@ fn segments(segments: &[Segment], evidence: &[Hit]) -> Vec<SegmentRecord> {
 
 /// A chat request with `"exrail": {"collection": …}`.
 pub(crate) async fn grounded_chat(
-    state: Arc<AppState>,
+    (state, spans): (Arc<AppState>, RequestSpans),
     pass: Pass,
     mut request: ChatRequest,
     fields: &Fields,
@@ -469,10 +503,12 @@ pub(crate) async fn grounded_chat(
             steps: grounding.steps,
             ..call(&state, &asking, fields, grounding.k, limit).await?
         },
-        identity: chat::identity(&header, asking.tenant, request.user)?,
+        identity: spanned(spans, chat::identity(&header, asking.tenant, request.user)?),
         pass,
     };
-    if request.stream.unwrap_or(false) {
+    let is_stream = request.stream.unwrap_or(false);
+    question.asked(is_stream);
+    if is_stream {
         let (sink, response) = sse::channel();
         tokio::spawn(stream(state, question, header, include_usage, sink));
         return Ok(response);
@@ -564,6 +600,7 @@ async fn stream(
     include_usage: bool,
     sink: EventSink,
 ) {
+    let spans = question.identity.spans.clone();
     // A first sign of life at once: the answer comes whole.
     if sink.heartbeat().await.is_err() {
         return;
@@ -573,8 +610,14 @@ async fn stream(
         () = sink.closed() => return,
     };
     match answer {
-        Ok(answer) => drop(send(&header, &answer, include_usage, &sink).await),
-        Err(error) => sink.fail(&error).await,
+        Ok(answer) => {
+            drop(spans);
+            drop(send(&header, &answer, include_usage, &sink).await);
+        }
+        Err(error) => {
+            spans.failed(error.code());
+            sink.fail(&error).await;
+        }
     }
 }
 

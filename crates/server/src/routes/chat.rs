@@ -67,12 +67,15 @@ pub(crate) async fn complete(
     let arrival = fields.arrival(received, &caller, &state.limits)?;
     let pass = ready.generator(Some(&request.model), &arrival.asking).await?;
     if request.exrail.is_some() {
-        return ask::grounded_chat(state, pass, request, &fields, arrival).await;
+        return ask::grounded_chat((state, ready.spans()), pass, request, &fields, arrival).await;
     }
     let stream = request.stream.unwrap_or(false);
     let origin = ready.origin(&caller, folder);
+    let spans = ready.spans();
+    spans.said(|| messages::said(&request.messages));
     let accepted = accept(&state, &pass, request, &fields, (arrival, &origin)).await;
-    let (job, wording) = accepted.map_err(|error| pass.explain(error))?;
+    let (mut job, wording) = accepted.map_err(|error| pass.explain(error))?;
+    job.spanned(spans, &wording.header.model, stream);
     if stream {
         let (sink, response) = sse::channel();
         tokio::spawn(relay::stream(state, pass, job, wording, sink));
@@ -255,7 +258,7 @@ pub(crate) fn identity(
         request_id: header.id.clone(),
         session_id: user,
         agent_id: agent,
-        memory: None,
+        ..TraceIdentity::default()
     })
 }
 

@@ -22,6 +22,7 @@ use crate::{
     error::ApiError,
     extract::{Body, Ready},
     generation::{self, Choice, LogprobAt},
+    otlp::Said,
     relay::{self, Job, News, Wording},
     rotation,
     sessions::{self, Claim, Origin, Turn},
@@ -61,7 +62,10 @@ pub(crate) async fn complete(
     let stream = request.stream.unwrap_or(false);
     let origin = ready.origin(&caller, folder);
     let accepted = accept(&state, &pass, request, &fields, (arrival, &origin)).await;
-    let (job, wording) = accepted.map_err(|error| pass.explain(error))?;
+    let (mut job, wording) = accepted.map_err(|error| pass.explain(error))?;
+    let spans = ready.spans();
+    spans.said(|| said(&pass, &job));
+    job.spanned(spans, &wording.header.model, stream);
     if stream {
         let (sink, response) = sse::channel();
         tokio::spawn(relay::stream(state, pass, job, wording, sink));
@@ -146,6 +150,13 @@ async fn accept(
         turn,
     };
     Ok((job, TextWording { header, per_prompt, echo, told_prompts, include_usage }))
+}
+
+/// The prompts as the model reads them, each once for each of its choices.
+fn said(services: &Services, job: &Job) -> Vec<Said> {
+    let text = |request: &GenerateRequest| services.engine.tokenizer().decode(&request.prompt);
+    let said = job.requests.iter().map(text);
+    said.map(|text| Said { role: "user".into(), text }).collect()
 }
 
 /// Options that are not served together.

@@ -1,6 +1,6 @@
 //! `/v1/embeddings`.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Instant};
 
 use axum::{Json, extract::State};
 use exrail_wire::{Embedding, EmbeddingInput, EmbeddingRequest, EmbeddingResponse, EmbeddingUsage};
@@ -10,6 +10,7 @@ use crate::{
     AppState,
     error::ApiError,
     extract::{Body, Ready, refuse_unknown},
+    otlp::{Asked, Said, Stage},
 };
 
 pub(crate) async fn embed(
@@ -43,6 +44,12 @@ pub(crate) async fn embed(
         let problem = format!("expected 1 to {limit} texts, found {}", texts.len());
         return Err(ApiError::BadField { field: "input".into(), problem });
     }
+    let spans = ready.spans();
+    spans.asked(|| Asked { model: served.name.clone(), n_choices: 1, ..Asked::default() });
+    spans.said(|| {
+        texts.iter().map(|text| Said { role: "user".into(), text: text.clone() }).collect()
+    });
+    let (begun, dimensions) = (Instant::now(), facts.dim);
     // Encoding occupies a core for milliseconds; the async threads must not wait for it.
     let encoded = tokio::task::spawn_blocking(move || {
         let views: Vec<&str> = texts.iter().map(String::as_str).collect();
@@ -50,7 +57,10 @@ pub(crate) async fn embed(
         let vectors = served.encoder.encode(&views).map_err(|e| ApiError::Encode(e.to_string()))?;
         Ok::<_, ApiError>((vectors, tokens))
     });
-    let (vectors, tokens) = encoded.await.map_err(|_| ApiError::Internal("encoder task"))??;
+    let encoded = encoded.await.map_err(|_| ApiError::Internal("encoder task"));
+    spans.spent(Stage::Embed, (begun, Instant::now()));
+    let (vectors, tokens) = encoded??;
+    spans.embedded(tokens, dimensions);
     let data = vectors.into_iter().enumerate();
     let data = data.map(|(index, vector)| Embedding {
         object: "embedding",

@@ -14,7 +14,8 @@ use serde_json::{Value, json};
 use crate::{
     AppState,
     boot::{BootState, BootStatus, Wait},
-    observe::{injected, tool_circuits},
+    observe::{injected, spans, tool_circuits},
+    otlp::SpanExport,
     swap::{ModelStatus, Models},
 };
 
@@ -152,6 +153,7 @@ pub(crate) async fn metrics(State(state): State<Arc<AppState>>) -> Response {
     let lineup = state.models().map(Models::lineup);
     let mut text = state.metrics.render(&state.board.status(), lineup.as_deref());
     text.push_str(&tool_circuits(&state.tool_circuits.states()));
+    text.push_str(&spans(state.spans.get().map(SpanExport::counts)));
     if let Some(services) = lineup.as_ref().and_then(|lineup| lineup.loaded.as_ref()) {
         text.push_str(&injected(&services.engine.faults().counts()));
     }

@@ -11,6 +11,7 @@ use crate::{
     AppState, StructuredLimits,
     error::ApiError,
     extract::{Name, Ready},
+    otlp::SpanExport,
     state::{Services, kv_name},
     swap::{ModelStatus, Models},
 };
@@ -57,6 +58,7 @@ pub(crate) async fn config(State(state): State<Arc<AppState>>, ready: Ready) -> 
         "prefix_cache": options.map(|options| options.prefix_cache),
         "kv_host_bytes": options.map(|options| options.kv_host_bytes),
         "sessions": state.sessions.get().is_some(),
+        "otlp": state.spans.get().map(SpanExport::describe),
         "structured": structured(&state.limits.structured, loaded),
         "rotation": options.map(|EngineOptions { rotation, .. }| json!({
             "policy": rotation.policy.name(),

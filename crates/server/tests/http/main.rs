@@ -16,6 +16,7 @@ mod hostile;
 mod leak;
 mod limits;
 mod lint;
+mod otlp;
 mod rotation;
 mod scheduling;
 mod session_fence;
