@@ -186,7 +186,7 @@ fn whole(endpoint: &str, protocol: OtlpProtocol, is_whole: bool) -> Result<Strin
 fn timeout(read: &impl Fn(&'static str) -> Result<Option<String>>) -> Result<Duration> {
     for name in [env::OTEL_TRACES_TIMEOUT, env::OTEL_TIMEOUT] {
         let Some(found) = read(name)? else { continue };
-        return match found.parse() {
+        return match found.parse::<u64>() {
             Ok(ms @ 1..) => Ok(Duration::from_millis(ms)),
             Ok(0) | Err(_) => bail!("{name}: expected milliseconds above 0, found `{found}`"),
         };
