@@ -41,15 +41,17 @@ impl Server {
         command.stdout(Stdio::piped()).stderr(std::fs::File::create(home.join("log")).unwrap());
         let mut process = command.spawn().unwrap();
         let mut output = BufReader::new(process.stdout.take().unwrap());
-        loop {
+        let url = loop {
             let mut line = String::new();
-            assert_ne!(output.read_line(&mut line).unwrap(), 0, "the server has ended");
+            if output.read_line(&mut line).unwrap() == 0 {
+                panic!("expected a server, it ended with {:?}", process.wait());
+            }
             let event: Value = serde_json::from_str(&line).unwrap();
             if event["event"] == "ready" {
-                let url = event["url"].as_str().unwrap().to_owned();
-                return Self { process, url, _output: output };
+                break event["url"].as_str().unwrap().to_owned();
             }
-        }
+        };
+        Self { process, url, _output: output }
     }
 
     fn complete(&self) -> u16 {

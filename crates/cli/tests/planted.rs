@@ -100,7 +100,7 @@ fn of_engine(engine: &EngineHandle, seed: u64, lock: AnswerLock) -> OfEngine {
         gate: &gate,
         policy: &policy,
     };
-    let assembly = check_assembly(system, &gold, &mut |_| {}).unwrap();
+    let assembly = check_assembly(system, &gold, (None, seed), &mut |_| {}).unwrap();
     // A template that a guard refuses gives no answers to compare.
     let repeats = check_repeats(system, &gold, seed).unwrap();
     let locked = EngineGenerate::new(engine, ask_sampling(), REPLY).locked(lock);

@@ -26,8 +26,8 @@ pub struct WeightLoss {
     pub format: String,
     /// Signal to quantisation noise, `10 log10(Σ w² / Σ (w − ŵ)²)`, in decibels; none where nothing changed.
     pub sqnr_db: Option<f64>,
-    /// The same of the reference rounded to `format` anew, which is what the format itself costs; none where that
-    /// changes nothing.
+    /// The same of the reference rounded to `format` anew, which is what blocks of this format cost; none of a format
+    /// without blocks, and where that changes nothing.
     pub format_db: Option<f64>,
 }
 
@@ -151,8 +151,7 @@ fn median_db(peers: &[&WeightLoss]) -> f64 {
 
 fn stands_out(loss: &WeightLoss, among_peers: Option<f64>) -> Option<StandsOut> {
     let sqnr_db = loss.sqnr_db?;
-    let yardsticks =
-        [(among_peers, Yardstick::Peers), (Some(or_all(loss.format_db)), Yardstick::Format)];
+    let yardsticks = [(among_peers, Yardstick::Peers), (loss.format_db, Yardstick::Format)];
     let is_below = |expected: f64| sqnr_db < expected - STANDS_OUT_DB;
     let (expected, against) = yardsticks
         .into_iter()
@@ -184,7 +183,7 @@ fn loss(
         tensor: name.to_owned(),
         format: other.dtype.to_string(),
         sqnr_db: sqnr_db(values, &found),
-        format_db: format_db(values, other.dtype),
+        format_db: other.dtype.is_quantised().then(|| format_db(values, other.dtype)).flatten(),
     })
 }
 
@@ -322,7 +321,7 @@ mod tests {
         assert!(found.iter().all(|it| it.against == Yardstick::Format), "{found:?}");
         // Mutation: peers alone do not tell, because all of them are wrong.
         let blind: Vec<WeightLoss> =
-            losses.into_iter().map(|loss| WeightLoss { format_db: Some(0.0), ..loss }).collect();
+            losses.into_iter().map(|loss| WeightLoss { format_db: None, ..loss }).collect();
         assert_eq!(standing_out(&blind), []);
     }
 

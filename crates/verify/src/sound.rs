@@ -183,7 +183,8 @@ pub fn of(index: &dyn Retrieve, generator: &dyn Generate, seed: u64) -> Parts {
         },
         vectors: check_vectors(&gold, index, encoder, &search, &mut |_| {})
             .expect("the small world holds"),
-        assembly: check_assembly(assembling, &gold, &mut |_| {}).expect("the small world holds"),
+        assembly: check_assembly(assembling, &gold, (None, seed), &mut |_| {})
+            .expect("the small world holds"),
         repeats: check_repeats(assembling, &gold, seed).expect("the small world holds"),
         manifest: None,
         weights: Section::missing("nothing to compare with"),

@@ -218,6 +218,11 @@ impl Diagnose {
         }
     }
 
+    /// Questions whose prompts are built; none means all.
+    fn n_prompts(&self) -> Option<usize> {
+        (!self.deep).then_some(60)
+    }
+
     /// Tokens of the cache probe, and of each text of the widths.
     fn tokens(&self) -> (Option<usize>, usize, usize) {
         let most = if self.deep { 8192 } else { 2048 };

@@ -23,7 +23,7 @@ const REPEATED: usize = 3;
 /// How prompts were put together.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct AssemblyCheck {
-    /// Prompts that were built, one for each answerable question that the gate lets in.
+    /// Prompts that were built, one for each question of the sample that the gate lets in.
     pub prompts: usize,
     /// Prompts whose slots do not stand in the order system, task, constraints, citations, question, answer.
     pub reordered: usize,
@@ -91,19 +91,22 @@ pub struct AssemblySystem<'a> {
     pub policy: &'a AskPolicy,
 }
 
-/// Builds the prompt of every answerable question, and looks where its parts come to stand. Generates nothing.
+/// Builds the prompts of so many answerable questions, all when there is no number, and looks where their parts come to
+/// stand. Generates nothing.
 ///
 /// # Errors
 /// The gold set does not fit the index, or a part of the system failed.
 pub fn check_assembly(
     system: AssemblySystem<'_>,
     gold: &GoldSet,
+    (n_items, seed): (Option<usize>, u64),
     progress: &mut dyn FnMut(Progress),
 ) -> Result<AssemblyCheck, VerifyError> {
-    let items = gold.resolve(system.index)?;
+    let resolved = gold.resolve(system.index)?;
+    let items = sample(&resolved, n_items, seed, |resolved| &resolved.item.id);
     let mut positions = Positions::new(system.encoder, system.index);
     let mut check = AssemblyCheck::default();
-    for (n_done, item) in items.iter().enumerate() {
+    for (n_done, item) in items.iter().copied().enumerate() {
         let found = retrieve(system.index, &item.item.question, system.policy)?;
         if let Some(prompt) = system.prompt(item, &found)? {
             let placed = system.generator.place(&prompt.frame)?;

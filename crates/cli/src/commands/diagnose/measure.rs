@@ -237,7 +237,8 @@ impl Run<'_> {
         let system =
             AssemblySystem { generator: &generator, index, encoder, gate, policy: &policy };
         let mut bars = Bars::new(self.output);
-        let assembly = check_assembly(system, self.gold, &mut |step| bars.probe(step))?;
+        let sample = (self.options.n_prompts(), self.options.sample.sample_seed);
+        let assembly = check_assembly(system, self.gold, sample, &mut |step| bars.probe(step))?;
         bars.clear();
         let repeats = check_repeats(system, self.gold, self.options.sample.sample_seed)?;
         Ok((assembly, repeats))
