@@ -78,6 +78,23 @@ fn main() {
     }
 }
 
+/// Where fat binaries are kept for every kind of build: beside the folders of the profiles, which cargo puts above
+/// `out` as `PROFILE/build/PACKAGE/out`.
+fn kept(out: &Path) -> PathBuf {
+    out.ancestors().nth(4).unwrap_or(out).join("cuda-kernels")
+}
+
+/// Removes what was made of a file before it changed. What cannot be removed only takes space.
+fn remove_former(name: &str, kept: &Path) {
+    let Some(Ok(files)) = kept.parent().map(fs::read_dir) else { return };
+    for path in files.flatten().map(|entry| entry.path()) {
+        let stem = path.file_stem().and_then(|stem| stem.to_str()).unwrap_or_default();
+        if path != kept && stem.rsplit_once('-').is_some_and(|(of, _)| of == name) {
+            let _ignored = fs::remove_file(path);
+        }
+    }
+}
+
 struct Compiler {
     nvcc: PathBuf,
     include: Option<PathBuf>,
@@ -102,15 +119,21 @@ impl Compiler {
     }
 
     /// Compiles a file unless that was done before: this script runs again when any of them changes, or
-    /// when PATH does.
+    /// when PATH does, and once more for each kind of build: clippy, tests, release.
     fn compile(&self, sources: &Path, name: &str, out: &Path) -> Result<(), String> {
-        let stamp = out.join(format!("{name}.made_of"));
         let made_of = self.made_of(sources, name).map_err(|error| format!("cu: {error}"))?;
-        if fs::read_to_string(&stamp).is_ok_and(|found| found == made_of) {
-            return Ok(());
+        let kept = kept(out).join(format!("{name}-{made_of}.fatbin"));
+        let failed = |error: io::Error| format!("{}: {error}", kept.display());
+        if !kept.is_file() {
+            fs::create_dir_all(kept.parent().unwrap_or(out)).map_err(failed)?;
+            // Another build of this tree may make the same at the same time.
+            let made = kept.with_extension(std::process::id().to_string());
+            self.run(sources, name, &made)?;
+            fs::rename(&made, &kept).map_err(failed)?;
+            remove_former(name, &kept);
         }
-        self.run(sources, name, out)?;
-        fs::write(&stamp, made_of).map_err(|error| format!("{}: {error}", stamp.display()))
+        fs::copy(&kept, out.join(format!("{name}.fatbin"))).map_err(failed)?;
+        Ok(())
     }
 
     /// Everything that the code of a file depends on, as a hash: the compiler, what it is told, the file
@@ -129,10 +152,10 @@ impl Compiler {
         for path in paths {
             (path.file_name(), fs::read(&path)?).hash(&mut hasher);
         }
-        Ok(format!("{:016x}\n", hasher.finish()))
+        Ok(format!("{:016x}", hasher.finish()))
     }
 
-    fn run(&self, sources: &Path, name: &str, out: &Path) -> Result<(), String> {
+    fn run(&self, sources: &Path, name: &str, made: &Path) -> Result<(), String> {
         let mut command = Command::new(&self.nvcc);
         command.args(OPTIONS);
         for architecture in ARCHITECTURES {
@@ -142,7 +165,7 @@ impl Compiler {
             command.arg("-I").arg(include);
         }
         command.arg("-I").arg(sources);
-        command.arg("-o").arg(out.join(format!("{name}.fatbin")));
+        command.arg("-o").arg(made);
         command.arg(sources.join(format!("{name}.cu")));
         let output =
             command.output().map_err(|error| format!("nvcc {}: {error}", self.nvcc.display()))?;
