@@ -20,10 +20,11 @@ mod paths;
 mod preflight;
 mod progress;
 mod swap;
+mod usage;
 
 use std::{ffi::OsString, process::ExitCode};
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use crate::output::Output;
 
@@ -112,7 +113,10 @@ enum Ended {
 }
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let matches = Cli::command().get_matches();
+    let checked = usage::check(&mut Cli::command(), &matches);
+    let cli = checked.and_then(|()| Cli::from_arg_matches(&matches));
+    let cli = cli.unwrap_or_else(|error| error.exit());
     let output = Output::new(cli.json);
     tracing_subscriber::fmt()
         .with_env_filter(

@@ -845,10 +845,19 @@ fn diagnoses_are_compared_gate_by_gate_and_another_changed_pin_refuses() {
         &["--modes", "int8"],
         &["--answered", "3"],
         &["--sample-seed", "1"],
+        &["--threads", "1"],
+        &["--model", "m.gguf"],
+        &["--manifest", "m.json"],
+        &["--offline"],
     ];
     for wrong in wrong {
         let arguments = [&[a.as_str(), b.as_str()][..], wrong].concat();
         assert_eq!(compare(&arguments).status.code(), Some(2), "{wrong:?}");
     }
+    // What this machine prefers is no option of the command line.
+    let mut preferred = Command::new(env!("CARGO_BIN_EXE_exrail"));
+    preferred.args(["diagnose", "--compare", &b, &a]).env("EXRAIL_HOME", home.path());
+    preferred.env("EXRAIL_MODEL", "m.gguf").env("EXRAIL_MANIFEST", "m.json");
+    assert_eq!(preferred.output().unwrap().status.code(), Some(0));
     assert_eq!(exrail(home.path(), &["diagnose", "--gold", "g.jsonl"]).status.code(), Some(2));
 }

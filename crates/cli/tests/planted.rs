@@ -130,13 +130,11 @@ impl CacheOracle for WithoutSinks<'_> {
     ) -> Result<(), GenerateError> {
         self.0.live(&ids[..ids.len().min(WINDOW)], every, visit)?;
         for end in (WINDOW + 1..=ids.len()).filter(|end| end.is_multiple_of(every.get())) {
-            visit(end - 1, &self.0.fresh(&ids[end - WINDOW..end])?);
+            let mut last = Vec::new();
+            self.0.rows(&ids[end - WINDOW..end], &mut |_, row| last = row.to_vec())?;
+            visit(end - 1, &last);
         }
         Ok(())
-    }
-
-    fn fresh(&self, ids: &[u32]) -> Result<Vec<f32>, GenerateError> {
-        self.0.fresh(ids)
     }
 
     fn rows(&self, ids: &[u32], visit: &mut dyn FnMut(usize, &[f32])) -> Result<(), GenerateError> {

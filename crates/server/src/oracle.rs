@@ -39,10 +39,6 @@ impl CacheOracle for EngineOracle<'_> {
         self.engine.score_steps(ids.to_vec(), every, visit).map_err(failed)
     }
 
-    fn fresh(&self, ids: &[u32]) -> Result<Vec<f32>, GenerateError> {
-        self.engine.next_logits(ids.to_vec()).map_err(failed)
-    }
-
     fn rows(&self, ids: &[u32], visit: &mut dyn FnMut(usize, &[f32])) -> Result<(), GenerateError> {
         self.engine.score(ids.to_vec(), visit).map_err(failed)
     }

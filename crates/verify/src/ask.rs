@@ -650,26 +650,36 @@ pub fn answer_over(
     }
 }
 
+/// One question of several.
+#[derive(Clone, Copy)]
+pub(crate) struct OneOf<'a> {
+    pub(crate) question: &'a str,
+    /// What was found for it.
+    pub(crate) hits: &'a [Hit],
+    pub(crate) nonce: &'a Nonce,
+    pub(crate) seed: u64,
+}
+
 /// Answers several questions, each over its evidence and with its seed, as [`answer_over`] would one after the other; the
 /// generator may compute them together. An answer that is made step by step is made alone.
 pub(crate) fn answer_all(
     system: &dyn Generate,
-    questions: &[(&str, &[Hit], u64)],
+    questions: &[OneOf<'_>],
     gate: &EvidenceGate,
-    (policy, nonce): (&AskPolicy, &Nonce),
+    policy: &AskPolicy,
 ) -> Vec<Result<AskOutcome, GenerateError>> {
     if policy.steps.is_some() {
-        let alone = |&(question, hits, seed): &(&str, &[Hit], u64)| {
-            answer_over(system, question, hits, gate, (policy, nonce, seed))
+        let alone = |of: &OneOf<'_>| {
+            answer_over(system, of.question, of.hits, gate, (policy, of.nonce, of.seed))
         };
         return questions.iter().map(alone).collect();
     }
     let fitted: Vec<_> = questions
         .iter()
-        .map(|&(question, hits, _)| fit(system, (question, hits), gate, (policy, nonce)))
+        .map(|of| fit(system, (of.question, of.hits), gate, (policy, of.nonce)))
         .collect();
-    let prompts = fitted.iter().zip(questions).filter_map(|(fitted, &(.., seed))| match fitted {
-        Ok(Fitted::Prompt(prompt)) => Some((&prompt.frame, seed)),
+    let prompts = fitted.iter().zip(questions).filter_map(|(fitted, of)| match fitted {
+        Ok(Fitted::Prompt(prompt)) => Some((&prompt.frame, of.seed)),
         Ok(Fitted::Refused(_)) | Err(_) => None,
     });
     let mut replies = system.generate_all(&prompts.collect::<Vec<_>>()).into_iter();

@@ -50,13 +50,7 @@ pub trait CacheOracle {
         visit: &mut dyn FnMut(usize, &[f32]),
     ) -> Result<(), GenerateError>;
 
-    /// The row behind the tokens, from a prefill that reads no cache.
-    ///
-    /// # Errors
-    /// The generator failed.
-    fn fresh(&self, ids: &[u32]) -> Result<Vec<f32>, GenerateError>;
-
-    /// Every row of the tokens, read in chunks.
+    /// Every row of the tokens, from a prefill of its own.
     ///
     /// # Errors
     /// The generator failed.
@@ -238,8 +232,8 @@ pub fn cache_probe(
     let violations = oracle.violations();
     let noise = noise(oracle, &ids[..CHECKPOINT_TOKENS.get()])?;
     let noise_p99 = quantile(&noise, 0.99)?;
-    let checkpoints = checkpoints(oracle, &ids, told)?;
-    let mut observed = CacheObservations { noise, ..CacheObservations::default() };
+    let (checkpoints, losses) = checkpoints(oracle, &ids, told)?;
+    let mut observed = CacheObservations { noise, losses, ..CacheObservations::default() };
     let bins = bins(oracle, text.bos, &ids, &mut observed)?;
     let least = width.least_limit();
     let judged = Judged {
@@ -267,21 +261,45 @@ pub(crate) fn noise(oracle: &dyn CacheOracle, ids: &[u32]) -> Result<Vec<f64>, V
     Ok(divergences.into_iter().collect::<Result<_, _>>()?)
 }
 
-/// The prefills run while the live sequence goes on, in the same pool.
+/// What a fresh prefill says. It is causal: the row behind a token is that of a prefill which ends there.
+struct Prefill {
+    /// The row behind each checkpoint.
+    rows: Vec<Vec<f32>>,
+    /// The loss of each token behind the first.
+    losses: Vec<f64>,
+}
+
+impl Prefill {
+    fn of(oracle: &dyn CacheOracle, ids: &[u32]) -> Result<Prefill, GenerateError> {
+        let mut prefill = Prefill { rows: Vec::new(), losses: Vec::with_capacity(ids.len()) };
+        oracle.rows(ids, &mut |at, row| {
+            if (at + 1).is_multiple_of(CHECKPOINT_TOKENS.get()) {
+                prefill.rows.push(row.to_vec());
+            }
+            if let Some(&next) = ids.get(at + 1) {
+                prefill.losses.push(loss(row, next));
+            }
+        })?;
+        Ok(prefill)
+    }
+}
+
+/// The checkpoints, and the losses of the prefill, which runs while the live sequence is in the same pool.
 fn checkpoints(
     oracle: &dyn CacheOracle,
     ids: &[u32],
     told: &mut dyn FnMut(usize),
-) -> Result<Vec<Checkpoint>, VerifyError> {
+) -> Result<(Vec<Checkpoint>, Vec<f64>), VerifyError> {
+    let mut prefill = None;
     let mut found = Vec::new();
     oracle.live(ids, CHECKPOINT_TOKENS, &mut |at, live| {
-        let fresh = oracle.fresh(&ids[..=at]);
-        let compared =
-            fresh.map_err(VerifyError::from).and_then(|fresh| compare(at + 1, &fresh, live));
-        found.push(compared);
-        told(at + 1);
+        if let Ok(prefill) = prefill.get_or_insert_with(|| Prefill::of(oracle, ids)) {
+            found.push(compare(at + 1, &prefill.rows[found.len()], live));
+            told(at + 1);
+        }
     })?;
-    found.into_iter().collect()
+    let prefill = prefill.expect("a probe has at least one checkpoint")?;
+    Ok((found.into_iter().collect::<Result<_, _>>()?, prefill.losses))
 }
 
 fn compare(tokens: usize, fresh: &[f32], live: &[f32]) -> Result<Checkpoint, VerifyError> {
@@ -312,18 +330,17 @@ fn bins(
     ids: &[u32],
     observed: &mut CacheObservations,
 ) -> Result<Vec<Bin>, VerifyError> {
-    let long = losses(oracle, ids)?;
     let n_bins = ids.len() / BIN_TOKENS;
     let mut bins = Vec::with_capacity(n_bins);
     for end in (1..=n_bins).map(|bin| bin * BIN_TOKENS) {
         // The first token has no loss.
         let from = (end - BIN_TOKENS).max(1);
-        let nll = mean(&long[from - 1..end - 1])?;
+        let nll = mean(&observed.losses[from - 1..end - 1])?;
         let nll_short = match (end - BIN_TOKENS).checked_sub(BIN_TOKENS) {
             Some(0) => Some(nll),
             Some(start) => {
                 let short: Vec<u32> = bos.iter().chain(&ids[start..end]).copied().collect();
-                let short = losses(oracle, &short)?;
+                let short = Prefill::of(oracle, &short)?.losses;
                 let short = short[short.len() - BIN_TOKENS..].to_vec();
                 let nll_short = mean(&short)?;
                 observed.losses_short.push(short);
@@ -333,21 +350,10 @@ fn bins(
         };
         bins.push(Bin { tokens: end, nll, nll_short });
     }
-    observed.losses = long;
     Ok(bins)
 }
 
-/// −ln p of each token behind the first, in nats.
-fn losses(oracle: &dyn CacheOracle, ids: &[u32]) -> Result<Vec<f64>, VerifyError> {
-    let mut losses = Vec::with_capacity(ids.len());
-    oracle.rows(ids, &mut |at, row| {
-        if let Some(&next) = ids.get(at + 1) {
-            losses.push(loss(row, next));
-        }
-    })?;
-    Ok(losses)
-}
-
+/// −ln p of a token, in nats.
 fn loss(row: &[f32], id: u32) -> f64 {
     let greatest = f64::from(row.iter().copied().fold(f32::NEG_INFINITY, f32::max));
     let total: f64 = row.iter().map(|&x| (f64::from(x) - greatest).exp()).sum();
@@ -458,7 +464,7 @@ mod tests {
         range: Option<usize>,
         /// The divergence of decode and prefill on the first page, as a change of one logit.
         noise: f32,
-        /// The oracle looks at the live cache instead of a fresh one.
+        /// What should be a prefill reads the live cache.
         is_blind: bool,
         violations: std::cell::Cell<u64>,
         breaks_pages: bool,
@@ -504,14 +510,6 @@ mod tests {
             Ok(())
         }
 
-        fn fresh(&self, ids: &[u32]) -> Result<Vec<f32>, GenerateError> {
-            let at = ids.len() - 1;
-            if self.is_blind {
-                return Ok(self.live_row(at));
-            }
-            Ok(self.row(at, self.text.get(at + 1).copied().unwrap_or(0)))
-        }
-
         fn rows(
             &self,
             ids: &[u32],
@@ -520,7 +518,12 @@ mod tests {
             let is_prefix = self.text.starts_with(ids);
             let known = if is_prefix { &self.text[..] } else { ids };
             for at in 0..ids.len() {
-                visit(at, &self.row(at, known.get(at + 1).copied().unwrap_or(0)));
+                let row = if is_prefix && self.is_blind {
+                    self.live_row(at)
+                } else {
+                    self.row(at, known.get(at + 1).copied().unwrap_or(0))
+                };
+                visit(at, &row);
             }
             Ok(())
         }

@@ -3,13 +3,15 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use exrail_retrieval::{Chunk, Collection, Document, Encode, Hit, SearchOptions};
+use exrail_retrieval::{
+    Chunk, Collection, Document, Encode, Hit, RememberingEncoder, SearchOptions,
+};
 
 use crate::system::{Retrieve, RetrieveError};
 
 /// A collection with the encoder of its questions. The documents are shared, not copied per call.
 pub struct CollectionIndex {
-    collection: Collection,
+    collection: Arc<Collection>,
     encoder: Arc<dyn Encode>,
     documents: BTreeMap<String, Arc<Document>>,
 }
@@ -20,7 +22,17 @@ impl CollectionIndex {
     pub fn new(collection: Collection, encoder: Arc<dyn Encode>) -> CollectionIndex {
         let shared = |document: &Document| (document.doc_id.clone(), Arc::new(document.clone()));
         let documents = collection.documents().map(shared).collect();
-        CollectionIndex { collection, encoder, documents }
+        CollectionIndex { collection: Arc::new(collection), encoder, documents }
+    }
+
+    /// The same collection, with an encoder that computes each text once.
+    #[must_use]
+    pub fn remembering(&self) -> CollectionIndex {
+        CollectionIndex {
+            collection: Arc::clone(&self.collection),
+            encoder: Arc::new(RememberingEncoder::new(Arc::clone(&self.encoder))),
+            documents: self.documents.clone(),
+        }
     }
 
     /// The collection.

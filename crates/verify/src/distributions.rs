@@ -260,10 +260,6 @@ mod tests {
             Ok(())
         }
 
-        fn fresh(&self, ids: &[u32]) -> Result<Vec<f32>, GenerateError> {
-            Ok(self.row(ids.len() - 1))
-        }
-
         fn rows(&self, _: &[u32], _: &mut dyn FnMut(usize, &[f32])) -> Result<(), GenerateError> {
             Ok(())
         }

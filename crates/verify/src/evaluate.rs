@@ -8,7 +8,7 @@ use exrail_metrics::{
 use exrail_retrieval::{Encode, Hit, SearchOptions};
 
 use crate::answer::parse_answer;
-use crate::ask::{AskOutcome, AskPolicy, answer_over, evidence_ds, retrieve};
+use crate::ask::{AskOutcome, AskPolicy, OneOf, answer_all, evidence_ds, retrieve};
 use crate::calibrate::CorpusCalibration;
 use crate::encode::{Side, TextVectors};
 use crate::error::VerifyError;
@@ -33,6 +33,9 @@ use crate::system::{Generate, GeneratorFacts, Retrieve, SamplingKind};
 
 /// The k of the sweep (§1.1.10).
 const SWEEP: [usize; 3] = [5, 10, 20];
+
+/// Questions that are answered together: the weights are read once for all of them.
+const AT_ONCE: usize = 8;
 
 /// The parts of the system under test.
 #[derive(Clone, Copy)]
@@ -446,12 +449,34 @@ impl Run<'_> {
         Ok(Some(k_sweep(&points)))
     }
 
-    fn ask(&mut self, id: &str, question: &str) -> Result<Option<AskOutcome>, VerifyError> {
-        let policy = &self.options.policy;
-        let hits = retrieve(self.system.index, question, policy)?;
-        let nonce = Nonce::derive(&[id.as_bytes(), self.system.index.index_hash().as_bytes()]);
-        let call = (policy, &nonce, self.options.seed);
-        match answer_over(self.system.generator, question, &hits, &self.gate, call) {
+    /// Asks several questions, by id and text, and tells after each group of them.
+    fn ask(
+        &mut self,
+        stage: Stage,
+        questions: &[(&str, &str)],
+    ) -> Result<Vec<Option<AskOutcome>>, VerifyError> {
+        let mut outcomes = Vec::with_capacity(questions.len());
+        for group in questions.chunks(AT_ONCE) {
+            outcomes.extend(self.ask_group(group)?);
+            self.report(stage, outcomes.len(), questions.len());
+        }
+        Ok(outcomes)
+    }
+
+    fn ask_group(
+        &mut self,
+        questions: &[(&str, &str)],
+    ) -> Result<Vec<Option<AskOutcome>>, VerifyError> {
+        let (System { generator, index, .. }, policy) = (self.system, &self.options.policy);
+        let mut asked = Vec::with_capacity(questions.len());
+        for &(id, question) in questions {
+            let nonce = Nonce::derive(&[id.as_bytes(), index.index_hash().as_bytes()]);
+            asked.push((question, retrieve(index, question, policy)?, nonce));
+        }
+        let seed = self.options.seed;
+        let all = asked.iter().map(|(question, hits, nonce)| OneOf { question, hits, nonce, seed });
+        let answered = answer_all(generator, &all.collect::<Vec<_>>(), &self.gate, policy);
+        let outcomes = answered.into_iter().map(|answer| match answer {
             Ok(outcome) => {
                 if let Some(reply) = &outcome.reply {
                     self.cost.generations += 1;
@@ -462,17 +487,16 @@ impl Run<'_> {
             // The user gets an error, which is no answer and no refusal.
             Err(error) if error.is_outcome() => Ok(None),
             Err(error) => Err(error.into()),
-        }
+        });
+        outcomes.collect()
     }
 
     fn answers(&mut self, items: &[&ResolvedItem]) -> Result<Vec<AnswerItem>, VerifyError> {
-        let mut answers = Vec::with_capacity(items.len());
-        for (index, item) in items.iter().enumerate() {
-            let outcome = self.ask(&item.item.id, &item.item.question)?;
-            answers.push(self.answer_item(item, outcome.as_ref())?);
-            self.report(Stage::Answer, index + 1, items.len());
-        }
-        Ok(answers)
+        let questions: Vec<(&str, &str)> =
+            items.iter().map(|of| (&*of.item.id, &*of.item.question)).collect();
+        let outcomes = self.ask(Stage::Answer, &questions)?;
+        let outcomes = items.iter().zip(&outcomes);
+        outcomes.map(|(item, outcome)| self.answer_item(item, outcome.as_ref())).collect()
     }
 
     fn answer_item(
@@ -522,15 +546,15 @@ impl Run<'_> {
     }
 
     fn refusals(&mut self, items: &[&&GoldItem]) -> Result<Vec<RefusalItem>, VerifyError> {
+        let questions: Vec<(&str, &str)> =
+            items.iter().map(|item| (&*item.id, &*item.question)).collect();
         let mut refusals = Vec::with_capacity(items.len());
-        for (index, item) in items.iter().enumerate() {
-            let outcome = self.ask(&item.id, &item.question)?;
+        for (item, outcome) in items.iter().zip(self.ask(Stage::Refuse, &questions)?) {
             let refused = outcome.as_ref().is_some_and(|outcome| outcome.refusal.is_some());
             let unknown_citation = outcome.as_ref().is_some_and(shows_unknown_citation);
             refusals.push(RefusalItem { refused, unknown_citation });
             let id = item.id.clone();
             self.observed.refusals.push(RefusalObservation { id, refused, unknown_citation });
-            self.report(Stage::Refuse, index + 1, items.len());
         }
         Ok(refusals)
     }

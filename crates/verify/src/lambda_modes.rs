@@ -48,6 +48,8 @@ pub struct LambdaModesOptions {
     pub live: bool,
     /// Whether retrieval is compared.
     pub retrieval: RetrievalCheck,
+    /// Whether single questions are asked, for what the probe costs in answers.
+    pub timed: bool,
 }
 
 impl Default for LambdaModesOptions {
@@ -58,6 +60,7 @@ impl Default for LambdaModesOptions {
             seed: 1,
             live: true,
             retrieval: RetrievalCheck::Enforce,
+            timed: true,
         }
     }
 }
@@ -240,7 +243,7 @@ impl<'a> LambdaModes<'a> {
             Evidence::Own => &found[at][0],
             Evidence::Of(reference) => &reference.items[at].found[0],
         };
-        for at in 0..self.items.len().min(SINGLE_ANSWERS) {
+        for at in 0..self.n_single() {
             runs.single_s.extend(self.single_answer_s(system.generator, at, hits(at))?);
         }
         if matches!(evidence, Evidence::Own) {
@@ -302,10 +305,14 @@ impl<'a> LambdaModes<'a> {
         Nonce::derive(&[self.items[at].id.as_bytes(), &self.options.seed.to_le_bytes(), purpose])
     }
 
+    fn n_single(&self) -> usize {
+        if self.options.timed { self.items.len().min(SINGLE_ANSWERS) } else { 0 }
+    }
+
     fn plan(&self, reference: &ModeRuns) -> Result<ModesProgress, VerifyError> {
         let n_runs = N_PARAPHRASES * n_seeds(&reference.facts);
         let runs = self.items.len() * n_runs;
-        let per_mode = runs + self.items.len().min(SINGLE_ANSWERS);
+        let per_mode = runs + self.n_single();
         Ok(ModesProgress::Planned {
             per_mode,
             live: if self.options.live { runs } else { 0 },

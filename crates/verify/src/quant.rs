@@ -505,10 +505,6 @@ mod tests {
             Ok(())
         }
 
-        fn fresh(&self, ids: &[u32]) -> Result<Vec<f32>, GenerateError> {
-            Ok(self.row(ids, ids.len() - 1))
-        }
-
         fn rows(
             &self,
             ids: &[u32],

@@ -10,7 +10,7 @@ use exrail_metrics::{
 use exrail_retrieval::Hit;
 use serde::Serialize;
 
-use crate::ask::{AskOutcome, AskPolicy, RefusalReason, answer_all};
+use crate::ask::{AskOutcome, AskPolicy, OneOf, RefusalReason, answer_all};
 use crate::attribution::containment;
 use crate::error::VerifyError;
 use crate::evidence_gate::EvidenceGate;
@@ -102,11 +102,14 @@ impl Asking<'_> {
         let pairs: Vec<(usize, usize)> = (0..paraphrases.len())
             .flat_map(|paraphrase| (0..n_seeds).map(move |seed_idx| (paraphrase, seed_idx)))
             .collect();
-        let questions: Vec<(&str, &[Hit], u64)> = pairs
-            .iter()
-            .map(|&(at, seed_idx)| (paraphrases[at].as_str(), hits(at), SEEDS[seed_idx]))
-            .collect();
-        let answered = answer_all(self.generator, &questions, self.gate, (self.policy, self.nonce));
+        let questions = pairs.iter().map(|&(at, seed_idx)| OneOf {
+            question: &paraphrases[at],
+            hits: hits(at),
+            nonce: self.nonce,
+            seed: SEEDS[seed_idx],
+        });
+        let questions: Vec<OneOf<'_>> = questions.collect();
+        let answered = answer_all(self.generator, &questions, self.gate, self.policy);
         let mut attempts = Vec::with_capacity(pairs.len());
         for ((paraphrase, seed_idx), result) in pairs.into_iter().zip(answered) {
             let (outcome, answer) = classed(result)?;

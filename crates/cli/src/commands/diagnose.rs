@@ -40,7 +40,7 @@ use crate::{
   exrail diagnose --compare old.json new.json --under-test index_hash")]
 pub(crate) struct Diagnose {
     /// Generator: a name of the registry, a GGUF file or a Hugging Face folder.
-    #[arg(value_name = "MODEL", conflicts_with = "model")]
+    #[arg(value_name = "MODEL")]
     diagnosed: Option<String>,
     /// The gold set, JSON lines; that of the sample corpus when absent.
     #[arg(long, value_name = "FILE", requires = "collection")]
@@ -70,9 +70,7 @@ pub(crate) struct Diagnose {
     #[arg(long, value_name = "FILE")]
     observations: Option<PathBuf>,
     /// Compare two reports of `exrail diagnose --json`, and measure nothing.
-    #[arg(long, num_args = 2, value_names = ["A", "B"],
-          conflicts_with_all = ["gold", "collection", "question", "html", "junit", "observations", "diagnosed",
-                                "deep", "modes", "made_of", "DiagnosedSample", "Declared"])]
+    #[arg(long, num_args = 2, value_names = ["A", "B"])]
     compare: Option<Vec<PathBuf>>,
     /// With --compare: the pin that may differ between the reports.
     #[arg(long, value_name = "PIN", requires = "compare", default_value = "model_fp",
@@ -149,7 +147,17 @@ impl Diagnose {
         let started = Instant::now();
         let services = self.boot(&self.engine(), Some((spec, prepare)), output)?;
         let ready_s = started.elapsed().as_secs_f64();
-        let run = Run { options: self, services: &services, gold, spec, output, started, ready_s };
+        let index = services.collections[&spec.name].index().remembering();
+        let run = Run {
+            options: self,
+            services: &services,
+            index: &index,
+            gold,
+            spec,
+            output,
+            started,
+            ready_s,
+        };
         let measured = run.measure();
         services.engine.shutdown();
         let (diagnosis, observed) = measured?;

@@ -29,7 +29,7 @@ use crate::{
   exrail plan model.gguf --max-context 32768 --kv int8   with the options of serve")]
 pub(crate) struct Plan {
     /// Generator: a name of the registry, a GGUF file or a Hugging Face folder.
-    #[arg(value_name = "MODEL", conflicts_with = "model")]
+    #[arg(value_name = "MODEL")]
     planned: Option<String>,
     #[command(flatten)]
     engine: EngineArgs,

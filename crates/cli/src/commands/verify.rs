@@ -142,18 +142,18 @@ pub(crate) fn measure(
     sample: SampleArgs,
     output: Output,
 ) -> Result<Report> {
-    Ok(observe(services, spec, gold, sample, output)?.0)
+    let index = services.collections[&spec.name].index().remembering();
+    Ok(observe(services, (spec, &index), gold, sample, output)?.0)
 }
 
-/// [`measure`], with what its numbers were computed from.
+/// [`measure`] over this index, with what its numbers were computed from.
 pub(super) fn observe(
     services: &Services,
-    spec: &CollectionSpec,
+    (spec, index): (&CollectionSpec, &CollectionIndex),
     gold: &GoldSet,
     sample: SampleArgs,
     output: Output,
 ) -> Result<(Report, Observations)> {
-    let index = services.collections[&spec.name].index();
     let generator = EngineGenerate::new(&services.engine, ask_sampling(), ASK_MAX_TOKENS);
     let system = System { generator: &generator, index, encoder: &**index.encoder() };
     let calibration = CorpusCalibration::load(&paths::calibration(&spec.dir)).ok();

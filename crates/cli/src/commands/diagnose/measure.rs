@@ -44,6 +44,8 @@ const PAGES_BESIDE: usize = 32;
 pub(super) struct Run<'a> {
     pub(super) options: &'a Diagnose,
     pub(super) services: &'a Services,
+    /// The collection as it is served, with an encoder that computes each text once: every part asks the same questions.
+    pub(super) index: &'a CollectionIndex,
     pub(super) gold: &'a GoldSet,
     pub(super) spec: &'a CollectionSpec,
     pub(super) output: Output,
@@ -56,13 +58,14 @@ impl Run<'_> {
     pub(super) fn measure(&self) -> Result<(Diagnosis, Vec<Value>)> {
         let trace_id = verify::probe_id();
         let search = policy().search;
-        let (index, encoder) = (self.index(), self.index().encoder());
+        let (index, encoder) = (self.index, self.index.encoder());
         self.tell("boot", self.started);
         let manifest = self.manifest()?;
         let weights = self.part("weights", || self.weights())?;
-        let before = retrieved_bits(self.gold, index, &search)?;
+        let before = retrieved_bits(self.gold, self.served_index(), &search)?;
         let (report, observed) = self.part("gold set", || {
-            verify::observe(self.services, self.spec, self.gold, self.options.sample(), self.output)
+            let sample = self.options.sample();
+            verify::observe(self.services, (self.spec, index), self.gold, sample, self.output)
         })?;
         let mut bars = Bars::new(self.output);
         let scale = self.part("scale of ΔS", || {
@@ -131,13 +134,14 @@ impl Run<'_> {
         self.output.note(format!("  {name:<14}{:6.1} s", started.elapsed().as_secs_f64()));
     }
 
-    fn index(&self) -> &CollectionIndex {
+    /// The collection with the encoder that is served, which computes every time that it is asked.
+    fn served_index(&self) -> &CollectionIndex {
         self.services.collections[&self.spec.name].index()
     }
 
     /// The stored scale, if it holds.
     fn calibration(&self) -> Option<CorpusCalibration> {
-        let index = self.index();
+        let index = self.index;
         let stored = CorpusCalibration::load(&paths::calibration(&self.spec.dir)).ok();
         let k = policy().search.k;
         stored.filter(|it| it.check(index.encoder_fp(), index.index_hash(), k).is_ok())
@@ -145,7 +149,7 @@ impl Run<'_> {
 
     /// The gate as the server has it.
     fn gate(&self) -> Result<EvidenceGate> {
-        Ok(EvidenceGate::new(self.calibration().as_ref(), self.index())?)
+        Ok(EvidenceGate::new(self.calibration().as_ref(), self.index)?)
     }
 
     fn served(&self) -> Served {
@@ -231,7 +235,7 @@ impl Run<'_> {
 
     /// How prompts are put together, and a few of them answered twice.
     fn prompts(&self, gate: &EvidenceGate) -> Result<(AssemblyCheck, RepeatCheck)> {
-        let index = self.index();
+        let index = self.index;
         let (generator, policy) = (generate(self.services), policy());
         let encoder = &**index.encoder();
         let system =
@@ -262,7 +266,7 @@ impl Run<'_> {
 
     /// The documents of the collection one after the other.
     fn corpus(&self) -> Result<String> {
-        let index = self.index();
+        let index = self.index;
         let mut text = String::new();
         for doc_id in index.doc_ids() {
             if let Some(document) = index.document(&doc_id)? {
@@ -350,7 +354,7 @@ impl Run<'_> {
         let report = quant_probe(&exact, &rows, &texts, parameters, &mut told);
         let format = reference.engine.facts().quant.clone();
         reference.engine.shutdown();
-        let meanwhile = retrieved_bits(self.gold, self.index(), &policy().search)?;
+        let meanwhile = retrieved_bits(self.gold, self.served_index(), &policy().search)?;
         let shown = if is_packed { "as_loaded".to_owned() } else { format.to_lowercase() };
         Ok(Section::Ok(QuantPart {
             weights: Weights { reference: shown, format, parameters },
@@ -368,7 +372,7 @@ impl Run<'_> {
         if n_items == 0 || booted.is_empty() {
             return Ok(Section::missing("no item was asked for: --lambda N and --modes int8,int4"));
         }
-        let index = self.index();
+        let index = self.index;
         let calibration = self.calibration();
         let gate = self.gate()?;
         let options = LambdaModesOptions {
@@ -377,6 +381,7 @@ impl Run<'_> {
             seed: self.options.sample.sample_seed,
             // The gold set was asked live already.
             live: false,
+            timed: false,
             ..LambdaModesOptions::default()
         };
         let served = generate(self.services);
