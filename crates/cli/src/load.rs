@@ -25,7 +25,7 @@ use exrail_server::{
 };
 use exrail_text::{Specials, Tokenizer};
 use exrail_verify::{
-    CollectionIndex, CorpusCalibration, DeltaSGate, EvidenceGate, Retrieve, Signal,
+    CollectionIndex, CorpusCalibration, DeltaSGate, EvidenceGate, LiveChecker, Retrieve, Signal,
 };
 use serde_json::{Value, json};
 
@@ -362,9 +362,11 @@ impl Attempt<'_, '_> {
             let mut details = Vec::new();
             for (spec, index) in indexes {
                 self.boot.prepare.calibration(&index, &spec.dir, bars)?;
-                let (gate, note) = gate(&spec, &index);
+                let scale = scale(&spec, &index);
+                let (gate, note) = gate(&scale, &index);
                 details.push(format!("{}: ΔS gate {note}", spec.name));
-                let asker = Asker::new(engine.clone(), index, gate, note)?;
+                let live = LiveChecker::new(index.encoder(), scale.as_ref().ok());
+                let asker = Asker::new(engine.clone(), index, (gate, note), live)?;
                 if askers.insert(spec.name.clone(), Arc::new(asker)).is_some() {
                     return Err(anyhow!("collection `{}`: given twice", spec.name));
                 }
@@ -481,24 +483,37 @@ pub(crate) fn open(spec: &CollectionSpec, encoder: &dyn Encode) -> Result<Collec
     })
 }
 
-/// The gate that the stored calibration allows, and where it came from.
-fn gate(spec: &CollectionSpec, index: &CollectionIndex) -> (EvidenceGate, String) {
-    let not_calibrated = |note: String| (EvidenceGate::not_calibrated(), note);
+/// The stored calibration of a collection, or why there is none that holds.
+pub(crate) fn scale(
+    spec: &CollectionSpec,
+    index: &CollectionIndex,
+) -> Result<CorpusCalibration, String> {
     let path = paths::calibration(&spec.dir);
     if !path.exists() {
-        return not_calibrated("not calibrated: run `exrail calibrate`".into());
+        return Err("run `exrail calibrate`".into());
     }
-    let calibration = match CorpusCalibration::load(&path) {
-        Ok(calibration) => calibration,
-        Err(error) => return not_calibrated(format!("not calibrated: {error}")),
+    let calibration = CorpusCalibration::load(&path).map_err(|error| error.to_string())?;
+    let held = calibration.check(index.encoder_fp(), index.index_hash(), ASK_K);
+    held.map_err(|error| error.to_string())?;
+    Ok(calibration)
+}
+
+/// The gate that a calibration allows, and where it came from.
+pub(crate) fn gate(
+    scale: &Result<CorpusCalibration, String>,
+    index: &CollectionIndex,
+) -> (EvidenceGate, String) {
+    let gate = match scale {
+        Ok(calibration) => {
+            EvidenceGate::new(Some(calibration), index).map_err(|error| error.to_string())
+        }
+        Err(reason) => Err(reason.clone()),
     };
-    let (encoder_fp, hash) = (index.encoder_fp(), index.index_hash());
-    if let Err(error) = calibration.check(encoder_fp, hash, ASK_K) {
-        return not_calibrated(format!("not calibrated: {error}"));
-    }
-    let gate = match EvidenceGate::new(Some(&calibration), index) {
+    let gate = match gate {
         Ok(gate) => gate,
-        Err(error) => return not_calibrated(format!("not calibrated: {error}")),
+        Err(reason) => {
+            return (EvidenceGate::not_calibrated(), format!("not calibrated: {reason}"));
+        }
     };
     let note = match (gate.deciding(), gate.delta_s()) {
         (Some(Signal::Encoder), _) => "calibrated",

@@ -7,6 +7,7 @@
 #[cfg(test)]
 extern crate self as exrail_server;
 
+mod answer_record;
 pub mod auth;
 mod baseline;
 pub mod boot;
@@ -38,6 +39,7 @@ mod tool_circuit;
 mod trace;
 mod translate;
 
+pub use answer_record::Recorded;
 pub use auth::{KeyError, Keys, Role};
 pub use boot::{
     BootBoard, BootFault, BootOwner, BootPlan, BootProgress, BootState, BootStatus, Deadline, Node,

@@ -11,6 +11,7 @@ use std::{
 };
 
 use exrail_engine::{BucketReport, InjectedFaults, WarmUpReport};
+use exrail_verify::LiveChecks;
 
 use crate::{
     boot::{BootState, BootStatus},
@@ -21,18 +22,34 @@ use crate::{
 /// Upper bounds of the latency buckets, in seconds.
 const BUCKETS_S: [f64; 10] = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0];
 
+/// The same for what is done beside an answer.
+const SHORT_BUCKETS_S: [f64; 10] =
+    [0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1];
+
 /// A histogram of seconds.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Histogram {
+    bounds: [f64; BUCKETS_S.len()],
     buckets: [AtomicU64; BUCKETS_S.len()],
     count: AtomicU64,
     sum_us: AtomicU64,
 }
 
+impl Default for Histogram {
+    fn default() -> Self {
+        Self::new(BUCKETS_S)
+    }
+}
+
 impl Histogram {
+    fn new(bounds: [f64; BUCKETS_S.len()]) -> Self {
+        let (buckets, count, sum_us) = <_>::default();
+        Self { bounds, buckets, count, sum_us }
+    }
+
     pub(crate) fn observe(&self, time: Duration) {
         let seconds = time.as_secs_f64();
-        for (bucket, bound) in self.buckets.iter().zip(BUCKETS_S) {
+        for (bucket, bound) in self.buckets.iter().zip(self.bounds) {
             if seconds <= bound {
                 bucket.fetch_add(1, Ordering::Relaxed);
             }
@@ -44,7 +61,7 @@ impl Histogram {
 
     fn render(&self, text: &mut Text, name: &str, help: &str) {
         text.head(name, "histogram", help);
-        for (bucket, bound) in self.buckets.iter().zip(BUCKETS_S) {
+        for (bucket, bound) in self.buckets.iter().zip(self.bounds) {
             let count = bucket.load(Ordering::Relaxed);
             text.line(&format!("{name}_bucket{{le=\"{bound}\"}}"), count);
         }
@@ -57,12 +74,30 @@ impl Histogram {
 }
 
 /// What the server counts itself; the engine counts the rest.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Metrics {
     requests: Mutex<BTreeMap<(String, u16), u64>>,
     guards: Mutex<BTreeMap<String, u64>>,
     /// Request received to first token.
     pub(crate) first_token: Histogram,
+    /// Sum and number of the values of each check of answers.
+    checks: Mutex<BTreeMap<&'static str, (f64, u64)>>,
+    check_time: Histogram,
+    embedding_time: Histogram,
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        let short = || Histogram::new(SHORT_BUCKETS_S);
+        Self {
+            requests: Mutex::default(),
+            guards: Mutex::default(),
+            first_token: Histogram::default(),
+            checks: Mutex::default(),
+            check_time: short(),
+            embedding_time: short(),
+        }
+    }
 }
 
 impl Metrics {
@@ -76,6 +111,40 @@ impl Metrics {
     pub(crate) fn count_guard(&self, guard: &str) {
         let mut guards = self.guards.lock().unwrap_or_else(PoisonError::into_inner);
         *guards.entry(guard.into()).or_default() += 1;
+    }
+
+    /// Counts what was checked of an answer; a check without a value is not counted.
+    pub(crate) fn count_checks(&self, checked: &LiveChecks) {
+        let mut checks = self.checks.lock().unwrap_or_else(PoisonError::into_inner);
+        for (name, value) in [
+            ("citation_recall", checked.citation_recall),
+            ("citation_precision", checked.citation_precision),
+            ("span_containment", checked.span_containment),
+            ("answer_containment", checked.answer_containment),
+            ("ds_ac", checked.ds_ac.value()),
+        ] {
+            let Some(value) = value else { continue };
+            let (sum, count) = checks.entry(name).or_default();
+            *sum += value;
+            *count += 1;
+        }
+        self.check_time.observe(checked.took);
+        if let Some(took) = checked.embedding_took {
+            self.embedding_time.observe(took);
+        }
+    }
+
+    fn check_lines(&self, text: &mut Text) {
+        let name = "exrail_answer_check";
+        text.head(name, "summary", "What was checked of answers, by check; ds_ac is a distance.");
+        for (check, (sum, count)) in &*self.checks.lock().unwrap_or_else(PoisonError::into_inner) {
+            text.line(&format!("{name}_sum{{check=\"{check}\"}}"), sum);
+            text.line(&format!("{name}_count{{check=\"{check}\"}}"), count);
+        }
+        let help = "Comparisons of one answer with what it cites.";
+        self.check_time.render(text, "exrail_answer_check_seconds", help);
+        let help = "Vectors of one answer and of the snippets that it is the first to cite.";
+        self.embedding_time.render(text, "exrail_answer_embedding_seconds", help);
     }
 
     pub(crate) fn render(&self, boot: &BootStatus, lineup: Option<&Lineup>) -> String {
@@ -105,6 +174,7 @@ impl Metrics {
             "exrail_time_to_first_token_seconds",
             "Request received to first token.",
         );
+        self.check_lines(&mut text);
         let Some(lineup) = lineup else { return text.0 };
         model_lines(&mut text, lineup);
         let Some(services) = &lineup.loaded else { return text.0 };

@@ -18,10 +18,10 @@ use exrail_grammar::{Grammar, Source};
 use exrail_retrieval::Hit;
 use exrail_text::{ChatMessage, SlotTokens, Specials};
 use exrail_verify::{
-    AskOutcome, AskPolicy, CollectionIndex, DeltaSGate, EvidenceGate, FrameMessage, Generate,
-    GenerateError, Generated, GeneratedEnd, GeneratorFacts, MAX_STEPS, Nonce, OfSchema, Placed,
-    PromptFrame, Retrieve, RuleSet, SamplingKind, Slot, StepPolicy, answer_over, cite_lark,
-    retrieve, step_lark,
+    AskOutcome, AskPolicy, Begun, CollectionIndex, DeltaSGate, EvidenceGate, FrameMessage,
+    Generate, GenerateError, Generated, GeneratedEnd, GeneratorFacts, LiveChecker, LiveChecks,
+    MAX_STEPS, Nonce, OfSchema, Placed, PromptFrame, Retrieve, RuleSet, SamplingKind, Slot,
+    StepPolicy, answer_over, begin, cite_lark, conclude, retrieve, step_lark,
 };
 use exrail_wire::{Pins, StepRecord};
 use serde_json::{Value, json};
@@ -567,6 +567,7 @@ pub struct Grounds {
     index: CollectionIndex,
     gate: EvidenceGate,
     gate_note: String,
+    live: LiveChecker,
     policy: AskPolicy,
     /// Keys the fences: unguessable from outside, the same for the same question, so that asking
     /// twice is a repeat.
@@ -631,6 +632,8 @@ impl Default for AskCall {
 pub struct Asked {
     /// The decision.
     pub outcome: AskOutcome,
+    /// What was checked of it.
+    pub checks: LiveChecks,
     /// Everything that was found, best first; the evidence is a prefix of it.
     pub found: Vec<Hit>,
     /// Milliseconds of the search.
@@ -667,18 +670,17 @@ pub struct Found {
 pub const MAX_K: usize = 50;
 
 impl Asker {
-    /// An asker; `gate_note` says where the gate's calibration came from, or why there is none.
+    /// An asker; the note says where the gate's calibration came from, or why there is none.
     ///
     /// # Errors
     /// The system gave no random bytes.
     pub fn new(
         engine: EngineHandle,
         index: CollectionIndex,
-        gate: EvidenceGate,
-        gate_note: String,
+        gate: (EvidenceGate, String),
+        live: LiveChecker,
     ) -> Result<Self, ApiError> {
-        let (policy, fence_secret) = (AskPolicy::default(), ids::seed()?);
-        Ok(Self::on(engine, Arc::new(Grounds { index, gate, gate_note, policy, fence_secret })))
+        Ok(Self::on(engine, Arc::new(Grounds::new(index, gate, live)?)))
     }
 
     /// The same collection for another generator.
@@ -749,6 +751,7 @@ impl Asker {
             .for_call(call, self.entropy.nats());
         let outcome = answer_over(&generator, question, &found, gate, (&policy, &nonce, seed))
             .map_err(ask_error)?;
+        let checks = self.grounds.live.check(&outcome, policy.min_containment);
         let (total_ms, measured) = (retrieve_ms + ms_since(begun), generator.taken());
         let has_ended = outcome.reply.as_ref().is_some_and(|reply| reply.end == GeneratedEnd::Stop);
         if let Some(nats) = measured.and_then(|m| m.entropy_mean).filter(|_| has_ended) {
@@ -756,18 +759,7 @@ impl Asker {
         }
         let slots = generator.slots();
         let in_steps = policy.steps.is_some();
-        Ok(Asked { outcome, found, retrieve_ms, total_ms, measured, slots, in_steps })
-    }
-
-    /// Calibrated ΔS of one hit, where there is a calibration.
-    pub(crate) fn calibrated(&self, hit: &Hit) -> Option<f64> {
-        let raw = (1.0 - f64::from(hit.cosine)).clamp(0.0, 2.0);
-        match self.grounds.gate.delta_s() {
-            DeltaSGate::Calibrated(calibration) | DeltaSGate::ReportOnly(calibration) => {
-                Some(calibration.map(raw))
-            }
-            DeltaSGate::NotCalibrated => None,
-        }
+        Ok(Asked { outcome, checks, found, retrieve_ms, total_ms, measured, slots, in_steps })
     }
 
     /// Every pin of an answer from this collection; blocks while the model's hash runs.
@@ -784,6 +776,59 @@ impl Asker {
 }
 
 impl Grounds {
+    /// What a collection is asked with; the note says where the gate's calibration came from, or why there is none.
+    ///
+    /// # Errors
+    /// The system gave no random bytes.
+    pub fn new(
+        index: CollectionIndex,
+        (gate, gate_note): (EvidenceGate, String),
+        live: LiveChecker,
+    ) -> Result<Self, ApiError> {
+        let (policy, fence_secret) = (AskPolicy::default(), ids::seed()?);
+        Ok(Self { index, gate, gate_note, live, policy, fence_secret })
+    }
+
+    /// The index.
+    #[must_use]
+    pub fn index(&self) -> &CollectionIndex {
+        &self.index
+    }
+
+    /// Decides about a reply that was not generated here, as about one that was: for measurements of what is done
+    /// beside a generation. None where the gate keeps the question out.
+    #[must_use]
+    pub fn decide(&self, question: &str, found: Vec<Hit>, reply: Generated) -> Option<Asked> {
+        let nonce = Nonce::derive(&[question.as_bytes()]);
+        let Begun::Prompt { frame, gate } = begin(question, &found, &self.gate, (None, &nonce))
+        else {
+            return None;
+        };
+        let outcome = conclude(&frame, &found, gate, reply, &self.policy);
+        let checks = self.live.check(&outcome, self.policy.min_containment);
+        Some(Asked {
+            outcome,
+            checks,
+            found,
+            retrieve_ms: 0.0,
+            total_ms: 0.0,
+            measured: None,
+            slots: Vec::new(),
+            in_steps: false,
+        })
+    }
+
+    /// Calibrated ΔS of one hit, where there is a calibration.
+    pub(crate) fn calibrated(&self, hit: &Hit) -> Option<f64> {
+        let raw = (1.0 - f64::from(hit.cosine)).clamp(0.0, 2.0);
+        match self.gate.delta_s() {
+            DeltaSGate::Calibrated(calibration) | DeltaSGate::ReportOnly(calibration) => {
+                Some(calibration.map(raw))
+            }
+            DeltaSGate::NotCalibrated => None,
+        }
+    }
+
     /// The collection for people: sizes, hashes, the state of its gate.
     #[must_use]
     pub fn describe(&self, name: &str) -> Value {

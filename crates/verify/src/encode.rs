@@ -52,25 +52,10 @@ impl<'a> TextVectors<'a> {
         Ok(self.known.get(&key).map_or(&[], Vec::as_slice))
     }
 
-    /// Raw ΔS of two texts; `a` must fit into one window, `b` is a minimum over windows (§1.1.3).
-    /// Two long texts have no ΔS here: a minimum over pairs of windows would call any two texts
-    /// with one common remark equal.
+    /// Raw ΔS of two texts, see [`ds_between`].
     pub(crate) fn ds(&mut self, a: (Side, &str), b: (Side, &str)) -> Result<Ds, EncodeError> {
-        let first = match self.windows(a.0, a.1)? {
-            [] => return Ok(Ds::Undefined(UndefinedDs::EmptyText)),
-            [only] => only.clone(),
-            [..] => {
-                let [only] = self.windows(b.0, b.1)? else {
-                    return Ok(Ds::Undefined(UndefinedDs::EmptyText));
-                };
-                let only = only.clone();
-                return Ok(ds_windows(&only, self.windows(a.0, a.1)?));
-            }
-        };
-        match self.windows(b.0, b.1)? {
-            [only] => Ok(ds(&first, only)),
-            windows => Ok(ds_windows(&first, windows)),
-        }
+        let first = self.windows(a.0, a.1)?.to_vec();
+        Ok(ds_between(&first, self.windows(b.0, b.1)?))
     }
 
     /// Windows of at most `max_tokens`, cut at sentence ends, and inside a sentence only where
@@ -117,5 +102,15 @@ impl<'a> TextVectors<'a> {
             windows.push(prefixed(open.trim()));
         }
         windows
+    }
+}
+
+/// Raw ΔS of two texts by their windows: one of them must be a single window, the other one is a minimum (§1.1.3). Two
+/// long texts have no ΔS here: a minimum over pairs of windows would call any two texts with one common remark equal.
+pub(crate) fn ds_between(a: &[Vec<f32>], b: &[Vec<f32>]) -> Ds {
+    match (a, b) {
+        ([a], [b]) => ds(a, b),
+        ([only], windows) | (windows, [only]) => ds_windows(only, windows),
+        (_, _) => Ds::Undefined(UndefinedDs::EmptyText),
     }
 }

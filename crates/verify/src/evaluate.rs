@@ -21,13 +21,13 @@ use crate::observations::{
     RetrievalObservation, SweepObservation,
 };
 use crate::positions::{Positions, anchor_tokens};
-use crate::probe::{ItemLambda, lambda_probe};
+use crate::probe::{ItemLambda, probed};
 use crate::prompt::{Live, Nonce};
 use crate::report::{
     Config, Cost, CoverageSection, DeltaSSection, LambdaSection, Pins, REPORT_VERSION, Report,
     RetrievalItem, Sample, Status, Verdict, not_measured,
 };
-use crate::runs::matches_reference;
+use crate::runs::{matches_reference, nonce_of};
 use crate::scale::{AnswerScale, equivalence_in_words};
 use crate::system::{Generate, GeneratorFacts, Retrieve, SamplingKind};
 
@@ -470,7 +470,7 @@ impl Run<'_> {
         let (System { generator, index, .. }, policy) = (self.system, &self.options.policy);
         let mut asked = Vec::with_capacity(questions.len());
         for &(id, question) in questions {
-            let nonce = Nonce::derive(&[id.as_bytes(), index.index_hash().as_bytes()]);
+            let nonce = nonce_of(id, index.index_hash());
             asked.push((question, retrieve(index, question, policy)?, nonce));
         }
         let seed = self.options.seed;
@@ -563,20 +563,21 @@ impl Run<'_> {
         let (index, policy) = (self.system.index, &self.options.policy);
         let bound = (index.index_hash(), policy.search.k);
         let mut scale = AnswerScale::new(self.system.encoder, self.calibration, bound);
-        let mut probed = Vec::with_capacity(items.len());
+        let mut of_items = Vec::with_capacity(items.len());
         for (n_done, item) in items.iter().enumerate() {
             let system = (self.system.generator, index);
             let mut same = |a: &str, b: &str| scale.equivalence_ds(a, b);
-            let lambda = lambda_probe(system, &self.gate, policy, &item.item, &mut same)?;
+            let (lambda, frozen) = probed(system, &self.gate, policy, &item.item, &mut same)?;
             scale.check()?;
             for run in lambda.frozen.runs.iter().chain(&lambda.live.runs) {
                 self.cost.generations += usize::from(run.generated);
                 self.cost.tokens += run.tokens_in + run.tokens;
             }
-            probed.push(lambda);
+            self.observed.frozen.0.insert(lambda.id.clone(), frozen);
+            of_items.push(lambda);
             self.report(Stage::Lambda, n_done + 1, items.len());
         }
-        Ok(probed)
+        Ok(of_items)
     }
 }
 

@@ -28,7 +28,7 @@ use crate::gold::{GoldItem, GoldKind, GoldSet, N_PARAPHRASES};
 use crate::probe::retrieve_each;
 use crate::prompt::Nonce;
 use crate::quant::QuantMode;
-use crate::runs::{Asking, Attempt, SEEDS, reply_of};
+use crate::runs::{Asking, Attempt, FrozenRuns, SEEDS, nonce_of, reply_of};
 use crate::scale::AnswerScale;
 use crate::system::{Generate, GeneratorFacts, Retrieve, SamplingKind};
 
@@ -137,15 +137,14 @@ struct ItemRuns {
     frozen: Vec<Attempt>,
     /// Only of the reference.
     live: Option<Vec<Attempt>>,
-    /// Wall time of the frozen runs.
-    frozen_s: f64,
+    /// Wall time of the frozen runs; none of runs that another probe had made.
+    frozen_s: Option<f64>,
 }
 
 /// Which evidence a mode is asked over.
-#[derive(Clone, Copy)]
 enum Evidence<'r> {
-    /// Its own, frozen and live.
-    Own,
+    /// Its own, frozen and live; what was asked over the frozen one before is not asked again.
+    Own(FrozenRuns),
     /// That of the reference, frozen.
     Of(&'r ModeRuns),
 }
@@ -162,6 +161,20 @@ impl<'a> LambdaModes<'a> {
         gate: &'a EvidenceGate,
         options: LambdaModesOptions,
         told: &mut Told<'_>,
+    ) -> Result<LambdaModes<'a>, VerifyError> {
+        LambdaModes::begin_with(FrozenRuns::default(), (mode, system), gold, gate, (options, told))
+    }
+
+    /// [`LambdaModes::begin`], with the reference's runs of items that have been asked over frozen evidence before.
+    ///
+    /// # Errors
+    /// As [`LambdaModes::begin`].
+    pub fn begin_with(
+        known: FrozenRuns,
+        (mode, system): (QuantMode, ModeSystem<'_>),
+        gold: &'a GoldSet,
+        gate: &'a EvidenceGate,
+        (options, told): (LambdaModesOptions, &mut Told<'_>),
     ) -> Result<LambdaModes<'a>, VerifyError> {
         // The quotes of a gold set for other documents are not there.
         gold.resolve(system.index)?;
@@ -185,7 +198,7 @@ impl<'a> LambdaModes<'a> {
             reference: mode,
             asked: BTreeMap::new(),
         };
-        let runs = probe.ask(mode, system, Evidence::Own, told)?;
+        let runs = probe.ask(mode, system, Evidence::Own(known), told)?;
         probe.asked.insert(mode, Ok(runs));
         Ok(probe)
     }
@@ -220,7 +233,7 @@ impl<'a> LambdaModes<'a> {
         &self,
         mode: QuantMode,
         system: ModeSystem<'_>,
-        evidence: Evidence<'_>,
+        mut evidence: Evidence<'_>,
         told: &mut Told<'_>,
     ) -> Result<ModeRuns, VerifyError> {
         let started = Instant::now();
@@ -239,22 +252,30 @@ impl<'a> LambdaModes<'a> {
             single_s: Vec::new(),
             seconds: 0.0,
         };
-        let hits = |at: usize| match evidence {
-            Evidence::Own => &found[at][0],
-            Evidence::Of(reference) => &reference.items[at].found[0],
+        let is_own = matches!(evidence, Evidence::Own(_));
+        let evidence_of = match &evidence {
+            Evidence::Own(_) => None,
+            Evidence::Of(reference) => Some(*reference),
+        };
+        let hits = |at: usize| match evidence_of {
+            None => &found[at][0],
+            Some(reference) => &reference.items[at].found[0],
         };
         for at in 0..self.n_single() {
-            runs.single_s.extend(self.single_answer_s(system.generator, at, hits(at))?);
+            runs.single_s.extend(self.single_answer_s(system, at, hits(at))?);
         }
-        if matches!(evidence, Evidence::Own) {
+        if is_own {
             told(self.plan(&runs)?);
         }
         let n_total = self.items.len();
         let mut items = Vec::with_capacity(n_total);
         for (at, of_item) in found.iter().enumerate() {
-            let is_live = self.options.live && matches!(evidence, Evidence::Own);
-            let live = is_live.then_some(&of_item[1..]);
-            items.push(self.ask_item(system.generator, at, (hits(at), live))?);
+            let live = (self.options.live && is_own).then_some(&of_item[1..]);
+            let known = match &mut evidence {
+                Evidence::Own(known) => known.0.remove(&self.items[at].id),
+                Evidence::Of(_) => None,
+            };
+            items.push(self.ask_item(system, at, (hits(at), live), known)?);
             told(ModesProgress::Asked { mode, n_done: at + 1, n_total });
         }
         for (item, found) in items.iter_mut().zip(found) {
@@ -267,17 +288,23 @@ impl<'a> LambdaModes<'a> {
 
     fn ask_item(
         &self,
-        generator: &dyn Generate,
+        system: ModeSystem<'_>,
         at: usize,
         (frozen, live): (&[Hit], Option<&[Vec<Hit>]>),
+        known: Option<Vec<Attempt>>,
     ) -> Result<ItemRuns, VerifyError> {
-        let nonce = self.nonce(at, &[]);
+        let nonce = nonce_of(&self.items[at].id, system.index.index_hash());
         let (gate, policy) = (self.gate, &self.options.policy);
-        let asking = Asking { generator, gate, policy, nonce: &nonce };
+        let asking = Asking { generator: system.generator, gate, policy, nonce: &nonce };
         let wordings = self.items[at].asked();
         let started = Instant::now();
-        let frozen = asking.all(wordings, |_| frozen)?;
-        let frozen_s = started.elapsed().as_secs_f64();
+        let (frozen, frozen_s) = match known {
+            Some(known) => (known, None),
+            None => {
+                let asked = asking.all(wordings, |_| frozen)?;
+                (asked, Some(started.elapsed().as_secs_f64()))
+            }
+        };
         let live = live.map(|hits| asking.all(wordings, |wording| &hits[wording])).transpose()?;
         Ok(ItemRuns { found: Vec::new(), frozen, live, frozen_s })
     }
@@ -286,23 +313,19 @@ impl<'a> LambdaModes<'a> {
     /// it leaves no prefix behind that the runs of the item would read.
     fn single_answer_s(
         &self,
-        generator: &dyn Generate,
+        system: ModeSystem<'_>,
         at: usize,
         hits: &[Hit],
     ) -> Result<Option<f64>, VerifyError> {
-        let nonce = self.nonce(at, b"single");
+        let (item, hash) = (self.items[at], system.index.index_hash());
+        let nonce = Nonce::derive(&[item.id.as_bytes(), hash.as_bytes(), b"single"]);
         let call = (&self.options.policy, &nonce, SEEDS[0]);
         let started = Instant::now();
-        match answer_over(generator, &self.items[at].question, hits, self.gate, call) {
+        match answer_over(system.generator, &item.question, hits, self.gate, call) {
             Ok(outcome) => Ok(outcome.reply.map(|_| started.elapsed().as_secs_f64())),
             Err(error) if error.is_outcome() => Ok(None),
             Err(error) => Err(error.into()),
         }
-    }
-
-    /// The same mark for all modes: their prompts are to be the same.
-    fn nonce(&self, at: usize, purpose: &[u8]) -> Nonce {
-        Nonce::derive(&[self.items[at].id.as_bytes(), &self.options.seed.to_le_bytes(), purpose])
     }
 
     fn n_single(&self) -> usize {
@@ -323,10 +346,13 @@ impl<'a> LambdaModes<'a> {
 
 impl ModeRuns {
     fn cost(&self) -> Result<ModeCost, VerifyError> {
-        let attempts =
-            self.items.iter().flat_map(|item| item.frozen.iter().chain(item.live.iter().flatten()));
+        // Runs that another probe had made are in its cost.
+        let made = |item: &'_ ItemRuns| item.frozen_s.is_some();
+        let frozen = self.items.iter().filter(|item| made(item)).flat_map(|item| &item.frozen);
+        let live = self.items.iter().filter_map(|item| item.live.as_ref()).flatten();
+        let attempts = frozen.chain(live);
         let replies: Vec<_> = attempts.filter_map(reply_of).collect();
-        let item_s: Vec<f64> = self.items.iter().map(|item| item.frozen_s).collect();
+        let item_s: Vec<f64> = self.items.iter().filter_map(|item| item.frozen_s).collect();
         let item_s = if item_s.is_empty() { None } else { Some(median(&item_s)?) };
         let single_answer_s = single_answer(self)?;
         Ok(ModeCost {

@@ -29,6 +29,7 @@ mod injection;
 mod lambda_modes;
 mod leak;
 mod lexical;
+mod live;
 mod observations;
 mod positions;
 mod probe;
@@ -101,6 +102,7 @@ pub use lambda_modes::{
 };
 pub use leak::{LEAK_TOKENS, Leak, LeakGuard, LeakWatch, Screened};
 pub use lexical::LexicalEvidence;
+pub use live::{Distance as AnswerDistance, LiveChecker, LiveChecks};
 pub use observations::{
     AnswerObservation, ChunkObservation, CitedObservation, Observations, ReadingObservation,
     RefusalObservation, RetrievalObservation, ScaleObservation, Stretches, SweepObservation,
@@ -127,7 +129,7 @@ pub use rules::{
     BadRule, Contradiction, EchoDiffers, HardRule, MAX_PATTERN_BYTES, MAX_PATTERNS, MAX_RULE_BYTES,
     MAX_RULES, NLI, RuleSet, RuleWatch, compare_echo, read_rules, write_rules,
 };
-pub use runs::{ModeLambda, ProbeRun};
+pub use runs::{FrozenRuns, ModeLambda, ProbeRun};
 pub use scale::AnswerScale;
 pub use steps::{
     LOGIC_COLLAPSE, MAX_ROLLBACKS, MAX_STEPS, STALL_STEPS, Step, StepCheck, StepFault, StepPolicy,

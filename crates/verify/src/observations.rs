@@ -10,13 +10,14 @@ use crate::error::VerifyError;
 use crate::evaluate::{Progress, holds_evidence};
 use crate::gold::{AnchorMode, GoldKind, GoldSet, ResolvedItem};
 use crate::lexical::LexicalEvidence;
+use crate::runs::FrozenRuns;
 use crate::system::Retrieve;
 
 /// Token positions as stretches: number of the document, first token, token behind the last.
 pub type Stretches = Vec<(usize, usize, usize)>;
 
 /// What [`crate::verify`] observed.
-#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+#[derive(Clone, Debug, Default, Serialize)]
 pub struct Observations {
     /// Answerable questions through retrieval.
     pub retrieval: Vec<RetrievalObservation>,
@@ -26,6 +27,9 @@ pub struct Observations {
     pub answers: Vec<AnswerObservation>,
     /// Unanswerable questions that were asked.
     pub refusals: Vec<RefusalObservation>,
+    /// The runs of λ over frozen evidence; [`crate::ItemLambda`] says what came of them.
+    #[serde(skip)]
+    pub frozen: FrozenRuns,
 }
 
 /// A retrieved snippet.

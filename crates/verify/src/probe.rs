@@ -12,8 +12,9 @@ use crate::ask::{AskPolicy, retrieve};
 use crate::error::VerifyError;
 use crate::evidence_gate::EvidenceGate;
 use crate::gold::GoldItem;
-use crate::prompt::Nonce;
-use crate::runs::{Asking, ModeLambda, assembled_alike, majority_matches, summarise};
+use crate::runs::{
+    Asking, Attempt, ModeLambda, assembled_alike, majority_matches, nonce_of, summarise,
+};
 use crate::system::{Generate, Retrieve};
 
 /// λ of one gold item in both modes.
@@ -48,23 +49,35 @@ pub fn lambda_probe(
     item: &GoldItem,
     calibrated_ds: &mut dyn FnMut(&str, &str) -> Option<f64>,
 ) -> Result<ItemLambda, VerifyError> {
+    probed((generator, index), gate, policy, item, calibrated_ds).map(|(lambda, _)| lambda)
+}
+
+/// [`lambda_probe`], with the runs over frozen evidence.
+pub(crate) fn probed(
+    (generator, index): (&dyn Generate, &dyn Retrieve),
+    gate: &EvidenceGate,
+    policy: &AskPolicy,
+    item: &GoldItem,
+    calibrated_ds: &mut dyn FnMut(&str, &str) -> Option<f64>,
+) -> Result<(ItemLambda, Vec<Attempt>), VerifyError> {
     let paraphrases = item.asked();
     let frozen_hits = retrieve(index, &item.question, policy)?;
     let live_hits = retrieve_each(index, paraphrases, policy)?;
-    let nonce = Nonce::derive(&[item.id.as_bytes(), index.index_hash().as_bytes()]);
+    let nonce = nonce_of(&item.id, index.index_hash());
     let asking = Asking { generator, gate, policy, nonce: &nonce };
     let frozen = asking.all(paraphrases, |_| &frozen_hits)?;
     let live = asking.all(paraphrases, |index| &live_hits[index])?;
     let live_lambda = summarise(&live, calibrated_ds)?;
     let matches_gold = majority_matches(&live, &live_lambda.classes(), &item.answers);
-    Ok(ItemLambda {
+    let lambda = ItemLambda {
         id: item.id.clone(),
         frozen: summarise(&frozen, calibrated_ds)?,
         live: live_lambda,
         retrieve_convergent: wordings_retrieve_alike(&live_hits),
         assemble_convergent: assembled_alike(frozen.iter().chain(&live)),
         matches_gold,
-    })
+    };
+    Ok((lambda, frozen))
 }
 
 /// The evidence of each wording.

@@ -1,7 +1,7 @@
 //! The runs of a probe: one item in several wordings and with several seeds over given evidence, what class each
 //! answer is of, and λ over them. What the evidence is, and what is compared, is up to the probe.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use exrail_metrics::{
     AnswerText, Classes, Equivalence, Lambda, LambdaState, Outcome, Run, RunKind, assign_classes,
@@ -68,6 +68,15 @@ pub struct ProbeRun {
     pub tokens: usize,
 }
 
+/// Runs over frozen evidence, by item, that another probe of the same system need not make again.
+#[derive(Clone, Debug, Default)]
+pub struct FrozenRuns(pub(crate) BTreeMap<String, Vec<Attempt>>);
+
+/// The fence's mark of an item's runs: the same for every probe of an index, so that prompts are the same.
+pub(crate) fn nonce_of(id: &str, index_hash: &str) -> Nonce {
+    Nonce::derive(&[id.as_bytes(), index_hash.as_bytes()])
+}
+
 /// Who is asked, and how.
 #[derive(Clone, Copy)]
 pub(crate) struct Asking<'a> {
@@ -79,6 +88,7 @@ pub(crate) struct Asking<'a> {
 }
 
 /// One run before its class is known.
+#[derive(Clone, Debug)]
 pub(crate) struct Attempt {
     pub(crate) paraphrase: usize,
     pub(crate) seed_idx: usize,

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::{StepRecord, Unknown, Usage};
+use crate::{AnswerChecks, StepRecord, Unknown, Usage};
 
 /// Where a chat answer must come from.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
@@ -53,6 +53,8 @@ pub struct AskResponse {
     pub citations: Vec<Citation>,
     /// What was measured.
     pub metrics: AskMetrics,
+    /// What was compared before the answer left.
+    pub checks: AnswerChecks,
     /// Tokens spent.
     pub usage: Usage,
     /// `stop`, `length` or `degenerate`, or null when nothing was generated.

@@ -3,8 +3,8 @@
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    AskMetrics, Citation, Grounding, RequestCall, RotationFields, RotationRecord, StepRecord, Stop,
-    ToolCallDelta, ToolCallMessage, Unknown, Usage,
+    AnswerChecks, AskMetrics, Citation, Grounding, RequestCall, RotationFields, RotationRecord,
+    StepRecord, Stop, ToolCallDelta, ToolCallMessage, Unknown, Usage,
 };
 
 /// A chat request.
@@ -132,6 +132,8 @@ pub struct ChatGrounded {
     pub citations: Vec<Citation>,
     /// What was measured.
     pub metrics: AskMetrics,
+    /// What was compared before the answer left.
+    pub checks: AnswerChecks,
     /// Every step that was drawn, in order; absent when the answer was not made step by step.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub steps: Option<Vec<StepRecord>>,

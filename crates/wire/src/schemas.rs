@@ -35,7 +35,7 @@ pub const STORED: &[Published] = published!["chunk"];
 
 /// SHA-256 over [`TRACE`], each followed by a zero byte, 64 hexadecimal digits: the `schema_hash` among the pins of a
 /// record.
-pub const SHA256: &str = "07b647eb789738bddca3aa045bc2f60bc237cb0d06e7c3341a89b1de1952c5b0";
+pub const SHA256: &str = "405a88c39fab7dbad29d38b871f1c11731f90b2d0f9b7317c0f0eeb4f3997bc3";
 
 /// The schema of this name.
 #[must_use]

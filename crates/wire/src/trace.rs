@@ -324,6 +324,8 @@ pub struct AnswerRecord {
     pub finish_reason: Option<String>,
     /// What was measured.
     pub metrics: AnswerMetrics,
+    /// What was compared before it left.
+    pub checks: AnswerChecks,
     /// λ is probed offline, never inline (G-30).
     pub lambda: Option<serde_json::Value>,
     /// Guards that fired.
@@ -384,6 +386,29 @@ pub struct AnswerMetrics {
     pub latency_ms: Latency,
     /// Tokens.
     pub tokens: TokenCounts,
+}
+
+/// What was compared of an answer before it left. Null: not measured; of a refusal nothing is.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct AnswerChecks {
+    /// Share of the sentences whose cited snippets together hold their words and numbers, in [0, 1].
+    pub citation_recall: Option<f64>,
+    /// Share of the citations that their sentence needs, in [0, 1]; null without a citation.
+    pub citation_precision: Option<f64>,
+    /// Share of the words that stand in a cited snippet, three or more in a row, in [0, 1].
+    pub span_containment: Option<f64>,
+    /// Share of the content words that the snippets of the prompt hold, in [0, 1].
+    pub answer_containment: Option<f64>,
+    /// Always null: a question of a user has no anchor to be covered (`exrail verify` has).
+    pub coverage_cited: Option<f64>,
+    /// Calibrated ΔS of the answer and the nearest snippet that it cites.
+    pub ds_ac: Option<f64>,
+    /// `ok`, `encoder_unfit` (the value reports and must not gate), `not_calibrated`, `undefined` or `failed`.
+    pub ds_ac_status: &'static str,
+    /// Milliseconds of the comparisons.
+    pub ms: f64,
+    /// Milliseconds of the vectors for `ds_ac`; null where none was needed.
+    pub embedding_ms: Option<f64>,
 }
 
 /// Milliseconds.

@@ -13,24 +13,20 @@ use axum::{
 };
 use exrail_retrieval::Hit;
 use exrail_text::OddCharacters;
-use exrail_verify::{
-    AskOutcome, CitationSource, GateReading, GeneratedEnd, LOGIC_COLLAPSE, NLI, RefusalReason,
-    Segment,
-};
+use exrail_verify::{LOGIC_COLLAPSE, NLI, RefusalReason, Segment};
 use exrail_wire::{
-    AnswerMetrics, AnswerRecord, AskMetrics, AskRequest, AskResponse, AssistantMessage, ChatChoice,
-    ChatGrounded, ChatRequest, ChatResponse, Citation, Delta, Latency, PromptRecord, QueryRecord,
-    RetrievedItem, SamplingFields, SegmentRecord, TokenCounts, TraceBody, Usage,
+    AskMetrics, AskRequest, AskResponse, AssistantMessage, ChatChoice, ChatGrounded, ChatRequest,
+    ChatResponse, Citation, Delta, SamplingFields, TraceBody, Usage,
 };
-use sha2::{Digest, Sha256};
 
 use super::chat::{self, Header, piece};
 use crate::{
     AppState,
+    answer_record::{Recorded, checks, finish_reason, source_name, status},
     auth::Caller,
     error::ApiError,
     extract::{Body, Ready, refuse_unknown},
-    generation::{Told, hex},
+    generation::Told,
     messages, odd,
     otlp::{self, RequestSpans, Stage},
     pipeline::{ASK_K, ASK_MAX_TOKENS, AskCall, Asked, Asker, ask_sampling},
@@ -92,6 +88,11 @@ pub(crate) async fn ask(
 }
 
 impl Question {
+    fn recorded(&self) -> Recorded<'_> {
+        let (grounds, collection) = (&**self.asker.grounds(), &*self.collection);
+        Recorded { grounds, collection, question: &self.text, call: &self.call }
+    }
+
     fn asked(&self, is_stream: bool) {
         self.identity.spans.asked(|| otlp::Asked {
             model: self.pass.model_name.clone(),
@@ -164,7 +165,8 @@ async fn decide(state: Arc<AppState>, mut question: Question) -> Result<AskRespo
             let first = Duration::from_secs_f64((asked.retrieve_ms + ms).max(0.0) / 1e3);
             state.metrics.first_token.observe(first);
         }
-        let record = record(&question, &asked);
+        let record = question.recorded().answer(&asked);
+        state.metrics.count_checks(&asked.checks);
         for guard in &record.guards_fired {
             state.metrics.count_guard(guard);
         }
@@ -213,9 +215,9 @@ fn ask_and_trace(state: &AppState, question: &Question) -> Result<Asked, ApiErro
         spans.failed(error.code());
         let pins = asker.pins()?;
         let search = TraceBody::Retrieve {
-            query: query(question),
+            query: question.recorded().query(),
             collection: question.collection.clone(),
-            retrieved: retrieved(question, &found.hits, 0),
+            retrieved: question.recorded().retrieved(&found.hits, 0),
         };
         state.traces.append_grounded(identity, &pins, search, asker.index().collection())?;
         let body = TraceBody::Guard { guard: error.code().into(), detail: error.to_string() };
@@ -238,23 +240,6 @@ fn collapsed(asked: &Asked) -> Option<TraceBody> {
     Some(TraceBody::Guard { guard: LOGIC_COLLAPSE.into(), detail })
 }
 
-/// The guard that refused, and that of the steps that were taken back.
-fn guards_fired(outcome: &AskOutcome) -> Vec<String> {
-    let refused = outcome.refusal.as_ref().map(RefusalReason::guard);
-    let collapsed = outcome.rollbacks().map(|_| LOGIC_COLLAPSE);
-    let collapsed = collapsed.filter(|guard| refused != Some(*guard));
-    collapsed.into_iter().chain(refused).map(str::to_owned).collect()
-}
-
-/// The prompt with the tokens of its slots.
-fn prompt(asked: &Asked) -> Option<PromptRecord> {
-    let mut prompt = asked.outcome.prompt.clone()?;
-    for (slot, tokens) in prompt.slots.iter_mut().zip(&asked.slots) {
-        slot.token_range = *tokens;
-    }
-    Some(prompt)
-}
-
 /// Those of the question and of the evidence.
 fn odd_characters(question: &Question, asked: &Asked) -> OddCharacters {
     let evidence = asked.outcome.evidence.iter().map(|hit| OddCharacters::of(&hit.chunk.text));
@@ -262,7 +247,7 @@ fn odd_characters(question: &Question, asked: &Asked) -> OddCharacters {
 }
 
 fn response(trace_id: String, asked: Asked) -> AskResponse {
-    let (metrics, steps) = (metrics(&asked), asked.steps());
+    let (metrics, checks, steps) = (metrics(&asked), checks(&asked.checks), asked.steps());
     let citations = citations(&asked.outcome.segments, &asked.outcome.evidence);
     let outcome = asked.outcome;
     let usage = outcome.reply.as_ref().map_or_else(Usage::default, |reply| {
@@ -275,28 +260,11 @@ fn response(trace_id: String, asked: Asked) -> AskResponse {
         reason: outcome.refusal.as_ref().map(|reason| reason.in_words()),
         citations,
         metrics,
+        checks,
         usage,
         finish_reason: outcome.reply.as_ref().map(|reply| finish_reason(reply.end)),
         answer: outcome.text,
         steps,
-    }
-}
-
-fn finish_reason(end: GeneratedEnd) -> &'static str {
-    match end {
-        GeneratedEnd::Stop => "stop",
-        GeneratedEnd::Length | GeneratedEnd::Closed => "length",
-        GeneratedEnd::Looped => "degenerate",
-    }
-}
-
-fn status(gate: &GateReading) -> &'static str {
-    match gate {
-        GateReading::Calibrated { .. } => "ok",
-        GateReading::EncoderUnfit { .. } => "encoder_unfit",
-        GateReading::NotCalibrated { .. } => "not_calibrated",
-        GateReading::NoEvidence => "no_evidence",
-        GateReading::Undefined { .. } => "undefined",
     }
 }
 
@@ -309,14 +277,6 @@ fn metrics(asked: &Asked) -> AskMetrics {
         retrieve_ms: asked.retrieve_ms,
         first_token_ms: asked.measured.and_then(|measured| measured.first_token_ms),
         total_ms: asked.total_ms,
-    }
-}
-
-fn source_name(source: Option<CitationSource>) -> &'static str {
-    match source {
-        Some(CitationSource::Model) => "model",
-        Some(CitationSource::Attributed) => "attributed",
-        None => "none",
     }
 }
 
@@ -345,133 +305,6 @@ fn citations(segments: &[Segment], evidence: &[Hit]) -> Vec<Citation> {
         }
     }
     citations
-}
-
-fn sha256(text: &str) -> String {
-    hex(&Sha256::digest(text.as_bytes()))
-}
-
-fn query(question: &Question) -> QueryRecord {
-    let encoder = question.asker.index().encoder();
-    QueryRecord {
-        q_id: sha256(&question.text)[..16].into(),
-        text: question.text.clone(),
-        lang: "und".into(),
-        tokens: encoder.tokenize(&question.text).len(),
-    }
-}
-
-fn record(question: &Question, asked: &Asked) -> AnswerRecord {
-    let outcome = &asked.outcome;
-    let ds_mean = match &outcome.gate {
-        GateReading::Calibrated { cal_mean, .. } | GateReading::EncoderUnfit { cal_mean, .. } => {
-            Some(*cal_mean)
-        }
-        GateReading::NotCalibrated { .. }
-        | GateReading::NoEvidence
-        | GateReading::Undefined { .. } => None,
-    };
-    let reason = outcome.refusal.as_ref().map(|reason| reason.in_words());
-    AnswerRecord {
-        query: query(question),
-        collection: question.collection.clone(),
-        prompt: prompt(asked),
-        constraints: question
-            .call
-            .rules
-            .as_ref()
-            .map(|rules| rules::record(rules, outcome.prompt.is_some())),
-        retrieved: retrieved(question, &asked.found, outcome.evidence.len()),
-        answer_sha256: sha256(&outcome.text),
-        answer_text: outcome.text.clone(),
-        segments: segments(&outcome.segments, &outcome.evidence),
-        refusal: outcome.refusal.is_some(),
-        withheld_sha256: outcome
-            .refusal
-            .as_ref()
-            .and(outcome.reply.as_ref())
-            .map(|reply| sha256(&reply.text)),
-        steps: asked.steps(),
-        guards_fired: guards_fired(outcome),
-        refusal_reason: reason,
-        seed: question.call.sampling.seed,
-        finish_reason: outcome.reply.as_ref().map(|reply| finish_reason(reply.end).into()),
-        metrics: answer_metrics(asked, ds_mean),
-        lambda: None,
-    }
-}
-
-fn answer_metrics(asked: &Asked, ds_mean: Option<f64>) -> AnswerMetrics {
-    let measured = asked.measured.unwrap_or_default();
-    let reply = asked.outcome.reply.as_ref();
-    AnswerMetrics {
-        ds_min: asked.outcome.gate.cal_min(),
-        ds_mean,
-        ds_status: status(&asked.outcome.gate).into(),
-        h_mean: asked.measured.and_then(|measured| measured.entropy_mean),
-        cited_share: asked.outcome.cited_share(),
-        latency_ms: Latency {
-            retrieve: asked.retrieve_ms,
-            queue: measured.queue_ms,
-            prefill: measured.prefill_ms,
-            decode: measured.decode_ms,
-        },
-        tokens: TokenCounts {
-            r#in: reply.map_or(0, |reply| reply.n_prompt_tokens),
-            out: reply.map_or(0, |reply| reply.n_output_tokens),
-            cached: measured.cached_tokens,
-        },
-    }
-}
-
-/// What was found, of which the first ones entered the prompt.
-fn retrieved(question: &Question, found: &[Hit], n_selected: usize) -> Vec<RetrievedItem> {
-    let ds_cal = |hit| question.asker.calibrated(hit);
-    let item = |(at, hit)| item(hit, ds_cal(hit), at < n_selected);
-    found.iter().enumerate().map(item).collect()
-}
-
-fn item(hit: &Hit, ds_cal: Option<f64>, selected: bool) -> RetrievedItem {
-    let source = match (hit.rank_lexical, hit.rank_vector) {
-        (Some(_), Some(_)) => "hybrid",
-        (Some(_), None) => "lexical",
-        (None, _) => "vector",
-    };
-    RetrievedItem {
-        snippet_id: hit.chunk.snippet_id.clone(),
-        section_id: hit.chunk.section_id.clone(),
-        doc_id: hit.chunk.doc_id.clone(),
-        rev: hit.chunk.rev.clone(),
-        span: hit.chunk.range().into(),
-        tokens: hit.chunk.tokens,
-        text_sha256: hit.chunk.text_sha256.clone(),
-        score_raw: f64::from(hit.score_raw),
-        score_norm: f64::from(hit.score_norm),
-        cosine: f64::from(hit.cosine),
-        ds_raw: 1.0 - f64::from(hit.cosine),
-        ds_cal,
-        probe: "ds_qr",
-        source,
-        k_pos: hit.k_pos,
-        selected,
-    }
-}
-
-fn segments(segments: &[Segment], evidence: &[Hit]) -> Vec<SegmentRecord> {
-    let tokens = |segment: &Segment| {
-        let cited = |hit: &&Hit| segment.snippet_ids.contains(&hit.chunk.snippet_id);
-        evidence.iter().filter(cited).map(|hit| hit.chunk.tokens).sum()
-    };
-    segments
-        .iter()
-        .map(|segment| SegmentRecord {
-            text_span: segment.text_span.clone().into(),
-            section_id: segment.section_id.clone(),
-            snippet_ids: segment.snippet_ids.clone(),
-            citation_source: source_name(segment.citation_source),
-            tokens: tokens(segment),
-        })
-        .collect()
 }
 
 /// A chat request with `"exrail": {"collection": …}`.
@@ -557,6 +390,7 @@ fn grounded(answer: &AskResponse) -> ChatGrounded {
         reason: answer.reason.clone(),
         citations: answer.citations.clone(),
         metrics: answer.metrics.clone(),
+        checks: answer.checks.clone(),
         steps: answer.steps.clone(),
     }
 }

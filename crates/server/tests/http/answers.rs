@@ -369,9 +369,12 @@ async fn an_ask_without_support_is_the_exact_refusal_and_is_traced() {
     assert_eq!(json["answer"], "not in context", "{json}");
     assert_eq!(json["refusal"], true);
     assert_eq!(json["metrics"]["ds_status"], "not_calibrated");
+    assert_eq!(json["checks"]["citation_recall"], Value::Null);
+    assert_eq!(json["checks"]["ds_ac_status"], "undefined");
     let lines = server.trace_lines();
     let record = lines.last().unwrap();
     assert_eq!(record["event"], "answer.decide");
+    assert_eq!(record["checks"], json["checks"], "the client is told what the record says");
     assert_eq!(record["trace_id"], json["trace_id"]);
     assert!(record["withheld_sha256"].is_string());
     for item in record["retrieved"].as_array().unwrap() {

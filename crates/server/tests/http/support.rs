@@ -22,7 +22,7 @@ use exrail_server::{
 };
 use exrail_testkit::{TinyLlama, tiny_llama};
 use exrail_text::ChatTemplate;
-use exrail_verify::{CollectionIndex, EvidenceGate, trace::verify_log};
+use exrail_verify::{CollectionIndex, EvidenceGate, LiveChecker, trace::verify_log};
 use serde_json::Value;
 use tempfile::TempDir;
 use tower::ServiceExt;
@@ -116,8 +116,9 @@ fn asker(engine: &EngineHandle, folder: &Path) -> Asker {
     let mut collection = Collection::create(&folder.join("index"), contract).unwrap();
     collection.ingest(read_folder(&docs).unwrap(), &*encoder, &mut |_| {}).unwrap();
     let index = CollectionIndex::new(collection, encoder);
-    Asker::new(engine.clone(), index, EvidenceGate::not_calibrated(), "not calibrated".into())
-        .unwrap()
+    let live = LiveChecker::new(index.encoder(), None);
+    let gate = (EvidenceGate::not_calibrated(), "not calibrated".into());
+    Asker::new(engine.clone(), index, gate, live).unwrap()
 }
 
 /// A server whose boot has not begun.

@@ -346,3 +346,40 @@ fn a_probe_without_items_is_refused() {
     let refused = LambdaModes::begin(served, &world.gold, &gate, options, &mut |_| {});
     assert!(refused.err().unwrap().to_string().contains("`items`: expected at least 1"));
 }
+
+/// A diagnosis asks the gold set first: what the served model said there is not asked again, and says the same.
+#[test]
+fn runs_of_the_gold_set_are_those_of_the_reference() {
+    let world = World::new();
+    let gate = EvidenceGate::new(Some(&world.calibration), &world.index).unwrap();
+    let seeded = |_: &[FrameMessage], seed: u64| format!("[S1] Seed {seed} says so.");
+    let generator = FakeGenerator::new(seeded);
+    let system = crate::System {
+        generator: &generator,
+        index: &world.index,
+        encoder: &*world.index.encoder,
+    };
+    let options = crate::VerifyOptions { n_lambda: 3, ..crate::VerifyOptions::default() };
+    let scale = Some(&world.calibration);
+    let asked = crate::verify_observed(system, &world.gold, scale, &options, &mut |_| {});
+    let frozen = asked.unwrap().1.frozen;
+    assert_eq!(frozen.0.len(), 3);
+
+    let begin = |known: FrozenRuns, generator: &dyn Generate| {
+        let options = LambdaModesOptions {
+            n_items: 3,
+            live: false,
+            timed: false,
+            ..LambdaModesOptions::default()
+        };
+        let served = (QuantMode::AsServed, ModeSystem { generator, index: &world.index });
+        let probe =
+            LambdaModes::begin_with(known, served, &world.gold, &gate, (options, &mut |_| {}));
+        probe.unwrap().report(&mut world.scale()).unwrap()
+    };
+    let silent = FakeGenerator::new(|_: &[FrameMessage], _| panic!("it was asked before"));
+    let (known, anew) = (begin(frozen, &silent), begin(FrozenRuns::default(), &generator));
+    assert_eq!(known.items, anew.items);
+    let generations = |report: &LambdaModesReport| report.cost.generations;
+    assert_eq!((generations(&known), generations(&anew)), (0, 18));
+}

@@ -3,7 +3,9 @@
 use std::fmt::Display;
 
 use super::findings::{Findings, Rule};
-use super::record::{Answer, Constraints, Prompt, Retrieved, Segment, TOLERANCE, check_retrieved};
+use super::record::{
+    Answer, Checks, Constraints, Prompt, Retrieved, Segment, TOLERANCE, check_retrieved,
+};
 use crate::prompt::{REFUSAL_TOKEN, constraints_sha256, sha256_hex};
 
 /// The one admissible order (G-31: system, task, constraints, citations, question).
@@ -148,6 +150,30 @@ impl Answer {
         let expected = "tokens where something was generated, and only then";
         findings.holds(Rule::Tokens, "/metrics/tokens/in", counted, (expected, &tokens.r#in));
         self.check_distances(findings);
+        self.check_checks(findings);
+    }
+
+    /// Of a refusal nothing is compared, and without a citation nothing is precise.
+    fn check_checks(&self, findings: &mut Findings) {
+        let Checks { citation_recall, citation_precision, ds_ac, ds_ac_status } = &self.checks;
+        let n_cited = self.segments.iter().filter(|it| !it.snippet_ids.is_empty()).count();
+        for (name, value, expected, is_there) in [
+            (
+                "citation_recall",
+                citation_recall,
+                "a value for an answer",
+                !self.segments.is_empty(),
+            ),
+            ("citation_precision", citation_precision, "a value for citations", n_cited > 0),
+        ] {
+            let (pointer, said) = (format!("/checks/{name}"), format!("{value:?}"));
+            let holds = value.is_some() == is_there;
+            findings.holds(Rule::Metrics, &pointer, holds, (expected, &said));
+        }
+        let is_scaled = ["ok", "encoder_unfit"].contains(&ds_ac_status.as_str());
+        let expected = "a value on a calibrated scale, and only then";
+        let holds = ds_ac.is_some() == is_scaled;
+        findings.holds(Rule::Metrics, "/checks/ds_ac", holds, (expected, ds_ac_status));
     }
 
     fn check_distances(&self, findings: &mut Findings) {

@@ -292,6 +292,12 @@ const FREE: [(&str, &[&str]); 9] = [
     (
         "measured: any value of the kind is possible",
         &[
+            "/checks/answer_containment",
+            "/checks/citation_precision",
+            "/checks/ds_ac",
+            "/checks/embedding_ms",
+            "/checks/ms",
+            "/checks/span_containment",
             "/latency_ms/decode",
             "/latency_ms/prefill",
             "/latency_ms/queue",
@@ -399,6 +405,10 @@ fn what_the_trace_contract_refuses_is_refused_by_its_rule() {
         ("/schema_version", json!("1.0"), Rule::Schema),
         ("/refusal", json!(true), Rule::Refusal),
         ("/metrics/ds_status", json!("not_calibrated"), Rule::Metrics),
+        ("/checks/citation_recall", json!(null), Rule::Metrics),
+        ("/checks/citation_precision", json!(null), Rule::Metrics),
+        ("/checks/ds_ac_status", json!("not_calibrated"), Rule::Metrics),
+        ("/checks/coverage_cited", json!(0.9), Rule::Schema),
     ];
     for (place, with, rule) in cases {
         let found = broken(place, with.clone());

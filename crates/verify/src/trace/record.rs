@@ -80,6 +80,7 @@ pub(super) struct Answer {
     pub(super) seed: u64,
     pub(super) finish_reason: Option<String>,
     pub(super) metrics: Metrics,
+    pub(super) checks: Checks,
     pub(super) guards_fired: Vec<String>,
 }
 
@@ -134,6 +135,14 @@ pub(super) struct Metrics {
     pub(super) ds_status: String,
     pub(super) cited_share: Option<f64>,
     pub(super) tokens: Tokens,
+}
+
+#[derive(Deserialize)]
+pub(super) struct Checks {
+    pub(super) citation_recall: Option<f64>,
+    pub(super) citation_precision: Option<f64>,
+    pub(super) ds_ac: Option<f64>,
+    pub(super) ds_ac_status: String,
 }
 
 #[derive(Deserialize)]

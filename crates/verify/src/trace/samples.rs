@@ -2,9 +2,9 @@
 
 use exrail_retrieval::snippet_id;
 use exrail_wire::{
-    AnswerMetrics, AnswerRecord, CallRecord, ConstraintRecord, ContractRecord, Latency, Pins,
-    PromptRecord, QueryRecord, RetrievedItem, SegmentRecord, StepRecord, StructuredRecord,
-    TRACE_SCHEMA_VERSION, TokenCounts, TraceBody, TraceEnvelope, schemas,
+    AnswerChecks, AnswerMetrics, AnswerRecord, CallRecord, ConstraintRecord, ContractRecord,
+    Latency, Pins, PromptRecord, QueryRecord, RetrievedItem, SegmentRecord, StepRecord,
+    StructuredRecord, TRACE_SCHEMA_VERSION, TokenCounts, TraceBody, TraceEnvelope, schemas,
 };
 use serde_json::{Value, json};
 
@@ -194,8 +194,34 @@ pub(crate) fn answer() -> AnswerRecord {
             latency_ms: Latency { retrieve: 1.0, queue: 2.0, prefill: 3.0, decode: 4.0 },
             tokens: TokenCounts { r#in: 90, out: 13, cached: 64 },
         },
+        checks: AnswerChecks {
+            citation_recall: Some(1.0),
+            citation_precision: Some(0.75),
+            span_containment: Some(0.5),
+            answer_containment: Some(0.9),
+            coverage_cited: None,
+            ds_ac: Some(0.3),
+            ds_ac_status: "ok",
+            ms: 0.2,
+            embedding_ms: Some(5.0),
+        },
         lambda: Some(json!({"state": "convergent"})),
         guards_fired: vec![LOGIC_COLLAPSE.into()],
+    }
+}
+
+/// Those of a refusal.
+fn no_checks() -> AnswerChecks {
+    AnswerChecks {
+        citation_recall: None,
+        citation_precision: None,
+        span_containment: None,
+        answer_containment: None,
+        coverage_cited: None,
+        ds_ac: None,
+        ds_ac_status: "undefined",
+        ms: 0.0,
+        embedding_ms: None,
     }
 }
 
@@ -232,6 +258,7 @@ pub(crate) fn refusal() -> AnswerRecord {
         refusal_reason: Some("the model found no answer in the sources".into()),
         withheld_sha256: Some(sha256_hex(b"not in context")),
         metrics: AnswerMetrics { cited_share: None, ..answered.metrics.clone() },
+        checks: no_checks(),
         guards_fired: vec!["model_refusal".into()],
         ..answered
     }

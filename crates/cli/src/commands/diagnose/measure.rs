@@ -14,8 +14,8 @@ use exrail_server::{
 use exrail_text::Specials;
 use exrail_verify::{
     AnswerScale, AssemblyCheck, AssemblySystem, BootSection, CacheReport, CollectionIndex,
-    CorpusCalibration, Cost, Diagnosis, EvidenceGate, GoldSet, InjectionSection, InjectionTally,
-    LambdaModes, LambdaModesOptions, LambdaModesReport, MIN_PROBE_TOKENS, Manifest,
+    CorpusCalibration, Cost, Diagnosis, EvidenceGate, FrozenRuns, GoldSet, InjectionSection,
+    InjectionTally, LambdaModes, LambdaModesOptions, LambdaModesReport, MIN_PROBE_TOKENS, Manifest,
     MatrixObservation, ModeSystem, ModesProgress, Observations, Parts, ProbeText, QuantMode,
     QuantPart, QuantText, RepeatCheck, Report, RetrievalBits, Retrieve as _, RetrievedBits,
     RowOracle, Section, Served, Weights, WeightsSection, WrongMatrix, ask_index, cache_probe,
@@ -83,7 +83,8 @@ impl Run<'_> {
         })?;
         let injection = self.part("injection", || self.injection())?;
         let cache = self.part("cache", || self.cache())?;
-        let (quant, lambda_modes) = self.part("widths", || self.widths(&before))?;
+        let (quant, lambda_modes) =
+            self.part("widths", || self.widths(&before, observed.frozen.clone()))?;
         let question = self.options.question.as_deref();
         let asked = |question| ask_index(question, index, &gate, &search);
         let mut lines =
@@ -300,6 +301,7 @@ impl Run<'_> {
     fn widths(
         &self,
         before: &[RetrievedBits],
+        known: FrozenRuns,
     ) -> Result<(Section<QuantPart>, Section<LambdaModesReport>)> {
         let mut booted = BTreeMap::new();
         for &width in &self.options.modes {
@@ -312,7 +314,7 @@ impl Run<'_> {
         }
         let quant = self.part("  fidelity", || self.quant(&booted, before));
         let modes = quant.and_then(|quant| {
-            Ok((quant, self.part("  λ of widths", || self.lambda_modes(&booted))?))
+            Ok((quant, self.part("  λ of widths", || self.lambda_modes(&booted, known))?))
         });
         booted.values().for_each(|services| services.engine.shutdown());
         modes
@@ -363,10 +365,11 @@ impl Run<'_> {
         }))
     }
 
-    /// The same questions over the same evidence, answered in each width.
+    /// The same questions over the same evidence, answered in each width; what the served one said is known.
     fn lambda_modes(
         &self,
         booted: &BTreeMap<QuantMode, Services>,
+        known: FrozenRuns,
     ) -> Result<Section<LambdaModesReport>> {
         let n_items = self.options.sample().lambda;
         if n_items == 0 || booted.is_empty() {
@@ -387,7 +390,8 @@ impl Run<'_> {
         let served = generate(self.services);
         let reference = (QuantMode::AsServed, ModeSystem { generator: &served, index });
         let mut told = |_: ModesProgress| ();
-        let mut probe = LambdaModes::begin(reference, self.gold, &gate, options, &mut told)?;
+        let asked = (options, &mut told as &mut dyn FnMut(ModesProgress));
+        let mut probe = LambdaModes::begin_with(known, reference, self.gold, &gate, asked)?;
         for (&mode, services) in booted {
             let generator = generate(services);
             probe.add(mode, ModeSystem { generator: &generator, index }, &mut told);
