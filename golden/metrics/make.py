@@ -48,7 +48,7 @@ def fidelity(rng: np.random.Generator, lengths: tuple) -> dict:
 
 def main() -> None:
     rng = np.random.Generator(np.random.PCG64(20240607))
-    cases = {"quantile": [], "auroc": [], "wilson": [], "theil_sen": [], "kld": [], "fidelity": []}
+    cases = {"quantile": [], "auroc": [], "wilson": [], "theil_sen": [], "kld": [], "fidelity": [], "tost": []}
     for n in (1, 2, 3, 10, 57):
         values = rng.normal(size=n).round(2).tolist()
         for p in (0.0, 0.05, 0.25, 0.5, 0.731, 0.95, 1.0):
@@ -80,6 +80,17 @@ def main() -> None:
         cases["kld"].append({"reference": p.tolist(), "other": q.tolist(), "expected": float(found)})
     for lengths in ((5,), (4, 9), (130, 70, 3)):
         cases["fidelity"].append(fidelity(rng, lengths))
+    for n, middle, sd in ((2, 0.0, 0.01), (3, 0.05, 0.001), (20, 0.0, 0.03), (20, 0.0, 0.08), (21, -0.2, 0.1), (57, 0.01, 0.01)):
+        values, margin = rng.normal(middle, sd, n), 0.02
+        low, high = stats.t.interval(0.90, n - 1, loc=values.mean(), scale=stats.sem(values))
+        above = stats.ttest_1samp(values, -margin, alternative="greater").pvalue
+        below = stats.ttest_1samp(values, margin, alternative="less").pvalue
+        cases["tost"].append({
+            "values": values.tolist(), "margin": margin, "low": float(low), "high": float(high),
+            "same": bool(max(above, below) < 0.05),
+            "above": bool(stats.ttest_1samp(values, margin, alternative="greater").pvalue < 0.05),
+            "below": bool(stats.ttest_1samp(values, -margin, alternative="less").pvalue < 0.05),
+        })
     with open("statistics.json", "w", encoding="ascii") as file:
         json.dump(cases, file, indent=1)
         file.write("\n")

@@ -107,6 +107,7 @@ impl Bars {
             Stage::Lambda => "probe λ",
             Stage::Encode => "compare vectors",
             Stage::Assemble => "build prompts",
+            Stage::Write => "write at length",
         };
         self.stage(name, Some(progress.n_total as u64), COUNT).set_position(progress.n_done as u64);
     }

@@ -35,6 +35,8 @@ pub(crate) enum LogitRows {
     Last,
     /// Every row: scoring.
     All,
+    /// None, of one known token that is fed as that of an answer is: scoring where nobody reads the row.
+    None,
 }
 
 /// Limits of one step.
@@ -65,6 +67,7 @@ pub(crate) fn plan(demands: &[Demand], limits: StepLimits) -> Vec<PlannedSpan> {
     let mut spans = Vec::with_capacity(demands.len());
     for (sequence_idx, demand) in demands.iter().enumerate() {
         let n_rows = match demand.logits {
+            LogitRows::None => demand.unfed.min(1),
             LogitRows::Last if demand.unfed == 1 => 1,
             LogitRows::Last => {
                 demand.unfed.min(chunk_left[demand.lane]).max(usize::from(demand.is_answer))
@@ -75,6 +78,7 @@ pub(crate) fn plan(demands: &[Demand], limits: StepLimits) -> Vec<PlannedSpan> {
             continue;
         }
         let n_logit_rows = match demand.logits {
+            LogitRows::None => 0,
             LogitRows::Last => usize::from(n_rows == demand.unfed),
             LogitRows::All => {
                 score_left -= n_rows;
@@ -109,6 +113,7 @@ fn shares(demands: &[Demand], limits: StepLimits) -> Vec<usize> {
     let mut needs = vec![0; n_lanes];
     for demand in demands {
         needs[demand.lane] += match demand.logits {
+            LogitRows::None => 0,
             LogitRows::Last if demand.unfed == 1 => 0,
             LogitRows::Last => demand.unfed,
             LogitRows::All => demand.unfed.min(limits.score_rows),
@@ -161,6 +166,12 @@ mod tests {
     fn scoring_reads_every_row_within_its_own_limit() {
         let score = Demand { logits: LogitRows::All, ..generate(9) };
         assert_eq!(plan(&[score, generate(6)], LIMITS), [span(0, 4, 4), span(1, 4, 0)]);
+    }
+
+    #[test]
+    fn a_step_whose_row_nobody_reads_takes_nothing_of_the_chunk() {
+        let step = Demand { logits: LogitRows::None, ..generate(1) };
+        assert_eq!(plan(&[step, generate(8)], LIMITS), [span(0, 1, 0), span(1, 8, 1)]);
     }
 
     #[test]

@@ -273,9 +273,11 @@ impl Running {
                 Demand { unfed, logits: LogitRows::All, lane, is_answer: false }
             }
             // As if the next one were the last that is known.
-            Purpose::Score { scoring: Scoring::Steps { .. }, .. } => {
+            Purpose::Score { scoring: Scoring::Steps { every }, .. } => {
                 let unfed = unfed.min(1);
-                Demand { unfed, logits: LogitRows::Last, lane, is_answer: false }
+                let is_read = (self.fed + unfed).is_multiple_of(every);
+                let logits = if is_read { LogitRows::Last } else { LogitRows::None };
+                Demand { unfed, logits, lane, is_answer: false }
             }
         }
     }
@@ -431,13 +433,9 @@ impl Running {
             (Purpose::Generate(generating), row) => {
                 generating.accept(row, &mut self.tokens, shared)
             }
-            (Purpose::Score { scoring, rows }, Row::Logits(logits)) => {
-                let is_asked = match scoring {
-                    Scoring::Chunks | Scoring::Last => true,
-                    Scoring::Steps { every } => self.fed.is_multiple_of(*every),
-                };
-                let is_heard = !is_asked || rows.send(Ok(logits.to_vec())).is_ok();
-                (!is_heard).then_some(Ending::Gone)
+            (Purpose::Score { rows, .. }, Row::Logits(logits)) => {
+                // Only rows that are read were asked for.
+                rows.send(Ok(logits.to_vec())).is_err().then_some(Ending::Gone)
             }
             (Purpose::Score { .. }, Row::Found(_)) => {
                 unreachable!("a score needs every logit, and the worker asks before")

@@ -14,6 +14,7 @@ mod error;
 mod fidelity;
 mod lambda;
 mod ranking;
+mod resonance;
 mod statistics;
 
 pub use calibration::{Calibration, Fitness, MIN_CALIBRATION_ITEMS, Thresholds, Unfit};
@@ -33,6 +34,10 @@ pub use lambda::{
     retrieve_converges, semantic_entropy,
 };
 pub use ranking::{fused, ndcg, reciprocal_rank};
+pub use resonance::{
+    Equivalence as Tost, MODE_MARGIN, MODE_PROMPTS, TREND_MARGIN, TREND_SIZE, mean_interval,
+    spikes, tost,
+};
 pub use statistics::{
     Interval, TheilSen, auroc, binomial_upper, bootstrap_median, jaccard, kld_from_logits,
     kld_probabilities, mean, median, quantile, theil_sen, wilson,

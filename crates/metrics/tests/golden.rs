@@ -3,7 +3,7 @@
 #![expect(clippy::unwrap_used, reason = "a golden file of another shape is a failed test")]
 
 use exrail_metrics::{
-    Fidelity, LogProbabilities, auroc, kld_from_logits, quantile, theil_sen, wilson,
+    Fidelity, LogProbabilities, Tost, auroc, kld_from_logits, quantile, theil_sen, tost, wilson,
 };
 use serde_json::Value;
 
@@ -103,6 +103,19 @@ fn fidelity_is_numpys() {
                 Some(value) => near(value, &case[key]),
                 None => assert!(case[key].is_null(), "{key}"),
             }
+        }
+    }
+}
+
+#[test]
+fn tost_is_scipys_two_one_sided_tests() {
+    for case in golden()["tost"].as_array().unwrap() {
+        let margin = case["margin"].as_f64().unwrap();
+        let (found, interval) = tost(&numbers(&case["values"]), margin).unwrap();
+        near(interval.low, &case["low"]);
+        near(interval.high, &case["high"]);
+        for (name, of) in [("same", Tost::Same), ("above", Tost::Above), ("below", Tost::Below)] {
+            assert_eq!(case[name], found == of, "{name}: {found:?}");
         }
     }
 }

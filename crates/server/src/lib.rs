@@ -38,6 +38,7 @@ mod table;
 mod tool_circuit;
 mod trace;
 mod translate;
+pub mod writing;
 
 pub use answer_record::Recorded;
 pub use auth::{KeyError, Keys, Role};

@@ -1,6 +1,6 @@
 //! The engine behind the oracle of the KV cache.
 
-use exrail_engine::{EngineHandle, ScoreError};
+use exrail_engine::EngineHandle;
 use exrail_kernels::KvDtype;
 use exrail_verify::{CacheOracle, GenerateError, KvWidth};
 use std::num::NonZeroUsize;
@@ -48,6 +48,7 @@ impl CacheOracle for EngineOracle<'_> {
     }
 }
 
-fn failed(error: ScoreError) -> GenerateError {
+/// A failure of the engine as one of the generator.
+pub(crate) fn failed(error: impl std::error::Error + Send + Sync + 'static) -> GenerateError {
     GenerateError::Engine(Box::new(error))
 }

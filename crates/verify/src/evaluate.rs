@@ -109,6 +109,8 @@ pub enum Stage {
     Encode,
     /// Prompts put together.
     Assemble,
+    /// Replies at length.
+    Write,
 }
 
 /// Runs the gold set and makes the report. A calibration that is void for this encoder or index

@@ -37,6 +37,7 @@ mod prompt;
 mod quant;
 mod render;
 mod report;
+mod resonance;
 mod retrieval_quality;
 mod rules;
 mod runs;
@@ -75,10 +76,10 @@ pub use diagnose::{
     CompareError, Comparison, DiagnosedDeltaS, DiagnosedLambda, Diagnosis, DiagnosisConfig,
     Distance, GateChange, InjectionSection, Manifest, MatrixObservation, ModeFidelity, PINS, Parts,
     QuantPart, QuantisationSection, QuestionSection, QuestionSnippet, Reasons, RepeatCheck,
-    RepeatObservation, ResonanceSection, RetrievalBits, RetrievedBits, SchemaObservation,
-    SchemaSection, Section, Served, ShardSection, SpikeAttribution, SpikeCause, VectorCheck,
-    VectorObservations, Weights, WeightsSection, WrongMatrix, ask_index, attribute_spike,
-    check_assembly, check_repeats, check_vectors, compare, diagnose, retrieved_bits, schema_probe,
+    RepeatObservation, RetrievalBits, RetrievedBits, SchemaObservation, SchemaSection, Section,
+    Served, ShardSection, SpikeAttribution, SpikeCause, VectorCheck, VectorObservations, Weights,
+    WeightsSection, WrongMatrix, ask_index, attribute_spike, check_assembly, check_repeats,
+    check_vectors, compare, diagnose, retrieved_bits, schema_probe,
 };
 pub use distributions::{
     GOLDEN_KL, GOLDEN_PLACES, GoldenDistributions, GoldenDivergence, GoldenError,
@@ -120,6 +121,10 @@ pub use render::Color;
 pub use report::{
     Config, Cost, CoverageSection, DeltaSSection, Gate, LambdaSection, Measured, NotMeasured, Pins,
     Report, RetrievalItem, Sample, Status, Unit, Verdict,
+};
+pub use resonance::{
+    MODE_TOKENS, ModeResonance, ReplyWindows, ResonanceDifference, ResonanceSection, Said,
+    TREND_TOKENS, WriteOn, long_replies,
 };
 pub use retrieval_quality::{
     Asked, CoverageAt, DEPTHS, Difference as PairedDifference, FirstStage, Missed,

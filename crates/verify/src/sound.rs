@@ -84,6 +84,7 @@ pub fn quant(status: Status, parameters: u64) -> Section<QuantPart> {
     };
     let weights = Weights { reference: "bf16".to_owned(), format: "BF16".to_owned(), parameters };
     Section::Ok(QuantPart {
+        resonance: <_>::default(),
         weights,
         report,
         retrieval: Some(RetrievalBits { n: 60, differs: Vec::new() }),

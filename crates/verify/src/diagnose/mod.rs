@@ -27,9 +27,8 @@ pub use self::assembly::{
 pub use self::compare::{Change, CompareError, Comparison, GateChange, PINS, compare};
 pub use self::parts::{
     BootSection, InjectionSection, Manifest, MatrixObservation, ModeFidelity, QuantPart,
-    QuantisationSection, QuestionSection, QuestionSnippet, Reasons, ResonanceSection,
-    RetrievalBits, SchemaSection, Section, ShardSection, Weights, WeightsSection, WrongMatrix,
-    ask_index,
+    QuantisationSection, QuestionSection, QuestionSnippet, Reasons, RetrievalBits, SchemaSection,
+    Section, ShardSection, Weights, WeightsSection, WrongMatrix, ask_index,
 };
 pub use self::structured::{SchemaObservation, schema_probe};
 pub use self::vectors::{
@@ -47,6 +46,7 @@ use crate::report::{
     Config, Cost, CoverageSection, DeltaSSection, Gate, LambdaSection, Pins, REPORT_VERSION,
     Report, RetrievalItem, Sample, Status, Verdict,
 };
+use crate::resonance::ResonanceSection;
 
 /// What a run measured, part by part.
 pub struct Parts {

@@ -15,6 +15,7 @@ use crate::evidence_gate::EvidenceGate;
 use crate::lambda_modes::{LambdaModesReport, ModeComparison};
 use crate::prompt::hex;
 use crate::quant::{NoiseFloor, QuantMode, QuantReport};
+use crate::resonance::{ModeResonance, ResonanceDifference};
 use crate::system::Retrieve;
 
 /// What was measured, or why it was not and what would measure it.
@@ -152,8 +153,10 @@ pub struct ModeFidelity {
     pub lambda_flip: Option<f64>,
     /// Share of the items whose majority answer changes between right and wrong.
     pub flips: Option<f64>,
-    /// Whether E_resonance is the same.
+    /// Whether E_resonance is the same: `flat`, or how it differs.
     pub e_res_tost: Option<&'static str>,
+    /// The difference that says so.
+    pub e_res: Option<ResonanceDifference>,
     /// Why a value is null.
     pub reasons: Reasons,
     /// Text by text.
@@ -174,7 +177,7 @@ impl ModeFidelity {
             ),
             ("lambda_flip", alone.to_owned()),
             ("flips", alone.to_owned()),
-            ("e_res_tost", "needs at least 50 prompts with long replies of each width".to_owned()),
+            ("e_res_tost", "needs 50 prompts with long replies of each width: --deep".to_owned()),
         ];
         Some(ModeFidelity {
             kld_mean: greatest(|of| of.kld_mean)?,
@@ -185,6 +188,7 @@ impl ModeFidelity {
             lambda_flip: None,
             flips: None,
             e_res_tost: None,
+            e_res: None,
             reasons: reasons.into(),
             texts,
         })
@@ -216,6 +220,24 @@ impl ModeFidelity {
     }
 }
 
+impl ModeFidelity {
+    /// With how far long replies of this width go from what was asked.
+    fn with_resonance(mut self, of: Option<&Result<ResonanceDifference, String>>) -> ModeFidelity {
+        match of {
+            Some(Ok(difference)) => {
+                self.reasons.remove("e_res_tost");
+                self.e_res_tost = Some(difference.found);
+                self.e_res = Some(difference.clone());
+            }
+            Some(Err(reason)) => {
+                self.reasons.insert("e_res_tost", reason.clone());
+            }
+            None => {}
+        }
+        self
+    }
+}
+
 /// What is known of the stored weights.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Weights {
@@ -236,6 +258,8 @@ pub struct QuantPart {
     pub report: QuantReport,
     /// Whether retrieval stayed what it was while the other widths were loaded; none without questions.
     pub retrieval: Option<RetrievalBits>,
+    /// Replies at length of each width to the same prompts; empty where none were asked for.
+    pub resonance: ModeResonance,
 }
 
 /// Questions asked before and while other widths are loaded.
@@ -267,6 +291,10 @@ impl QuantPart {
             let mut of = modes.iter().flat_map(|modes| &modes.comparisons);
             of.find(|of| (of.mode, of.reference) == (mode, reference))
         };
+        let full = |of: ModeFidelity, (mode, reference): (QuantMode, QuantMode)| {
+            let resonance = self.resonance.differences.get(&(mode, reference));
+            of.with_answers(compared(mode, reference)).with_resonance(resonance)
+        };
         let of = |mode: QuantMode| {
             let summaries = self
                 .report
@@ -274,9 +302,7 @@ impl QuantPart {
                 .iter()
                 .filter_map(|text| Some((text.name.clone(), text.modes.get(&mode)?.clone())));
             match ModeFidelity::of(summaries.collect()) {
-                Some(fidelity) => {
-                    Section::Ok(fidelity.with_answers(compared(mode, QuantMode::AsServed)))
-                }
+                Some(fidelity) => Section::Ok(full(fidelity, (mode, QuantMode::AsServed))),
                 None => Section::missing(format!("not asked for: --modes {}", mode.name())),
             }
         };
@@ -295,9 +321,7 @@ impl QuantPart {
             int8: of(QuantMode::Int8),
             int4: of(QuantMode::Int4),
             int4_vs_int8: match ModeFidelity::of(between.collect()) {
-                Some(fidelity) => {
-                    Section::Ok(fidelity.with_answers(compared(QuantMode::Int4, QuantMode::Int8)))
-                }
+                Some(fidelity) => Section::Ok(full(fidelity, (QuantMode::Int4, QuantMode::Int8))),
                 None => Section::missing("needs both --modes int8,int4"),
             },
             ordered: self.report.ordered,
@@ -416,13 +440,4 @@ pub struct MatrixObservation {
     pub sqnr_db: Option<f64>,
     /// What its format costs.
     pub format_db: Option<f64>,
-}
-
-/// E over long replies (§1.4).
-#[derive(Clone, Debug, PartialEq, Serialize)]
-pub struct ResonanceSection {
-    /// `flat`, `rising` or `falling`.
-    pub trend: &'static str,
-    /// Mean slope per 1,000 tokens.
-    pub slope_per_1k: f64,
 }

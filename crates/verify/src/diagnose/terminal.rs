@@ -71,6 +71,9 @@ impl Diagnosis {
                 ),
             ));
         }
+        if let Some(line) = self.resonance_line() {
+            found.push(("at length", line));
+        }
         if let Some(boot) = self.boot.value() {
             found.push((
                 "boot",
@@ -118,6 +121,24 @@ impl Diagnosis {
             number(section.ra),
             number(section.decoy_margin)
         )
+    }
+
+    /// What replies at length do, and whether those of other widths do the same.
+    fn resonance_line(&self) -> Option<String> {
+        let of = self.e_resonance.value()?;
+        let [low, high] = of.interval;
+        let trend = format!(
+            "E_resonance {}: {:+.3} per 1,000 tokens ({low:+.3} to {high:+.3}), {} replies",
+            of.trend, of.slope_per_1k, of.replies
+        );
+        let widths = self.quantisation.value().map(|quant| {
+            let widths = [("int8", &quant.int8), ("int4", &quant.int4)];
+            let told = widths.into_iter().filter_map(|(name, width)| {
+                Some(format!("; {name} {}", width.value()?.e_res_tost?))
+            });
+            told.collect::<String>()
+        });
+        Some(trend + &widths.unwrap_or_default())
     }
 
     fn index_line(&self) -> String {

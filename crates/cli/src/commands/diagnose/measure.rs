@@ -5,22 +5,25 @@ use std::{collections::BTreeMap, path::PathBuf, time::Instant};
 use anyhow::Result;
 use exrail_engine::{EngineHandle, WeightLoss, checkpoint_losses, standing_out};
 use exrail_hub::Kind;
+use exrail_metrics::{MODE_PROMPTS, TREND_SIZE};
 use exrail_server::{
     Services,
     oracle::EngineOracle,
     pipeline::{ASK_MAX_TOKENS, EngineGenerate, ask_sampling},
     sentinel,
+    writing::EngineWriter,
 };
 use exrail_text::Specials;
 use exrail_verify::{
     AnswerScale, AssemblyCheck, AssemblySystem, BootSection, CacheReport, CollectionIndex,
     CorpusCalibration, Cost, Diagnosis, EvidenceGate, FrozenRuns, GoldSet, InjectionSection,
-    InjectionTally, LambdaModes, LambdaModesOptions, LambdaModesReport, MIN_PROBE_TOKENS, Manifest,
-    MatrixObservation, ModeSystem, ModesProgress, Observations, Parts, ProbeText, QuantMode,
-    QuantPart, QuantText, RepeatCheck, Report, RetrievalBits, Retrieve as _, RetrievedBits,
-    RowOracle, Section, Served, Weights, WeightsSection, WrongMatrix, ask_index, cache_probe,
-    check_assembly, check_repeats, check_vectors, diagnose, observe_scale, quant_probe,
-    retrieved_bits, schema_probe,
+    InjectionTally, LambdaModes, LambdaModesOptions, LambdaModesReport, MIN_PROBE_TOKENS,
+    MODE_TOKENS, Manifest, MatrixObservation, ModeResonance, ModeSystem, ModesProgress,
+    Observations, Parts, ProbeText, QuantMode, QuantPart, QuantText, RepeatCheck, ReplyWindows,
+    Report, ResonanceSection, RetrievalBits, Retrieve as _, RetrievedBits, RowOracle, Section,
+    Served, TREND_TOKENS, Weights, WeightsSection, WrongMatrix, ask_index, cache_probe,
+    check_assembly, check_repeats, check_vectors, diagnose, long_replies, observe_scale,
+    quant_probe, retrieved_bits, schema_probe,
 };
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -37,6 +40,8 @@ use crate::{
 
 /// Tokens of a sequence on which widths are compared.
 const WINDOW: usize = 512;
+/// Tokens that a reply of the trend and its question need.
+const TREND_CONTEXT: usize = TREND_TOKENS + 256;
 /// Pages of 256 tokens in the KV pool of a width beside the one that is served: a prompt and its answer, with room.
 const PAGES_BESIDE: usize = 32;
 
@@ -83,6 +88,7 @@ impl Run<'_> {
         })?;
         let injection = self.part("injection", || self.injection())?;
         let cache = self.part("cache", || self.cache())?;
+        let e_resonance = self.trend()?;
         let (quant, lambda_modes) =
             self.part("widths", || self.widths(&before, observed.frozen.clone()))?;
         let question = self.options.question.as_deref();
@@ -95,6 +101,7 @@ impl Run<'_> {
         lines.extend(repeats.observed.iter().map(|of| line("repeat", of)));
         lines.extend(of_section(&schema, |of| &of.observed).map(|of| line("schema", of)));
         lines.extend(of_section(&weights, |of| &of.observed).map(|of| line("matrix", of)));
+        lines.extend(of_section(&e_resonance, |of| &of.observed).map(|of| line("trend", of)));
         observe(&mut lines, (&observed, &report), (&cache, &quant));
         let parts = Parts {
             trace_id,
@@ -114,10 +121,7 @@ impl Run<'_> {
             injection,
             schema,
             shards: Section::missing("the model runs on one device: needs several"),
-            e_resonance: Section::Inconclusive {
-                reason: "one short run cannot tell: needs 20 replies of 3,200 tokens, which no option of this version makes"
-                    .to_owned(),
-            },
+            e_resonance,
             report,
         };
         Ok((diagnose(parts), lines))
@@ -297,6 +301,48 @@ impl Run<'_> {
         Ok(Section::Ok(cache_probe(&oracle, text, n_tokens, oracle.width(), &mut told)?))
     }
 
+    /// E over replies at length.
+    fn trend(&self) -> Result<Section<ResonanceSection>> {
+        if !self.options.deep {
+            let reason = "one short run cannot tell: needs 20 replies of 3,200 tokens: --deep";
+            return Ok(Section::Inconclusive { reason: reason.to_owned() });
+        }
+        let context = self.services.engine.facts().context;
+        if context < TREND_CONTEXT {
+            let needed = format!("needs a context of {TREND_CONTEXT} tokens, found {context}");
+            return Ok(Section::missing(needed));
+        }
+        let size = (TREND_SIZE.0, TREND_TOKENS);
+        let replies = self.part("at length", || self.replies(&self.services.engine, size))?;
+        Ok(match ResonanceSection::of(replies)? {
+            Ok(section) => Section::Ok(section),
+            Err(reason) => Section::Inconclusive { reason },
+        })
+    }
+
+    /// Replies at length, window by window.
+    fn replies(&self, engine: &EngineHandle, size: (usize, usize)) -> Result<Vec<ReplyWindows>> {
+        let mut bars = Bars::new(self.output);
+        let asked = (size.0, size.1, self.options.sample.sample_seed);
+        let (writer, encoder) = (EngineWriter::new(engine), &**self.index.encoder());
+        let mut told = |step| bars.probe(step);
+        let replies = long_replies(&writer, encoder, self.gold, asked, &mut told);
+        bars.clear();
+        Ok(replies?)
+    }
+
+    /// E of every width on the same prompts.
+    fn resonance(&self, booted: &BTreeMap<QuantMode, Services>) -> Result<ModeResonance> {
+        if !self.options.deep {
+            return Ok(ModeResonance::default());
+        }
+        let served = [(QuantMode::AsServed, self.services)];
+        let all = served.into_iter().chain(booted.iter().map(|(&mode, of)| (mode, of)));
+        let size = (MODE_PROMPTS, MODE_TOKENS);
+        let replies = all.map(|(mode, of)| Ok((mode, self.replies(&of.engine, size)?)));
+        Ok(ModeResonance::of(replies.collect::<Result<_>>()?)?)
+    }
+
     /// Other widths of the weights, loaded beside the one that is served.
     fn widths(
         &self,
@@ -362,6 +408,7 @@ impl Run<'_> {
             weights: Weights { reference: shown, format, parameters },
             report: report?,
             retrieval: RetrievalBits::between(before, &meanwhile),
+            resonance: self.resonance(booted)?,
         }))
     }
 
@@ -453,6 +500,11 @@ fn observe(
     if let Some(part) = quant.value() {
         lines.extend(part.retrieval.as_ref().map(|bits| line("bits", bits)));
         lines.push(line("noise", &json!({ "klds": part.report.noise_observed })));
+        for (mode, replies) in &part.resonance.observed {
+            let mode = mode.name();
+            lines
+                .extend(replies.iter().map(|of| line("reply", &json!({ "mode": mode, "of": of }))));
+        }
         for text in &part.report.texts {
             lines.push(line("fidelity", &json!({ "text": text.name, "of": text.observed })));
         }
