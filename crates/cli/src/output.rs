@@ -11,11 +11,22 @@ use serde_json::{Value, json};
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Output {
     json: bool,
+    is_silent: bool,
 }
 
 impl Output {
     pub(crate) fn new(json: bool) -> Self {
-        Self { json }
+        Self { json, is_silent: false }
+    }
+
+    /// Nobody looks at it.
+    pub(crate) fn silent() -> Self {
+        Self { json: true, is_silent: true }
+    }
+
+    /// Whether nobody does.
+    pub(crate) fn is_silent(self) -> bool {
+        self.is_silent
     }
 
     /// Whether a person sees it on a terminal.
@@ -45,14 +56,16 @@ impl Output {
 
     /// A value for programs only, one line.
     pub(crate) fn value(self, value: &Value) {
-        if self.json {
+        if self.json && !self.is_silent {
             write(format_args!("{value}\n"));
         }
     }
 
     /// A line about the run, beside the output.
     pub(crate) fn note(self, text: impl std::fmt::Display) {
-        eprintln!("{text}");
+        if !self.is_silent {
+            eprintln!("{text}");
+        }
     }
 
     /// The end of a command that failed.

@@ -40,6 +40,7 @@ impl Bars {
         let (_, bar) = self.bar.get_or_insert_with(|| {
             let bar = match total {
                 // indicatif draws to standard error, and only when that is a terminal.
+                _ if self.output.is_silent() => ProgressBar::hidden(),
                 Some(total) => ProgressBar::new(total),
                 None => ProgressBar::new_spinner(),
             };

@@ -231,6 +231,15 @@ pub enum ApiError {
         /// Why, and what to do.
         why: &'static str,
     },
+    /// One diagnosis at a time: two would measure each other.
+    #[error("diagnostics: expected no other one to run; ask again after {retry_after_s} s")]
+    DiagnosisRuns {
+        /// Seconds.
+        retry_after_s: u64,
+    },
+    /// A diagnosis came to nothing.
+    #[error("diagnostics: {0}")]
+    Diagnosis(String),
     /// The chat template refused the messages.
     #[error("messages: the model's chat template refused them: {}", Brief(.0))]
     Template(String),
@@ -362,6 +371,8 @@ impl ApiError {
             Self::NotAvailable { .. } => {
                 told(StatusCode::NOT_IMPLEMENTED, INVALID, "not_available")
             }
+            Self::DiagnosisRuns { retry_after_s } => later("diagnosis_running", retry_after_s),
+            Self::Diagnosis(_) => failed("diagnosis_failed"),
             Self::Template(_) => param("template_refused", "messages"),
             Self::PromptLint { .. } => Told {
                 status: StatusCode::UNPROCESSABLE_ENTITY,

@@ -11,6 +11,7 @@ mod answer_record;
 pub mod auth;
 mod baseline;
 pub mod boot;
+mod diagnostics;
 mod echo;
 mod error;
 mod extract;
@@ -46,6 +47,7 @@ pub use boot::{
     BootBoard, BootFault, BootOwner, BootPlan, BootProgress, BootState, BootStatus, Deadline, Node,
     NotProved, Pace, Phase, PhaseRecord, Retrieval,
 };
+pub use diagnostics::{Diagnostics, DiagnosticsError};
 pub use error::ApiError;
 pub use otlp::{
     OtlpError, OtlpOptions, OtlpProtocol, RequestSpans, SpanContent, SpanCounts, SpanExport,

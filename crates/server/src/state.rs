@@ -17,6 +17,7 @@ use crate::{
     KeyError, Keys,
     auth::KeyRing,
     boot::{BootBoard, NotProved, PhaseRecord},
+    diagnostics::Diagnostics,
     error::ApiError,
     ids,
     observe::Metrics,
@@ -279,6 +280,10 @@ pub struct AppState {
     pub(crate) spans: OnceLock<SpanExport>,
     /// Which models call tools that can be read.
     pub(crate) tool_circuits: ToolCircuits,
+    /// Unset: this server cannot measure itself.
+    pub(crate) diagnostics: OnceLock<Arc<dyn Diagnostics>>,
+    /// Who may do so: one at a time.
+    pub(crate) diagnosing: Arc<Semaphore>,
 }
 
 impl AppState {
@@ -297,6 +302,8 @@ impl AppState {
             sessions: OnceLock::new(),
             spans: OnceLock::new(),
             tool_circuits: ToolCircuits::default(),
+            diagnostics: OnceLock::new(),
+            diagnosing: Arc::new(Semaphore::new(1)),
         })
     }
 
@@ -325,6 +332,11 @@ impl AppState {
     /// Sends the spans of requests from now on. The first one stays.
     pub fn export_spans(&self, export: SpanExport) {
         self.spans.get_or_init(|| export);
+    }
+
+    /// Measures with this from now on. The first one stays.
+    pub fn diagnose_with(&self, diagnostics: Arc<dyn Diagnostics>) {
+        self.diagnostics.get_or_init(|| diagnostics);
     }
 
     /// The boot board.

@@ -12,7 +12,7 @@ use axum::{
 use crate::{
     AppState,
     auth::{self, Role},
-    routes::{ask, chat, completions, embeddings, health, models, sessions, tokenize},
+    routes::{ask, chat, completions, diagnostics, embeddings, health, models, sessions, tokenize},
 };
 
 /// Who may call a route.
@@ -53,6 +53,8 @@ pub const ROUTES: &[Route] = &[
     route("POST", "/v1/tokenize", USER, || post(tokenize::tokenize)),
     route("POST", "/v1/detokenize", USER, || post(tokenize::detokenize)),
     route("POST", "/v1/ask", USER, || post(ask::ask)),
+    // It takes minutes of the engine, and its report shows documents.
+    route("POST", "/v1/diagnostics", ADMIN, || post(diagnostics::diagnose)),
     route("GET", "/v1/exrail/config", ADMIN, || get(models::config)),
     // A key sees its own sessions and nobody else's; an administrator's is no exception.
     route("GET", "/v1/exrail/sessions", USER, || get(sessions::list)),

@@ -8,6 +8,7 @@ mod ask;
 mod chat;
 mod completions;
 mod constraints;
+mod diagnostics;
 mod embeddings;
 mod error;
 mod extra;
@@ -31,6 +32,7 @@ pub use completions::{
     CompletionChoice, CompletionLogprobs, CompletionRequest, CompletionResponse, Prompt,
 };
 pub use constraints::{ConstraintField, ConstraintRecord};
+pub use diagnostics::DiagnosticsRequest;
 pub use embeddings::{
     Embedding, EmbeddingInput, EmbeddingRequest, EmbeddingResponse, EmbeddingUsage,
 };

@@ -2,6 +2,7 @@
 
 mod compare;
 mod measure;
+mod served;
 mod write;
 
 use std::{path::PathBuf, sync::Arc, time::Instant};
@@ -10,6 +11,8 @@ use anyhow::{Result, bail};
 use clap::Args;
 use exrail_server::{BootBoard, Services};
 use exrail_verify::{Color, GoldSet, Verdict, VerifyOptions};
+
+pub(crate) use self::served::Served;
 
 use self::measure::Run;
 use super::{
@@ -157,6 +160,7 @@ impl Diagnose {
             output,
             started,
             ready_s,
+            is_over: &|| false,
         };
         let measured = run.measure();
         services.engine.shutdown();

@@ -15,6 +15,7 @@ use exrail_server::{
 use serde_json::json;
 use tokio::{net::TcpListener, runtime::Runtime};
 
+use super::diagnose::Served;
 use crate::{
     Ended, environment, keys,
     load::{AsItIs, Boot, CollectionSpec, phases_json, print_phases},
@@ -297,6 +298,13 @@ impl Serve {
         let boot =
             self.started.boot(&engine, state.board(), told, Some(state.traces()), *output)?;
         let fleet = self.started.fleet(&engine, state.traces(), *output)?;
+        state.diagnose_with(Arc::new(Served {
+            board: Arc::clone(state.board()),
+            engine: engine.clone(),
+            encoder: self.started.encoder.clone(),
+            sources: self.started.sources.clone(),
+            collections: boot.collections.clone(),
+        }));
         persist(&boot.plan()?, &self.listen.trace_path()?.with_file_name("bootstrap.dag.json"))?;
         let listener = self.listen.bind(&runtime, &state)?;
         let address = listener.local_addr()?;

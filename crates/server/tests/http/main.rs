@@ -7,6 +7,7 @@ mod answers;
 mod cache;
 mod constraints;
 mod contract;
+mod diagnostics;
 #[path = "../../../engine/tests/engine/faulty.rs"]
 mod faulty;
 mod fence;

@@ -56,7 +56,21 @@ pub(super) struct Run<'a> {
     pub(super) output: Output,
     pub(super) started: Instant,
     pub(super) ready_s: f64,
+    /// Whether nobody waits for it any more; looked at between its parts.
+    pub(super) is_over: &'a dyn Fn() -> bool,
 }
+
+/// Nobody waits any more.
+#[derive(Debug)]
+pub(super) struct Over;
+
+impl std::fmt::Display for Over {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("nobody waits for the diagnosis any more")
+    }
+}
+
+impl std::error::Error for Over {}
 
 impl Run<'_> {
     /// The diagnosis and what its numbers were computed from, line by line.
@@ -129,6 +143,9 @@ impl Run<'_> {
 
     /// Runs a part and tells what it took.
     fn part<T>(&self, name: &str, work: impl FnOnce() -> Result<T>) -> Result<T> {
+        if (self.is_over)() {
+            return Err(Over.into());
+        }
         let started = Instant::now();
         let done = work()?;
         self.tell(name, started);
@@ -195,6 +212,9 @@ impl Run<'_> {
 
     /// The model against what was declared of it.
     fn manifest(&self) -> Result<Option<Manifest>> {
+        if self.options.declared.manifest.is_none() {
+            return Ok(None);
+        }
         let mut bars = Bars::new(self.output);
         let compared =
             self.options.declared.compare(&self.path(self.options.model())?, &mut bars)?;
@@ -349,6 +369,10 @@ impl Run<'_> {
         before: &[RetrievedBits],
         known: FrozenRuns,
     ) -> Result<(Section<QuantPart>, Section<LambdaModesReport>)> {
+        if self.options.modes.is_empty() {
+            let reason = "a server holds one set of weights: exrail diagnose MODEL";
+            return Ok((Section::missing(reason), Section::missing(reason)));
+        }
         let mut booted = BTreeMap::new();
         for &width in &self.options.modes {
             let mode = match width {
