@@ -35,7 +35,7 @@ use crate::system::{Generate, GeneratorFacts, Retrieve, SamplingKind};
 const SWEEP: [usize; 3] = [5, 10, 20];
 
 /// Questions that are answered together: the weights are read once for all of them.
-const AT_ONCE: usize = 8;
+const AT_ONCE: usize = 12;
 
 /// The parts of the system under test.
 #[derive(Clone, Copy)]

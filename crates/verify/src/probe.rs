@@ -65,8 +65,8 @@ pub(crate) fn probed(
     let live_hits = retrieve_each(index, paraphrases, policy)?;
     let nonce = nonce_of(&item.id, index.index_hash());
     let asking = Asking { generator, gate, policy, nonce: &nonce };
-    let frozen = asking.all(paraphrases, |_| &frozen_hits)?;
-    let live = asking.all(paraphrases, |index| &live_hits[index])?;
+    let [frozen, live] =
+        asking.over(paraphrases, [&|_| &frozen_hits, &|index: usize| &live_hits[index]])?;
     let live_lambda = summarise(&live, calibrated_ds)?;
     let matches_gold = majority_matches(&live, &live_lambda.classes(), &item.answers);
     let lambda = ItemLambda {

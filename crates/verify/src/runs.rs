@@ -105,6 +105,16 @@ impl Asking<'_> {
         paraphrases: &[String],
         hits: impl Fn(usize) -> &'h [Hit],
     ) -> Result<Vec<Attempt>, VerifyError> {
+        let [attempts] = self.over(paraphrases, [&hits])?;
+        Ok(attempts)
+    }
+
+    /// The same over several kinds of evidence, all of it at once.
+    pub(crate) fn over<'h, const N: usize>(
+        &self,
+        paraphrases: &[String],
+        evidence: [&dyn Fn(usize) -> &'h [Hit]; N],
+    ) -> Result<[Vec<Attempt>; N], VerifyError> {
         let n_seeds = match self.generator.facts()?.sampling {
             SamplingKind::Seeded => SEEDS.len(),
             SamplingKind::Greedy => 1,
@@ -112,18 +122,24 @@ impl Asking<'_> {
         let pairs: Vec<(usize, usize)> = (0..paraphrases.len())
             .flat_map(|paraphrase| (0..n_seeds).map(move |seed_idx| (paraphrase, seed_idx)))
             .collect();
-        let questions = pairs.iter().map(|&(at, seed_idx)| OneOf {
+        let question = |hits: &dyn Fn(usize) -> &'h [Hit], (at, seed_idx): (usize, usize)| OneOf {
             question: &paraphrases[at],
             hits: hits(at),
             nonce: self.nonce,
             seed: SEEDS[seed_idx],
-        });
+        };
+        let questions = evidence
+            .iter()
+            .flat_map(|hits| pairs.iter().map(|&pair| question(*hits, pair)).collect::<Vec<_>>());
         let questions: Vec<OneOf<'_>> = questions.collect();
-        let answered = answer_all(self.generator, &questions, self.gate, self.policy);
-        let mut attempts = Vec::with_capacity(pairs.len());
-        for ((paraphrase, seed_idx), result) in pairs.into_iter().zip(answered) {
-            let (outcome, answer) = classed(result)?;
-            attempts.push(Attempt { paraphrase, seed_idx, outcome, answer });
+        let mut answered =
+            answer_all(self.generator, &questions, self.gate, self.policy).into_iter();
+        let mut attempts = [const { Vec::new() }; N];
+        for of_evidence in &mut attempts {
+            for (&(paraphrase, seed_idx), result) in pairs.iter().zip(answered.by_ref()) {
+                let (outcome, answer) = classed(result)?;
+                of_evidence.push(Attempt { paraphrase, seed_idx, outcome, answer });
+            }
         }
         Ok(attempts)
     }

@@ -14,7 +14,7 @@ use crate::evaluate::{Progress, Stage, sample};
 use crate::evidence_gate::EvidenceGate;
 use crate::gold::{GoldSet, ResolvedItem};
 use crate::positions::Positions;
-use crate::prompt::Nonce;
+use crate::prompt::{Nonce, PromptFrame};
 use crate::system::{Generate, GenerateError, Generated, Placed, Retrieve};
 
 /// Questions that are answered twice with one seed.
@@ -133,14 +133,24 @@ pub fn check_repeats(
     seed: u64,
 ) -> Result<RepeatCheck, VerifyError> {
     let items = gold.resolve(system.index)?;
+    let chosen = sample(&items, Some(REPEATED), seed, |resolved| &resolved.item.id);
+    let found =
+        chosen.iter().map(|item| retrieve(system.index, &item.item.question, system.policy));
+    let found = found.collect::<Result<Vec<_>, _>>()?;
+    let mut asked = Vec::with_capacity(chosen.len());
+    for (item, found) in chosen.iter().zip(&found) {
+        if let Some(prompt) = system.prompt(item, found)? {
+            let Placed { n_tokens, .. } = system.generator.place(&prompt.frame)?;
+            asked.push((&item.item.id, n_tokens, prompt));
+        }
+    }
+    let prompts: Vec<_> = asked.iter().map(|(.., prompt)| (&prompt.frame, seed)).collect();
+    // The same batch twice: what else is computed beside an answer is the same, too.
+    let first = replies(system.generator, &prompts)?;
+    let second = replies(system.generator, &prompts)?;
     let mut check = RepeatCheck::default();
-    for item in sample(&items, Some(REPEATED), seed, |resolved| &resolved.item.id) {
-        let found = retrieve(system.index, &item.item.question, system.policy)?;
-        let Some(prompt) = system.prompt(item, &found)? else { continue };
-        let Placed { n_tokens, .. } = system.generator.place(&prompt.frame)?;
-        let first = reply(system.generator, &prompt, seed)?;
-        let second = reply(system.generator, &prompt, seed)?;
-        check.add(&item.item.id, n_tokens, [first, second]);
+    for ((id, n_tokens, _), pair) in asked.iter().zip(first.into_iter().zip(second)) {
+        check.add(id, *n_tokens, pair.into());
     }
     Ok(check)
 }
@@ -172,17 +182,17 @@ fn coverage(
     Ok(coverage_of(&anchor, &tokens, &tokens, &sections).value)
 }
 
-/// A reply; none where time or numbers ran out.
-fn reply(
+/// Replies; none where time or numbers ran out.
+fn replies(
     generator: &dyn Generate,
-    prompt: &Prompt<'_>,
-    seed: u64,
-) -> Result<Option<Generated>, GenerateError> {
-    match generator.generate(&prompt.frame, seed) {
+    prompts: &[(&PromptFrame, u64)],
+) -> Result<Vec<Option<Generated>>, GenerateError> {
+    let replies = generator.generate_all(prompts).into_iter().map(|reply| match reply {
         Ok(reply) => Ok(Some(reply)),
         Err(error) if error.is_outcome() => Ok(None),
         Err(error) => Err(error),
-    }
+    });
+    replies.collect()
 }
 
 impl AssemblyCheck {
