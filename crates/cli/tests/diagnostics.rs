@@ -85,3 +85,61 @@ fn what_is_served_is_diagnosed_beside_its_users() {
         assert_eq!((status, &told["error"]["param"]), (400, &json!(field)), "{told}");
     }
 }
+
+/// So many questions about so many facts, and their document.
+fn facts(n: usize) -> (String, String) {
+    let fact = |at: usize| format!("The gamma{at} of alpha{at} is {} units.", 100 + at);
+    let document = (0..n).map(|at| format!("# Part {at}\n\n{}\n\n", fact(at))).collect();
+    let item = |at: usize| {
+        json!({
+            "id": format!("a{at}"),
+            "kind": "answerable",
+            "question": format!("What is the gamma{at} of alpha{at}?"),
+            "paraphrases": [
+                format!("Which gamma{at} has alpha{at}?"),
+                format!("How large is the gamma{at} of alpha{at}?"),
+                format!("Tell me the gamma{at} of alpha{at}."),
+            ],
+            "answers": [format!("{} units", 100 + at)],
+            "evidence": [{ "doc": "facts.md", "quote": fact(at) }],
+        })
+    };
+    let gold = (0..n).map(|at| item(at).to_string() + "\n").collect();
+    (document, gold)
+}
+
+#[test]
+fn a_deep_diagnosis_writes_at_length_in_every_width() {
+    let home = tempfile::tempdir().unwrap();
+    let at = |name: &str| home.path().join(name).to_str().unwrap().to_owned();
+    tiny_bert(1, Path::new(&at("encoder"))).unwrap();
+    let long = TinyLlama { context_len: 4096, ..TinyLlama::default() };
+    std::fs::write(at("tiny.gguf"), tiny_llama(1, long)).unwrap();
+    let (document, gold) = facts(50);
+    std::fs::write(at("facts.md"), document).unwrap();
+    std::fs::write(at("gold.jsonl"), gold).unwrap();
+    let with = ["--encoder", &at("encoder"), "--collection", "facts", "--json"];
+    let ingested = exrail(home.path()).args(["ingest", &at("facts.md")]).args(with).output();
+    assert!(ingested.unwrap().status.success());
+    let mut deep = exrail(home.path());
+    deep.args(["diagnose", &at("tiny.gguf"), "--deep", "--gold", &at("gold.jsonl")]).args(with);
+    deep.args(["--answered", "1", "--unanswerable", "1", "--lambda", "1"]);
+    deep.args(["--cache-tokens", "2048", "--quant-tokens", "512"]);
+    let diagnosed = deep.args(["--observations", &at("seen.jsonl")]).output().unwrap();
+    let told = String::from_utf8_lossy(&diagnosed.stderr);
+    let report: Value =
+        serde_json::from_slice(&diagnosed.stdout).unwrap_or_else(|_| panic!("{told}"));
+    let trend = &report["e_resonance"];
+    assert_eq!((&trend["status"], &trend["replies"]), (&json!("ok"), &json!(20)), "{trend}");
+    assert!(trend["windows"].as_u64().unwrap() >= 1000, "{trend}");
+    assert!(trend["trend"].is_string() && trend["slope_per_1k"].is_number(), "{trend}");
+    for (section, status) in [("int8", "ok"), ("int4", "ok"), ("as_served", "ok")] {
+        assert_eq!(report["quantisation"][section]["status"], status, "{told}");
+    }
+    let of = |section: &str| report["quantisation"][section]["e_res"]["prompts"].clone();
+    assert_eq!([of("int8"), of("int4"), of("int4_vs_int8")], [50, 50, 50].map(Value::from));
+    assert_eq!(of("as_served"), Value::Null, "it is what the others are compared with");
+    let seen = std::fs::read_to_string(at("seen.jsonl")).unwrap();
+    let count = |kind: &str| seen.matches(&format!(r#""kind":"{kind}""#)).count();
+    assert_eq!((count("trend"), count("reply")), (20, 150));
+}

@@ -272,7 +272,8 @@ fn mixed(index: &FakeIndex, question: &str, options: &SearchOptions) -> Vec<Hit>
 /// Another of several ways to say it each time, whatever the seed is.
 fn unseeded(calls: &AtomicUsize, messages: &[FrameMessage]) -> String {
     let said = perfect(messages, 0);
-    match calls.fetch_add(1, Ordering::Relaxed) % 3 {
+    let call = calls.fetch_add(1, Ordering::Relaxed) as u64;
+    match Random::new(call).below(3) {
         0 => said,
         1 => format!("{said} That is what the source says."),
         _ => exrail_verify::REFUSAL_TOKEN.to_owned(),

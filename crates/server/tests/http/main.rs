@@ -29,3 +29,4 @@ mod swap;
 mod tools;
 mod traces;
 mod watchdog;
+mod writing;

@@ -331,9 +331,11 @@ fn cal_min(parts: &Parts) -> Option<f64> {
 }
 
 /// ΔS fails, or lies where only unanswerable questions should.
-fn has_spike(parts: &Parts) -> bool {
+/// None without a scale.
+fn has_spike(parts: &Parts) -> Option<bool> {
     let fails = |gate: &Gate| gate.name == "delta_s" && gate.measured.status == Status::Fail;
-    parts.report.gates.iter().any(fails) || cal_min(parts).is_some_and(|cal_min| cal_min >= 0.60)
+    let fails = parts.report.gates.iter().any(fails);
+    Some(fails || cal_min(parts)? >= 0.60)
 }
 
 fn findings<'a>(parts: &Parts, gates: &'a [Gate]) -> Findings<'a> {

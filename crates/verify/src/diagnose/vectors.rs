@@ -173,11 +173,11 @@ pub struct SpikeAttribution {
 }
 
 /// Attributes a spike of ΔS, or failed answers; nothing where neither is there. Whether ΔS spikes is for the caller to
-/// say.
+/// say; none where there is no scale to say it on.
 #[must_use]
 pub fn attribute_spike(
     check: &VectorCheck,
-    has_spike: bool,
+    has_spike: Option<bool>,
     answers_fail: bool,
 ) -> Option<SpikeAttribution> {
     let VectorCheck { pairs, pairs_differ, max_difference, chunks, chunks_differ, .. } = check;
@@ -191,13 +191,17 @@ pub fn attribute_spike(
             "{chunks_differ} of {chunks} retrieved chunks have other token counts or another tokenizer"
         );
         (SpikeCause::Tokenizer, evidence)
-    } else if has_spike {
+    } else if has_spike == Some(true) {
         let evidence = format!(
             "{pairs} vectors and {chunks} token counts are this encoder's, and questions are not rewritten"
         );
         (SpikeCause::Corpus, evidence)
     } else if answers_fail {
-        (SpikeCause::Answers, "ΔS of the questions is as the scale expects it".to_owned())
+        let evidence = match has_spike {
+            Some(_) => "ΔS of the questions is as the scale expects it",
+            None => "nothing that ΔS depends on is wrong; it is on no scale",
+        };
+        (SpikeCause::Answers, evidence.to_owned())
     } else {
         return None;
     };

@@ -127,7 +127,7 @@ impl Run<'_> {
             manifest,
             weights,
             question: question.map(asked).transpose()?,
-            cost: self.cost(&report, lambda_modes.value()),
+            cost: self.cost(&report, lambda_modes.value(), at_length(&e_resonance, &quant)),
             quant,
             lambda_modes,
             cache,
@@ -201,11 +201,13 @@ impl Run<'_> {
     }
 
     /// Replies and their tokens, and the time of everything.
-    fn cost(&self, report: &Report, modes: Option<&LambdaModesReport>) -> Cost {
+    fn cost(&self, report: &Report, modes: Option<&LambdaModesReport>, long: [usize; 2]) -> Cost {
         let of_modes = modes.map_or_else(Cost::default, |modes| modes.cost);
+        let [of_trend, of_widths] = long;
+        let tokens_at_length = of_trend * TREND_TOKENS + of_widths * MODE_TOKENS;
         Cost {
-            generations: report.cost.generations + of_modes.generations,
-            tokens: report.cost.tokens + of_modes.tokens,
+            generations: report.cost.generations + of_modes.generations + of_trend + of_widths,
+            tokens: report.cost.tokens + of_modes.tokens + tokens_at_length,
             seconds: self.started.elapsed().as_secs_f64(),
         }
     }
@@ -484,6 +486,12 @@ impl Run<'_> {
         let text = QuantText { name: "corpus".to_owned(), sequences };
         Ok((!text.sequences.is_empty()).then(|| vec![text]))
     }
+}
+
+/// Replies at length: of the trend, and of the widths.
+fn at_length(trend: &Section<ResonanceSection>, quant: &Section<QuantPart>) -> [usize; 2] {
+    let of_widths = quant.value().map(|part| part.resonance.observed.values().map(Vec::len).sum());
+    [trend.value().map_or(0, |trend| trend.replies), of_widths.unwrap_or(0)]
 }
 
 fn observed_loss(loss: WeightLoss) -> MatrixObservation {
