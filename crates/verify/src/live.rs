@@ -175,7 +175,9 @@ impl Compared {
         };
         let mut compared = Compared::default();
         for segment in &outcome.segments {
-            let sentence = Words::of(&outcome.text[segment.text_span.clone()]);
+            // With the citation guard off, the text is the reply, and its sentences may stand elsewhere.
+            let said = outcome.text.get(segment.text_span.clone()).unwrap_or_default();
+            let sentence = Words::of(said);
             let cited: Vec<&Words> = segment.snippet_ids.iter().filter_map(of_id).collect();
             compared.add_citations(&sentence, &cited, min_containment);
             compared.n_words += sentence.all.len();
