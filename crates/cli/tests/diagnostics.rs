@@ -52,8 +52,12 @@ fn what_is_served_is_diagnosed_beside_its_users() {
     let mut ingest = exrail(home.path());
     ingest.args(["ingest", &at("a.md"), "--collection", "pages"]).args(with);
     assert!(ingest.output().unwrap().status.success());
+    let mut declare = exrail(home.path());
+    declare.args(["preflight", &at("tiny.gguf"), "--write", &at("manifest.json")]);
+    assert!(declare.output().unwrap().status.success());
     let mut serve = exrail(home.path());
     serve.args(["serve", "--model", &at("tiny.gguf"), "--collection", "pages", "--port", "0"]);
+    serve.args(["--manifest", &at("manifest.json")]);
     let (_server, url) = start(serve.args(with));
 
     let gold = r#"{"id":"a","kind":"answerable","question":"How many tokens does a page hold?","paraphrases":["a page?","tokens of a page?","size of a page?"],"answers":["256"],"evidence":[{"doc":"a.md","quote":"256 tokens"}]}"#;
@@ -71,6 +75,7 @@ fn what_is_served_is_diagnosed_beside_its_users() {
     assert_eq!(report["boot"]["status"], "ok");
     assert!(report["boot"]["ready_s"].as_f64().unwrap() > 0.0, "{}", report["boot"]);
     assert_eq!(report["quantisation"]["status"], "not_available");
+    assert_eq!(report["manifest"]["status"], "ok", "{}", report["manifest"]);
     assert_eq!(report["verdict"], "fail", "a model of random weights");
     assert!(report["fix"]["page"].is_string(), "{}", report["fix"]);
 

@@ -101,11 +101,15 @@ pub(crate) struct Started {
 }
 
 impl Started {
-    /// The generators of a server with these engine options.
+    /// The generators of a server with these engine options, by name and as they were given.
+    fn generators(&self, engine: &EngineArgs) -> Result<Vec<(String, String)>> {
+        let given = std::iter::once(&engine.model).chain(&self.swap.also);
+        swap::named(&self.sources, given.cloned().collect())
+    }
+
+    /// The same, with what loads them.
     fn fleet(&self, engine: &EngineArgs, traces: &TraceLog, output: Output) -> Result<Fleet> {
-        let given: Vec<_> =
-            std::iter::once(&engine.model).chain(&self.swap.also).cloned().collect();
-        let generators = swap::named(&self.sources, given)?;
+        let generators = self.generators(engine)?;
         let names = generators.iter().map(|(name, _)| name.clone()).collect();
         let loader = Reloader {
             generators,
@@ -300,6 +304,8 @@ impl Serve {
         let fleet = self.started.fleet(&engine, state.traces(), *output)?;
         state.diagnose_with(Arc::new(Served {
             board: Arc::clone(state.board()),
+            generators: self.started.generators(&engine)?,
+            declared: self.started.declared.clone(),
             engine: engine.clone(),
             encoder: self.started.encoder.clone(),
             sources: self.started.sources.clone(),

@@ -22,6 +22,10 @@ use crate::{
 /// What a diagnosis needs to know of the server that it runs in.
 pub(crate) struct Served {
     pub(crate) board: Arc<BootBoard>,
+    /// By their names in requests, and as they were given; the first one is that of `--model`.
+    pub(crate) generators: Vec<(String, String)>,
+    /// Of the first one.
+    pub(crate) declared: Declared,
     pub(crate) engine: EngineArgs,
     pub(crate) encoder: EncoderArgs,
     pub(crate) sources: Sources,
@@ -78,8 +82,12 @@ impl Served {
         if asked.question.as_ref().is_some_and(|question| question.trim().is_empty()) {
             return Err(refused("question", &"expected text, found none"));
         }
+        let found = self.generators.iter().find(|(known, _)| known == model);
+        let given = found.map_or(model, |(_, given)| given);
+        // A manifest is of one model.
+        let is_declared = given == self.engine.model;
         Ok(Diagnose {
-            diagnosed: Some(model.to_owned()),
+            diagnosed: Some(given.to_owned()),
             gold: None,
             collection: None,
             question: asked.question.clone(),
@@ -92,7 +100,7 @@ impl Served {
             observations: None,
             compare: None,
             under_test: String::new(),
-            declared: Declared::default(),
+            declared: if is_declared { self.declared.clone() } else { Declared::default() },
             sample: DiagnosedSample {
                 answered: asked.answered,
                 unanswerable: asked.unanswerable,
