@@ -375,21 +375,34 @@ impl Run<'_> {
             let reason = "a server holds one set of weights: exrail diagnose MODEL";
             return Ok((Section::missing(reason), Section::missing(reason)));
         }
-        let mut booted = BTreeMap::new();
-        for &width in &self.options.modes {
-            let mode = match width {
-                QuantOption::Int8 => QuantMode::Int8,
-                QuantOption::Int4 => QuantMode::Int4,
-            };
-            let engine = EngineArgs { quant: Some(width), rounds_blocks: true, ..self.beside() };
-            booted.insert(mode, self.options.boot(&engine, None, self.output)?);
-        }
+        let booted = self.part("  boots", || self.boot_widths())?;
         let quant = self.part("  fidelity", || self.quant(&booted, before));
         let modes = quant.and_then(|quant| {
             Ok((quant, self.part("  λ of widths", || self.lambda_modes(&booted, known))?))
         });
         booted.values().for_each(|services| services.engine.shutdown());
         modes
+    }
+
+    /// The model in every width that is compared, side by side: much of a boot is work of one thread.
+    fn boot_widths(&self) -> Result<BTreeMap<QuantMode, Services>> {
+        std::thread::scope(|scope| {
+            let boot = |&width: &QuantOption| {
+                let mode = match width {
+                    QuantOption::Int8 => QuantMode::Int8,
+                    QuantOption::Int4 => QuantMode::Int4,
+                };
+                let engine =
+                    EngineArgs { quant: Some(width), rounds_blocks: true, ..self.beside() };
+                let options = self.options;
+                scope.spawn(move || Ok((mode, options.boot(&engine, None, Output::silent())?)))
+            };
+            let boots: Vec<_> = self.options.modes.iter().map(boot).collect();
+            let ended = boots.into_iter().map(|boot| boot.join());
+            ended
+                .map(|boot| boot.unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+                .collect()
+        })
     }
 
     /// The options as given, with a cache for one sequence at a time unless it is to hold more.
