@@ -1,9 +1,9 @@
 //! Keys that change while the server runs.
 
-use std::{fs::Metadata, path::Path, sync::Arc, time::Duration};
+use std::{fs::Metadata, path::Path, time::Duration};
 
 use anyhow::Result;
-use exrail_server::AppState;
+use exrail_server::{KeyError, Keys};
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::options::Access;
@@ -13,7 +13,7 @@ const LOOK: Duration = Duration::from_secs(2);
 
 /// Reads the key file again whenever it has changed or SIGHUP comes, as long as the server runs. A file that cannot
 /// be read, or holds no usable key, changes nothing: the keys stay as they were, and the log says why.
-pub(crate) async fn follow(access: Access, state: Arc<AppState>) {
+pub(crate) async fn follow(access: Access, replace: impl Fn(Keys) -> Result<(), KeyError>) {
     let Some(file) = access.api_key_file.clone() else { return };
     let mut hang_up = match signal(SignalKind::hangup()) {
         Ok(hang_up) => hang_up,
@@ -34,17 +34,17 @@ pub(crate) async fn follow(access: Access, state: Arc<AppState>) {
             continue;
         }
         seen = now;
-        match replace(&access, &state) {
+        match read_again(&access, &replace) {
             Ok(n_keys) => tracing::info!(n_keys, "API keys were read again"),
             Err(error) => tracing::error!("API keys stay as they were: {error:#}"),
         }
     }
 }
 
-fn replace(access: &Access, state: &AppState) -> Result<usize> {
+fn read_again(access: &Access, replace: &impl Fn(Keys) -> Result<(), KeyError>) -> Result<usize> {
     let keys = access.keys()?;
     let n_keys = keys.len();
-    state.replace_keys(keys)?;
+    replace(keys)?;
     Ok(n_keys)
 }
 

@@ -225,20 +225,26 @@ struct Admitted {
 
 /// The keys of a running server, which may be replaced.
 #[derive(Debug)]
-pub(crate) struct KeyRing(watch::Sender<Arc<Keys>>);
+pub struct KeyRing(watch::Sender<Arc<Keys>>);
 
 impl KeyRing {
-    pub(crate) fn new(keys: Keys) -> Self {
+    /// Holds these keys.
+    #[must_use]
+    pub fn new(keys: Keys) -> Self {
         Self(watch::Sender::new(Arc::new(keys)))
     }
 
     /// Those of now.
-    pub(crate) fn current(&self) -> Arc<Keys> {
+    #[must_use]
+    pub fn current(&self) -> Arc<Keys> {
         Arc::clone(&self.0.borrow())
     }
 
     /// From the next request on.
-    pub(crate) fn replace(&self, keys: Keys) -> Result<(), KeyError> {
+    ///
+    /// # Errors
+    /// None left where there were some.
+    pub fn replace(&self, keys: Keys) -> Result<(), KeyError> {
         let former = self.current();
         if keys.is_empty() && !former.is_empty() {
             return Err(KeyError::NoneLeft);
@@ -246,6 +252,15 @@ impl KeyRing {
         self.0.send_replace(Arc::new(keys.after(&former)));
         Ok(())
     }
+}
+
+/// Who a request is from and what they may do; for another server with these keys.
+///
+/// # Errors
+/// A wrong or missing key, a page of another origin or, without keys, another name than one of this machine.
+pub fn identify(keys: &Keys, request: &Request) -> Result<(Caller, Role), ApiError> {
+    let Admitted { caller, role, .. } = admit(keys, request)?;
+    Ok((caller, role))
 }
 
 /// The layer of all routes that are not for anyone.

@@ -1,6 +1,9 @@
 //! Request bodies: parsed with the path of the field at fault, refused when a field is unknown.
 
-use std::sync::{Arc, OnceLock};
+use std::{
+    sync::{Arc, OnceLock},
+    time::Duration,
+};
 
 use axum::{
     body::{Bytes, HttpBody, to_bytes},
@@ -47,8 +50,19 @@ impl<T: DeserializeOwned + Default> FromRequest<Arc<AppState>> for MaybeBody<T> 
 }
 
 async fn bytes_of(request: Request, state: &AppState) -> Result<Bytes, ApiError> {
+    read_body(request, state.limits.body_bytes, state.limits.body_timeout).await
+}
+
+/// The body of a request, uncompressed and within limits.
+///
+/// # Errors
+/// One that is compressed, too large or too late.
+pub async fn read_body(
+    request: Request,
+    limit_bytes: usize,
+    limit: Duration,
+) -> Result<Bytes, ApiError> {
     refuse_encoded(request.headers())?;
-    let (limit_bytes, limit) = (state.limits.body_bytes, state.limits.body_timeout);
     let body = request.into_body();
     // A body that says how long it is need not be read to be refused.
     if body.size_hint().lower() > limit_bytes as u64 {

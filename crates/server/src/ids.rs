@@ -10,7 +10,10 @@ pub(crate) fn seed() -> Result<u64, ApiError> {
 }
 
 /// `PREFIX-` and 24 hexadecimal digits.
-pub(crate) fn name(prefix: &str) -> Result<String, ApiError> {
+///
+/// # Errors
+/// The system gave no random bytes.
+pub fn name(prefix: &str) -> Result<String, ApiError> {
     let (high, low) = (seed()?, seed()?);
     Ok(format!("{prefix}-{high:016x}{:08x}", low >> 32))
 }

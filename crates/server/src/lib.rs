@@ -31,7 +31,7 @@ mod rules;
 pub mod sentinel;
 mod serve;
 mod sessions;
-mod sse;
+pub mod sse;
 mod state;
 mod structured;
 pub mod swap;
@@ -42,17 +42,19 @@ mod translate;
 pub mod writing;
 
 pub use answer_record::Recorded;
-pub use auth::{KeyError, Keys, Role};
+pub use auth::{Caller, KeyError, KeyRing, Keys, Role, identify};
 pub use boot::{
     BootBoard, BootFault, BootOwner, BootPlan, BootProgress, BootState, BootStatus, Deadline, Node,
     NotProved, Pace, Phase, PhaseRecord, Retrieval,
 };
 pub use diagnostics::{Diagnostics, DiagnosticsError};
 pub use error::ApiError;
+pub use extract::read_body;
+pub use ids::name as random_name;
 pub use otlp::{
     OtlpError, OtlpOptions, OtlpProtocol, RequestSpans, SpanContent, SpanCounts, SpanExport,
 };
-pub use serve::{ServeError, bind, router, serve};
+pub use serve::{ServeError, bind, bind_with, router, serve, serve_router};
 pub use sessions::SessionKeeper;
 pub use state::{AppState, ENGINE_BUILD, Limits, ServedEncoder, Services, Shelf, StructuredLimits};
 pub use swap::{Fleet, LoadCall, Loader, NotVacated, SwapLimits};

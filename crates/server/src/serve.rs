@@ -20,7 +20,7 @@ use tokio::net::{TcpListener, TcpStream};
 use exrail_wire::{Pins, TraceBody};
 
 use crate::{
-    AppState, KeyError, TraceIdentity, auth,
+    AppState, KeyError, Keys, TraceIdentity, auth,
     auth::Caller,
     error::{ApiError, Failure},
     extract::Answerer,
@@ -59,7 +59,15 @@ pub enum ServeError {
 /// # Errors
 /// A public address without a key, or one that cannot be bound.
 pub async fn bind(state: &AppState, address: SocketAddr) -> Result<TcpListener, ServeError> {
-    state.keys.current().allow_bind(address.ip())?;
+    bind_with(&state.keys.current(), address).await
+}
+
+/// As [`bind`], for another server with these keys.
+///
+/// # Errors
+/// As [`bind`].
+pub async fn bind_with(keys: &Keys, address: SocketAddr) -> Result<TcpListener, ServeError> {
+    keys.allow_bind(address.ip())?;
     TcpListener::bind(address).await.map_err(|source| {
         if source.kind() == io::ErrorKind::AddrInUse {
             ServeError::InUse { address }
@@ -85,13 +93,23 @@ pub async fn serve(
     listener: TcpListener,
     stop: impl Future<Output = ()> + Send + 'static,
 ) {
+    let head_timeout = state.limits.head_timeout;
+    serve_router(router(state), head_timeout, listener, stop).await;
+}
+
+/// As [`serve`], of routes that know their state.
+pub async fn serve_router(
+    router: Router,
+    head_timeout: Duration,
+    listener: TcpListener,
+    stop: impl Future<Output = ()> + Send + 'static,
+) {
     let mut connection = http1::Builder::new();
     connection
         .timer(TokioTimer::new())
-        .header_read_timeout(state.limits.head_timeout)
+        .header_read_timeout(head_timeout)
         .max_headers(MAX_HEADERS)
         .max_buf_size(MAX_HEAD_BYTES);
-    let router = router(state);
     let open = GracefulShutdown::new();
     let mut stop = std::pin::pin!(stop);
     loop {
@@ -246,7 +264,7 @@ mod tests {
 
     use super::*;
     use crate::{
-        BootFault, BootPlan, Keys, Limits, Node, Pace, Phase, Shelf, TraceLog,
+        BootFault, BootPlan, Limits, Node, Pace, Phase, Shelf, TraceLog,
         auth::{KeyFolder, Role},
     };
 

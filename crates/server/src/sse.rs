@@ -8,7 +8,7 @@ use axum::{
     http::header,
     response::{IntoResponse, Response},
 };
-use exrail_wire::sse;
+use exrail_wire::{ErrorBody, sse};
 use futures_util::stream;
 use serde::Serialize;
 use tokio::{
@@ -26,21 +26,23 @@ const HEARTBEAT: Duration = Duration::from_secs(1);
 
 /// The client has gone.
 #[derive(Debug)]
-pub(crate) struct Gone;
+pub struct Gone;
 
 /// The writing end.
-#[derive(Clone)]
-pub(crate) struct EventSink {
+#[derive(Clone, Debug)]
+pub struct EventSink {
     blocks: mpsc::Sender<String>,
 }
 
 /// When a stream that holds text back shows that it lives.
-pub(crate) fn heartbeats() -> Interval {
+#[must_use]
+pub fn heartbeats() -> Interval {
     tokio::time::interval_at(Instant::now() + HEARTBEAT, HEARTBEAT)
 }
 
 /// A response and the sink that feeds it.
-pub(crate) fn channel() -> (EventSink, Response) {
+#[must_use]
+pub fn channel() -> (EventSink, Response) {
     let (blocks, queue) = mpsc::channel::<String>(BACKLOG);
     let body = Body::from_stream(stream::unfold(queue, |mut queue| async move {
         queue.recv().await.map(|block| (Ok::<_, std::convert::Infallible>(block), queue))
@@ -52,18 +54,24 @@ pub(crate) fn channel() -> (EventSink, Response) {
 
 impl EventSink {
     /// Sends one JSON event.
-    pub(crate) async fn send(&self, value: &impl Serialize) -> Result<(), Gone> {
+    ///
+    /// # Errors
+    /// The client has gone.
+    pub async fn send(&self, value: &impl Serialize) -> Result<(), Gone> {
         self.block(sse::event(value)).await
     }
 
     /// Keeps an idle connection open.
-    pub(crate) async fn heartbeat(&self) -> Result<(), Gone> {
+    ///
+    /// # Errors
+    /// The client has gone.
+    pub async fn heartbeat(&self) -> Result<(), Gone> {
         self.block(sse::heartbeat().into()).await
     }
 
     /// What `work` gives. Meanwhile comments keep the connection open; a client that goes does not end
     /// the work.
-    pub(crate) async fn alive_while<T>(&self, work: impl Future<Output = T>) -> T {
+    pub async fn alive_while<T>(&self, work: impl Future<Output = T>) -> T {
         let mut work = std::pin::pin!(work);
         let mut heartbeat = tokio::time::interval(HEARTBEAT);
         // The first tick comes at once.
@@ -77,23 +85,35 @@ impl EventSink {
     }
 
     /// Ends a complete stream.
-    pub(crate) async fn done(&self) -> Result<(), Gone> {
+    ///
+    /// # Errors
+    /// The client has gone.
+    pub async fn done(&self) -> Result<(), Gone> {
         self.block(sse::DONE.into()).await
     }
 
     /// Ends a failed stream: an error event and no `[DONE]`, so that no client takes a cut answer for
     /// a whole one.
     pub(crate) async fn fail(&self, error: &ApiError) {
+        self.fail_with(&error.body()).await;
+    }
+
+    /// As `fail`, of a failure of another server.
+    pub async fn fail_with(&self, error: &ErrorBody) {
         // A client that has gone needs no news.
-        drop(self.send(&error.body()).await);
+        drop(self.send(error).await);
     }
 
     /// Resolves when the client has gone.
-    pub(crate) async fn closed(&self) {
+    pub async fn closed(&self) {
         self.blocks.closed().await;
     }
 
-    async fn block(&self, block: String) -> Result<(), Gone> {
+    /// Sends a block that is framed already.
+    ///
+    /// # Errors
+    /// The client has gone.
+    pub async fn block(&self, block: String) -> Result<(), Gone> {
         self.blocks.send(block).await.map_err(|_| Gone)
     }
 }

@@ -70,7 +70,8 @@ impl Demo {
         output.line(format!("exrail {} — demo on {url}", env!("CARGO_PKG_VERSION")));
         let server =
             runtime.spawn(exrail_server::serve(Arc::clone(&state), listener, serve::stopped()));
-        runtime.spawn(keys::follow(self.access.clone(), Arc::clone(&state)));
+        let ring = Arc::clone(&state);
+        runtime.spawn(keys::follow(self.access.clone(), move |keys| ring.replace_keys(keys)));
         let services = self.boot(&state, &pack, &gold, &spec, *output)?;
         show_boot(&state, started.elapsed(), *output);
         ask_all(&Client::new(&url, self.access.first_key()?), &gold, started, *output)?;

@@ -317,7 +317,9 @@ impl Serve {
         output.note(format!("listening on http://{address}, starting"));
         output.value(&json!({ "event": "listening", "url": format!("http://{address}") }));
         let server = runtime.spawn(exrail_server::serve(Arc::clone(&state), listener, stopped()));
-        runtime.spawn(keys::follow(self.started.access.clone(), Arc::clone(&state)));
+        let ring = Arc::clone(&state);
+        let replace = move |keys| ring.replace_keys(keys);
+        runtime.spawn(keys::follow(self.started.access.clone(), replace));
         let booted = boot.run().with_context(|| failed_phase(state.board()));
         let booted = booted.and_then(|services| Ok(state.open_fleet(services, fleet)?));
         let record = record_boot(Arc::clone(&state));
