@@ -56,8 +56,8 @@ pub use structured::{
 pub use tokenize::{DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse};
 pub use trace::{
     AnswerChecks, AnswerMetrics, AnswerRecord, Latency, Pins, PromptRecord, QueryRecord,
-    RetrievedItem, SegmentRecord, SlotRecord, SpanRecord, StepRecord, TRACE_SCHEMA_VERSION,
-    TokenCounts, TraceBody, TraceEnvelope,
+    RelayLatency, RelayRecord, RetrievedItem, SegmentRecord, SlotRecord, SpanRecord, StepRecord,
+    TRACE_SCHEMA_VERSION, TokenCounts, TraceBody, TraceEnvelope,
 };
 
 /// Fields of a request that its type does not declare.

@@ -27,6 +27,7 @@ pub const TRACE: &[Published] = published![
     "model.load",
     "model.unload",
     "probe.run",
+    "relay.run",
     "retrieve.run",
 ];
 
@@ -35,7 +36,7 @@ pub const STORED: &[Published] = published!["chunk"];
 
 /// SHA-256 over [`TRACE`], each followed by a zero byte, 64 hexadecimal digits: the `schema_hash` among the pins of a
 /// record.
-pub const SHA256: &str = "405a88c39fab7dbad29d38b871f1c11731f90b2d0f9b7317c0f0eeb4f3997bc3";
+pub const SHA256: &str = "df82d5b2b4f23dfe08460c46967681a61e870e99a5f6a1393548d278313560dc";
 
 /// The schema of this name.
 #[must_use]

@@ -158,6 +158,9 @@ pub enum TraceBody {
         /// What it found.
         detail: String,
     },
+    /// A gateway had another server answer, or withheld what that said.
+    #[serde(rename = "relay.run")]
+    Relay(Box<RelayRecord>),
     /// A generator was loaded in place of another one, or could not be.
     #[serde(rename = "model.load")]
     Load {
@@ -433,4 +436,46 @@ pub struct TokenCounts {
     pub out: usize,
     /// Prompt tokens from the cache.
     pub cached: usize,
+}
+
+/// What became of a request that another server answers.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct RelayRecord {
+    /// Route of the request.
+    pub route: &'static str,
+    /// Name of the upstream in the gateway.
+    pub upstream: String,
+    /// Its kind.
+    pub kind: &'static str,
+    /// The model that was asked.
+    pub model: String,
+    /// The seed that was passed on; null: none, and what was drawn cannot be drawn again.
+    pub seed: Option<i64>,
+    /// How often it was asked.
+    pub attempts: usize,
+    /// What the answer was held to: `json_schema`, `tools` or null.
+    pub held_to: Option<&'static str>,
+    /// Answers that did not conform and were asked for again.
+    pub repairs: usize,
+    /// Of the first choice; null when there is no answer.
+    pub finish_reason: Option<String>,
+    /// sha256 of the text of the choices, in order; null when there is no answer.
+    pub answer_sha256: Option<String>,
+    /// Why there is no answer, by its code; null when there is one.
+    pub fault: Option<&'static str>,
+    /// Tokens of prompt and answer as the upstream counts them; null where it does not tell.
+    pub tokens: Option<[u64; 2]>,
+    /// Times.
+    pub latency_ms: RelayLatency,
+}
+
+/// Milliseconds of a request that another server answers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+pub struct RelayLatency {
+    /// Held back by the warm-up fence.
+    pub held: f64,
+    /// At the upstream, from the request to the last byte.
+    pub upstream: f64,
+    /// In the gateway: everything else.
+    pub overhead: f64,
 }

@@ -187,7 +187,9 @@ impl Reading {
             }
             _ => {}
         }
-        if ["infer.run", "answer.decide", "model.load", "model.unload"].contains(&event) {
+        if ["infer.run", "answer.decide", "relay.run", "model.load", "model.unload"]
+            .contains(&event)
+        {
             begun.ended_by = Some(event.to_owned());
         }
         self.take(&findings, Some(trace_id));

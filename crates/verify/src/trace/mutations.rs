@@ -45,7 +45,7 @@ fn good_records_of_every_event_have_no_breach() {
         assert_eq!(contract.check(&record, None).breaches(), [], "{record}");
     }
     let report = log_of(&records().iter().map(line).collect::<Vec<_>>());
-    assert_eq!((report.n_breaches, report.n_lines), (0, 12), "{:?}", report.breaches);
+    assert_eq!((report.n_breaches, report.n_lines), (0, 13), "{:?}", report.breaches);
     assert_eq!(report.n_by_event["answer.decide"], 3);
 }
 
@@ -216,7 +216,7 @@ fn every_change_of_one_field_breaks_the_seal() {
 }
 
 /// Fields of which another value is as good as theirs to the contract alone, and why. The seal shows their change.
-const FREE: [(&str, &[&str]); 9] = [
+const FREE: [(&str, &[&str]); 10] = [
     (
         "who asked, and what it was computed with: nothing else in a record repeats it",
         &[
@@ -240,6 +240,7 @@ const FREE: [(&str, &[&str]); 9] = [
             "/route",
             "/choice",
             "/seed",
+            "/upstream",
             "/model",
             "/phase",
             "/guard",
@@ -290,8 +291,15 @@ const FREE: [(&str, &[&str]); 9] = [
         ],
     ),
     (
+        "what another server did and said, which is not in the log",
+        &["/attempts", "/fault", "/repairs", "/tokens/[]"],
+    ),
+    (
         "measured: any value of the kind is possible",
         &[
+            "/latency_ms/held",
+            "/latency_ms/overhead",
+            "/latency_ms/upstream",
             "/checks/answer_containment",
             "/checks/citation_precision",
             "/checks/ds_ac",

@@ -3,8 +3,9 @@
 use exrail_retrieval::snippet_id;
 use exrail_wire::{
     AnswerChecks, AnswerMetrics, AnswerRecord, CallRecord, ConstraintRecord, ContractRecord,
-    Latency, Pins, PromptRecord, QueryRecord, RetrievedItem, SegmentRecord, StepRecord,
-    StructuredRecord, TRACE_SCHEMA_VERSION, TokenCounts, TraceBody, TraceEnvelope, schemas,
+    Latency, Pins, PromptRecord, QueryRecord, RelayLatency, RelayRecord, RetrievedItem,
+    SegmentRecord, StepRecord, StructuredRecord, TRACE_SCHEMA_VERSION, TokenCounts, TraceBody,
+    TraceEnvelope, schemas,
 };
 use serde_json::{Value, json};
 
@@ -315,7 +316,27 @@ pub(crate) fn every_event() -> Vec<TraceEnvelope> {
         TraceBody::Load { model: "m".into(), ok: false, ms: 3.5, problem: Some("absent".into()) },
         TraceBody::Unload { model: "m".into(), ok: true, ms: 3.5, reason: "idle" },
         TraceBody::Probe { report: json!({"probe": "cache"}) },
+        TraceBody::Relay(Box::new(relayed())),
     ];
     let named = |(at, body)| envelope(&format!("trace-{at}"), body);
     bodies.into_iter().enumerate().map(named).collect()
+}
+
+/// An answer of another server.
+fn relayed() -> RelayRecord {
+    RelayRecord {
+        route: "/v1/chat/completions",
+        upstream: "tabby".into(),
+        kind: "tabbyapi",
+        model: "m".into(),
+        seed: Some(7),
+        attempts: 2,
+        held_to: Some("json_schema"),
+        repairs: 1,
+        finish_reason: Some("stop".into()),
+        answer_sha256: Some(sha256_hex(b"{}")),
+        fault: Some("schema_violation"),
+        tokens: Some([20, 3]),
+        latency_ms: RelayLatency { held: 0.5, upstream: 30.0, overhead: 0.25 },
+    }
 }
