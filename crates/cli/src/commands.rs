@@ -9,6 +9,7 @@ pub(crate) mod devices;
 pub(crate) mod diagnose;
 pub(crate) mod embed;
 pub(crate) mod fix;
+pub(crate) mod gateway;
 pub(crate) mod ingest;
 pub(crate) mod inspect;
 pub(crate) mod plan;

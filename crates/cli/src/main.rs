@@ -69,6 +69,8 @@ enum Command {
     Verify(commands::verify::Verify),
     /// Measure everything once, judge it and name the smallest fix; or compare two such reports.
     Diagnose(Box<commands::diagnose::Diagnose>),
+    /// Serve in front of another server: TabbyAPI, text-generation-webui, llama-server, vLLM, Ollama or the like.
+    Gateway(commands::gateway::Gateway),
     /// Print what to do about a fault: a page for each guard and each breakpoint.
     Fix(commands::fix::Fix),
     /// Measure one part of a model by itself.
@@ -149,6 +151,7 @@ fn run(command: Command, output: Output) -> anyhow::Result<Ended> {
         Command::Calibrate(command) => command.run(&output),
         Command::Verify(command) => command.run(&output),
         Command::Diagnose(command) => command.run(&output),
+        Command::Gateway(command) => command.run(&output),
         Command::Fix(command) => command.run(&output),
         Command::Probe(command) => command.run(&output),
         Command::Embed(command) => command.run(&output),

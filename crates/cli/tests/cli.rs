@@ -47,6 +47,7 @@ fn every_command_explains_itself_and_wrong_usage_is_2() {
         "verify",
         "diagnose",
         "fix",
+        "gateway",
         "probe",
         "embed",
         "pull",
