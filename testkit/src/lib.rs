@@ -7,12 +7,15 @@
 
 mod gguf_writer;
 mod random;
+mod scripted_upstream;
+mod serving;
 mod synthetic;
 mod tiny_bert;
 mod tiny_llama;
 
 pub use gguf_writer::{GgufValue, GgufWriter};
 pub use random::Random;
+pub use scripted_upstream::{ScriptedOptions, ScriptedUpstream};
 pub use synthetic::{SYNTHETIC_LLAMAS, SyntheticLlama, synthetic_llama};
 pub use tiny_bert::{safetensors_bytes, tiny_bert};
 pub use tiny_llama::{CHAT_TEMPLATE, TinyLlama, tiny_llama};
