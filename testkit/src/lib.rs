@@ -5,6 +5,7 @@
 //! The same seed gives the same bytes on every platform: random numbers come from integer
 //! arithmetic and IEEE additions only. Functions here panic on wrong arguments; they serve tests.
 
+mod fault_proxy;
 mod gguf_writer;
 mod random;
 mod scripted_upstream;
@@ -13,6 +14,7 @@ mod synthetic;
 mod tiny_bert;
 mod tiny_llama;
 
+pub use fault_proxy::{FaultProxy, ProxyFault};
 pub use gguf_writer::{GgufValue, GgufWriter};
 pub use random::Random;
 pub use scripted_upstream::{ScriptedOptions, ScriptedUpstream};
