@@ -1,4 +1,5 @@
 //! Every fault of the proxy, seen on the wire over a scripted upstream.
+#![expect(clippy::unwrap_used, reason = "helpers of tests")]
 
 #[path = "fault_proxy/scripted.rs"]
 mod scripted;
@@ -135,7 +136,10 @@ fn only_the_first_is_slow() {
     assert!(took() >= wait);
     // Who leaves meanwhile is seen at once, though nothing is asked of the upstream yet.
     proxy.set(ProxyFault::SlowFirst(Duration::from_secs(60)));
-    drop(begin(&proxy.url(), &stream()));
+    let connection = begin(&proxy.url(), &stream());
+    // Before it has arrived nobody knows of it.
+    soon(|| proxy.generations() == 4);
+    drop(connection);
     soon(|| proxy.cancelled() == 1);
     assert_eq!((upstream.generations(), proxy.generations()), (3, 4));
 }
@@ -199,10 +203,12 @@ fn half_a_json_text_arrives_as_if_it_were_whole() {
     assert_eq!(reply.end, End::Proper);
     assert_eq!(reply.header("content-length").unwrap(), (whole.len() / 2).to_string());
     assert_eq!(reply.body, whole[..whole.len() / 2]);
-    // Half of a character is none: this one lies across the middle.
-    let text = format!("ECHO {}", "€".repeat(300));
-    let wide = json!({ "messages": [{ "role": "user", "content": text }] });
-    assert_eq!(chat(&proxy.url(), &wide).end, End::Proper);
+    // Half of a character is none, wherever the middle lies in it: the client here reads UTF-8.
+    for pad in 0..6 {
+        let text = format!("ECHO {}{}", "a".repeat(pad), "€".repeat(300));
+        let wide = json!({ "messages": [{ "role": "user", "content": text }] });
+        assert_eq!(chat(&proxy.url(), &wide).end, End::Proper);
+    }
 
     // With an upstream of its own: an answer's number is in every event.
     let (proxy, _upstream) = self::proxy(ProxyFault::HalfJson);
@@ -320,7 +326,8 @@ fn too_many_requests_with_and_without_a_time() {
 fn a_slow_loris_sends_byte_after_byte() {
     let every = Duration::from_millis(2);
     let (proxy, _upstream) = proxy(ProxyFault::SlowLoris { byte_every: every });
-    for fields in [plain(), stream()] {
+    for mut fields in [plain(), stream()] {
+        fields["max_tokens"] = json!(1);
         let whole = said(&fields);
         let begun = Instant::now();
         let reply = chat(&proxy.url(), &fields);

@@ -88,3 +88,44 @@ fn replace(fields: &mut Map<String, Value>, names: &[&str], text: &str) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn only_the_fields_of_a_form_are_lost() {
+        let mut request = json!({ "model": "m", "seed": 1, "temperature": 0.5, "stream": true });
+        let whole = request.clone();
+        for field in SCHEMA {
+            request[*field] = json!({});
+        }
+        remove(&mut request, SCHEMA);
+        assert_eq!(request, whole);
+        remove(&mut request, SEED);
+        assert_eq!(request.to_string(), r#"{"model":"m","temperature":0.5,"stream":true}"#);
+    }
+
+    #[test]
+    fn a_model_is_renamed_wherever_an_api_has_it() {
+        let mut event = json!({ "type": "message_start", "message": { "id": "a", "model": "m" } });
+        rename(&mut event, "x");
+        assert_eq!(event["message"], json!({ "id": "a", "model": "x" }));
+        let mut described = json!({ "id": "m", "object": "model" });
+        rename_listed(&mut described, "x");
+        assert_eq!(described, json!({ "id": "x", "object": "model" }));
+        let mut listed = json!({ "models": [{ "name": "m" }], "data": [{ "id": "m" }] });
+        rename_listed(&mut listed, "x");
+        assert_eq!(listed, json!({ "models": [{ "name": "x" }], "data": [{ "id": "x" }] }));
+    }
+
+    #[test]
+    fn nothing_but_texts_is_garbled() {
+        let mut reply = json!({ "id": "content", "content": [{ "type": "text", "text": "äb" }] });
+        garble(&mut reply);
+        let content = json!([{ "type": "text", "text": "\u{fffd}\u{1}" }]);
+        assert_eq!(reply, json!({ "id": "content", "content": content }));
+    }
+}
