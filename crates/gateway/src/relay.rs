@@ -149,7 +149,7 @@ impl Relay {
         self.upstream += began.elapsed();
         let reply = reply?.json()?;
         self.same_model(chosen, &reply)?;
-        reply::text(&reply)?;
+        reply::legible(&reply::text(&reply)?.text)?;
         chosen.upstream.succeeded();
         Ok(reply)
     }

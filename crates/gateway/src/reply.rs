@@ -38,7 +38,6 @@ pub(crate) fn text(reply: &Value) -> Result<Text, UpstreamFault> {
         return Err(UpstreamFault::NoAnswer { expected: "text or tool calls" });
     }
     let text = text.unwrap_or_default().to_owned();
-    legible(&text)?;
     Ok(Text {
         text,
         finish: finish.to_owned(),
