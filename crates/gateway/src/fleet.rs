@@ -90,14 +90,22 @@ impl Fleet {
                 if let Some(chosen) = self.pick(model, session, tried, began)? {
                     return Ok(chosen);
                 }
-                let changed = changes.iter_mut().map(|change| {
-                    Box::pin(change.wait_for(|fence| matches!(fence, Fence::Open(_))))
-                });
+                let changed = changes.iter_mut().map(|change| Box::pin(change.changed()));
                 select_all(changed).await.0.ok();
             }
         })
         .await;
         chosen.unwrap_or_else(|_| Err(self.not_ready()))
+    }
+
+    /// Whether another upstream than those that were tried may be asked at once.
+    pub(crate) fn has_other(
+        &self,
+        model: Option<&str>,
+        session: Option<&str>,
+        tried: &[Arc<Upstream>],
+    ) -> bool {
+        matches!(self.pick(model, session, tried, Instant::now()), Ok(Some(_)))
     }
 
     /// An open one; none while all that are left are closed.

@@ -114,8 +114,10 @@ impl Relay {
         chosen: &Chosen,
     ) -> bool {
         tried.push(Arc::clone(&chosen.upstream));
-        let is_left = tried.len() < self.gateway.fleet.upstreams.len();
-        fault.may_pass() && is_left && self.attempts < MAX_ATTEMPTS
+        let (model, session) = (self.demand.model.as_deref(), self.demand.session.as_deref());
+        fault.may_pass()
+            && self.attempts < MAX_ATTEMPTS
+            && self.gateway.fleet.has_other(model, session, tried)
     }
 
     /// One upstream's answer, asked for again when it does not conform.
