@@ -1,6 +1,6 @@
 # Two commands matter: `make demo` and `make test`. Needed beforehand: cargo (rustup), a C compiler,
 # python3 with pip, and make; everything else is fetched by the steps below.
-.PHONY: help demo test test-cuda test-neon fuzz soak bench-cpu deny
+.PHONY: help demo test test-cuda test-neon test-upstreams fuzz soak bench-cpu deny
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -29,3 +29,6 @@ test-neon: ## the kernels' tests on AArch64, under qemu on x86-64; ARGS="--test 
 
 deny: ## licences and advisories of all dependencies (installs cargo-deny)
 	@scripts/deny
+
+test-upstreams: ## the gateway in front of llama.cpp's real server, which is installed first
+	@scripts/test-upstreams
