@@ -11,7 +11,7 @@ use hyper::body::Incoming;
 use hyper_rustls::HttpsConnector;
 use hyper_util::{
     client::legacy::{self, connect::HttpConnector},
-    rt::TokioExecutor,
+    rt::{TokioExecutor, TokioTimer},
 };
 use serde_json::Value;
 use thiserror::Error;
@@ -50,6 +50,8 @@ impl Client {
         let uri: Uri = address.trim_end_matches('/').parse().map_err(|_| refused())?;
         let is_whole = matches!(uri.scheme_str(), Some("http" | "https"))
             && uri.host().is_some()
+            // A password in an address would be shown wherever the address is.
+            && uri.authority().is_some_and(|authority| !authority.as_str().contains('@'))
             && matches!(uri.path(), "" | "/")
             && uri.query().is_none();
         if !is_whole {
@@ -64,8 +66,12 @@ impl Client {
             .https_or_http()
             .enable_http1()
             .wrap_connector(connector);
-        let http =
-            legacy::Client::builder(TokioExecutor::new()).pool_max_idle_per_host(IDLE).build(https);
+        let http = legacy::Client::builder(TokioExecutor::new())
+            .pool_max_idle_per_host(IDLE)
+            // Shorter than that of the servers: one that closes first looks like one that is gone.
+            .pool_timer(TokioTimer::new())
+            .pool_idle_timeout(Duration::from_secs(3))
+            .build(https);
         let key = key.map(|key| HeaderValue::from_str(&format!("Bearer {key}")));
         let mut key = key.transpose().map_err(|_| refused())?;
         if let Some(key) = &mut key {
@@ -229,7 +235,15 @@ mod tests {
         for good in ["http://localhost:5000", "https://example.org", "http://[::1]:8080/"] {
             assert!(Client::new(good, None).is_ok(), "{good}");
         }
-        for bad in ["localhost:5000", "http://", "ftp://a", "http://a/v1", "http://a?x=1", ""] {
+        for bad in [
+            "localhost:5000",
+            "http://",
+            "ftp://a",
+            "http://a/v1",
+            "http://a?x=1",
+            "http://u:p@a",
+            "",
+        ] {
             assert!(Client::new(bad, None).is_err(), "{bad}");
         }
     }

@@ -17,6 +17,8 @@ pub(crate) struct Demand {
     /// The model that is named.
     pub(crate) model: Option<String>,
     pub(crate) streams: bool,
+    /// Choices that are asked for, of one prompt.
+    pub(crate) n: u64,
     /// What keeps a conversation on one upstream.
     pub(crate) session: Option<String>,
     pub(crate) seed: Option<Value>,
@@ -37,6 +39,13 @@ impl Form {
     /// Whether anything is demanded of the text.
     pub(crate) fn is_of_text(&self) -> bool {
         self.schema.is_some()
+    }
+
+    /// Whether nothing of a stream may be told before its end.
+    pub(crate) fn holds_from_the_start(&self) -> bool {
+        let is_called =
+            matches!(self.choice, Some(ToolChoiceField::Required | ToolChoiceField::Named(_)));
+        self.is_of_text() || is_called
     }
 
     /// What is held to, in records.
@@ -68,10 +77,23 @@ impl Demand {
             Some(Value::Bool(streams)) => *streams,
             Some(_) => return Err(field("stream", "expected true or false")),
         };
+        for old in ["functions", "function_call"] {
+            if body.get(old).is_some_and(|value| !value.is_null()) {
+                let why = "calls of the older form are not checked; use `tools` and `tool_choice`";
+                return Err(ApiError::UnsupportedField { field: old.to_owned(), why });
+            }
+        }
+        let n = match body.get("n") {
+            None | Some(Value::Null) => 1,
+            Some(n) => n
+                .as_u64()
+                .filter(|n| (1..=128).contains(n))
+                .ok_or_else(|| field("n", "expected a number from 1 to 128"))?,
+        };
         let (model, session) = (text("model")?, text("user")?);
         let seed = body.get("seed").filter(|seed| !seed.is_null()).cloned();
         let form = form(&body)?;
-        Ok(Self { model, streams, session, seed, form, body })
+        Ok(Self { model, streams, n, session, seed, form, body })
     }
 
     /// The request as an upstream of this kind takes it.

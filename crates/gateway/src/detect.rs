@@ -13,9 +13,9 @@ use crate::{
 
 /// How long a question about the server may take; it is no generation.
 const LIMIT: Duration = Duration::from_secs(5);
-/// Fields that differ from one answer to the next.
-const VOLATILE: [&str; 6] =
-    ["created", "n_ctx_train_progress", "uptime", "time", "slots", "modified_at"];
+/// Fields of a model's card that say which model it is. Others, such as ids of permissions, differ from one answer to the
+/// next.
+const CARD: [&str; 7] = ["id", "root", "parent", "owned_by", "max_model_len", "meta", "exrail"];
 
 /// What was found at an address.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -37,12 +37,13 @@ pub struct Detected {
 /// # Errors
 /// It does not answer, or not to the gateway's key.
 pub async fn detect(client: &Client) -> Result<Detected, UpstreamFault> {
-    let listed = client.get("/v1/models", LIMIT).await;
-    if let Err(fault @ (UpstreamFault::Unauthorized { .. } | UpstreamFault::Unreachable(_))) =
-        &listed
-    {
-        return Err(fault.clone());
-    }
+    let listed = match client.get("/v1/models", LIMIT).await {
+        // There may be no such route.
+        Err(fault @ UpstreamFault::Refused { .. }) => Err(fault),
+        // A server that is busy or broken is not one without models.
+        Err(fault) => return Err(fault),
+        Ok(list) => Ok(list),
+    };
     let cards = listed.as_ref().map(|list| list["data"].clone()).unwrap_or_default();
     let owner = cards[0]["owned_by"].as_str();
     let by_owner = APIS.iter().find(|api| api.owned_by.is_some() && api.owned_by == owner);
@@ -51,9 +52,13 @@ pub async fn detect(client: &Client) -> Result<Detected, UpstreamFault> {
         None => by_sign(client, listed).await?,
     };
     let card = match api.card {
-        // What cannot be read now says as much about the model as what can.
-        Some(path) => client.get(path, LIMIT).await.unwrap_or_else(|fault| json!(fault.code())),
         None => Value::Null,
+        Some((path, fields)) => match client.get(path, LIMIT).await {
+            Ok(card) => only(&card, fields),
+            // Without a model there is no card, on some.
+            Err(UpstreamFault::Refused { .. } | UpstreamFault::Failed { .. }) => Value::Null,
+            Err(fault) => return Err(fault),
+        },
     };
     let version = api.version.and_then(|field| card[field].as_str()).map(str::to_owned);
     let mut models = names(&cards);
@@ -61,7 +66,9 @@ pub async fn detect(client: &Client) -> Result<Detected, UpstreamFault> {
         // An administrator's key lists every folder; the card is of the model that is loaded.
         models = card["id"].as_str().map(str::to_owned).into_iter().collect();
     }
-    let told = json!({ "kind": api.name, "models": models, "card": stable(&card), "cards": stable(&cards) });
+    let cards = cards.as_array().map(Vec::as_slice).unwrap_or_default();
+    let cards: Value = cards.iter().map(|card| only(card, &CARD)).collect();
+    let told = json!({ "kind": api.name, "models": models, "card": card, "cards": cards });
     let fingerprint = sha256(&told.to_string());
     Ok(Detected { kind: api.kind, evidence, version, models, fingerprint })
 }
@@ -72,9 +79,10 @@ async fn by_sign(
     listed: Result<Value, UpstreamFault>,
 ) -> Result<(&'static Api, String), UpstreamFault> {
     for api in &APIS {
-        let Some((path, field)) = api.sign else { continue };
+        let Some((path, place, expected)) = api.sign else { continue };
         let Ok(answer) = client.get(path, LIMIT).await else { continue };
-        if answer.is_object() && (field.is_empty() || !answer[field].is_null()) {
+        let found = answer.pointer(place).filter(|found| !found.is_null());
+        if found.is_some_and(|found| expected.is_none_or(|expected| found == expected)) {
             return Ok((api, format!("{path} answers as {} does", api.name)));
         }
     }
@@ -92,17 +100,10 @@ fn names(cards: &Value) -> Vec<String> {
     generators.filter_map(|card| card["id"].as_str()).map(str::to_owned).collect()
 }
 
-/// A value without the fields that differ from one answer to the next.
-fn stable(value: &Value) -> Value {
-    match value {
-        Value::Object(fields) => fields
-            .iter()
-            .filter(|(name, _)| !VOLATILE.contains(&name.as_str()))
-            .map(|(name, value)| (name.clone(), stable(value)))
-            .collect(),
-        Value::Array(values) => values.iter().map(stable).collect(),
-        Value::Null | Value::Bool(_) | Value::Number(_) | Value::String(_) => value.clone(),
-    }
+/// An object with these fields alone.
+fn only(value: &Value, fields: &[&str]) -> Value {
+    let of = |name: &&str| Some(((*name).to_owned(), value.get(*name)?.clone()));
+    fields.iter().filter_map(of).collect()
 }
 
 /// SHA-256 of a text, 64 hexadecimal digits.

@@ -14,10 +14,12 @@ use tokio::time::Instant;
 use crate::{
     client::{self, Client},
     fault::{UpstreamFault, brief},
+    reply::FINISHED,
 };
 
-/// Most bytes of one event.
+/// Most bytes of one event, and of a whole stream.
 const MAX_EVENT_BYTES: usize = 8 << 20;
+const MAX_STREAM_BYTES: usize = 32 << 20;
 
 /// One thing of a stream.
 #[derive(Clone, Debug, PartialEq)]
@@ -32,6 +34,9 @@ pub(crate) enum Event {
 pub(crate) struct Events {
     body: Incoming,
     buffer: Vec<u8>,
+    /// Bytes of it in which no event ends.
+    scanned: usize,
+    n_bytes: usize,
     /// Between two events with data.
     stall: Duration,
     /// When the next one is late.
@@ -50,6 +55,8 @@ impl Events {
         (first, stall): (Duration, Duration),
     ) -> Result<Self, UpstreamFault> {
         let body = Bytes::from(body.to_string());
+        // Some send the head at once, and comments until the first token.
+        let late_at = Instant::now() + first;
         let reply = client.send(Method::POST, path, Some(body), ("a first event", first)).await?;
         if reply.status() != StatusCode::OK {
             let (status, headers) = (reply.status(), reply.headers().clone());
@@ -58,8 +65,9 @@ impl Events {
             return Err(client::refused(status, &headers, &body));
         }
         let (begun, finished) = <_>::default();
-        let late_at = Instant::now() + stall;
-        Ok(Self { body: reply.into_body(), buffer: Vec::new(), stall, late_at, begun, finished })
+        let (buffer, scanned, n_bytes) = <_>::default();
+        let body = reply.into_body();
+        Ok(Self { body, buffer, scanned, n_bytes, stall, late_at, begun, finished })
     }
 
     /// The next thing, in time. Comments do not count: a stream of nothing else stalls.
@@ -71,8 +79,13 @@ impl Events {
         // Whoever waits may stop and begin again; that makes nothing later.
         let event = tokio::time::timeout_at(self.late_at, self.next_at_last()).await;
         let event = event.unwrap_or(Err(stalled));
-        self.late_at = Instant::now() + self.stall;
+        self.restart();
         event
+    }
+
+    /// Counts from now on: until now somebody else was waited for.
+    pub(crate) fn restart(&mut self) {
+        self.late_at = Instant::now() + self.stall;
     }
 
     async fn next_at_last(&mut self) -> Result<Event, UpstreamFault> {
@@ -87,9 +100,14 @@ impl Events {
             }
             let Some(frame) = self.body.frame().await else { return Err(self.cut("its end")) };
             let frame = frame.map_err(|error| self.cut(&error.to_string()))?;
-            if let Ok(data) = frame.into_data() {
-                self.buffer.extend_from_slice(&data);
+            let Ok(data) = frame.into_data() else { continue };
+            self.n_bytes += data.len();
+            if self.n_bytes > MAX_STREAM_BYTES {
+                return Err(UpstreamFault::Cut {
+                    found: format!("more than {MAX_STREAM_BYTES} bytes"),
+                });
             }
+            self.buffer.extend_from_slice(&data);
         }
     }
 
@@ -106,11 +124,17 @@ impl Events {
     /// The bytes up to the next empty line.
     fn block(&mut self) -> Option<Vec<u8>> {
         let ends = [&b"\n\n"[..], b"\r\n\r\n"];
+        // An end may have begun in what was looked at.
+        let from = self.scanned.saturating_sub(3);
         let find = |end: &&[u8]| {
-            let at = self.buffer.windows(end.len()).position(|window| window == *end)?;
-            Some((at, end.len()))
+            let at = self.buffer[from..].windows(end.len()).position(|window| window == *end)?;
+            Some((from + at, end.len()))
         };
-        let (at, len) = ends.iter().filter_map(find).min()?;
+        let Some((at, len)) = ends.iter().filter_map(find).min() else {
+            self.scanned = self.buffer.len();
+            return None;
+        };
+        self.scanned = 0;
         let rest = self.buffer.split_off(at + len);
         let mut block = std::mem::replace(&mut self.buffer, rest);
         block.truncate(at);
@@ -145,9 +169,13 @@ impl Events {
         for choice in value["choices"].as_array().into_iter().flatten() {
             let index = choice["index"].as_u64().unwrap_or(0);
             self.begun.insert(index);
-            if choice["finish_reason"].is_string() {
-                self.finished.insert(index);
+            let Some(finish) = choice["finish_reason"].as_str() else { continue };
+            if !FINISHED.contains(&finish) {
+                return Err(UpstreamFault::Cut {
+                    found: brief(&format!("finish reason `{finish}`")),
+                });
             }
+            self.finished.insert(index);
         }
         Ok(Some(Event::Data(value)))
     }

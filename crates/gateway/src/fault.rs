@@ -164,25 +164,23 @@ impl UpstreamFault {
         }
     }
 
-    /// Whether it says that the upstream is not what was proved: the fence closes until it is proved anew.
+    /// What it says of the upstream beyond this request.
     #[must_use]
-    pub fn closes_fence(&self) -> bool {
+    pub(crate) fn verdict(&self) -> FaultVerdict {
         match self {
             Self::Unreachable(_)
-            | Self::Late { .. }
             | Self::Unauthorized { .. }
             | Self::EmptyBody
             | Self::NotJson { .. }
-            | Self::NoAnswer { .. }
             | Self::WrongModel { .. }
-            | Self::Stalled { .. }
-            | Self::Garbled { .. } => true,
-            // One of these may be a request's own; many in a row close it as well.
-            Self::Busy { .. }
-            | Self::Refused { .. }
-            | Self::Failed { .. }
-            | Self::Cut { .. }
-            | Self::InStream { .. } => false,
+            | Self::Garbled { .. } => FaultVerdict::Closes,
+            // A long request may be late by itself.
+            Self::Late { .. } | Self::NoAnswer { .. } | Self::Stalled { .. } => {
+                FaultVerdict::Suspects
+            }
+            // One of these may be a request's own; many in a row close the fence as well.
+            Self::Failed { .. } | Self::Cut { .. } | Self::InStream { .. } => FaultVerdict::Counts,
+            Self::Busy { .. } | Self::Refused { .. } => FaultVerdict::Nothing,
         }
     }
 
@@ -205,6 +203,19 @@ impl UpstreamFault {
             },
         }
     }
+}
+
+/// What a fault says of its upstream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum FaultVerdict {
+    /// It is not what was proved: the fence closes until it is proved anew.
+    Closes,
+    /// It may not be: it has to generate once more, and that decides.
+    Suspects,
+    /// One more of several in a row.
+    Counts,
+    /// Nothing.
+    Nothing,
 }
 
 /// The first characters of a foreign text, on one line and without what a terminal obeys.

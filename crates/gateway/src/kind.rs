@@ -55,12 +55,13 @@ pub struct Api {
     pub name: &'static str,
     /// Who its models belong to, in its list of models: the first thing that tells a kind.
     pub owned_by: Option<&'static str>,
-    /// Answers only on this kind, with the field that has to be there, if one does; the second thing.
-    pub sign: Option<(&'static str, &'static str)>,
-    /// Field of [`Api::sign`]'s answer with the version.
+    /// Answers on this kind, with a value at this place that is this one, or any; the second thing.
+    pub sign: Option<(&'static str, &'static str, Option<&'static str>)>,
+    /// Field of [`Api::card`] with the version.
     pub version: Option<&'static str>,
-    /// Its fingerprint is made of these answers too, beside the list of models.
-    pub card: Option<&'static str>,
+    /// Its fingerprint is made of these fields of this answer, beside the list of models. What else is there may differ from
+    /// one answer to the next.
+    pub card: Option<(&'static str, &'static [&'static str])>,
     /// Text to token ids.
     pub tokenize: Option<Tokenize>,
     /// Where the chat template is shown or applied.
@@ -107,9 +108,9 @@ pub const APIS: [Api; 7] = [
         kind: Kind::TabbyApi,
         name: "tabbyapi",
         owned_by: Some("tabbyAPI"),
-        sign: Some(("/.well-known/serviceinfo", "")),
+        sign: Some(("/.well-known/serviceinfo", "/software/name", Some("TabbyAPI"))),
         version: None,
-        card: Some("/v1/model"),
+        card: Some(("/v1/model", &["id", "parameters"])),
         tokenize: Some(Tokenize {
             path: "/v1/token/encode",
             text: "text",
@@ -129,9 +130,9 @@ pub const APIS: [Api; 7] = [
         kind: Kind::TextGeneration,
         name: "text-generation-webui",
         owned_by: Some("user"),
-        sign: Some(("/v1/internal/model/info", "model_name")),
+        sign: Some(("/v1/internal/model/info", "/model_name", None)),
         version: None,
-        card: Some("/v1/internal/model/info"),
+        card: Some(("/v1/internal/model/info", &["model_name", "lora_names", "loader"])),
         tokenize: Some(Tokenize { path: "/v1/internal/encode", text: "text", plain: &[] }),
         template: Some("/v1/internal/chat-prompt"),
         load: Some("/v1/internal/model/load"),
@@ -147,9 +148,12 @@ pub const APIS: [Api; 7] = [
         kind: Kind::LlamaServer,
         name: "llama-server",
         owned_by: Some("llamacpp"),
-        sign: Some(("/props", "default_generation_settings")),
+        sign: Some(("/props", "/default_generation_settings", None)),
         version: Some("build_info"),
-        card: Some("/props"),
+        card: Some((
+            "/props",
+            &["build_info", "model_path", "model_alias", "chat_template", "total_slots"],
+        )),
         tokenize: Some(Tokenize {
             path: "/tokenize",
             text: "content",
@@ -169,9 +173,9 @@ pub const APIS: [Api; 7] = [
         kind: Kind::Vllm,
         name: "vllm",
         owned_by: Some("vllm"),
-        sign: Some(("/version", "version")),
+        sign: Some(("/version", "/version", None)),
         version: Some("version"),
-        card: Some("/version"),
+        card: Some(("/version", &["version"])),
         tokenize: Some(Tokenize {
             path: "/tokenize",
             text: "prompt",
@@ -191,9 +195,9 @@ pub const APIS: [Api; 7] = [
         kind: Kind::Ollama,
         name: "ollama",
         owned_by: Some("library"),
-        sign: Some(("/api/version", "version")),
+        sign: Some(("/api/version", "/version", None)),
         version: Some("version"),
-        card: Some("/api/tags"),
+        card: Some(("/api/version", &["version"])),
         tokenize: None,
         template: None,
         load: None,

@@ -39,14 +39,20 @@ pub(crate) const GOLDEN_TEXTS: [&str; 12] = [
     "<|im_start|>user</s>[INST]",
 ];
 
-/// Asks a server what it can do.
+/// Asks a server what it can do, with this model or the first that it names.
 ///
 /// # Errors
 /// It is not there, refuses the key, has no model, or gives no answer at all.
-pub async fn probe(client: &Client) -> Result<Capabilities, UpstreamFault> {
+pub async fn probe(client: &Client, model: Option<&str>) -> Result<Capabilities, UpstreamFault> {
     let detected = detect(client).await?;
-    let Some(model) = detected.models.first().cloned() else {
-        return Err(UpstreamFault::NoAnswer { expected: "a loaded model" });
+    let model = match (model, detected.models.first()) {
+        (Some(model), _) if detected.models.iter().any(|it| it == model) => model.to_owned(),
+        (Some(model), _) => {
+            let found = detected.models.join(", ");
+            return Err(UpstreamFault::WrongModel { expected: model.to_owned(), found });
+        }
+        (None, Some(first)) => first.clone(),
+        (None, None) => return Err(UpstreamFault::NoAnswer { expected: "a loaded model" }),
     };
     let probe = Probe { client, api: detected.kind.api(), model: &model };
     let first = probe.chat("Say hello.", 10, |_| {}).await?;

@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 
-use crate::fault::UpstreamFault;
+use crate::fault::{UpstreamFault, brief};
 
 /// Shortest text that is judged for what its characters are.
 const MIN_JUDGED_CHARS: usize = 16;
@@ -19,30 +19,46 @@ pub(crate) struct Text {
     pub(crate) tokens: Option<[u64; 2]>,
 }
 
-/// Reads the first choice of a chat or a completion.
+/// Ways in which an answer ends; another word is no end that a client knows.
+pub(crate) const FINISHED: [&str; 5] =
+    ["stop", "length", "tool_calls", "function_call", "content_filter"];
+
+/// Reads a chat or a completion; what is told is of its first choice.
 ///
 /// # Errors
-/// There is none, or one that says that it is finished and has nothing in it.
+/// There is none, or a choice that did not end, or one that says that it is finished and has nothing in it.
 pub(crate) fn text(reply: &Value) -> Result<Text, UpstreamFault> {
-    let choice = reply["choices"].get(0);
-    let choice = choice.ok_or(UpstreamFault::NoAnswer { expected: "`choices`" })?;
+    let choices = reply["choices"].as_array().map(Vec::as_slice).unwrap_or_default();
+    let mut texts = choices.iter().map(choice).collect::<Result<Vec<_>, _>>()?.into_iter();
+    let first = texts.next().ok_or(UpstreamFault::NoAnswer { expected: "`choices`" })?;
+    Ok(Text { tokens: usage(reply), ..first })
+}
+
+fn choice(choice: &Value) -> Result<Text, UpstreamFault> {
     let message = &choice["message"];
     let text = message["content"].as_str().or_else(|| choice["text"].as_str());
-    let has_calls = message["tool_calls"].as_array().is_some_and(|calls| !calls.is_empty());
-    let thought = message["reasoning_content"].as_str().is_some_and(|text| !text.is_empty());
     let Some(finish) = choice["finish_reason"].as_str() else {
         return Err(UpstreamFault::NoAnswer { expected: "`finish_reason`" });
     };
-    // Measured on a server whose model had gone: content null, finish_reason stop.
-    if text.is_none() && !has_calls && !thought {
+    if !FINISHED.contains(&finish) {
+        return Err(UpstreamFault::Cut { found: brief(&format!("finish reason `{finish}`")) });
+    }
+    let has = |name: &str| {
+        let value = &message[name];
+        value.as_str().is_some_and(|text| !text.is_empty())
+            || value.as_array().is_some_and(|all| !all.is_empty())
+            || value.is_object()
+    };
+    let others = ["tool_calls", "reasoning_content", "reasoning", "refusal", "function_call"];
+    // Measured on a server whose model had gone: content null, finish_reason stop. One that was cut may have come to nothing.
+    if text.is_none() && finish == "stop" && !others.into_iter().any(has) {
         return Err(UpstreamFault::NoAnswer { expected: "text or tool calls" });
     }
-    let text = text.unwrap_or_default().to_owned();
     Ok(Text {
-        text,
+        text: text.unwrap_or_default().to_owned(),
         finish: finish.to_owned(),
         has_logprobs: choice["logprobs"]["content"].as_array().is_some_and(|it| !it.is_empty()),
-        tokens: usage(reply),
+        tokens: None,
     })
 }
 
@@ -86,6 +102,19 @@ mod tests {
         let endless = reply(json!({ "content": "a" }), Value::Null);
         assert!(matches!(text(&endless), Err(UpstreamFault::NoAnswer { .. })));
         assert!(matches!(text(&json!({})), Err(UpstreamFault::NoAnswer { .. })));
+        let aborted = reply(json!({ "content": "half a" }), json!("abort"));
+        assert!(matches!(text(&aborted), Err(UpstreamFault::Cut { .. })));
+        let mut two = reply(json!({ "content": "a" }), json!("stop"));
+        let second = json!({ "message": { "content": null }, "finish_reason": null });
+        two["choices"].as_array_mut().unwrap().push(second);
+        assert!(matches!(text(&two), Err(UpstreamFault::NoAnswer { .. })), "the second one counts");
+        for whole in [
+            reply(json!({ "content": null, "reasoning": "hm" }), json!("stop")),
+            reply(json!({ "content": null, "refusal": "no" }), json!("stop")),
+            reply(json!({ "content": null }), json!("length")),
+        ] {
+            assert!(text(&whole).is_ok(), "{whole}");
+        }
         let empty = reply(json!({ "content": "" }), json!("stop"));
         assert_eq!(text(&empty).unwrap().text, "", "a model may say nothing");
     }

@@ -11,7 +11,7 @@ use crate::{
     events::{Event, Events},
     fault::UpstreamFault,
     fleet::Chosen,
-    relay::Relay,
+    relay::{GONE, Relay},
     reply,
     settle::{self, Choice},
 };
@@ -35,6 +35,14 @@ pub(crate) struct Streaming {
     n_told: usize,
 }
 
+/// What came of asking once more.
+enum Again {
+    /// Another stream.
+    Open,
+    /// The client went meanwhile.
+    Gone,
+}
+
 /// How a stream ended.
 enum Ended {
     /// Whole.
@@ -47,7 +55,7 @@ enum Ended {
 
 impl Streaming {
     pub(crate) fn new(relay: Relay, chosen: Chosen, events: Events, sink: EventSink) -> Self {
-        let is_holding = relay.demand.form.is_of_text();
+        let is_holding = relay.demand.form.holds_from_the_start();
         let (choices, held) = <_>::default();
         Self { relay, chosen, events, sink, choices, tokens: None, held, is_holding, n_told: 0 }
     }
@@ -59,24 +67,20 @@ impl Streaming {
             let ended = self.forward().await;
             self.relay.upstream += began.elapsed();
             match ended {
-                Ended::Gone => {
-                    let gone = Some("client_gone");
-                    let recorded = self.relay.record(&self.chosen, &[], None, gone).await;
-                    recorded.unwrap_or_else(|error| tracing::error!(%error, "not traced"));
-                    return;
-                }
+                Ended::Gone => return self.gone().await,
                 Ended::Failed(fault) => {
                     let error = self.relay.upstream_failed(&self.chosen, fault);
                     return self.fail(error).await;
                 }
                 Ended::Done => {}
             }
-            self.chosen.upstream.succeeded();
+            self.chosen.upstream.succeeded(&self.chosen.proved);
             let Err(violation) = settle::check(&self.relay.demand.form, &self.choices) else {
                 return self.finish().await;
             };
             match self.again(&violation).await {
-                Some(Ok(())) => {}
+                Some(Ok(Again::Open)) => {}
+                Some(Ok(Again::Gone)) => return self.gone().await,
                 Some(Err(fault)) => {
                     let error = self.relay.upstream_failed(&self.chosen, fault);
                     return self.fail(error).await;
@@ -133,11 +137,23 @@ impl Streaming {
             return Ok(true);
         }
         self.n_told += 1;
-        Ok(self.sink.send(&event).await.is_ok())
+        let is_told = self.tell(&event).await;
+        // The client was waited for, not the upstream.
+        self.events.restart();
+        Ok(is_told)
+    }
+
+    /// Tells an event to a client that takes it in time; one that does not read holds the upstream up.
+    async fn tell(&self, event: &Value) -> bool {
+        let limit = self.relay.gateway.options.stall;
+        matches!(tokio::time::timeout(limit, self.sink.send(event)).await, Ok(Ok(())))
     }
 
     /// Asks once more, where nothing was told yet and an attempt is left.
-    async fn again(&mut self, violation: &settle::Violation) -> Option<Result<(), UpstreamFault>> {
+    async fn again(
+        &mut self,
+        violation: &settle::Violation,
+    ) -> Option<Result<Again, UpstreamFault>> {
         if self.n_told > 0 || !self.relay.may_repair() {
             return None;
         }
@@ -147,12 +163,19 @@ impl Streaming {
         let request = repaired.unwrap_or(request);
         self.choices.clear();
         self.held.clear();
-        let opened = self.relay.open(&self.chosen, &request).await;
-        Some(opened.map(|events| self.events = events))
+        tokio::select! {
+            () = self.sink.closed() => Some(Ok(Again::Gone)),
+            opened = self.sink.alive_while(self.relay.open(&self.chosen, &request)) => {
+                Some(opened.map(|events| {
+                    self.events = events;
+                    Again::Open
+                }))
+            }
+        }
     }
 
     /// Records the answer, and tells its end.
-    async fn finish(self) {
+    async fn finish(mut self) {
         for choice in &self.choices {
             if let Err(fault) = reply::legible(&choice.text) {
                 let error = self.relay.upstream_failed(&self.chosen, fault);
@@ -164,11 +187,17 @@ impl Streaming {
             return self.sink.fail_with(&GatewayError::from(error).body()).await;
         }
         for event in &self.held {
-            if self.sink.send(event).await.is_err() {
+            if !self.tell(event).await {
                 return;
             }
         }
         drop(self.sink.done().await);
+    }
+
+    /// Dropping the stream ends it at the upstream.
+    async fn gone(mut self) {
+        let recorded = self.relay.record(&self.chosen, &[], None, Some(GONE)).await;
+        recorded.unwrap_or_else(|error| tracing::error!(%error, "not traced"));
     }
 
     async fn fail(self, error: GatewayError) {

@@ -10,9 +10,14 @@ use std::{
 
 use exrail_wire::Pins;
 use serde::Serialize;
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 
-use crate::{capability::Capability, client::Client, detect::Detected, fault::UpstreamFault};
+use crate::{
+    capability::Capability,
+    client::Client,
+    detect::Detected,
+    fault::{FaultVerdict, UpstreamFault},
+};
 
 /// Faults in a row, of any kind, that close the fence.
 const FAULTS_IN_A_ROW: u64 = 5;
@@ -105,6 +110,8 @@ pub struct Upstream {
     fence: watch::Sender<Fence>,
     in_flight: AtomicUsize,
     faults_in_a_row: AtomicU64,
+    /// Rung when a fault leaves it open whether it still is what it was.
+    pub(crate) suspicion: Notify,
     /// Not asked before then: it said that it is busy.
     rests_until: Mutex<Option<Instant>>,
 }
@@ -134,6 +141,7 @@ impl Upstream {
             fence: watch::Sender::new(closed),
             in_flight: AtomicUsize::new(0),
             faults_in_a_row: AtomicU64::new(0),
+            suspicion: Notify::new(),
             rests_until: Mutex::new(None),
         })
     }
@@ -167,6 +175,8 @@ impl Upstream {
     /// Lets requests through.
     pub(crate) fn open(&self, proved: Proved) {
         self.faults_in_a_row.store(0, Ordering::Relaxed);
+        // It generated just now, whatever it said before.
+        *self.rests_until.lock().unwrap_or_else(PoisonError::into_inner) = None;
         self.fence.send_replace(Fence::Open(Arc::new(proved)));
     }
 
@@ -195,24 +205,39 @@ impl Upstream {
     }
 
     /// Takes note of an answer.
-    pub(crate) fn succeeded(&self) {
-        self.faults_in_a_row.store(0, Ordering::Relaxed);
+    pub(crate) fn succeeded(&self, of: &Arc<Proved>) {
+        if self.is_open_by(of) {
+            self.faults_in_a_row.store(0, Ordering::Relaxed);
+        }
     }
 
-    /// Takes note of a fault, and closes the fence when it says that the upstream is not what it was, or when
-    /// there have been many of them.
-    pub(crate) fn failed(&self, fault: &UpstreamFault) {
+    /// Whether the fence is open by this proof: what began before another one says nothing about it.
+    fn is_open_by(&self, of: &Arc<Proved>) -> bool {
+        matches!(&*self.fence.borrow(), Fence::Open(proved) if Arc::ptr_eq(proved, of))
+    }
+
+    /// Takes note of a fault of a request that passed by this proof.
+    pub(crate) fn failed(&self, of: &Arc<Proved>, fault: &UpstreamFault) {
         if let UpstreamFault::Busy { retry_after_s } = fault {
             let until = Instant::now() + Duration::from_secs(*retry_after_s);
             *self.rests_until.lock().unwrap_or_else(PoisonError::into_inner) = Some(until);
-            return;
         }
-        if let UpstreamFault::Refused { .. } = fault {
+        let verdict = fault.verdict();
+        if verdict == FaultVerdict::Nothing || !self.is_open_by(of) {
             return;
         }
         let in_a_row = self.faults_in_a_row.fetch_add(1, Ordering::Relaxed) + 1;
-        if fault.closes_fence() || in_a_row >= FAULTS_IN_A_ROW {
-            self.close(FencePhase::Detect, format!("{}: {fault}", fault.code()));
+        if verdict == FaultVerdict::Closes || in_a_row >= FAULTS_IN_A_ROW {
+            let reason = format!("{}: {fault}", fault.code());
+            self.fence.send_if_modified(|fence| match fence {
+                Fence::Open(proved) if Arc::ptr_eq(proved, of) => {
+                    *fence = Fence::Closed { phase: FencePhase::Detect, reason };
+                    true
+                }
+                Fence::Open(_) | Fence::Closed { .. } => false,
+            });
+        } else if verdict == FaultVerdict::Suspects {
+            self.suspicion.notify_one();
         }
     }
 }

@@ -109,27 +109,46 @@ fn changed(former: &Proved, now: &Proved) -> Option<String> {
 async fn watch(upstream: &Upstream, options: &FenceOptions, told: &Told<'_>) {
     let mut changes = upstream.changes();
     loop {
-        let closed = changes.wait_for(|fence| matches!(fence, Fence::Closed { .. }));
-        tokio::select! {
-            // Its sender lives as long as the upstream.
+        let closed = async {
+            // What is waited for is looked at again; its sender lives as long as the upstream.
+            changes.wait_for(|fence| matches!(fence, Fence::Closed { .. })).await.is_ok()
+        };
+        let reason = tokio::select! {
             _ = closed => {
                 if let Fence::Closed { reason, .. } = upstream.fence() {
                     told(upstream, None, &reason);
                 }
                 return;
             }
-            () = tokio::time::sleep(options.look_every) => {}
-        }
-        let Some(proved) = upstream.proved() else { continue };
-        let reason = match detect(&upstream.client).await {
-            Ok(now) if now.fingerprint == proved.detected.fingerprint => continue,
-            Ok(now) => format!("it serves {:?} now, or serves it otherwise", now.models),
-            // Busy is no change.
-            Err(UpstreamFault::Late { .. } | UpstreamFault::Busy { .. }) => continue,
-            Err(fault) => format!("{}: {fault}", fault.code()),
+            () = upstream.suspicion.notified() => doubt(upstream, options).await,
+            () = tokio::time::sleep(options.look_every) => look(upstream).await,
         };
-        upstream.close(FencePhase::Detect, reason);
+        if let (Some(reason), Some(_)) = (reason, upstream.proved()) {
+            upstream.close(FencePhase::Detect, reason);
+        }
     }
+}
+
+/// Why an upstream is not what was proved, by what it says of itself.
+async fn look(upstream: &Upstream) -> Option<String> {
+    let proved = upstream.proved()?;
+    match detect(&upstream.client).await {
+        Ok(now) if now.fingerprint == proved.detected.fingerprint => None,
+        Ok(now) => Some(format!("it serves {:?} now, or serves it otherwise", now.models)),
+        // Busy is no change.
+        Err(UpstreamFault::Late { .. } | UpstreamFault::Busy { .. }) => None,
+        Err(fault) => Some(format!("{}: {fault}", fault.code())),
+    }
+}
+
+/// The same, by a generation: a request was late, stalled or came to nothing.
+async fn doubt(upstream: &Upstream, options: &FenceOptions) -> Option<String> {
+    let proved = upstream.proved()?;
+    let model = model_of(upstream, &proved.detected).ok()?;
+    let mut body = chat_body(proved.detected.kind.api(), &model, SENTINEL, TOKENS);
+    body["stream"] = Value::Bool(true);
+    let tried = generate(upstream, &body, (options.first_event, options.stall)).await;
+    tried.err().map(|fault| format!("{}: {fault}", fault.code()))
 }
 
 /// Has an upstream generate, and keeps what that showed.
@@ -137,17 +156,7 @@ async fn prove(upstream: &Upstream, options: &FenceOptions) -> Result<Proved, Up
     upstream.close(FencePhase::Detect, "it is looked for");
     let client = &upstream.client;
     let detected = detect(client).await?;
-    let model = match &upstream.options.expected_model {
-        Some(expected) if !detected.models.contains(expected) => {
-            let found = detected.models.join(", ");
-            return Err(UpstreamFault::WrongModel { expected: expected.clone(), found });
-        }
-        Some(expected) => expected.clone(),
-        None => {
-            let first = detected.models.first().cloned();
-            first.ok_or(UpstreamFault::NoAnswer { expected: "a loaded model" })?
-        }
-    };
+    let model = model_of(upstream, &detected)?;
     upstream.close(FencePhase::WarmUp, "it generates, before anybody else is let in");
     let api = detected.kind.api();
     let warm_up = warm_up(upstream, api, &model, options).await?;
@@ -155,6 +164,21 @@ async fn prove(upstream: &Upstream, options: &FenceOptions) -> Result<Proved, Up
     let tok_fp = tokenizer_fingerprint(client, api, &model).await;
     let pins = pins(&detected, &warm_up, tok_fp.ok());
     Ok(Proved { detected, warm_up, json_schema, pins })
+}
+
+/// The model that stands for an upstream.
+fn model_of(upstream: &Upstream, detected: &Detected) -> Result<String, UpstreamFault> {
+    match &upstream.options.expected_model {
+        Some(expected) if !detected.models.contains(expected) => {
+            let found = detected.models.join(", ");
+            Err(UpstreamFault::WrongModel { expected: expected.clone(), found })
+        }
+        Some(expected) => Ok(expected.clone()),
+        None => {
+            let first = detected.models.first().cloned();
+            first.ok_or(UpstreamFault::NoAnswer { expected: "a loaded model" })
+        }
+    }
 }
 
 async fn warm_up(
@@ -174,18 +198,17 @@ async fn warm_up(
             let runs = (0..bucket).map(|_| generate(upstream, &body, limits));
             let runs: Vec<_> = join_all(runs).await.into_iter().collect::<Result<_, _>>()?;
             times.push(runs.iter().map(|(ms, _)| *ms).fold(0.0, f64::max));
-            if bucket == 1 {
-                texts.extend(runs.into_iter().map(|(_, text)| text));
-            }
+            texts.extend(runs.into_iter().next().map(|(_, text)| text));
         }
         let (first, later) = (times[0], median(&times[1..]));
         first_ms.get_or_insert(first);
         warm.push(later);
         cold_ratio = cold_ratio.max(first / later.max(0.001));
     }
-    let last = texts.last().cloned().unwrap_or_default();
-    // The first one may have been cold in more than its time.
-    let repeats_itself = texts.iter().rev().take(2).all(|text| *text == last);
+    // The first one may have been cold in more than its time; those of the first bucket are of one batch size.
+    let texts = &texts[1..RUNS];
+    let last = texts[RUNS - 2].clone();
+    let repeats_itself = !last.is_empty() && texts.iter().all(|text| *text == last);
     Ok(WarmUp {
         generations: options.buckets.iter().sum::<usize>() * RUNS,
         tokens: TOKENS,
@@ -206,18 +229,22 @@ async fn generate(
 ) -> Result<(f64, String), UpstreamFault> {
     let started = Instant::now();
     let mut first = None;
-    let mut choice = Choice::default();
+    let (mut choice, mut thoughts) = (Choice::default(), String::new());
     let mut events = Events::open(&upstream.client, "/v1/chat/completions", body, limits).await?;
     while let Event::Data(event) = events.next().await? {
         choice.add(&event["choices"][0]);
-        if !choice.text.is_empty() {
+        let delta = &event["choices"][0]["delta"];
+        let thought = delta["reasoning_content"].as_str().or_else(|| delta["reasoning"].as_str());
+        thoughts.push_str(thought.unwrap_or_default());
+        if !choice.text.is_empty() || !thoughts.is_empty() {
             first.get_or_insert_with(|| started.elapsed());
         }
     }
-    crate::reply::legible(&choice.text)?;
-    // A model may have nothing to say; that it ended says as much.
-    let first = first.unwrap_or_else(|| started.elapsed());
-    Ok((first.as_secs_f64() * 1e3, choice.text))
+    let text = thoughts + &choice.text;
+    crate::reply::legible(&text)?;
+    // The fence is opened by tokens, not by the end of a stream without any.
+    let first = first.ok_or(UpstreamFault::NoAnswer { expected: "a token" })?;
+    Ok((first.as_secs_f64() * 1e3, text))
 }
 
 fn median(values: &[f64]) -> f64 {

@@ -5,7 +5,7 @@
 
 mod support;
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use exrail_gateway::{Ability, Answer, Client};
 use exrail_testkit::{ProxyFault, ScriptedOptions};
@@ -55,8 +55,10 @@ fn every_fault_is_named_and_contained() {
         let fixture = Fixture::start();
         fixture.ready();
         let named = format!("{fault:?}, stream {streams}");
+        let proof = fixture.proof().unwrap();
         fixture.proxy.set(fault);
         let reply = ask(&fixture.url, &chat("Say something at length.", streams));
+        let stays = fixture.proof().is_some_and(|now| Arc::ptr_eq(&now, &proof));
         assert_eq!(
             (reply.status, reply.code()),
             (status, Some(code.to_owned())),
@@ -66,13 +68,12 @@ fn every_fault_is_named_and_contained() {
         let recorded = fixture.records("relay.run");
         assert_eq!(recorded.last().unwrap()["fault"], code, "{named}");
         assert!(recorded.last().unwrap()["answer_sha256"].is_null(), "{named}");
-        let closed = fixture.records("guard.fire").iter().any(|it| it["guard"] == "upstream_fence");
         if closes {
             until(&named, || {
                 fixture.records("guard.fire").iter().any(|it| it["guard"] == "upstream_fence")
             });
         } else {
-            assert!(!closed, "{named}: one such fault may be a request's own");
+            assert!(stays, "{named}: one such fault may be a request's own");
         }
         assert!(fixture.metrics().contains(&format!("fault=\"{code}\"}} 1\n")), "{named}");
         fixture.proxy.set(ProxyFault::None);
@@ -259,13 +260,79 @@ fn a_client_that_leaves_ends_the_upstreams_work_and_a_hang_after_that_is_seen() 
     assert_eq!((reply.status, reply.code().as_deref()), (504, Some("upstream_late")), "{reply:?}");
 }
 
+/// A request that is late by its own length shuts nobody out; the upstream generates once more, and that decides.
+#[test]
+fn one_long_request_shuts_nobody_out() {
+    let options =
+        ScriptedOptions { token: Duration::from_millis(20), tokens: 400, ..support::scripted() };
+    let fixture = Fixture::over(options, true);
+    fixture.ready();
+    let proof = fixture.proof().unwrap();
+    let reply = ask(&fixture.url, &chat("Tell me a long story.", false));
+    assert_eq!((reply.status, reply.code().as_deref()), (504, Some("upstream_late")), "{reply:?}");
+    let mut short = chat("Hello", false);
+    short["max_tokens"] = json!(4);
+    for _ in 0..10 {
+        assert!(ask(&fixture.url, &short).is_answer());
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    assert!(Arc::ptr_eq(&fixture.proof().unwrap(), &proof), "the fence stayed open");
+}
+
+/// Prompts take their time: the first event has another limit than the later ones, also behind comments.
+#[test]
+fn a_long_prompt_is_no_stall() {
+    let options =
+        ScriptedOptions { first_token: Duration::from_millis(1500), ..support::scripted() };
+    let fixture = Fixture::over(options, true);
+    fixture.ready();
+    assert!(support::options().stall < Duration::from_millis(1500));
+    assert!(ask(&fixture.url, &chat("Hello", true)).is_answer());
+    assert!(fixture.records("guard.fire").is_empty());
+}
+
+/// Who reads slowly is waited for within a limit, and the upstream is not blamed for it.
+#[test]
+fn a_slow_reader_is_not_the_upstreams_fault() {
+    let options = ScriptedOptions { tokens: 200_000, token: Duration::ZERO, ..support::scripted() };
+    let fixture = Fixture::over(options, true);
+    fixture.ready();
+    let proof = fixture.proof().unwrap();
+    let stream = support::begin(&fixture.url, &chat("Tell me a very long story.", true));
+    until("the record", || {
+        fixture.records("relay.run").iter().any(|it| it["fault"] == "client_gone")
+    });
+    drop(stream);
+    assert!(Arc::ptr_eq(&fixture.proof().unwrap(), &proof), "the fence stayed open");
+}
+
+#[test]
+fn what_was_refused_and_whoever_left_is_on_record() {
+    let options =
+        ScriptedOptions { token: Duration::from_millis(20), tokens: 100, ..support::scripted() };
+    let fixture = Fixture::over(options, true);
+    fixture.ready();
+    drop(support::begin(&fixture.url, &chat("Tell me a long story.", false)));
+    until("the record of who left", || {
+        fixture.records("relay.run").iter().any(|it| it["fault"] == "client_gone")
+    });
+    until("the end of the work", || fixture.proxy.open() == 0);
+    let mut unknown = chat("Hello", false);
+    unknown["model"] = json!("nobody");
+    let old = json!({ "model": MODEL, "messages": [], "functions": [] });
+    for (body, code) in [(unknown, "model_not_found"), (old, "unsupported_field")] {
+        assert_eq!(ask(&fixture.url, &body).code().as_deref(), Some(code));
+        assert_eq!(fixture.records("guard.fire").last().unwrap()["guard"], code);
+    }
+}
+
 #[test]
 fn a_seed_that_is_lost_on_the_way_is_found_by_the_probe() {
     let fixture = Fixture::start();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let probe = |url: &str| {
         let client = Client::new(url, None).unwrap();
-        runtime.block_on(exrail_gateway::probe(&client)).unwrap()
+        runtime.block_on(exrail_gateway::probe(&client, None)).unwrap()
     };
     let found = probe(&fixture.proxy.url());
     assert_eq!(found.answer(Ability::Seed), Answer::Yes, "{}", found.render());

@@ -120,7 +120,7 @@ fn its_table_is_what_it_does() {
     first(&running);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let client = Client::new(&server.url(), None).unwrap();
-    let found = runtime.block_on(exrail_gateway::probe(&client)).unwrap();
+    let found = runtime.block_on(exrail_gateway::probe(&client, None)).unwrap();
     for ability in [
         Ability::Generates,
         Ability::Usage,

@@ -44,7 +44,7 @@ fn direct(tabby: &Tabby, body: &Value) -> Value {
 fn probe(tabby: &Tabby) -> Capabilities {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let client = Client::new(&tabby.url(), Some(&TabbyOptions::default().api_key)).unwrap();
-    runtime.block_on(exrail_gateway::probe(&client)).unwrap()
+    runtime.block_on(exrail_gateway::probe(&client, None)).unwrap()
 }
 
 fn schema() -> Value {

@@ -61,21 +61,22 @@ pub(crate) struct Gateway {
     buckets: Vec<u64>,
     /// Seconds between two looks at whether an upstream is still the same.
     #[arg(long, value_name = "S", default_value_t = 2)]
-    #[arg(value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(value_parser = clap::value_parser!(u64).range(1..=86_400))]
     look_s: u64,
     /// Seconds that a request is held while no upstream may be asked; then it is answered 503.
     #[arg(long, value_name = "S", default_value_t = 30)]
+    #[arg(value_parser = clap::value_parser!(u64).range(0..=86_400))]
     hold_s: u64,
     /// Requests that are held at once.
     #[arg(long, value_name = "N", default_value_t = 64)]
     hold_places: usize,
     /// Seconds until a whole answer, or the first event of a stream, counts as late.
     #[arg(long, value_name = "S", default_value_t = 120)]
-    #[arg(value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(value_parser = clap::value_parser!(u64).range(1..=86_400))]
     first_byte_s: u64,
     /// Seconds between two events of a stream until it counts as stalled; comments are no events.
     #[arg(long, value_name = "S", default_value_t = 30)]
-    #[arg(value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(value_parser = clap::value_parser!(u64).range(1..=86_400))]
     stall_s: u64,
     /// Further attempts when a structured answer does not conform.
     #[arg(long, value_name = "N", default_value_t = 1)]
@@ -243,7 +244,7 @@ async fn probe_all(upstreams: &[UpstreamOptions], output: Output) -> Result<Ende
     for upstream in upstreams {
         let client = Client::new(&upstream.address, upstream.key.as_deref())?;
         output.note(format!("{}: some dozen short generations", upstream.address));
-        match exrail_gateway::probe(&client).await {
+        match exrail_gateway::probe(&client, upstream.expected_model.as_deref()).await {
             Ok(table) => {
                 output.line(told(upstream, &table));
                 tables.push(

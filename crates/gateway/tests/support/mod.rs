@@ -10,7 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use exrail_gateway::{FenceOptions, Gateway, GatewayOptions, Upstream, UpstreamOptions};
+use exrail_gateway::{FenceOptions, Gateway, GatewayOptions, Proved, Upstream, UpstreamOptions};
 use exrail_server::{Keys, TraceLog};
 use exrail_testkit::{FaultProxy, ScriptedOptions, ScriptedUpstream};
 use serde_json::{Value, json};
@@ -140,6 +140,11 @@ impl Fixture {
         self.running.ready();
     }
 
+    /// By what its fence is open now.
+    pub(crate) fn proof(&self) -> Option<Arc<Proved>> {
+        self.running.gateway.upstreams()[0].proved()
+    }
+
     /// Whether its upstream is proved, with this model.
     pub(crate) fn serves(&self, model: &str) -> bool {
         let proved = self.running.gateway.upstreams()[0].proved();
@@ -245,8 +250,8 @@ impl Reply {
     }
 }
 
-/// Reads the beginning of a stream and goes.
-pub(crate) fn leave_early(url: &str, body: &Value) {
+/// Sends a request and reads nothing.
+pub(crate) fn begin(url: &str, body: &Value) -> TcpStream {
     let host = url.strip_prefix("http://").unwrap();
     let mut stream = TcpStream::connect(host).unwrap();
     let body = body.to_string();
@@ -256,7 +261,14 @@ pub(crate) fn leave_early(url: &str, body: &Value) {
         body.len()
     )
     .unwrap();
-    let mut lines = BufReader::new(stream).lines();
+    // It has been read before anybody leaves.
+    std::thread::sleep(Duration::from_millis(100));
+    stream
+}
+
+/// Reads the beginning of a stream and goes.
+pub(crate) fn leave_early(url: &str, body: &Value) {
+    let mut lines = BufReader::new(begin(url, body)).lines();
     let content = |line: std::io::Result<String>| line.unwrap().contains("\"content\":\"");
     assert!(lines.any(content), "a first token");
 }
