@@ -7,8 +7,8 @@ mod script;
 
 use std::convert::Infallible;
 use std::io;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use axum::Router;
@@ -43,7 +43,7 @@ pub struct ScriptedOptions {
 #[derive(Debug)]
 pub struct ScriptedUpstream {
     serving: Serving,
-    generations: Arc<AtomicUsize>,
+    upstream: Arc<Upstream>,
 }
 
 impl ScriptedUpstream {
@@ -52,10 +52,11 @@ impl ScriptedUpstream {
     /// # Errors
     /// When no port, thread or runtime is to be had.
     pub fn start(options: ScriptedOptions) -> io::Result<ScriptedUpstream> {
-        let generations = Arc::new(AtomicUsize::new(0));
-        let upstream = Arc::new(Upstream { options, generations: Arc::clone(&generations) });
-        let serving = Serving::start("exrail-scripted", move |listener| serve(listener, upstream))?;
-        Ok(ScriptedUpstream { serving, generations })
+        let token = Mutex::new(options.token);
+        let upstream = Arc::new(Upstream { options, token, generations: AtomicUsize::new(0) });
+        let served = Arc::clone(&upstream);
+        let serving = Serving::start("exrail-scripted", move |listener| serve(listener, served))?;
+        Ok(ScriptedUpstream { serving, upstream })
     }
 
     /// The base of its routes, `http://host:port`.
@@ -67,13 +68,21 @@ impl ScriptedUpstream {
     /// How many answers it has begun; refused requests do not count.
     #[must_use]
     pub fn generations(&self) -> usize {
-        self.generations.load(Ordering::SeqCst)
+        self.upstream.generations.load(Ordering::SeqCst)
+    }
+
+    /// Changes the time between two tokens for answers that begin from now on.
+    pub fn set_token(&self, token: Duration) {
+        *self.upstream.token.lock().unwrap_or_else(PoisonError::into_inner) = token;
     }
 }
 
+#[derive(Debug)]
 struct Upstream {
     options: ScriptedOptions,
-    generations: Arc<AtomicUsize>,
+    /// Instead of the one of the options, as it may change.
+    token: Mutex<Duration>,
+    generations: AtomicUsize,
 }
 
 async fn serve(listener: TcpListener, upstream: Arc<Upstream>) {
@@ -119,7 +128,8 @@ async fn answer(upstream: &Upstream, kind: Kind, body: &[u8]) -> Response {
     };
     let number = upstream.generations.fetch_add(1, Ordering::SeqCst);
     let script = Script::new(kind, &request, &prompt, &upstream.options, number);
-    let pace = Pace { arrived, options: upstream.options.clone() };
+    let token = *upstream.token.lock().unwrap_or_else(PoisonError::into_inner);
+    let pace = Pace { arrived, first_token: upstream.options.first_token, token };
     if request["stream"] == true {
         let with_usage = request["stream_options"]["include_usage"] == true;
         return stream_response(pace, script.events(with_usage));
@@ -132,14 +142,14 @@ async fn answer(upstream: &Upstream, kind: Kind, body: &[u8]) -> Response {
 /// coarseness does not add up.
 struct Pace {
     arrived: Instant,
-    options: ScriptedOptions,
+    first_token: Duration,
+    token: Duration,
 }
 
 impl Pace {
     async fn wait_for(&self, token: usize) {
         let steps = u32::try_from(token).unwrap_or(u32::MAX);
-        let after =
-            self.options.first_token.saturating_add(self.options.token.saturating_mul(steps));
+        let after = self.first_token.saturating_add(self.token.saturating_mul(steps));
         // Without a pace there is nothing to wait for, and the timer would still take its turn.
         if after > self.arrived.elapsed() {
             sleep_until(self.arrived + after).await;
