@@ -1,6 +1,6 @@
 # Two commands matter: `make demo` and `make test`. Needed beforehand: cargo (rustup), a C compiler,
 # python3 with pip, and make; everything else is fetched by the steps below.
-.PHONY: help demo test test-cuda test-neon test-upstreams fuzz soak bench-cpu deny
+.PHONY: help demo test test-cuda test-neon test-upstreams fuzz soak bench-cpu bench-gateway deny
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -23,6 +23,9 @@ soak: ## 32 clients for 5 minutes, and a verdict; ARGS="--seed 7 --clients 64" c
 
 bench-cpu: ## speed, load and memory against llama.cpp, on an idle machine; ARGS="--rounds 3"
 	@scripts/bench-cpu $(ARGS)
+
+bench-gateway: ## what the gateway adds to a request, on an idle machine; ARGS="--rate 500"
+	@scripts/bench-gateway $(ARGS)
 
 test-neon: ## the kernels' tests on AArch64, under qemu on x86-64; ARGS="--test attention"
 	@scripts/test-neon $(ARGS)

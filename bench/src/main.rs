@@ -1,11 +1,12 @@
 //! `exrail-bench`: what must be measured on a real machine and cannot be a unit test.
 //!
 //! `cpu` compares `exrail bench` with llama.cpp's own programs on the same files, prints a table and writes a
-//! record. `grammar` measures what a mask costs, and `constrained` what an answer under a grammar does. It is no part
-//! of the product, and nothing depends on this crate.
+//! record. `grammar` measures what a mask costs, and `constrained` what an answer under a grammar does. `gateway`
+//! measures what the gateway adds to a request. It is no part of the product, and nothing depends on this crate.
 
 mod constrained;
 mod cpu;
+mod gateway;
 mod grammar;
 mod machine;
 mod record;
@@ -30,6 +31,8 @@ enum Command {
     Cpu(cpu::CpuArguments),
     /// Speed of an answer under a grammar beside a free one, in turns
     Constrained(constrained::ConstrainedArguments),
+    /// Latency through the gateway beside the same requests without it, in turns
+    Gateway(gateway::GatewayArguments),
     /// Processor time of a token's mask, over MaskBench and an answer with citations
     Grammar(grammar::GrammarArguments),
 }
@@ -42,6 +45,7 @@ fn main() -> ExitCode {
             cpu::Verdict::Fail => ExitCode::from(3),
         }),
         Command::Constrained(arguments) => constrained::run(&arguments).map(|()| ExitCode::SUCCESS),
+        Command::Gateway(arguments) => gateway::run(&arguments).map(|()| ExitCode::SUCCESS),
         Command::Grammar(arguments) => grammar::run(&arguments).map(|()| ExitCode::SUCCESS),
     };
     result.unwrap_or_else(|error| {
