@@ -23,6 +23,7 @@ use hyper_util::{
     client::legacy::{self, connect::HttpConnector},
     rt::TokioExecutor,
 };
+use serde::de::IgnoredAny;
 use serde_json::json;
 use tokio::{runtime::Runtime, sync::Semaphore};
 
@@ -191,7 +192,7 @@ async fn ask(
 fn check(status: StatusCode, form: Form, body: &[u8]) -> Result<(), String> {
     let text = String::from_utf8_lossy(body);
     let is_whole = match form {
-        Form::Plain => text.ends_with('}'),
+        Form::Plain => serde_json::from_slice::<IgnoredAny>(body).is_ok(),
         Form::Streamed => text.trim_end().ends_with("data: [DONE]"),
     };
     let is_good = is_whole && text.contains(r#""finish_reason":"stop""#);
