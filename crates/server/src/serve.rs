@@ -133,7 +133,13 @@ pub async fn serve_router(
 async fn accept(listener: &TcpListener) -> TcpStream {
     loop {
         match listener.accept().await {
-            Ok((stream, _)) => return stream,
+            Ok((stream, _)) => {
+                // Each token is a small write of its own; without this it waits for the client to acknowledge the last one.
+                if let Err(error) = stream.set_nodelay(true) {
+                    tracing::debug!(%error, "a connection that delays small writes");
+                }
+                return stream;
+            }
             Err(error) if is_of_one_connection(error.kind()) => {}
             Err(error) => {
                 tracing::error!(%error, "no connection could be taken");
