@@ -32,8 +32,8 @@ use crate::{Ended, environment, keys, options::Access, output::Output, paths};
   exrail gateway --upstream http://127.0.0.1:5000 --port 8321       in front of it
   exrail gateway --upstream a=http://10.0.0.5:8000 --upstream b=http://10.0.0.6:8000,priority=1")]
 pub(crate) struct Gateway {
-    /// A server: [NAME=]URL[,model=NAME][,priority=N][,weight=N]; may be repeated. Of those that serve a model the ones
-    /// of the lowest priority number are asked, each by its weight.
+    /// A server: NAME=URL, or URL alone, and behind commas model=NAME, priority=N and weight=N; may be repeated. Of those
+    /// that serve a model the ones of the lowest priority number are asked, each by its weight.
     #[arg(long = "upstream", value_name = "URL", required = true)]
     upstreams: Vec<GivenUpstream>,
     /// File with the key of the upstreams: one alone, or lines of NAME and KEY.
