@@ -7,6 +7,8 @@ use clap::{ArgMatches, Command, error::ErrorKind, parser::ValueSource};
 const MODELS: [&str; 3] = ["diagnosed", "probed", "planned"];
 /// What may stand beside `diagnose --compare`, which measures nothing.
 const BESIDE_COMPARE: [&str; 3] = ["compare", "under_test", "json"];
+/// What may stand beside `gateway --probe`, which serves nobody.
+const BESIDE_PROBE: [&str; 4] = ["probe", "upstreams", "upstream_key_file", "json"];
 
 /// Refuses arguments that exclude each other.
 ///
@@ -37,8 +39,11 @@ pub(crate) fn check(root: &mut Command, matches: &ArgMatches) -> Result<(), clap
 /// The first two of the given arguments that exclude each other.
 fn excluded<'a>(given: &[&'a str]) -> Option<(&'a str, &'a str)> {
     let has = |id: &str| given.iter().copied().find(|given| *given == id);
-    if let Some(compare) = has("compare") {
-        return given.iter().find(|id| !BESIDE_COMPARE.contains(id)).map(|other| (compare, *other));
+    let alone = [("compare", &BESIDE_COMPARE[..]), ("probe", &BESIDE_PROBE)];
+    for (id, beside) in alone {
+        if let Some(kept) = has(id) {
+            return given.iter().find(|id| !beside.contains(id)).map(|other| (kept, *other));
+        }
     }
     Some((MODELS.into_iter().find_map(has)?, has("model")?))
 }
@@ -63,6 +68,13 @@ mod tests {
         assert_eq!(excluded(&["compare", "under_test", "json"]), None);
         assert_eq!(excluded(&["compare", "threads"]), Some(("compare", "threads")));
         assert_eq!(excluded(&["model", "compare"]), Some(("compare", "model")));
+    }
+
+    #[test]
+    fn a_probe_stands_with_its_upstreams_alone() {
+        assert_eq!(excluded(&["upstreams", "probe", "upstream_key_file", "json"]), None);
+        assert_eq!(excluded(&["upstreams", "probe", "port"]), Some(("probe", "port")));
+        assert_eq!(excluded(&["upstreams", "port"]), None);
     }
 
     #[test]
