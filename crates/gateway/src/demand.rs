@@ -133,8 +133,15 @@ fn form(body: &Map<String, Value>) -> Result<Form, ApiError> {
         .iter()
         .filter_map(|name| Some(((*name).to_owned(), body.get(*name)?.clone())))
         .collect();
-    let top = body.get("json_schema").filter(|schema| schema.is_object());
+    let top = body.get("json_schema").filter(|schema| !schema.is_null());
+    if top.is_some_and(|schema| !schema.is_object()) {
+        return Err(field("json_schema", "expected an object"));
+    }
     let fields = StructuredFields::take(&mut fields).map_err(ApiError::from)?;
+    if top.is_some() && !matches!(fields.response_format, None | Some(ResponseFormat::Text {})) {
+        // One of them would be held to, and the other ignored.
+        return Err(field("json_schema", "expected one of `response_format` and `json_schema`"));
+    }
     let named = match (fields.response_format, top) {
         (Some(ResponseFormat::JsonSchema { json_schema: NamedSchema { schema, .. } }), _) => {
             Some(("response_format.json_schema.schema", schema.unwrap_or_else(any_object)))
@@ -165,4 +172,25 @@ fn any_object() -> Value {
 
 fn validator(name: &str, schema: &Value) -> Result<Validator, ApiError> {
     Validator::new(schema).map_err(|error| ApiError::Constraint { field: name.to_owned(), error })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn code(body: &Value) -> Option<&'static str> {
+        Demand::read(body.to_string().as_bytes()).err().map(|error| error.code())
+    }
+
+    #[test]
+    fn two_schemas_of_one_answer_are_refused() {
+        let schema = json!({ "type": "object" });
+        let named =
+            json!({ "type": "json_schema", "json_schema": { "name": "a", "schema": schema } });
+        assert_eq!(code(&json!({ "json_schema": schema })), None);
+        assert_eq!(code(&json!({ "response_format": named })), None);
+        let both = json!({ "json_schema": schema, "response_format": named });
+        assert_eq!(code(&both), Some("invalid_value"));
+        assert_eq!(code(&json!({ "json_schema": "object" })), Some("invalid_value"));
+    }
 }
